@@ -1,0 +1,468 @@
+"""Bars in, features and batches out: everything that touches market data, once, for every stage.
+
+    python data.py --data 'csv/*.csv' --out folder       # CSV -> a folder of memory-mapped arrays that --data takes
+    python data.py --synthetic 100000 --out folder       # the same from the synthetic market
+
+The way of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
+features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
+nothing that is learned or scored can see its own target.
+"""
+import argparse
+import csv
+import datetime
+import glob
+import gzip
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import typing
+import zlib
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
+COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of ohlcva
+CONTEXT = 32            # first bars of a series: context, never targets (the scales are still settling)
+HALF_LIFE = 32          # bars; of every exponentially weighted mean below
+DECAY = 0.5 ** (1 / HALF_LIFE)
+S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
+MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
+DAY = 86400
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the file, the line and the remedy; exit status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bars from files
+
+@dataclass
+class Bars:
+    """One symbol's bars, in order of time.
+
+    symbol: its name.  time: int64 [T], UTC seconds, strictly increasing.
+    ohlcva: float64 [T, 6], open, high, low, close, volume, amount; NaN where a column is missing.
+    """
+    symbol: str
+    time: np.ndarray
+    ohlcva: np.ndarray
+
+    def __len__(self):
+        return len(self.time)
+
+    def __getitem__(self, rows):
+        return Bars(self.symbol, self.time[rows], self.ohlcva[rows])
+
+
+HEADERS = {  # column -> names it goes by, best first
+    "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time"),
+    "open": ("open",), "high": ("high",), "low": ("low",), "close": ("close",),
+    "volume": ("volume", "vol"),
+    "amount": ("amount", "turnover", "quote_volume", "value"),
+    "symbol": ("symbol", "ticker", "ts_code", "code", "name"),
+}
+BINANCE = ("open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume") + ("",) * 4
+MAX_BAD = 0.05  # share of bad rows above which a file is refused
+EXTENSIONS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
+
+
+def load(paths) -> list[Bars]:
+    """Read bars from CSV files, folders, globs (`.gz` too), or folders that `python data.py --out` wrote.
+
+    paths: a string or a list of them. Raises UserError, naming file, line and remedy, when nothing usable is there.
+    Rows of one symbol that stand in several files become one series; of equal times the last read wins.
+    """
+    found: dict[str, list[Bars]] = {}
+    for bars in read_files(paths):
+        found.setdefault(bars.symbol, []).append(bars)
+    return [parts[0] if len(parts) == 1 else _sorted(symbol, *(np.concatenate([getattr(p, k) for p in parts])
+                                                               for k in ("time", "ohlcva")))
+            for symbol, parts in found.items()]
+
+
+def read_files(paths):
+    """Yield Bars file by file, so that a corpus larger than memory can be converted."""
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        path = os.fspath(path)
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if not matches:
+            raise UserError(f"{path}: no such file; give --data a CSV file, a folder of them, or a quoted glob")
+        for match in matches:
+            if os.path.exists(os.path.join(match, "symbols.json")):
+                yield from _open_folder(match)
+            elif os.path.isdir(match):
+                names = [os.path.join(match, n) for n in sorted(os.listdir(match)) if n.lower().endswith(EXTENSIONS)]
+                if not names:
+                    raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
+                for name in names:
+                    yield from _read_csv(name)
+            else:
+                yield from _read_csv(match)
+
+
+def _read_csv(path):
+    try:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
+            raw = f.read()
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
+    if not raw.strip():
+        raise UserError(f"{path}: the file is empty; it needs a header line and rows of bars")
+    if b"\0" in raw:
+        raise UserError(f"{path}: a binary file, not a CSV; export it as text")
+    raw = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip(b"\n")
+    first = raw.split(b"\n", 1)[0].decode("utf-8", "replace")
+    delimiter = max(",;\t", key=first.count)
+    names, has_header = _header(path, next(csv.reader([first], delimiter=delimiter)))
+    columns = {c: next((names.index(n) for n in known if n in names), None) for c, known in HEADERS.items()}
+    if columns["time"] is None and names[0] == "":
+        columns["time"] = 0  # pandas writes its index without a name
+    missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
+    if missing:
+        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; name it one of "
+                        f"{', '.join(HEADERS[missing[0]])}")
+    body = raw[raw.find(b"\n") + 1:] if has_header and b"\n" in raw else b"" if has_header else raw
+    table = _parse_numeric(body, len(names), delimiter) if columns["symbol"] is None else None
+    parsed = _from_numeric(table, columns) if table is not None else _from_text(path, body, len(names), delimiter, columns)
+    time, ohlcva, symbols, line, reasons = parsed
+    line = line + int(has_header)
+    return _clean(path, time, ohlcva, symbols, line, reasons)
+
+
+def _header(path, cells):
+    names = [c.strip().strip("<>").lower() for c in cells]
+    if not any(_is_number(c) for c in names):
+        return names, True
+    if len(names) == len(BINANCE) and all(_is_number(c) for c in names):
+        return list(BINANCE), False
+    raise UserError(f"{path}:1: no header; put a first line such as time,open,high,low,close,volume")
+
+
+def _is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
+
+def _parse_numeric(body, n_columns, delimiter):
+    """The whole of a plain numeric CSV at C speed, or None where any cell is not a plain number."""
+    if body.translate(None, b"0123456789+-.eE\n" + delimiter.encode()):
+        return None
+    body = body.rstrip(b"\n")
+    cells = np.frombuffer(body, np.uint8)
+    ends = np.append(np.flatnonzero(cells == 10), len(cells))  # of lines
+    separators = np.cumsum(cells == ord(delimiter), dtype=np.int64)
+    if not len(cells) or (np.diff(separators[ends - 1], prepend=0) != n_columns - 1).any():
+        return None  # a blank, short or long line
+    flat = body.replace(b"\n", b",").replace(delimiter.encode(), b",")
+    if b",," in flat or flat.endswith(b",") or flat.startswith(b","):
+        return None
+    try:
+        values = np.fromstring(flat, dtype=np.float64, sep=",")
+    except ValueError:
+        return None
+    return values.reshape(-1, n_columns) if values.size == len(ends) * n_columns else None
+
+
+def _from_numeric(table, columns):
+    time = _epoch_seconds(table[:, columns["time"]])
+    ohlcva = np.full((len(table), 6), np.nan)
+    for i, c in enumerate(COLUMNS):
+        if columns[c] is not None:
+            ohlcva[:, i] = table[:, columns[c]]
+    return time, ohlcva, None, np.arange(1, len(table) + 1), {}
+
+
+def _from_text(path, body, n_columns, delimiter, columns):
+    """Rows with symbols, dates or holes, through the csv module. reasons: {row: why it is bad}."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError:
+        text = body.decode("latin-1")
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    rows, line, reasons = [], [], {}
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != n_columns:
+                reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
+                row = [""] * n_columns
+            rows.append(row)
+            line.append(reader.line_num)
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
+    cells = list(zip(*rows)) if rows else [()] * n_columns
+    stamps = {s: _stamp(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
+    time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
+    ohlcva = np.full((len(rows), 6), np.nan)
+    for i, c in enumerate(COLUMNS):
+        if columns[c] is None:
+            continue
+        optional = c in ("volume", "amount")
+        try:
+            ohlcva[:, i] = np.array(cells[columns[c]], dtype=np.float64)
+        except ValueError:
+            for r, cell in enumerate(cells[columns[c]]):
+                try:
+                    ohlcva[r, i] = float(cell) if cell.strip() or not optional else np.nan
+                except ValueError:
+                    reasons.setdefault(r, f"{c} {cell!r} is not a number")
+    for r in np.flatnonzero(np.isnan(time)):
+        reasons.setdefault(int(r), f"time {rows[r][columns['time']]!r} is no date")
+    symbols = None if columns["symbol"] is None else [s.strip() for s in cells[columns["symbol"]]]
+    return time, ohlcva, symbols, np.array(line, np.int64), reasons
+
+
+def _epoch_seconds(value):
+    """YYYYMMDD, or an epoch in s, ms, us or ns (told apart by size), to UTC seconds; NaN where it is no date."""
+    size = np.abs(value)
+    seconds = np.floor(value / np.select([size < 1e11, size < 1e14, size < 1e17], [1.0, 1e3, 1e6], 1e9))
+    dates = (value >= 19000101) & (value <= 21991231) & (value == np.floor(value))
+    for v in set(value[dates].tolist()):
+        seconds[value == v] = _date8(f"{int(v)}")
+    seconds[~(np.abs(seconds) < 200 * 365.25 * DAY)] = np.nan
+    return seconds
+
+
+def _date8(text):
+    try:
+        return datetime.datetime.strptime(text, "%Y%m%d").replace(tzinfo=datetime.UTC).timestamp()
+    except ValueError:
+        return np.nan
+
+
+def _stamp(text):
+    """One time stamp as UTC seconds (float; NaN if it is none). Naive means UTC."""
+    text = text.strip()
+    if _is_number(text):
+        return float(_epoch_seconds(np.array([float(text)]))[0])
+    try:
+        when = datetime.datetime.fromisoformat(text.replace("/", "-").replace(".", "-", 2) if text[4:5] in "/." else text)
+    except ValueError:
+        return np.nan
+    return float(np.floor((when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()))
+
+
+def _clean(path, time, ohlcva, symbols, line, reasons):
+    """Drop bad rows, saying which; split by symbol, sort by time, keep the last of equal times."""
+    o, h, l, c, v, a = ohlcva.T
+    price = ohlcva[:, :4]
+    checks = (  # the first that holds is the reason
+        (np.isnan(time), "time is no date"),
+        (~np.isfinite(price).all(1), "a price is not a finite number"),
+        ((price <= 0).any(1), "a price is zero or negative"),
+        (h < l, "high below low"),
+        (h < np.maximum(o, c), "high below open or close"),
+        (l > np.minimum(o, c), "low above open or close"),
+        ((v < 0) | (a < 0), "negative volume or amount"),
+        (np.isinf(v) | np.isinf(a), "infinite volume or amount"),
+    )
+    bad = np.zeros(len(time), bool)
+    bad[list(reasons)] = True
+    for failed, why in checks:
+        for r in np.flatnonzero(failed & ~bad):
+            reasons[int(r)] = why
+        bad |= failed
+    n_bad = int(bad.sum())
+    examples = [f"{path}:{line[r]}: {reasons[r]}" for r in sorted(reasons)[:3]]
+    if len(time) == 0 or n_bad == len(time):
+        why = f"{examples[0]} (and every other row is bad too)" if examples else f"{path}:2: no rows after the header"
+        raise UserError(f"{why}; there is no bar to read: check the columns")
+    if n_bad > MAX_BAD * len(time):
+        raise UserError(f"{examples[0]}; {n_bad} of {len(time)} rows are bad, more than {MAX_BAD:.0%}: mend the file")
+    if n_bad:
+        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(time)} dropped: " + "; ".join(examples), file=sys.stderr)
+    good = ~bad
+    time, ohlcva = time[good].astype(np.int64), ohlcva[good]
+    if symbols is None:
+        stem = os.path.basename(path)
+        while os.path.splitext(stem)[1].lower() in (".csv", ".gz", ".tsv", ".txt"):
+            stem = os.path.splitext(stem)[0]
+        return [_sorted(stem, time, ohlcva)]
+    names, which = np.unique(np.array(symbols)[good], return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(which))[:-1])
+    return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]
+
+
+def _sorted(symbol, time, ohlcva):
+    if (np.diff(time) <= 0).any():
+        order = np.argsort(time, kind="stable")
+        last = np.append(np.diff(time[order]) != 0, True)  # of equal times the last wins
+        time, ohlcva = time[order[last]], ohlcva[order[last]]
+    return Bars(symbol, time, ohlcva)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Causal features and their inverse
+#
+# For a sequence u and its weights w (0 where bar i has no u) the running mean over bars < t is
+#     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
+# kept as its two sums. Sums start with bar 1, the first that has a previous close.
+
+@dataclass
+class State:
+    """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
+
+    close: last close (NaN before the first bar).
+    s, m, d, g: decayed sums of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
+    s_w, m_w, d_w, g_w: the sums of their weights.
+    origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
+    """
+    close: np.ndarray
+    s: np.ndarray
+    s_w: np.ndarray
+    m: np.ndarray
+    m_w: np.ndarray
+    d: np.ndarray
+    d_w: np.ndarray
+    g: np.ndarray
+    g_w: np.ndarray
+    origin_s: np.ndarray
+    origin_d: np.ndarray
+
+    @classmethod
+    def start(cls):
+        return cls(np.float64(np.nan), *(np.float64(0.0) for _ in range(8)), np.float64(np.nan), np.float64(np.nan))
+
+    def scales(self):
+        """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
+        mean = [u / np.where(w > 0, w, 1.0) for u, w in
+                ((self.s, self.s_w), (self.m, self.m_w), (self.d, self.d_w), (self.g, self.g_w))]
+        s, d = np.maximum(mean[0], S_FLOOR), np.maximum(mean[2], D_FLOOR)
+        s = np.fmin(np.fmax(s, self.origin_s / 8), self.origin_s * 8)  # fmin, fmax: a NaN bound does not bind
+        d = np.fmin(np.fmax(d, self.origin_d / 8), self.origin_d * 8)
+        return s, mean[1], d, mean[3]
+
+    def anchored(self):
+        """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
+        s, _, d, _ = self.scales()
+        return replace(self, origin_s=s, origin_d=d)
+
+    def map(self, f):
+        """f on every field: to index, repeat or stack states."""
+        return State(*(f(getattr(self, k.name)) for k in fields(self)))
+
+
+def _decayed_sum(u, carry):
+    """y_t = sum_{i<=t} a^(t-i) u_i + a^(t+1) carry along the last axis, in log2(T) elementwise passes.
+
+    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no later bar, to the bit.
+    """
+    y = u.copy()
+    n, shift = y.shape[-1], 1
+    while shift < n and DECAY ** shift > 1e-18:  # weights below the last bit add nothing
+        y[..., shift:] += DECAY ** shift * y[..., :-shift].copy()
+        shift *= 2
+    return y + carry[..., None] * DECAY ** np.arange(1, n + 1)
+
+
+BLOCK = 8192  # bars of one pass: keeps the arrays in cache, and memory bounded on mapped data
+
+
+def feature_blocks(bars, state=None):
+    """Yield (x float32 [n, 6], State after them) block by block; see `features`."""
+    state = state or State.start()
+    for i in range(0, len(bars), BLOCK):
+        x, state = _features_block(np.asarray(bars.ohlcva[i:i + BLOCK], np.float64), state)
+        yield x, state
+
+
+def features(bars) -> tuple[np.ndarray, State]:
+    """Causal features of a series: x float32 [T, 6] (close, open, upper, lower, volume, vwap), and the State after it.
+
+    Row t depends on bars <= t alone and is scaled by bars < t (the design of the scale: decayed mean true range).
+    Row 0 is zero. A channel without data is exactly 0. asinh shrinks tails and clips nothing.
+    """
+    blocks = list(feature_blocks(bars))
+    if not blocks:
+        raise ValueError("features of no bars")
+    return np.concatenate([x for x, _ in blocks]), blocks[-1][1]
+
+
+def _features_block(ohlcva, state):
+    o, h, l, c, v, a = ohlcva.T
+    n = len(c)
+    first = np.isnan(state.close)
+    prev = np.append(c[0] if first else state.close, c[:-1])
+    begun = np.ones(n)
+    begun[0] = 0.0 if first else 1.0  # bar 0 enters no mean
+    has_v = np.where(v > 0, begun, 0.0)
+    has_a = np.where((v > 0) & (a > 0), begun, 0.0)
+    volume = np.log1p(np.where(v > 0, v, 0.0))
+    vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
+    true_range = np.log(np.maximum(h, prev) / np.minimum(l, prev))
+
+    signals = np.stack([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a])
+    carry = np.stack([state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
+    s, s_w, m, m_w, g, g_w = sums = np.concatenate([carry[:, None], _decayed_sum(signals, carry)], axis=1)  # (6, n + 1)
+    level = m / np.where(m_w > 0, m_w, 1.0)
+    deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
+    signals = np.stack([np.abs(volume - level[:-1]) * deviates, deviates])
+    carry = np.stack([state.d, state.d_w])
+    d, d_w = sums_d = np.concatenate([carry[:, None], _decayed_sum(signals, carry)], axis=1)  # (2, n + 1)
+
+    before = State(prev, s[:-1], s_w[:-1], m[:-1], m_w[:-1], d[:-1], d_w[:-1], g[:-1], g_w[:-1],
+                   np.float64(np.nan), np.float64(np.nan))
+    s_t, m_t, d_t, g_t = before.scales()
+    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
+    x = np.stack([np.log(c / prev) / s_t,
+                  np.log(o / prev) / s_t,
+                  np.log(h / body_high) / s_t,
+                  np.log(body_low / l) / s_t,
+                  (volume - m_t) / d_t * has_v,
+                  (vwap - g_t) / s_t * has_a], axis=1)  # (n, 6)
+    if first:
+        x[0] = 0.0
+    ends = [*sums[:4, -1], *sums_d[:, -1], *sums[4:, -1]]
+    return np.arcsinh(x).astype(np.float32), State(c[-1], *ends, state.origin_s, state.origin_d)
+
+
+def inverse(x, state) -> tuple[np.ndarray, State]:
+    """Bars from features: the exact inverse of `features`, from the State before the first of them.
+
+    x: [..., T, 6], finite (ValueError if not).  state: fields of shape [...] or broadcast to it.
+    Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
+    become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
+    amounts, amount is volume times close.
+    """
+    x = np.asarray(x, np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("a feature is not finite")
+    batch, n = x.shape[:-2], x.shape[-2]
+    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch).copy())
+    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
+    out = np.empty((n, 6) + batch)
+    for t in range(n):
+        close, open_, upper, lower, volume, vwap = y[t]
+        s, m, d, g = st.scales()
+        c = np.clip(st.close * np.exp(np.clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-280, 1e280)
+        o = np.clip(st.close * np.exp(np.clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-280, 1e280)
+        h = np.maximum(o, c) * np.exp(np.clip(upper * s, 0.0, MAX_MOVE))
+        l = np.minimum(o, c) * np.exp(-np.clip(lower * s, 0.0, MAX_MOVE))
+        fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
+        has_v = ((volume != 0) & ((st.m_w > 0) | fresh)).astype(np.float64)
+        has_a = ((vwap != 0) & ((st.g_w > 0) | fresh)).astype(np.float64) * has_v
+        log_v = np.clip(m + volume * d, 0.0, 80.0) * has_v
+        rel = np.clip(g + vwap * s * has_a, -80.0, 80.0)
+        v = np.expm1(log_v)
+        out[t] = o, h, l, c, v, v * c * np.exp(rel)
+        deviates = has_v * (st.m_w > 0)
+        true_range = np.log(np.maximum(h, st.close) / np.minimum(l, st.close))
+        st = State(c, DECAY * st.s + true_range, DECAY * st.s_w + 1.0,
+                   DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
+                   DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
+                   DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
+    return np.moveaxis(out, (0, 1), (-2, -1)), st
