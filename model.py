@@ -1,0 +1,576 @@
+"""The model: a decoder that reads one bar per position and names the next one, coarse token first, then fine.
+
+    from model import Model, ModelConfig, load_checkpoint
+    model, tokenizer, meta = load_checkpoint("out.pt")
+    state = model.prefill(coarse, fine, time)              # once for the context
+    coarse, fine = model.sample(state.h)                   # then one step a bar, at constant cost
+    h, state = model.step(coarse, fine, time, state)
+
+Each layer's heads look back over several ranges: linear attention over the whole past, local softmax attention over short
+windows. At mid depth a latent reasoner refines a few slots at every 32nd bar, all borders at once, from the bars before it.
+The parallel form (forward, prefill) and the recurrence (step) are the same function. Writes: checkpoints, by save_checkpoint.
+
+Papers: linear attention as a recurrence, Katharopoulos et al., arXiv 2006.16236; without denominator, normed per head and
+chunked, Qin et al. arXiv 2210.10340, Sun et al. arXiv 2307.08621; rotary positions, Su et al., arXiv 2104.09864; linear
+biases, Press et al., arXiv 2108.12409; latent slots, Jaegle et al., arXiv 2103.03206; squared ReLU, So et al., arXiv 2109.08668.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import data
+from tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+CHUNK = 64          # bars per chunk of linear attention: the work within a chunk balances the work on its state
+GAPS = 7            # spacings whose median tells the bars' interval
+NO_GAP = 2**62      # stands for a spacing that does not exist (before the first bar)
+CALENDAR = (24, 60, 7, 31, 12, 32)      # hour, minute, weekday, day, month, log2 of the spacing: rows of the embedding
+
+
+@dataclass
+class ModelConfig:
+    coarse_bits: int = 10            # k1: the coarse vocabulary is 2^k1
+    fine_bits: int = 10              # k2
+    n_layer: int = 4
+    n_head: int = 8
+    n_embd: int = 192
+    linear_heads: int = -1           # heads with linear attention over the whole past; -1 is half of them
+    windows: tuple = (16, 64)        # the other heads' windows in bars, the bar itself included; each gets an equal share
+    pos: str = "rope"                # rope: rotated q and k; alibi: linear bias, in linear attention a decay
+    reasoner: bool = True            # the latent reasoner at mid depth
+    border: int = 32                 # a border every so many bars
+    slots: int = 16                  # latent slots at a border = bars that the parallel forecast reaches
+    rounds: int = 2                  # refinements of the slots, with shared weights
+    span: int = 128                  # bars before the border that its slots look at, a multiple of border
+    aux_weight: float = 0.1          # weight of the slots' own prediction of the bars after the border
+    direction_bit: bool = True       # the top coarse bit says whether close rose
+    unmoved: float = 0.0             # share of bars in the training data whose close did not move
+
+    def __post_init__(self):
+        self.windows = tuple(self.windows)
+        if self.linear_heads == -1:
+            self.linear_heads = self.n_head // 2 if self.windows else self.n_head
+        limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(2, 16384), border=(1, 4096),
+                      linear_heads=(0, self.n_head), slots=(1, 1024), rounds=(1, 64), span=(1, 65536), aux_weight=(0, 100), unmoved=(0, 0.999))
+        for name, (low, high) in limits.items():
+            kind = (int, float) if name in ("aux_weight", "unmoved") else int
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{name} must be within {low} and {high}, not {value!r}")
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
+        if not all(isinstance(w, int) and 1 <= w <= 65536 for w in self.windows):
+            raise ValueError(f"windows must be whole numbers from 1 to 65536, not {self.windows!r}")
+        if self.linear_heads < self.n_head and (not self.windows or (self.n_head - self.linear_heads) % len(self.windows)):
+            raise ValueError(f"{self.n_head - self.linear_heads} local heads cannot be shared among {len(self.windows)} windows")
+        if self.span % self.border or self.slots > self.border:
+            raise ValueError("span must be a multiple of border, and slots at most border")
+        if self.pos not in ("rope", "alibi"):
+            raise ValueError(f"pos must be rope or alibi, not {self.pos!r}")
+
+
+# --- Attention: the parallel forms -----------------------------------------------------------------------------------
+
+def norm(x):
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rotation(pos, dim, device):
+    """cos and sin of pos * theta, each [T, dim / 2]. In float64: at bar 20,000 a float32 angle is off by 1e-3."""
+    theta = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    angle = pos.to(torch.float64)[:, None] * theta                              # [T, dim / 2]
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, rot):
+    """Turns each pair (x_i, x_{i + D/2}) of x [..., T, D] by its angle: q_i . k_j then depends on i - j alone."""
+    cos, sin = rot[0].to(x.dtype), rot[1].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def linear_attention(q, k, v, slope):
+    """o_i = sum_{j <= i} exp(-slope (i - j)) (q_i . k_j) v_j / sqrt(D), for q, k, v [B, H, T, D] and slope [H].
+
+    Returns o and the state S_T = sum_j exp(-slope (T - 1 - j)) k_j v_j^T [B, H, D, D] in float32.
+
+    Why chunks. With m = slope, cut the bars into chunks n of L bars, i and j now count within a chunk, and split the sum into the
+    bars of the own chunk and all those before it:
+        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j     =  (A * M) V       A = Q K^T [L, L],  M_ij = exp(-m (i - j)) or 0
+            + exp(-m (i + 1)) q_i S_{n-1}                                         S_n: the state after chunk n [D, D]
+        S_n = exp(-m L) S_{n-1} + U_n,         U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
+    so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n', one product with a small triangular matrix for many chunks at a time.
+    All is matmuls, the work is T L D + T D D, and each exponent is <= 0: nothing can overflow.
+    """
+    B, H, T, D = q.shape
+    L = CHUNK
+    if T % L:       # zeros in front: they add nothing to any sum, and the last chunk's state is the state at T
+        q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
+    q, k, v = (a.reshape(B, H, -1, L, D) for a in (q * D**-0.5, k, v))          # [B, H, N, L, D]
+    N, m, dtype = q.shape[2], slope.float()[:, None], q.dtype
+    i = torch.arange(L, device=q.device)
+    d = i[:, None] - i
+    M = torch.exp(-m[..., None] * d.clamp(min=0)).masked_fill(d < 0, 0)         # [H, L, L]
+    A = (q @ k.mT) * M[:, None].to(dtype)                                       # [B, H, N, L, L]
+    K = k * torch.exp(-m * (L - 1 - i))[:, None, :, None].to(dtype)
+    U = (K.mT @ v).float().flatten(-2)                                          # [B, H, N, D * D]
+    S, states = U.new_zeros(B, H, 1, D * D), []
+    with torch.autocast(q.device.type, enabled=False):
+        for u in U.split(128, dim=2):       # groups of chunks, so that the triangular matrix stays small at any T
+            n = torch.arange(u.shape[2] + 1, device=q.device)
+            d = n[:, None] - 1 - n[:-1]
+            W = torch.exp(-m[..., None] * L * d.clamp(min=0)).masked_fill(d < 0, 0)     # [H, n + 1, n]
+            s = W @ u + torch.exp(-m * L * n)[..., None] * S                    # [B, H, n + 1, D * D]
+            S = s[:, :, -1:]
+            states.append(s[:, :, :-1])
+    before = torch.cat(states, dim=2).view(B, H, N, D, D)                       # S_{n-1}: the state before each chunk
+    Q = q * torch.exp(-m * (i + 1))[:, None, :, None].to(dtype)
+    o = A @ v + Q @ before.to(dtype)                                            # [B, H, N, L, D]
+    return o.view(B, H, N * L, D)[:, :, N * L - T:], S.view(B, H, D, D)
+
+
+def local_attention(q, k, v, window, slope):
+    """Softmax attention of bar i over bars i - window + 1 .. i, with bias -slope * distance; q, k, v [B, H, T, D], slope [H] or None.
+
+    In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it, nothing else."""
+    B, H, T, D = q.shape
+    w = min(window, T)
+    pad = -T % w
+    q, k, v = (F.pad(a, (0, 0, 0, pad)).view(B, H, -1, w, D) for a in (q, k, v))            # [B, H, N, w, D]
+    k, v = (torch.cat((F.pad(a, (0, 0, 0, 0, 1, 0))[:, :, :-1], a), dim=3) for a in (k, v))     # [B, H, N, 2w, D]
+    i, j = torch.arange(w, device=q.device)[:, None], torch.arange(-w, w, device=q.device)
+    seen = (i - j >= 0) & (i - j < w)                                           # [w, 2w]: exactly w keys in each row
+    exists = torch.arange(q.shape[2], device=q.device)[:, None, None] * w + j >= 0
+    score = (q @ k.mT) * D**-0.5                                                # [B, H, N, w, 2w]
+    if slope is not None:
+        score = score - slope[:, None, None, None].to(score.dtype) * (i - j).to(score.dtype)
+    weight = score.float().masked_fill(~(seen & exists), -math.inf).softmax(-1).to(v.dtype)
+    return (weight @ v).view(B, H, -1, D)[:, :, :T]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP. Heads in order: linear ones, then those of each window."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.H, self.HL, self.windows = config.n_embd, config.n_head, config.linear_heads, config.windows
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.out = nn.Linear(C, C, bias=False)
+        self.up = nn.Linear(C, 4 * C, bias=False)
+        self.down = nn.Linear(4 * C, C, bias=False)
+        HL, HW, alibi = self.HL, self.H - self.HL, config.pos == "alibi"
+        decay = 2.0 ** (-4 - 6 * torch.arange(HL) / max(1, HL - 1)) * alibi     # half of it is left after 11 to 700 bars
+        bias = 2.0 ** (-1 - 6 * (torch.arange(HW) % max(1, HW // max(1, len(self.windows)))) / max(1, HW)) * alibi
+        self.register_buffer("decay", decay, persistent=False)                  # [HL]
+        self.register_buffer("bias", bias, persistent=False)                    # [HW]
+        self.rope = not alibi
+
+    def forward(self, x, rot, keep=None):
+        """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs to go on: the linear state and the last keys and values."""
+        B, T, C = x.shape
+        qkv = self.qkv(norm(x)).view(B, T, 3, self.H, -1).permute(2, 0, 3, 1, 4)    # [3, B, H, T, D]
+        q, k, v = (rotate(qkv[0], rot), rotate(qkv[1], rot), qkv[2]) if self.rope else qkv
+        HL, heads, S = self.HL, [], None
+        if HL:
+            o, S = linear_attention(q[:, :HL], k[:, :HL], v[:, :HL], self.decay)
+            heads.append(norm(o))
+        for n, w in enumerate(self.windows if HL < self.H else ()):
+            share = (self.H - HL) // len(self.windows)
+            h = slice(HL + n * share, HL + (n + 1) * share)
+            bias = None if self.rope else self.bias[h.start - HL:h.stop - HL]
+            heads.append(local_attention(q[:, h], k[:, h], v[:, h], w, bias))
+        if keep is not None:
+            keep.append([S, self.ring(k[:, HL:], v[:, HL:])])
+        o = torch.cat(heads, dim=1).transpose(1, 2).reshape(B, T, C)            # [B, H, T, D] -> [B, T, C]
+        x = x + self.out(o)
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+    def ring(self, k, v):
+        """The last keys and values of the local heads, bar p in place p % W, W the longest window: [2, B, HW, W, D]."""
+        W, T = max(self.windows, default=1), k.shape[2]
+        kv = torch.stack((k[:, :, -W:], v[:, :, -W:])).float()
+        if T <= W:
+            return F.pad(kv, (0, 0, 0, W - T))
+        return kv.roll(T % W, dims=3)                                           # bar T - W comes first, its place is T % W
+
+    def step(self, x, rot, pos, memory, bias):
+        """x [B, C] -> [B, C]: one bar more; updates memory in place. bias [HW, 1, bars in the ring] masks and biases them."""
+        B, C = x.shape
+        S, ring = memory
+        qkv = self.qkv(norm(x)).view(B, 3, self.H, 1, -1)
+        q, k, v = (rotate(qkv[:, 0], rot), rotate(qkv[:, 1], rot), qkv[:, 2]) if self.rope else qkv.unbind(1)   # [B, H, 1, D]
+        HL, heads = self.HL, []
+        if HL:
+            S.mul_(torch.exp(-self.decay)[:, None, None]).add_(k[:, :HL].mT * v[:, :HL])
+            heads.append(norm((q[:, :HL] * q.shape[-1] ** -0.5) @ S))
+        if HL < self.H:
+            ring[:, :, :, pos % ring.shape[3]] = torch.stack((k[:, HL:, 0], v[:, HL:, 0]))
+            n = bias.shape[-1]
+            heads.append(F.scaled_dot_product_attention(q[:, HL:], ring[0, :, :, :n], ring[1, :, :, :n], attn_mask=bias))
+        x = x + self.out(torch.cat(heads, dim=1).reshape(B, C))
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+    def ring_bias(self):
+        """[HW, 2 W]: from place W - 1 - p % W on, W numbers for the W places of the ring at bar p: -slope * distance, or -inf."""
+        W = max(self.windows, default=1)
+        d = torch.arange(W, device=self.bias.device)
+        window = torch.tensor(self.windows, device=d.device).repeat_interleave((self.H - self.HL) // max(1, len(self.windows)))
+        bias = (-self.bias[:, None] * d).masked_fill(d >= window[:, None], -math.inf).flip(1)
+        return bias.repeat(1, 2)
+
+
+# --- The latent reasoner ---------------------------------------------------------------------------------------------
+
+def attend(q, k, v, n_head, mask=None):
+    """Softmax attention of q [..., Tq, C] to k, v [..., Tk, C] in n_head heads; mask broadcasts to [..., n_head, Tq, Tk]."""
+    q, k, v = (a.unflatten(-1, (n_head, -1)).transpose(-2, -3) for a in (q, k, v))      # [..., H, T, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-2, -3).flatten(-2)
+
+
+class Reasoner(nn.Module):
+    """Slots [16, C] at each border, refined from the `span` bars before it; read by the bars from the border on.
+
+    The bars lie on a grid of blocks, one from each border to the next. The slots at the start of block m + 1 look at
+    blocks m, m - 1, ..., and the bars of block m + 1 look at those slots: shifts by whole blocks, all borders side by side."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.config = config.n_embd, config
+        self.latent = nn.Parameter(torch.randn(config.slots, C))
+        self.offset = nn.Parameter(torch.zeros(config.border, C))   # tells a bar how far it is from its border
+        self.gate = nn.Parameter(torch.full((C,), 0.1))
+        self.look_q, self.look_kv, self.look_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))     # slots look at bars
+        self.self_qkv, self.self_out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(2 * C, C, bias=False)
+        self.read_q, self.read_kv, self.read_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))     # bars read slots
+        slope = 2.0 ** (-1 - 8 * torch.arange(config.n_head) / config.n_head)
+        distance = torch.arange(config.span, 0, -1)
+        self.register_buffer("near", -slope[:, None, None] * distance, persistent=False)    # [H, 1, span]
+
+    def think(self, kv, count):
+        """kv [..., span, 2C] of the bars before each border, count [...]: how many of them exist -> slots [..., 16, C]."""
+        H, span = self.config.n_head, self.config.span
+        missing = torch.arange(span, 0, -1, device=kv.device) > count[..., None, None, None]        # [..., 1, 1, span]
+        mask = self.near.masked_fill(missing, -math.inf).to(kv.dtype)                               # [..., H, 1, span]
+        mask = mask.expand(*mask.shape[:-2], self.config.slots, span)
+        k, v = kv.chunk(2, dim=-1)
+        s = self.latent.expand(*kv.shape[:-2], -1, -1)                                              # [..., 16, C]
+        for _ in range(self.config.rounds):
+            s = s + self.look_out(attend(self.look_q(norm(s)), k, v, H, mask))
+            s = s + self.self_out(attend(*self.self_qkv(norm(s)).chunk(3, dim=-1), H))
+            s = s + self.down(F.relu(self.up(norm(s))).square())
+        return s
+
+    def read(self, x, slots, offset):
+        """What bars x [..., n, C], `offset` [n, C] tells how far after the border, take from slots [..., 16, C]."""
+        k, v = self.read_kv(norm(slots)).chunk(2, dim=-1)
+        return self.gate * self.read_out(attend(self.read_q(norm(x)) + offset, k, v, self.config.n_head))
+
+    def forward(self, x, phase, keep=None):
+        """x [B, T, C] -> x and the slots [B, M, 16, C] of the M borders at (p + phase) % border == 0, 0 < p < T."""
+        (B, T, C), W, span = x.shape, self.config.border, self.config.span
+        left = phase % W
+        first = W - left                                                        # the first border
+        M = max(0, -(-(T - first) // W))
+        grid = F.pad(x, (0, 0, left, (M + 1) * W - left - T)).view(B, M + 1, W, C)
+        kv = self.look_kv(norm(grid))                                           # [B, M + 1, W, 2C]
+        back = span // W
+        blocks = F.pad(kv, (0, 0, 0, 0, back - 1, 0))                           # [B, M + back, W, 2C]
+        if keep is not None:
+            keep.update(pending=grid[:, -1].float().clone(), kv=F.pad(blocks, (0, 0, 0, 0, 1, 0))[:, M:M + back].flatten(1, 2).float())
+        if M == 0:
+            return x, x.new_zeros(B, 0, self.config.slots, C)
+        kv = torch.cat([blocks[:, n:n + M] for n in range(back)], dim=2)        # [B, M, span, 2C]
+        count = first + W * torch.arange(M, device=x.device)
+        slots = self.think(kv, count.expand(B, M))
+        grid = torch.cat((grid[:, :1], grid[:, 1:] + self.read(grid[:, 1:], slots, self.offset)), dim=1)
+        return grid.flatten(1, 2)[:, left:left + T], slots
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+def calendar(time):
+    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
+
+    The civil date from the day's number, counted in years from March on, whose leap day comes last: whole-number arithmetic."""
+    days = time // 86400
+    second = time - days * 86400
+    z = days + 719468                                   # days since 0000-03-01
+    era = z // 146097                                   # 400 years each
+    doe = z - era * 146097
+    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * year + year // 4 - year // 100)
+    month = (5 * doy + 2) // 153                        # 0 is March
+    day = doy - (153 * month + 2) // 5
+    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+
+
+def gap_bucket(gaps):
+    """floor(log2) of the median of the spacings [..., GAPS] that exist, as a number from 1 to 31; 0 where none does."""
+    gaps = gaps.sort(-1).values
+    count = (gaps < NO_GAP).sum(-1, keepdim=True)
+    median = gaps.gather(-1, (count - 1).clamp(min=0) // 2)
+    bucket = median.clamp(min=1).double().log2().floor().long().clamp(max=30) + 1
+    return torch.where(count > 0, bucket, 0)            # [..., 1]
+
+
+class State:
+    """What generation carries from bar to bar; its size does not depend on how many bars there were. All rows are at the same bar.
+
+    pos: bars seen. h [B, C]: hidden state of the last bar. layers: per layer the linear state S [B, HL, D, D] and the ring [2, B, HW, W, D]
+    of keys and values. time [B], gaps [B, GAPS]: for the spacing. Reasoner: pending [B, border, C], the hidden states since the last border;
+    kv [B, span, 2C], keys and values before it; read [2, B, slots, C], the last border's slots as keys and values, None before the first."""
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+    def repeat(self, n):
+        """Each row n times, as copies of its own: many paths go on from one prefill."""
+        def rows(a, dim=0):
+            return None if a is None else a.repeat_interleave(n, dim=dim)
+        layers = [[rows(S), rows(ring, 1)] for S, ring in self.layers]
+        slots = {name: rows(getattr(self, name)) for name in ("h", "time", "gaps", "pending", "kv", "slots")}
+        return State(pos=self.pos, phase=self.phase, bias=self.bias, layers=layers, **slots)
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
+        C, V1, V2 = config.n_embd, 2**config.coarse_bits, 2**config.fine_bits
+        sizes = (V1, V2) + CALENDAR
+        offsets = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+        self.embed = nn.Embedding(sum(sizes), C)        # one table, of which a bar takes eight rows: coarse, fine, calendar, spacing
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.reasoner = Reasoner(config) if config.reasoner else None
+        self.coarse_head = nn.Linear(C, V1, bias=False)
+        self.fine_mix = nn.Linear(C, C, bias=False)     # fine logits = W gelu(A h + e(coarse)): the coarse token turns what h says
+        self.fine_given = nn.Embedding(V1, C)
+        self.fine_head = nn.Linear(C, V2, bias=False)
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that mean "up"
+        self.mid = config.n_layer // 2
+        self.grad_ckpt = False                          # recompute each layer in the backward pass instead of keeping it
+        self.parts = {}
+        for name, p in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2 and not name.endswith(("latent", "offset")):
+                nn.init.normal_(p, std=0.02)
+
+    def embedding(self, coarse, fine, time, gaps):
+        rows = torch.cat((coarse[..., None], fine[..., None], calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets
+        return norm(self.embed(rows).sum(-2))           # [..., C]
+
+    def trunk(self, coarse, fine, time, phase, keep=None, depth=None):
+        """Hidden states [B, T, C] after `depth` layers (all of them), and the slots of the borders."""
+        gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
+        x, slots = self.embedding(coarse, fine, time, gaps.unfold(1, GAPS, 1)), None
+        rot = rotation(torch.arange(x.shape[1], device=x.device), self.config.n_embd // self.config.n_head, x.device)
+        if keep is not None:
+            keep.update(layers=[], gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone())
+        save = self.grad_ckpt and torch.is_grad_enabled() and keep is None
+        for n, block in enumerate(self.blocks[:depth]):
+            if n == self.mid and self.reasoner:
+                x, slots = checkpoint(self.reasoner, x, phase, use_reentrant=False) if save else self.reasoner(x, phase, keep)
+            x = checkpoint(block, x, rot, use_reentrant=False) if save else block(x, rot, keep and keep["layers"])
+        return x, slots
+
+    def forward(self, coarse, fine, time, targets=None, phase=0):
+        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count.
+
+        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest), and the loss
+        in nats per bar, None without targets. Its parts stay in self.parts: coarse, fine, aux."""
+        x, slots = self.trunk(coarse, fine, time, phase)
+        h = norm(x)
+        coarse_logits = self.coarse_logits(h)
+        given = coarse_logits.argmax(-1) if targets is None else targets[0].clamp(min=0)
+        fine_logits = self.fine_logits(h, given)
+        if targets is None:
+            return coarse_logits, fine_logits, None
+        parts = dict(coarse=mean_nats(coarse_logits, targets[0]), fine=mean_nats(fine_logits, targets[1]))
+        loss = parts["coarse"] + parts["fine"]
+        if slots is not None and self.config.aux_weight:
+            parts["aux"] = self.slot_loss(slots, targets, phase)
+            loss = loss + self.config.aux_weight * parts["aux"]
+        self.parts = {name: part.detach() for name, part in parts.items()}
+        return coarse_logits, fine_logits, loss
+
+    def slot_loss(self, slots, targets, phase):
+        """Slot m at border p predicts bar p + m, which is the target at p + m - 1."""
+        W, (B, M, n, _) = self.config.border, slots.shape
+        at = W - phase % W - 1 + W * torch.arange(M, device=slots.device)[:, None] + torch.arange(n, device=slots.device)   # [M, 16]
+        coarse, fine = (F.pad(target, (0, n), value=-1)[:, at] for target in targets)                                      # [B, M, 16]
+        h = norm(slots)
+        return mean_nats(self.coarse_logits(h), coarse) + mean_nats(self.fine_logits(h, coarse.clamp(min=0)), fine)
+
+    def prefill(self, coarse, fine, time, phase=0):
+        """The state after coarse, fine, time int64 [B, T], from which step goes on."""
+        keep = {}
+        x, slots = self.trunk(coarse, fine, time, phase, keep)
+        keep["slots"] = slots[:, -1].float() if slots is not None and slots.shape[1] else None
+        for name in ("pending", "kv"):
+            keep.setdefault(name, None)
+        return State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(), **keep)
+
+    def step(self, coarse, fine, time, state):
+        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place."""
+        state.gaps = torch.cat((state.gaps[:, 1:], (time - state.time)[:, None]), dim=1)
+        state.time = time
+        x, pos, W = self.embedding(coarse, fine, time, state.gaps), state.pos, state.bias.shape[1] // 2
+        rot = rotation(torch.tensor([pos], device=x.device), self.config.n_embd // self.config.n_head, x.device)
+        place = W - 1 - pos % W
+        bias = state.bias[:, None, place:place + min(pos + 1, W)]
+        for n, block in enumerate(self.blocks):
+            if n == self.mid and self.reasoner:
+                x = self.reason_step(x, pos, state)
+            x = block.step(x, rot, pos, state.layers[n], bias)
+        state.h, state.pos = norm(x), pos + 1
+        return state.h, state
+
+    def reason_step(self, x, pos, state):
+        """The reasoner for one bar x [B, C]. At a border the bars since the last one become keys, and the slots are made anew."""
+        r, W = self.reasoner, self.config.border
+        offset = (pos + state.phase) % W
+        if offset == 0:
+            state.kv = torch.cat((state.kv[:, W:], r.look_kv(norm(state.pending))), dim=1)
+            state.slots = r.think(state.kv, torch.tensor(pos, device=x.device).expand(x.shape[0]))
+        state.pending[:, offset] = x
+        if state.slots is None:
+            return x
+        return x + r.read(x[:, None], state.slots, r.offset[offset:offset + 1])[:, 0]
+
+    def parallel(self, coarse, fine, time):
+        """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C], from which fine_logits,
+        p_up and sample take the rest. Raises UserError if the model has no reasoner."""
+        if not self.reasoner:
+            raise data.UserError("the model has no latent reasoner: parallel forecasts need one; train it with the reasoner, or forecast step by step")
+        span, r = self.config.span, self.reasoner
+        x, _ = self.trunk(coarse, fine, time, 0, depth=self.mid)
+        x = F.pad(x[:, -span:], (0, 0, max(0, span - x.shape[1]), 0))           # [B, span, C]
+        h = norm(r.think(r.look_kv(norm(x)), torch.tensor(coarse.shape[1], device=x.device).expand(x.shape[0])))
+        return self.coarse_logits(h), h
+
+    def coarse_logits(self, h):
+        return self.coarse_head(h)
+
+    def fine_logits(self, h, coarse):
+        """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
+        return self.fine_head(F.gelu(self.fine_mix(h) + self.fine_given(coarse)))
+
+    def p_up(self, h):
+        """P(close rises | it moves) for h [..., C]: an exact sum over the coarse tokens."""
+        p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
+        return (p / (1 - self.config.unmoved)).clamp(max=1)
+
+    def sample(self, h, temperature=1.0, top_p=1.0, generator=None):
+        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C]."""
+        coarse = draw(self.coarse_logits(h), temperature, top_p, generator)
+        return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, generator)
+
+
+def mean_nats(logits, target):
+    """Mean cross-entropy over the targets that count (>= 0); 0 if none does."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=-1, reduction="sum")
+    return total / (target >= 0).sum().clamp(min=1)
+
+
+def draw(logits, temperature, top_p, generator):
+    """One token for each row of logits [..., V], by the inverse of the cumulative distribution: one random number a row."""
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:       # keep the likeliest tokens up to a mass of top_p, the one that crosses it included
+        value, order = p.sort(dim=-1, descending=True)
+        p = torch.zeros_like(p).scatter(-1, order, value.masked_fill(value.cumsum(-1) - value >= top_p, 0))
+    c = p.cumsum(-1)
+    u = torch.rand(*p.shape[:-1], 1, device=p.device, generator=generator) * c[..., -1:]
+    return torch.searchsorted(c, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+@torch.no_grad()
+def close_table(tokenizer):
+    """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
+    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
+    fine = torch.arange(2**k2)
+    return torch.stack([tokenizer.decode(torch.full_like(fine, c), fine)[..., 0] for c in range(2**k1)])
+
+
+@torch.no_grad()
+def next_bar(model, table, h, scale, quantiles=(0.05, 0.5, 0.95)):
+    """The next bar in closed form, without sampling noise: P(up) [B], expected return E[C'/C] - 1 [B], quantiles of the log return [B, Q].
+
+    For h [B, C] and scale [B], the s_t that made the features: log return = sinh(close feature) * s_t, at most log 10 either way.
+    table from close_table. Row by row, since the 2^20 probabilities of a row are 4 MB."""
+    value, order = table.flatten().double().sort()
+    V1 = table.shape[0]
+    every = torch.arange(V1, device=h.device)
+    p_up, mean, quantile = [], [], []
+    for row, s in zip(h, scale.double()):
+        pc = model.coarse_logits(row).double().softmax(-1)                                              # [2^k1]
+        pf = model.fine_logits(row.expand(V1, -1), every).double().softmax(-1)                          # [2^k1, 2^k2]
+        p = (pc[:, None] * pf).flatten()[order]
+        log_return = (torch.sinh(value) * s).clamp(-math.log(10), math.log(10))
+        c = p.cumsum(0)
+        at = torch.searchsorted(c, torch.tensor(quantiles, dtype=c.dtype, device=c.device) * c[-1]).clamp(max=len(c) - 1)
+        p_up.append(pc[model.up_mask].sum())
+        mean.append((p * torch.expm1(log_return)).sum())
+        quantile.append(log_return[at])
+    return torch.stack(p_up), torch.stack(mean), torch.stack(quantile)
+
+
+# --- The checkpoint --------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, model, tokenizer, **meta):
+    """Writes one self-contained file. model may be None while the tokenizer is in training, and tokenizer a plain dict.
+    meta: stage, best (weights), features, optimizer, scaler, step, bad_steps, seed, data, splits, metrics, and what else a stage needs."""
+    entry = dict.fromkeys(("stage", "best", "features", "optimizer", "scaler", "step", "bad_steps", "seed", "data", "splits"))
+    entry |= dict(metrics=[]) | meta | dict(format_version=FORMAT_VERSION, config=None, model=None)
+    if model is not None:
+        entry |= dict(config=asdict(model.config), model=model.state_dict())
+    entry["tokenizer"] = tokenizer.dump() if hasattr(tokenizer, "dump") else tokenizer
+    data.save_atomic(entry, path)
+
+
+def read_checkpoint(path):
+    """The plain dict of a checkpoint of any stage. Raises UserError for a file that is none."""
+    entry = data.load_safe(path)
+    if not isinstance(entry, dict) or "format_version" not in entry:
+        raise data.UserError(f"{path}: not a Kronos-R checkpoint; give a file that pretrain.py wrote")
+    if entry["format_version"] != FORMAT_VERSION:
+        raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, this version reads {FORMAT_VERSION}; train it anew")
+    for key in ("stage", "config", "model", "best", "tokenizer", "metrics"):
+        if key not in entry:
+            raise data.UserError(f"{path}: damaged checkpoint, {key!r} is missing; restore it from a copy or train it anew")
+    return entry
+
+
+def load_checkpoint(path, device="cpu", weights="best"):
+    """-> model (in eval mode), tokenizer, meta (all else in the file). weights: "best" on val (the last if there is none) or "last"."""
+    entry = read_checkpoint(path)
+    if entry["model"] is None:
+        raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
+    state = entry["best"] if weights == "best" and entry["best"] is not None else entry["model"]
+    try:
+        known = {f.name for f in fields(ModelConfig)}
+        if set(entry["config"]) - known:
+            raise ValueError(f"unknown setting {sorted(set(entry['config']) - known)[0]!r}")
+        config = ModelConfig(**entry["config"])
+        with torch.device("meta"):      # compare the shapes before any memory is taken
+            shapes = {name: p.shape for name, p in Model(config).state_dict().items()}
+        found = {name: p.shape for name, p in state.items()}
+        for name in shapes.keys() | found.keys():
+            if shapes.get(name) != found.get(name):
+                raise ValueError(f"weights {name!r} do not fit the config")
+        model = Model(config)
+        model.load_state_dict(state)
+        tokenizer = Tokenizer.load(entry["tokenizer"])
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise data.UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew") from None
+    meta = {key: value for key, value in entry.items() if key not in ("model", "best", "tokenizer")}
+    return model.to(device).eval(), tokenizer, meta
