@@ -9,18 +9,19 @@ nothing that is learned or scored can see its own target.
 """
 import argparse
 import csv
+import dataclasses
 import datetime
 import glob
 import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import os
 import re
-import shutil
+import statistics
 import sys
+import types
 import typing
 import zlib
 from dataclasses import dataclass, fields, replace
@@ -356,17 +357,17 @@ class State:
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
 
 
-def _decayed_sum(u, carry):
-    """y_t = sum_{i<=t} a^(t-i) u_i + a^(t+1) carry along the last axis, in log2(T) elementwise passes.
+def _decayed_sum(u, carry, decay=DECAY):
+    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T) elementwise passes.
 
     After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no later bar, to the bit.
     """
     y = u.copy()
     n, shift = y.shape[-1], 1
-    while shift < n and DECAY ** shift > 1e-18:  # weights below the last bit add nothing
-        y[..., shift:] += DECAY ** shift * y[..., :-shift].copy()
+    while shift < n and decay ** shift > 1e-18:  # weights below the last bit add nothing
+        y[..., shift:] += decay ** shift * y[..., :-shift].copy()
         shift *= 2
-    return y + carry[..., None] * DECAY ** np.arange(1, n + 1)
+    return y + carry[..., None] * decay ** np.arange(1, n + 1)
 
 
 BLOCK = 8192  # bars of one pass: keeps the arrays in cache, and memory bounded on mapped data
@@ -466,3 +467,363 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
                    DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
                    DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
     return np.moveaxis(out, (0, 1), (-2, -1)), st
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits, token streams, batches
+
+def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
+    """(val_start, test_start) in UTC seconds: train < val_start <= val < test_start <= test, over all symbols at once.
+
+    Given as dates, or None: 80/10/10 % of the distinct time stamps.
+    """
+    stamps = series[0].time
+    for bars in series[1:]:
+        if not np.array_equal(stamps, bars.time):
+            stamps = np.union1d(stamps, bars.time)
+    borders = []
+    for name, date, share in (("val_start", val_start, 0.8), ("test_start", test_start, 0.9)):
+        border = float(stamps[min(int(share * len(stamps)), len(stamps) - 1)]) if date is None else _stamp(str(date))
+        if np.isnan(border):
+            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
+        borders.append(int(border))
+    if not stamps[0] < borders[0] < borders[1]:
+        raise UserError(f"the split leaves no room: bars begin {iso(stamps[0])}, val {iso(borders[0])}, "
+                        f"test {iso(borders[1])}; set --val_start and --test_start in this order")
+    return borders[0], borders[1]
+
+
+def iso(seconds):
+    """UTC seconds as text: a date, with the time of day where it has one."""
+    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
+
+
+def targets_of(bars, split, borders):
+    """[first, last) of the bars that are targets in "train", "val" or "test"; context may reach back before first."""
+    val, test = np.searchsorted(bars.time, borders)
+    first, last = {"train": (0, val), "val": (val, test), "test": (test, len(bars))}[split]
+    return max(int(first), CONTEXT), int(last)
+
+
+@dataclass
+class Streams:
+    """Token series of many symbols, which of their bars are targets, and the shape of a batch."""
+    tokens: list          # per symbol int16 [T, 2]: coarse, fine; may be memory-mapped
+    time: list            # per symbol int64 [T]
+    targets: np.ndarray   # int64 [symbols, 2]: first target, one past the last
+    block_size: int       # bars of context in a window
+    batch_size: int       # windows in the global batch
+
+    def __post_init__(self):
+        # a window is named by its last target e; its inputs are the block_size bars before e
+        self.first_end = np.maximum(self.targets[:, 0], self.block_size)
+        self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
+
+
+def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
+    """Streams whose targets lie in one split."""
+    targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
+    return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size)
+
+
+def get_batch(streams, seed, step, rank=0, world=1):
+    """Rows rank::world of the global batch, a pure function of (seed, step).
+
+    Returns coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each; a target that does not
+    count (context, another split) is -1. Windows are drawn evenly over all possible ones.
+    """
+    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+    which = np.searchsorted(streams.windows, draws, side="right")
+    before = np.append(0, streams.windows)[which]
+    return gather(streams, which, streams.first_end[which] + draws - before)
+
+
+def tiles(streams, at_most):
+    """Windows (symbol, last target) that hold each target once, evenly thinned to at_most: what a loss is measured on."""
+    found = [(i, end) for i, (first, last) in enumerate(streams.targets)
+             for end in range(int(last) - 1, int(streams.first_end[i]) - 1, -streams.block_size)]
+    keep = np.linspace(0, len(found) - 1, min(at_most, len(found))).round().astype(int)
+    return [found[k] for k in keep]
+
+
+def gather(streams, which, ends):
+    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
+    n = streams.block_size
+    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)]).astype(np.int64)  # (B, n + 1, 2)
+    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])                            # (B, n)
+    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                                # (B, n)
+    target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
+    to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
+    return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
+
+
+def tokenize(bars, tokenizer) -> np.ndarray:
+    """Tokens of a series, int16 [T, 2]; of a memory-mapped one made once and kept beside it, mapped too."""
+    cache = _cache_path(bars, tokenizer)
+    if cache and os.path.exists(cache):
+        return np.load(cache, mmap_mode="r")
+    tokens = np.empty((len(bars), 2), np.int16)
+    if cache:
+        try:
+            tokens = np.lib.format.open_memmap(cache + ".tmp", "w+", np.int16, (len(bars), 2))
+        except OSError:
+            cache = None  # a folder that cannot be written: keep the tokens in memory
+    at = 0
+    for x, _ in feature_blocks(bars):
+        coarse, fine = tokenizer.encode(torch.from_numpy(x))
+        tokens[at:at + len(x)] = np.stack([coarse.cpu().numpy(), fine.cpu().numpy()], axis=1)
+        at += len(x)
+    if cache:
+        tokens.flush()
+        os.replace(cache + ".tmp", cache)
+        tokens = np.load(cache, mmap_mode="r")
+    return tokens
+
+
+def _cache_path(bars, tokenizer):
+    name = getattr(bars.ohlcva, "filename", None)
+    if name is None or len(np.load(name, mmap_mode="r")) != len(bars):
+        return None
+    digest = hashlib.sha256()
+    for key, value in sorted(tokenizer.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+    return f"{os.fspath(name).removesuffix('.ohlcva.npy')}.tokens-{digest.hexdigest()[:12]}.npy"
+
+
+def fingerprint(series) -> str:
+    """A hash of every bar, so that a run can tell that it goes on with the data it began with."""
+    digest = hashlib.sha256()
+    for bars in series:
+        digest.update(bars.symbol.encode())
+        for i in range(0, len(bars), 1 << 16):
+            digest.update(np.ascontiguousarray(bars.time[i:i + (1 << 16)]).tobytes())
+            digest.update(np.ascontiguousarray(bars.ohlcva[i:i + (1 << 16)]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy (and cached tokens)
+
+def write_folder(series, out):
+    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
+    if os.path.exists(os.path.join(out, "symbols.json")):
+        raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
+    names = {}
+    try:
+        os.makedirs(out, exist_ok=True)
+        for bars in series:
+            seen = bars.symbol in names
+            stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
+            if seen:  # the symbol goes on in another file
+                old = _open_series(stem, bars.symbol)
+                bars = _sorted(bars.symbol, np.append(old.time, bars.time), np.append(old.ohlcva, bars.ohlcva, axis=0))
+            np.save(stem + ".time.npy", bars.time)
+            np.save(stem + ".ohlcva.npy", bars.ohlcva)
+        with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
+            json.dump(list(names), f)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another --out")
+
+
+def _open_series(stem, symbol):
+    return Bars(symbol, *(np.load(f"{stem}.{k}.npy", mmap_mode="r") for k in ("time", "ohlcva")))
+
+
+def _open_folder(folder):
+    try:
+        with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
+            names = json.load(f)
+        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: not a whole data set ({e}); write it again with python data.py --out")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic market
+
+def synthetic(seed=0, signal=0.1, n_symbols=8, n_bars=20_000) -> tuple[list[Bars], float]:
+    """A market with a planted edge: minute bars in weekday sessions, [n_bars] for each symbol; and its best accuracy.
+
+    Volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap, volume moves with volatility,
+    symbols move together, one bar in a hundred does not move. Of each bar one wick is long: the lower one says that the
+    next bar closes up with probability 0.5 + signal, the upper one down. Nothing else tells the direction, so the best
+    reachable direction accuracy (of bars that moved) is 0.5 + signal, returned beside the bars. signal=0: a null market.
+    """
+    if not 0 <= signal < 0.5:
+        raise UserError(f"signal {signal}: must be at least 0 and below 0.5")
+    return list(_synthetic(seed, signal, n_symbols, n_bars)), 0.5 + signal
+
+
+SESSION = 390  # minutes of a trading day, from 14:30 UTC
+
+
+def _synthetic(seed, signal, n_symbols, n_bars):
+    common = np.random.default_rng([seed, 0])
+    n = np.arange(n_bars)
+    day = n // SESSION
+    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + n % SESSION * 60  # from Monday 2020-01-06
+    common_vol = _decayed_sum(common.normal(0, 0.06, n_bars), np.float64(0), 0.98)
+    common_coin = common.standard_normal(n_bars)
+    for i in range(n_symbols):
+        rng = np.random.default_rng([seed, 1 + i])
+        log_vol = common_vol + _decayed_sum(rng.normal(0, 0.1, n_bars), np.float64(0), 0.95)
+        sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
+        size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
+        size[rng.random(n_bars) < 0.01] = 0.0
+        wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
+        edge = statistics.NormalDist().inv_cdf(0.5 + signal)
+        told = np.append(0, wick[:-1]) * edge
+        up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
+        close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
+        gap = rng.standard_normal(n_bars) * sigma * np.where(n % SESSION == 0, 1.5, 0.1)
+        open_ = np.append(close[0], close[:-1]) * np.exp(gap)
+        long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
+        high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
+        low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
+        volume = np.exp(rng.uniform(6, 9) + 0.7 * log_vol + 0.3 * size / sigma + rng.normal(0, 0.4, n_bars)).round() + 1
+        amount = volume * (high + low + close) / 3
+        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that survive a kill, and what every script's command line shares
+
+def save_atomic(obj, path):
+    """torch.save to a temporary file, flushed, renamed, its folder flushed: a kill leaves the old file or the new one.
+
+    Raises UserError when the disk refuses; the old file is intact then.
+    """
+    path = os.path.abspath(path)
+    temporary = path + ".tmp"
+    buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
+    torch.save(obj, buffer)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as e:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(f"{path}: cannot be saved ({e.strerror}); make room or choose another --out. "
+                        f"The last good file there, if any, is intact")
+
+
+def load_safe(path):
+    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; train one with python pretrain.py")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name a checkpoint file")
+    except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
+        why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
+        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); train one with python pretrain.py")
+
+
+def check_out(path, overwrite=False):
+    """Refuse, before any work, an output that exists, or that could not be written at the end."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: cannot be written; choose another --out")
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
+                        f"or choose another --out")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def cli(config_class, doc, argv=None) -> dict:
+    """The flags given, as {field: value}; there is a flag for each field of the dataclass, and no other.
+
+    A field's type is the flag's, the comment behind it the help; a list takes one or more values; a bool is a switch.
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(config_class), re.M))
+    for field in fields(config_class):
+        kind = typing.get_type_hints(config_class)[field.name]
+        if typing.get_origin(kind) is types.UnionType:  # X | None
+            kind = typing.get_args(kind)[0]
+        default = "" if field.default in (None, dataclasses.MISSING) else f" (default {field.default})"
+        how = dict(help=comments[field.name].replace("%", "%%") + default.replace("%", "%%"), default=argparse.SUPPRESS)
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is list:
+            how |= dict(nargs="+", type=typing.get_args(kind)[0])
+        elif typing.get_origin(kind) is tuple:
+            how |= dict(type=lambda text: tuple(int(n) for n in text.split(",")), metavar="N,N")
+        else:
+            how |= dict(type=kind)
+        parser.add_argument(f"--{field.name}", **how)
+    return vars(parser.parse_args(argv))
+
+
+def run(main):
+    """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
+    try:
+        main()
+    except UserError as e:
+        sys.stdout.flush()
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress(text, final=False):
+    """One line that rewrites itself on a terminal; in a file only the final one is written."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="\n" if final else "", file=sys.stderr, flush=True)
+    elif final:
+        print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Config:
+    data: list[str] | None = None  # CSV files, folders or globs to convert
+    synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
+    signal: float = 0.1            # synthetic: how far the planted edge lifts direction accuracy above one half
+    n_symbols: int = 8             # synthetic: among so many symbols
+    seed: int = 0                  # synthetic: seed
+    out: str = "bars"              # folder to write
+
+
+def main():
+    config = Config(**cli(Config, __doc__))
+    if (config.data is None) == (config.synthetic is None):
+        raise UserError("give either --data FILES or --synthetic N_BARS")
+    if config.data is None:
+        if config.n_symbols < 1 or config.synthetic < config.n_symbols or not 0 <= config.signal < 0.5:
+            raise UserError("--synthetic needs at least one bar for each of --n_symbols, and 0 <= --signal < 0.5")
+        series = _synthetic(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols)
+    else:
+        series = read_files(config.data)
+    count = [0, 0]
+
+    def counted():
+        for bars in series:
+            count[0], count[1] = count[0] + 1, count[1] + len(bars)
+            progress(f"{count[0]} series, {count[1]:,} bars")
+            yield bars
+
+    write_folder(counted(), config.out)
+    progress("", final=False)
+    print(f"{config.out}: {count[0]} series, {count[1]:,} bars; use it with --data {config.out}")
+
+
+if __name__ == "__main__":
+    run(main)
