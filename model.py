@@ -49,6 +49,7 @@ class ModelConfig:
     rounds: int = 2                  # refinements of the slots, with shared weights
     span: int = 128                  # bars before the border that its slots look at, a multiple of border
     aux_weight: float = 0.1          # weight of the slots' own prediction of the bars after the border
+    block_size: int = 256            # bars in a training window; forecasts give the model as many as context
     direction_bit: bool = True       # the top coarse bit says whether close rose
     unmoved: float = 0.0             # share of bars in the training data whose close did not move
 
@@ -56,7 +57,7 @@ class ModelConfig:
         self.windows = tuple(self.windows)
         if self.linear_heads == -1:
             self.linear_heads = self.n_head // 2 if self.windows else self.n_head
-        limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(2, 16384), border=(1, 4096),
+        limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(2, 16384), border=(1, 4096), block_size=(1, 2**31),
                       linear_heads=(0, self.n_head), slots=(1, 1024), rounds=(1, 64), span=(1, 65536), aux_weight=(0, 100), unmoved=(0, 0.999))
         for name, (low, high) in limits.items():
             kind = (int, float) if name in ("aux_weight", "unmoved") else int
@@ -469,10 +470,11 @@ class Model(nn.Module):
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
         return (p / (1 - self.config.unmoved)).clamp(max=1)
 
-    def sample(self, h, temperature=1.0, top_p=1.0, generator=None):
-        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C]."""
-        coarse = draw(self.coarse_logits(h), temperature, top_p, generator)
-        return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, generator)
+    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None):
+        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C]; from uniform numbers u [..., 2] if they are given."""
+        u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator) if u is None else u
+        coarse = draw(self.coarse_logits(h), temperature, top_p, u[..., :1])
+        return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:])
 
 
 def mean_nats(logits, target):
@@ -481,15 +483,14 @@ def mean_nats(logits, target):
     return total / (target >= 0).sum().clamp(min=1)
 
 
-def draw(logits, temperature, top_p, generator):
-    """One token for each row of logits [..., V], by the inverse of the cumulative distribution: one random number a row."""
+def draw(logits, temperature, top_p, u):
+    """One token for each row of logits [..., V], by the inverse of the cumulative distribution at u [..., 1], uniform in [0, 1)."""
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:       # keep the likeliest tokens up to a mass of top_p, the one that crosses it included
         value, order = p.sort(dim=-1, descending=True)
         p = torch.zeros_like(p).scatter(-1, order, value.masked_fill(value.cumsum(-1) - value >= top_p, 0))
     c = p.cumsum(-1)
-    u = torch.rand(*p.shape[:-1], 1, device=p.device, generator=generator) * c[..., -1:]
-    return torch.searchsorted(c, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+    return torch.searchsorted(c, u * c[..., -1:], right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 
 
 @torch.no_grad()
