@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import types
@@ -515,16 +516,22 @@ class Streams:
     block_size: int       # bars of context in a window
     batch_size: int       # windows in the global batch
 
+    whole: bool = False   # only windows in which every bar is a target
+
     def __post_init__(self):
         # a window is named by its last target e; its inputs are the block_size bars before e
-        self.first_end = np.maximum(self.targets[:, 0], self.block_size)
+        self.first_end = np.maximum(self.targets[:, 0] + (self.block_size - 1) * self.whole, self.block_size)
         self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
 
 
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
-    """Streams whose targets lie in one split."""
+    """Streams whose targets lie in one split.
+
+    Windows of training hold targets only, so that all weigh the same; unless no series is long enough for one.
+    """
     targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
-    return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size)
+    whole = split == "train" and bool((targets[:, 1] - targets[:, 0] >= block_size).any())
+    return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
 
 
 def get_batch(streams, seed, step, rank=0, world=1):
@@ -767,6 +774,24 @@ def cli(config_class, doc, argv=None) -> dict:
             how |= dict(type=kind)
         parser.add_argument(f"--{field.name}", **how)
     return vars(parser.parse_args(argv))
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C as a flag that a loop reads between steps, so that it can save and then exit."""
+
+    def __init__(self):
+        self.signum = 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum, frame):
+        if self.signum:
+            raise KeyboardInterrupt  # asked twice: stop without saving
+        self.signum = signum
+
+    @property
+    def status(self):
+        return 128 + self.signum  # 143 and 130, as the shell has it
 
 
 def run(main):

@@ -1,0 +1,429 @@
+"""Stage 1: learn the next token of every bar, from bars (or the synthetic market) to a checkpoint that forecasts.
+
+    python pretrain.py                                        # the synthetic market, a few minutes on two CPU cores
+    python pretrain.py --data bars.csv                        # your bars; writes out.pt
+    python pretrain.py --data bars.csv --resume               # go on after a kill, to the same weights bit for bit
+    python pretrain.py --data other.csv --init_from out.pt --out tuned.pt              # fine-tune
+    torchrun --nproc_per_node=4 pretrain.py --data bars.csv                            # four GPUs of one machine
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --data bars.csv
+
+Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
+token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of a
+step, its border phase and all other chance come from (seed, step) alone, so that a resumed run, or one on another number
+of processes, sees the same data. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+"""
+import contextlib
+import datetime
+import math
+import os
+import resource
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+from data import UserError
+from model import Model, ModelConfig, load_checkpoint, read_checkpoint, save_checkpoint
+from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
+
+
+@dataclass
+class Config:
+    data: list[str] | None = None     # CSV files, folders, globs or a folder of data.py; none: the synthetic market
+    out: str = "out.pt"               # checkpoint to write
+    resume: bool = False              # go on from --out
+    overwrite: bool = False           # replace an existing --out
+    init_from: str | None = None      # checkpoint to fine-tune: its weights, tokenizer and sizes come along
+    tokenizer: str | None = None      # checkpoint whose tokenizer is used as it is
+    val_start: str | None = None      # first date of val; train is before it
+    test_start: str | None = None     # first date of test; val is before it
+    steps: int = 600                  # updates of the model
+    tok_steps: int = 3000             # updates of the tokenizer
+    batch_size: int = 16              # windows per update, over all processes
+    block_size: int = 256             # bars in a window
+    micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: all at once
+    lr: float = 2e-3                  # peak learning rate; warms up, then falls in one cosine to a tenth
+    warmup: int = 50                  # updates of warm-up
+    weight_decay: float = 0.1         # on matrices
+    clip: float = 1.0                 # largest gradient norm
+    n_layer: int = 4                  # layers
+    n_head: int = 8                   # heads: half linear attention, half local
+    n_embd: int = 192                 # width
+    windows: tuple[int, ...] = (16, 64)  # bars that the local heads see
+    pos: str = "rope"                 # position: rope or alibi
+    reasoner: bool = True             # latent slots at mid depth
+    coarse_bits: int = 10             # bits of the coarse token
+    fine_bits: int = 10               # bits of the fine token
+    direction_bit: bool = True        # the top coarse bit says whether close rose
+    device: str = "auto"              # cpu, cuda, cuda:1, mps; auto takes a GPU where there is one
+    dtype: str = "auto"               # bf16, fp16 or fp32; auto takes bf16 where the hardware has it
+    compile: bool = False             # torch.compile
+    grad_ckpt: bool = False           # recompute activations in the backward pass: less memory, more time
+    seed: int = 0                     # of everything
+    eval_every: int = 0               # updates between reports; 0: a tenth of the run
+    eval_windows: int = 128           # windows of val in a report
+    save_every: int = 100             # updates between saves (and at least each 30 s)
+
+
+FREE = {"resume", "overwrite", "device", "compile", "eval_every", "save_every"}  # may differ on --resume
+MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
+TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
+SAVE_SECONDS = 30
+MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
+
+
+def check(config):
+    positive = ("steps", "tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows", "save_every")
+    for name in positive + ("micro_batch", "warmup", "weight_decay", "eval_every", "seed"):
+        value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            raise UserError(f"--{name} {value}: must be {least}")
+    if config.resume and config.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
+    if config.init_from and config.tokenizer:
+        raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
+    if config.dtype not in ("auto", "bf16", "fp16", "fp32"):
+        raise UserError(f"--dtype {config.dtype}: choose auto, bf16, fp16 or fp32")
+
+
+def resumed(given):
+    """(Config, checkpoint) of --resume: settings from the file, refused by name where a flag says otherwise."""
+    entry = read_checkpoint(given.get("out", Config.out))
+    if entry["stage"] not in ("tokenizer", "pretrain") or "run" not in entry:
+        raise UserError(f"{given.get('out', Config.out)}: written by stage {entry['stage']!r}; resume it with that script")
+    for name, value in given.items():
+        saved = entry["run"].get(name)
+        if name not in FREE and value != (tuple(saved) if isinstance(saved, list) and name == "windows" else saved):
+            raise UserError(f"--{name} {value}: the run in {given.get('out', Config.out)} has {saved}; "
+                            f"drop the flag to go on, or choose another --out")
+    return Config(**{**entry["run"], **given}), entry
+
+
+def pick_device(name, local_rank):
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
+    return torch.device(name)
+
+
+def compiled(model, device, say):
+    """torch.compile, or the model as it is with a line that says why not."""
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        tokens = torch.zeros(1, 64, dtype=torch.int64, device=device)
+        compiled(tokens, tokens, tokens, targets=(tokens, tokens))[2].backward()
+        model.zero_grad(set_to_none=True)
+        return compiled
+    except Exception as e:  # a missing compiler, an unsupported platform: many kinds
+        say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); going on without")
+        return model
+
+
+def pick_dtype(name, device):
+    if name == "auto":
+        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def learning_rate(step, config):
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    along = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))
+
+
+def unigram(streams, targets, column, n_codes):
+    """Cross-entropy, nats, of val targets under the frequencies of the train targets, add-one: what a model must beat."""
+    count = np.ones(n_codes)
+    for tokens, (first, last) in zip(streams.tokens, streams.targets):
+        for i in range(int(first), int(last), 1 << 20):
+            count += np.bincount(tokens[i:min(i + (1 << 20), int(last)), column], minlength=n_codes)
+    return float(-np.log(count / count.sum())[targets].mean())
+
+
+def main():
+    given = data.cli(Config, __doc__)
+    config, entry = resumed(given) if given.get("resume") else (Config(**given), None)
+    check(config)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if config.batch_size < world:
+        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; give at least one for each")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    say = print if rank == 0 else lambda *a, **k: None
+    if entry is None and rank == 0:
+        data.check_out(config.out, config.overwrite)
+    if entry and entry["stage"] == "pretrain" and entry["step"] >= config.steps:
+        return say(f"{config.out}: finished at step {entry['step']}; nothing to do")
+    stop = data.StopSignal()
+    torch.manual_seed(config.seed)
+
+    # ---- bars, splits, sizes
+    began = time.time()
+    base = load_checkpoint(config.init_from, weights="best") if config.init_from else None
+    best_da = None
+    if config.data is None:
+        series, best_da = data.synthetic(seed=config.seed)
+        say(f"no --data: training on the synthetic market, where at best {best_da:.0%} of directions can be called right")
+    else:
+        series = data.load(config.data)
+    source = {"sources": config.data or ["synthetic"], "fingerprint": data.fingerprint(series)}
+    if entry and entry["data"] != source:
+        raise UserError(f"{', '.join(source['sources'])}: not the bars that the run in {config.out} began with "
+                        f"(fingerprint {source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
+    borders = entry["splits"] if entry else split(config, series, base)
+    longest = max(data.targets_of(bars, "train", borders)[1] for bars in series)
+    block_size = config.block_size
+    if block_size > longest - 1:
+        block_size = max(MIN_BLOCK, longest // 2)
+        if block_size > longest - 1:
+            raise UserError(f"{', '.join(source['sources'])}: the longest series has {longest} bars before val starts "
+                            f"({data.iso(borders[0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
+        say(f"the longest series has {longest} training bars: the window shrinks from {config.block_size} to {block_size}")
+    enough = [len(bars) > block_size and data.targets_of(bars, "train", borders)[1] > block_size for bars in series]
+    if not all(enough):
+        say(f"{len(series) - sum(enough)} of {len(series)} symbols are too short for a window of {block_size} bars and are skipped")
+        series = [bars for bars, keep in zip(series, enough) if keep]
+    n_train = sum(max(0, last - first) for first, last in (data.targets_of(bars, "train", borders) for bars in series))
+    say(f"{len(series)} symbols, {sum(map(len, series)):,} bars, {n_train:,} to train on; "
+        f"val from {data.iso(borders[0])}, test from {data.iso(borders[1])}")
+
+    # ---- tokenizer
+    metrics = entry["metrics"] if entry else []
+    meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config), features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
+    if base:
+        tokenizer = base[1]
+    elif config.tokenizer:
+        tokenizer = Tokenizer.load(read_checkpoint(config.tokenizer)["tokenizer"])
+    elif entry and entry["stage"] == "pretrain":
+        tokenizer = Tokenizer.load(entry["tokenizer"])
+    elif rank == 0:
+        tokenizer = tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device)
+    if world > 1:
+        shared = [tokenizer.dump() if rank == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        tokenizer = Tokenizer.load(shared[0])
+
+    # ---- tokens and batches
+    if rank == 0:
+        tokens = [data.tokenize(bars, tokenizer) for bars in series]  # of mapped bars kept on disk, for the other ranks too
+    if world > 1:
+        dist.barrier()
+        if rank > 0:
+            tokens = [data.tokenize(bars, tokenizer) for bars in series]
+    train = data.make_streams(series, tokens, "train", borders, block_size, config.batch_size)
+    val = data.make_streams(series, tokens, "val", borders, block_size, config.batch_size)
+    tiles = data.tiles(val, config.eval_windows)
+    if not tiles:
+        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; move --val_start, --test_start")
+    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
+    targets = np.concatenate([np.asarray(t[first:last]) for t, (first, last) in zip(tokens, val.targets)]).astype(np.int64)
+    marks = unigram(train, targets[:, 0], 0, 2**k1), unigram(train, targets[:, 1], 1, 2**k2)
+
+    # ---- model and optimizer
+    if entry and entry["stage"] == "pretrain":
+        model, _, _ = load_checkpoint(config.out, weights="last")
+    elif base:
+        model = base[0]
+    else:
+        n_moved = sum(np.count_nonzero(np.diff(bars.ohlcva[first - 1:last, 3])) for bars, (first, last) in zip(series, train.targets))
+        sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+        try:
+            model = Model(ModelConfig(**sizes | dict(coarse_bits=k1, fine_bits=k2, unmoved=1 - int(n_moved) / max(1, n_train))))
+        except ValueError as e:
+            raise UserError(f"the model's sizes do not fit: {e}")
+    model.to(device).train()
+    model.grad_ckpt = config.grad_ckpt
+    dtype_name, dtype = pick_dtype(config.dtype, device)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
+                                  lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    step, bad_steps, best, best_val = 0, 0, None, math.inf
+    if entry and entry["stage"] == "pretrain":
+        optimizer.load_state_dict(entry["optimizer"])
+        scaler.load_state_dict(entry["scaler"])
+        step, bad_steps, best, best_val = entry["step"], entry["bad_steps"], entry["best"], entry["best_val"]
+        if (entry["world"], entry["threads"]) != (world, torch.get_num_threads()):
+            say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of {torch.get_num_threads()} now: "
+                f"the weights will agree to rounding, not to the bit")
+    forward = model
+    if config.compile:
+        forward = compiled(model, device, say)
+    if world > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
+    n_params = sum(p.numel() for p in model.parameters())
+    say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size * block_size:,} bars a step, {config.steps} steps; {device}, {dtype_name}, "
+        f"{world} process{'es' * (world > 1)} of {torch.get_num_threads()} threads")
+
+    def save():
+        if rank == 0:
+            save_checkpoint(config.out, model, tokenizer, **meta, stage="pretrain", best=best, best_val=best_val, optimizer=optimizer.state_dict(),
+                            scaler=scaler.state_dict(), step=step, bad_steps=bad_steps, metrics=metrics, world=world, threads=torch.get_num_threads())
+
+    def evaluate():
+        """Mean loss, coarse and fine CE over the tiles of val, and the direction accuracy of the bars that moved."""
+        model.eval()
+        total, right = np.zeros(3), np.zeros(2)
+        n_rows = max(1, 8192 // block_size)
+        with torch.no_grad(), autocast():
+            for i in range(rank * n_rows, len(tiles), world * n_rows):
+                which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
+                coarse, fine, when, target = [a.to(device) if torch.is_tensor(a) else tuple(t.to(device) for t in a)
+                                              for a in data.gather(val, which, ends)]
+                logits, _, _ = model(coarse, fine, when, target)
+                counted = target[0] >= 0
+                total += np.array([counted.sum().item(), *(model.parts[k].item() * counted.sum().item() for k in ("coarse", "fine"))])
+                moved = np.stack([np.diff(series[s].ohlcva[e - block_size:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
+                up = logits.float().softmax(-1)[..., model.up_mask].sum(-1) / (1 - model.config.unmoved) > 0.5
+                scored = counted.cpu().numpy() & (moved != 0)
+                right += (up.cpu().numpy() == (moved > 0))[scored].sum(), scored.sum()
+        both = torch.tensor(np.concatenate([total, right]), device=device)
+        if world > 1:
+            dist.all_reduce(both)
+        model.train()
+        n, coarse, fine, correct, scored = both.tolist()
+        return (coarse + fine) / n, coarse / n, fine / n, correct / max(1, scored)
+
+    # ---- the loop
+    eval_every = config.eval_every or max(1, config.steps // 10)
+    say(f"{'step':>7} {'train':>8} {'val':>8} {'coarse':>8} {'fine':>8} {'up right':>8} {'lr':>8} {'|grad|':>7} {'bars/s':>8} {'left':>7}")
+    model_began = saved_at = time.time()
+    from_step, train_loss, n_losses, eval_seconds = step, 0.0, 0, 0.0
+    while step < config.steps:
+        coarse, fine, when, target = data.get_batch(train, config.seed, step, rank, world)
+        phase = int(np.random.default_rng([config.seed, step, 1]).integers(model.config.border))
+        n_rows = len(coarse)
+        micro = config.micro_batch or max(1, n_rows)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        step_loss = 0.0
+        for i in range(0, max(1, n_rows), micro):
+            part = [a[i:i + micro].to(device, non_blocking=True) for a in (coarse, fine, when, *target)]
+            last = i + micro >= n_rows
+            with forward.no_sync() if world > 1 and not last else contextlib.nullcontext():  # one exchange a step
+                with autocast():
+                    loss = forward(*part[:3], targets=(part[3], part[4]), phase=phase)[2]
+                weight = len(part[0]) * world / config.batch_size  # DDP averages over the ranks
+                scaler.scale(loss * weight).backward()
+                step_loss += (model.parts["coarse"] + model.parts["fine"]).item() * weight / world
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+        losses = torch.tensor([step_loss, float(stop.signum)], dtype=torch.float64, device=device)
+        if world > 1:
+            dist.all_reduce(losses)  # the loss of the whole batch, and an agreement to stop
+        if math.isfinite(losses[0].item()) and math.isfinite(norm):
+            scaler.step(optimizer)
+            bad_steps = 0
+            train_loss, n_losses = train_loss + losses[0].item(), n_losses + 1
+        else:  # norm is the same on every rank, so all skip together
+            bad_steps += 1
+            say(f"{step + 1:>7} loss {losses[0].item()}, gradient norm {norm}: not finite, step skipped")
+            if bad_steps == MAX_BAD_STEPS:
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: "
+                                f"lower --lr (now {config.lr}), or use --dtype fp32")
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        if step % eval_every == 0 or step == config.steps:
+            spent = time.time()
+            val_loss, val_coarse, val_fine, da = evaluate()
+            eval_seconds += time.time() - spent
+            speed = (step - from_step) * config.batch_size * block_size / (time.time() - model_began - eval_seconds)
+            left = (time.time() - model_began) / (step - from_step) * (config.steps - step)
+            line = dict(stage="pretrain", step=step, train=train_loss / max(1, n_losses), val=val_loss, coarse=val_coarse, fine=val_fine, da=da,
+                        lr=optimizer.param_groups[0]["lr"], grad_norm=norm, bars_per_s=speed)
+            metrics.append(line)
+            say(f"{step:>7} {line['train']:>8.4f} {val_loss:>8.4f} {val_coarse:>8.4f} {val_fine:>8.4f} {da:>8.2%} {line['lr']:>8.1e} {norm:>7.2f} "
+                f"{speed:>8,.0f} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
+            train_loss, n_losses = 0.0, 0
+            if val_loss < best_val:
+                best_val, best = val_loss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        elif rank == 0:
+            data.progress(f"step {step}/{config.steps}  loss {step_loss:.4f}")
+        stopping = losses[1].item() > 0
+        if step == config.steps or step % config.save_every == 0 or stopping or time.time() - saved_at > SAVE_SECONDS:
+            save()
+            saved_at = time.time()
+        if stopping:
+            say(f"stopped at step {step}; saved in {config.out}; go on with --resume")
+            raise SystemExit(stop.status)
+
+    # ---- what came of it
+    last = metrics[-1]
+    say(f"\n{'nats per bar, val':<28}{'model':>9}{'unigram':>9}")
+    say(f"{'  coarse token':<28}{last['coarse']:>9.4f}{marks[0]:>9.4f}")
+    say(f"{'  fine token':<28}{last['fine']:>9.4f}{marks[1]:>9.4f}")
+    say(f"{'direction accuracy, val':<28}{last['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
+    say(f"{'time, peak memory':<28}{time.time() - began:>8.0f}s{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:>8.2f}G")
+    say(f"{config.out}: step {step}, best val {best_val:.4f}; forecast with: python sample.py --ckpt {config.out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def split(config, series, base):
+    """The borders of the splits: as told, else those of the checkpoint that is fine-tuned where its bars allow, else 80/10/10 %."""
+    if base is None:
+        return data.split_borders(series, config.val_start, config.test_start)
+    theirs = tuple(base[2]["splits"])
+    if config.val_start is None and config.test_start is None:
+        starts, ends = min(bars.time[0] for bars in series), max(bars.time[-1] for bars in series)
+        if starts < theirs[0] and ends >= theirs[1]:
+            return theirs
+    borders = data.split_borders(series, config.val_start, config.test_start)
+    if borders[0] < theirs[0]:
+        raise UserError(f"val would start {data.iso(borders[0])}, but {config.init_from} was trained on bars up to {data.iso(theirs[0])}: "
+                        f"a score there is no score; set --val_start to that day or later")
+    return borders
+
+
+def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device):
+    """Train the tokenizer on the train bars, saving on the way; the report is on val bars."""
+    take = max(1, -(-n_train // TOK_BARS))
+    rows = {"train": [], "val": []}
+    for bars in series:
+        x = np.concatenate([x for x, _ in data.feature_blocks(bars)])
+        for part, chosen in rows.items():
+            first, last = data.targets_of(bars, part, borders)
+            chosen.append(x[first:last:take])
+    x = torch.from_numpy(np.concatenate(rows["train"]))  # (N, 6)
+    bits = [min(b, int(math.log2(max(1, len(x))))) for b in (config.coarse_bits, config.fine_bits)]
+    if bits != [config.coarse_bits, config.fine_bits]:
+        print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: the tokens shrink to {bits[0]} + {bits[1]} bits")
+    print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
+    started = saved_at = time.time()
+
+    def after(step, loss, snapshot):
+        nonlocal saved_at
+        if step % max(1, config.tok_steps // 5) == 0:
+            left = (time.time() - started) * (config.tok_steps / step - 1)
+            print(f"{step:>7} {loss:>8.4f} {'':>53} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
+        else:
+            data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
+        if stop.signum or time.time() - saved_at > SAVE_SECONDS or step % (10 * config.save_every) == 0:
+            save_checkpoint(config.out, None, dict(training=snapshot()), **meta, stage="tokenizer", step=step, metrics=metrics)
+            saved_at = time.time()
+        if stop.signum:
+            print(f"stopped at step {step} of the tokenizer; saved in {config.out}; go on with --resume")
+            raise SystemExit(stop.status)
+
+    tokenizer = train_tokenizer(x, TokenizerConfig(coarse_bits=bits[0], fine_bits=bits[1], direction_bit=config.direction_bit), seed=config.seed,
+                                steps=config.tok_steps, device=device, progress=after, resume=entry and entry["tokenizer"]["training"])
+    scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
+    metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
+    return tokenizer
+
+
+if __name__ == "__main__":
+    data.run(main)
