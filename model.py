@@ -97,7 +97,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def norm(x):
-    return RMSNorm.apply(x) if x.requires_grad else F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def rotation(pos, dim):
