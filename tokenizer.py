@@ -3,16 +3,25 @@
     python tokenizer.py --data bars.csv --out tok.pt     # trains, prints a report on the test bars, writes tok.pt
     python pretrain.py --data bars.csv --tokenizer tok.pt
 
-Binary Spherical Quantization (Zhao, Xiong, Krahenbuehl 2024, arXiv 2406.07548). An encoder projects a bar to k numbers,
-normalized to the unit sphere, u; its code is the nearest corner of the cube inscribed in it, c = sign(u) / sqrt(k). The
-codebook is the 2^k corners: implicit, nothing stored, every code reachable. Two levels: `coarse` carries the bar's
-shape, `fine` the residual given coarse. The top bit of coarse is not learned: it is set where close rose, and the
-decoder honours it, so a coarse token always says up or not up.
+Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of
+the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A decoder
+D makes a candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes c = sign(u) / sqrt(k), the corner
+nearest to u; the soft form of that choice is q(c|u) ~ exp(2 tau u . c) (its eq. 8).
 
-Training draws bits at random, each from its own coordinate, sharper as it goes on: with q(c|u) = prod_b sigmoid(+-a_b),
-which is the paper's softmax over all corners, q(c|u) ~ exp(2 tau u . c) (its eq. 8-10), since a dot product is a sum.
-For a coarse code the mean over all draws is computed exactly, as is the joint entropy; a fine code is drawn, and its
-gradient goes straight through.
+Here the corner is the one whose *candle* is nearest to the bar, and the soft form
+
+    q(c|x) = exp(-sharp |x - D(c)|^2) / sum_c' exp(-sharp |x - D(c')|^2).
+
+For a linear D with orthogonal columns, D(c) = A c, the two are one: |x - A c|^2 = 2 u . (-c) + const with u = A^T x, and the
+nearest is sign(u). For a curved D signs of a learned u miss the nearest corner half of the time; with k <= 12 all corners
+can be looked at, in less time than an encoder takes. So there is no encoder, and no gradient has to be passed straight
+through: the mean error over all draws of the bits, and the joint entropy, are exact sums over the 2^k codes. Training
+sharpens q from a blur, in which every code learns something from every bar, to the nearest code (deterministic annealing:
+Rose 1998, Proc. IEEE 86). Held-out error of daily US stocks, encoder and signs -> nearest candle: coarse 0.106 -> 0.076,
+full 0.0175 -> 0.0068, coarse codes used 72 % -> 99 %; k-means with stored centroids: 0.074, 0.0090.
+
+Two levels: `coarse` carries the bar's shape, `fine` the residual given coarse. The top bit of coarse is not searched: it is
+set where close rose, and the decoder honours it, so a coarse token always says up or not up.
 """
 import copy
 import math
@@ -29,73 +38,58 @@ from data import CHANNELS, UserError
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
 MARGIN = 1e-4     # least |close| that a decode with a direction bit gives: survives float32, and `inverse` at its least scale
-BLOCK = 4096      # bars encoded at a time, always padded to it, so that a bar's token depends on no other bar
-MAX_BITS = 12     # the exact joint entropy holds 2^bits numbers for every bar of a batch
+BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
+MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
+FAR = 1e9         # distance of the codes on the other side of the direction bit
 
 
 @dataclass
 class TokenizerConfig:
     coarse_bits: int = 10       # bits of the coarse token, direction bit included
     fine_bits: int = 10         # bits of the fine token
-    n_hidden: int = 256         # width of each network
-    n_basis: int = 8            # fine decode: so many patterns of the fine code, mixed by the coarse one
+    n_hidden: int = 128         # width of the decoder's networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
-    entropy: float = 0.05       # weight of the entropy term; 0 switches it off
+    entropy: float = 0.02       # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of the codes' even use against each bar's sureness
-    sharp_start: float = 2.0    # how sure a bit of average size is at first: p = sigmoid(sharp)
-    sharp_end: float = 10.0     # and at the end
+    sharp_start: float = 2.0    # q(c|x) at first: exp(-sharp x squared error / the level's variance)
+    sharp_end: float = 60.0     # and at the end
 
     def __post_init__(self):
         for name in ("coarse_bits", "fine_bits"):
             if not 2 <= getattr(self, name) <= MAX_BITS:
                 raise UserError(f"--{name} {getattr(self, name)}: must lie in 2..{MAX_BITS}")
-        for name in ("n_hidden", "n_basis", "sharp_start", "sharp_end"):
+        for name in ("n_hidden", "sharp_start", "sharp_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        if not (0 <= self.entropy < math.inf and 0 <= self.gamma < math.inf):
-            raise UserError(f"--entropy {self.entropy}, --gamma {self.gamma}: must be 0 or more")
+        for name in ("entropy", "gamma"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Binary spherical quantization
-
-def sphere(u):
-    """u / |u|, times sqrt(k): the code sign(u) / sqrt(k) is then +-1, and a coordinate's average size is 1."""
-    return F.normalize(u, dim=-1) * math.sqrt(u.shape[-1])
-
-
-def pack(bits):
-    """Tokens from bits: bool [..., k] -> int64 [...], first bit highest."""
-    return (bits.long() << torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)).sum(-1)
-
+# Corners and their choice
 
 def corners(k, device=None):
-    """The codebook: +-1 float32 [2^k, k], row i is token i."""
+    """The codebook as +-1, float32 [2^k, k]; row i is token i, the first bit its highest. (1 / sqrt(k) is left to the decoder.)"""
     tokens = torch.arange(2 ** k, device=device)
-    bits = tokens[:, None] >> torch.arange(k - 1, -1, -1, device=device) & 1
-    return 2.0 * bits - 1.0
+    return 2.0 * (tokens[:, None] >> torch.arange(k - 1, -1, -1, device=device) & 1) - 1.0
 
 
-def code_probs(a):
-    """q(c|u) of all codes from the bits' logits a [..., k] -> [..., 2^k]: prod_b sigmoid(c_b a_b) = softmax_c(c . a / 2)."""
-    return F.softmax(a @ corners(a.shape[-1], a.device).T / 2, dim=-1)
-
-
-def bits_entropy(a):
-    """H(q(c|u)) in nats [...]: the bits are independent given u, so theirs add up; a [..., k] are their logits."""
-    return (F.softplus(a) - a * torch.sigmoid(a)).sum(-1)
+def nearest(distance):
+    """Index of the least along the last axis, the first of equals: [..., K] -> int64 [...]."""
+    if distance.is_cuda:
+        return distance.argmin(-1)
+    return torch.from_numpy(distance.detach().numpy().argmin(-1))  # nine times as fast as torch's
 
 
 def entropy(p):
-    """In nats, of a distribution over all elements of p."""
-    return -torch.special.xlogy(p, p).sum()
+    """In nats, of a distribution over all elements of p. (The clamp keeps the gradient at p = 0 finite.)"""
+    return -(p * p.clamp(min=1e-20).log()).sum()
 
 
-def straight_through(a, generator):
-    """Bits +-1 drawn with p = sigmoid(a); the gradient is that of their mean, 2 p - 1 (a [..., k] -> [..., k])."""
-    p = torch.sigmoid(a)
-    drawn = (torch.rand(p.shape, generator=generator).to(p.device) < p).to(p.dtype)
-    return 2 * (p + (drawn - p).detach()) - 1
+def entropy_term(q, gamma):
+    """E[H(q(c|x))] - gamma H(E[q(c|x)]) for q [B, 2^k], exact: each bar's code sure, the codes' use even."""
+    return entropy(q) / len(q) - gamma * entropy(q.mean(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,58 +100,29 @@ def mlp(n_in, n_hidden, n_out):
 
 
 class Tokenizer(nn.Module):
-    """Bars' features <-> token pairs. Encoder and decoder see a single bar: a token pair is a candle.
+    """Bars' features <-> token pairs, a single bar at a time: a token pair is a candle.
 
-    The decode is D(coarse, fine) = D1(coarse) + sum_r M_r(coarse) g_r(fine): networks of the bits, evaluated once for
-    all codes on first use and then looked up (2^k rows a level, not 2^20).
+    Decode: D(coarse, fine) = D1(coarse) + M(coarse) g(fine), networks of the bits. A fine code is a pattern g, [6], and the
+    coarse one turns and scales it by M, [6, 6]. They are evaluated once for all codes, on first use, and then looked up: tables of
+    2^k rows a level, not of 2^20.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config = TokenizerConfig(**config) if isinstance(config, dict) else config
         k1, k2, n = config.coarse_bits, config.fine_bits, config.n_hidden
-        self.coarse_encoder = mlp(N_CHANNELS + config.direction_bit, n, k1 - config.direction_bit)
         self.coarse_decoder = mlp(k1, n, N_CHANNELS)
-        self.fine_encoder = mlp(2 * N_CHANNELS + k1, n, k2)
-        self.fine_mix = mlp(k1, n, N_CHANNELS * config.n_basis)
-        self.fine_basis = mlp(k2, n, config.n_basis)
+        self.fine_mix = mlp(k1, n, N_CHANNELS ** 2)
+        self.fine_decoder = mlp(k2, n, N_CHANNELS)
         self.register_buffer("mean", torch.zeros(N_CHANNELS))
         self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there; it decodes to exactly 0
         self.tables = None
 
-    # ---- features <-> standardized ones
-
-    def standardize(self, x):
-        """x [..., 6] -> z, mask: channels of unit variance; 0, and masked, where one is missing."""
-        mask = x != 0
-        mask[..., :PRICES] = True
-        mask &= self.std > 0
-        return torch.where(mask, (x - self.mean) / torch.where(self.std > 0, self.std, 1.0), 0.0), mask
-
-    def direction(self, up):
-        """The direction bit as +-1, a column [..., 1]; none without the bit."""
-        return 2.0 * up[..., None] - 1.0 if self.config.direction_bit else torch.zeros(*up.shape, 0, device=up.device)
-
-    # ---- coordinates on the two spheres
-
-    def coarse_sphere(self, z, up):
-        """z [..., 6], up bool [...] -> [..., k1 - 1], or k1 without the direction bit."""
-        return sphere(self.coarse_encoder(torch.cat([z, self.direction(up)], -1)))
-
-    def coarse_token(self, u, up):
-        bits = u > 0
-        return pack(torch.cat([up[..., None], bits], -1) if self.config.direction_bit else bits)
-
-    def fine_sphere(self, z, mask, coarse, coarse_z):
-        """Of the bar, what coarse left of it, and the coarse code: [..., k2]."""
-        bits = corners(self.config.coarse_bits, z.device)[coarse]                                # (..., k1)
-        return sphere(self.fine_encoder(torch.cat([z, 2 * (z - coarse_z) * mask, bits], -1)))    # 2: nearer to unit size
-
     def decode_tables(self):
-        """D1 [2^k1, 6], M [2^k1, 6, r], g [2^k2, r] of every code."""
+        """Of every code, in standardized channels: D1 [2^k1, 6], M [2^k1, 6, 6], g [2^k2, 6]."""
         c1, c2 = corners(self.config.coarse_bits, self.mean.device), corners(self.config.fine_bits, self.mean.device)
-        mix = self.fine_mix(c1).unflatten(-1, (N_CHANNELS, -1))
-        return self.coarse_decoder(c1), mix * 0.3, self.fine_basis(c2)  # 0.3: a residual's usual size
+        mix = self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))
+        return self.coarse_decoder(c1), 0.3 * mix, self.fine_decoder(c2)  # 0.3: a residual's usual size
 
     def frozen_tables(self):
         if self.tables is None or self.tables[0].device != self.mean.device:
@@ -168,6 +133,29 @@ class Tokenizer(nn.Module):
     def train(self, mode=True):
         self.tables = None  # the weights are about to change, or just did
         return super().train(mode)
+
+    def standardize(self, x):
+        """x [..., 6] -> z, present [..., 6]: channels of unit variance, 0 where one is missing; 1.0 where it is present."""
+        present = x != 0
+        present[..., :PRICES] = True
+        present &= self.std > 0
+        return torch.where(present, (x - self.mean) / torch.where(self.std > 0, self.std, 1.0), 0.0), present.to(x.dtype)
+
+    def coarse_distance(self, z, present, up, d1):
+        """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR on the other side of the direction bit."""
+        distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T           # (B, 12) (12, 2^k1)
+        if self.config.direction_bit:
+            says_up = torch.arange(len(d1), device=d1.device) >= len(d1) // 2
+            distance = distance.masked_fill(up[:, None] != says_up, FAR)
+        return distance
+
+    def fine_distance(self, residual, present, mix, g):
+        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g over present channels; mix [B, 6, 6] -> [B, 2^k2]."""
+        mix = mix * present[..., None]
+        gram = (mix.mT @ mix).flatten(1)                                                     # (B, 36)
+        aim = (mix.mT @ residual[..., None]).squeeze(-1)                                     # (B, 6)
+        outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                   # (2^k2, 36)
+        return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
 
     # ---- the interface
 
@@ -180,16 +168,16 @@ class Tokenizer(nn.Module):
         x = torch.as_tensor(x, dtype=torch.float32, device=self.mean.device)
         if not torch.isfinite(x).all():
             raise ValueError("a feature is not finite")
-        d1 = self.frozen_tables()[0]
+        d1, mix, g = self.frozen_tables()
         rows = x.reshape(-1, N_CHANNELS)
         tokens = torch.empty(2, len(rows), dtype=torch.int64, device=x.device)
         for i in range(0, len(rows), BLOCK):
             part = rows[i:i + BLOCK]
-            z, mask = self.standardize(F.pad(part, (0, 0, 0, BLOCK - len(part))))  # (BLOCK, 6)
-            up = F.pad(part[:, 0], (0, BLOCK - len(part))) > 0
-            coarse = self.coarse_token(self.coarse_sphere(z, up), up)
-            fine = pack(self.fine_sphere(z, mask, coarse, d1[coarse]) > 0)
-            tokens[:, i:i + BLOCK] = torch.stack([coarse, fine])[:, :len(part)]
+            padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                                # (BLOCK, 6)
+            z, present = self.standardize(padded)
+            coarse = nearest(self.coarse_distance(z, present, padded[:, 0] > 0, d1))
+            fine = nearest(self.fine_distance((z - d1[coarse]) * present, present, mix[coarse], g))
+            tokens[0, i:i + BLOCK], tokens[1, i:i + BLOCK] = coarse[:len(part)], fine[:len(part)]
         return tokens[0].view(x.shape[:-1]), tokens[1].view(x.shape[:-1])
 
     @torch.no_grad()
@@ -198,12 +186,12 @@ class Tokenizer(nn.Module):
 
         With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other.
         """
-        d1, mix, basis = self.frozen_tables()
+        d1, mix, g = self.frozen_tables()
         coarse = torch.as_tensor(coarse, device=d1.device)
         z = d1[coarse]                                                                        # (..., 6)
         if fine is not None:
             fine = torch.as_tensor(fine, device=d1.device)
-            z = z + (mix[coarse] * basis[fine].unsqueeze(-2)).sum(-1)                         # (..., 6, r) -> (..., 6)
+            z = z + (mix[coarse] * g[fine].unsqueeze(-2)).sum(-1)                             # (..., 6, 6) -> (..., 6)
         x = self.mean + self.std * z
         if self.config.direction_bit:
             up = coarse >> (self.config.coarse_bits - 1) == 1
@@ -225,7 +213,7 @@ class Tokenizer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=2e-3, device="cpu", progress=None, resume=None):
+def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None, resume=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
     progress(step, loss, snapshot) is called after each step; snapshot() is a plain dict from which `resume` goes on bit
@@ -258,7 +246,7 @@ def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=2e-3, dev
         draw = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
         batch = x[torch.randint(len(x), (batch_size,), generator=draw)].to(device)               # (B, 6)
         sharp = config.sharp_start * (config.sharp_end / config.sharp_start) ** progress_made
-        loss = batch_loss(tokenizer, batch, sharp, draw)
+        loss = batch_loss(tokenizer, batch, sharp)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -291,33 +279,26 @@ def check_bars(x, config):
                         f"of their own: give other data")
 
 
-def batch_loss(tokenizer, x, sharp, draw):
-    """Reconstruction errors of both levels (shares of variance) and their entropy terms, for bars x [B, 6]."""
-    config, B = tokenizer.config, len(x)
-    z, mask = tokenizer.standardize(x)
-    up = x[:, 0] > 0
-    weight = mask / mask.sum(-1, keepdim=True)                                                   # (B, 6)
-    d1, mix, basis = tokenizer.decode_tables()
+def batch_loss(tokenizer, x, sharp):
+    """The losses of both levels for bars x [B, 6]: fine is trained on what the nearest coarse code leaves."""
+    z, present = tokenizer.standardize(x)
+    d1, mix, g = tokenizer.decode_tables()
+    distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
+    coarse = nearest(distance)
+    residual = (z - d1[coarse]).detach() * present                                               # (B, 6)
+    fine_distance = tokenizer.fine_distance(residual, present, mix[coarse], g)                   # (B, 2^k2)
+    return level_loss(distance, z, present, sharp, tokenizer.config) + level_loss(fine_distance, residual, present, sharp, tokenizer.config)
 
-    # coarse: the expected error sum_c q(c|u) |z - D1(c)|^2 over all codes of the bar's direction
-    u = tokenizer.coarse_sphere(z, up)
-    q = code_probs(sharp * u)                                                                    # (B, 2^(k1-1))
-    half = up.long() if config.direction_bit else torch.zeros_like(up, dtype=torch.long)
-    codes = d1.view(1 + config.direction_bit, -1, N_CHANNELS)                                    # (2, 2^(k1-1), 6)
-    cross = torch.stack([(weight * z) @ c.T for c in codes], 1)[torch.arange(B), half]           # (B, 2^(k1-1))
-    square = torch.stack([weight @ (c ** 2).T for c in codes], 1)[torch.arange(B), half]
-    coarse_error = (q * (square - 2 * cross)).sum(-1).mean() + (weight * z ** 2).sum(-1).mean()
-    use = F.one_hot(half, len(codes)).to(q.dtype).T @ q / B                                      # (2, 2^(k1-1)), sums to 1
-    coarse_entropy = bits_entropy(sharp * u).mean() - config.gamma * entropy(use)
 
-    # fine: one draw of bits, given the sure coarse code
-    coarse = tokenizer.coarse_token(u, up)
-    residual = (z - d1[coarse]).detach() * mask
-    v = sharp * tokenizer.fine_sphere(z, mask, coarse, d1[coarse].detach())                      # (B, k2)
-    patterns = tokenizer.fine_basis(straight_through(v, draw))                                   # (B, r)
-    fine_error = (weight * (residual - (mix[coarse] @ patterns[..., None]).squeeze(-1)) ** 2).sum(-1).mean()
-    fine_entropy = bits_entropy(v).mean() - config.gamma * entropy(code_probs(v).mean(0))
-    return coarse_error + fine_error + config.entropy * (coarse_entropy + fine_entropy)
+def level_loss(distance, source, present, sharp, config):
+    """Share of the source's variance that a code leaves, its mean over q(c|x), and the entropy term.
+
+    distance [B, 2^k]: |source - D(c)|^2 - |source|^2 over the channels present; source, present [B, 6].
+    """
+    variance = (source ** 2).sum() / present.sum()
+    q = F.softmax(-sharp / variance * distance, dim=-1)                                          # (B, 2^k)
+    loss = 1 + (q * distance).sum() / (source ** 2).sum()
+    return loss + config.entropy * entropy_term(q, config.gamma) if config.entropy else loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,17 +369,17 @@ class Config:
     coarse_bits: int = 10            # bits of the coarse token
     fine_bits: int = 10              # bits of the fine token
     direction_bit: bool = True       # the top coarse bit says that close rose
-    entropy: float = 0.05            # weight of the entropy term
+    compare: bool = False            # also train and report one without the direction bit
     steps: int = 3000                # updates
     batch_size: int = 1024           # bars of an update
-    lr: float = 2e-3                 # peak learning rate
+    lr: float = 4e-3                 # peak learning rate
     seed: int = 0                    # of weights, batches and drawn bits
     device: str = "cpu"              # where to train
 
 
 def main():
     config = Config(**data.cli(Config, __doc__))
-    sizes = TokenizerConfig(config.coarse_bits, config.fine_bits, direction_bit=config.direction_bit, entropy=config.entropy)
+    sizes = TokenizerConfig(config.coarse_bits, config.fine_bits, direction_bit=config.direction_bit)
     for name in ("steps", "batch_size", "lr"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name} {getattr(config, name)}: must be above 0")
