@@ -4,16 +4,19 @@
     python sample.py --ckpt out.pt --data other.csv --symbols AAPL MSFT --horizon 20 --paths 1000 --out forecast.csv
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
     python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
+    python sample.py --ckpt a.pt b.pt --backtest --data other.csv --json              # scores beside baselines, with intervals
 
 A forecast is a set of sampled futures. The context is tokenized once and read once (`Model.prefill`); all paths of a
 symbol share it, and each path then costs one recurrent step a bar. Token pairs decode to features, features to bars
 (`data.inverse`), so that every bar forecast is a valid candle. The next bar's P(up) is exact, no sampling in it.
 """
+import copy
 import csv
 import datetime
 import json
 import math
 import os
+import statistics
 import sys
 import zlib
 from dataclasses import dataclass
@@ -21,19 +24,20 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 import data
 from data import DAY, UserError
-from model import load_checkpoint
+from model import close_table, load_checkpoint, norm
 
 
 @dataclass
 class Config:
-    ckpt: list[str] | None = None      # checkpoint to forecast from
+    ckpt: list[str] | None = None      # checkpoint to forecast from; one or more to backtest
     data: list[str] | None = None      # bars to forecast; none: those that the checkpoint was trained on
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
-    paths: int = 200                   # sampled futures of each symbol
+    paths: int | None = None           # sampled futures of each symbol (default 200; in a backtest 100 of each origin)
     temperature: float = 1.0           # below 1: bolder, above: more spread
     top_p: float = 1.0                 # sample among the likeliest tokens of this total probability
     parallel: bool = False             # one pass of the latent slots for all bars (at most 16) instead of step by step
@@ -47,6 +51,13 @@ class Config:
     plot_codebook: str | None = None   # write the most used coarse codes as candles, SVG
     plot_loss: str | None = None       # write the training's losses as SVG
     overwrite: bool = False            # replace existing output files
+    backtest: bool = False             # score the checkpoints on bars that have happened, in place of a forecast
+    split: str = "test"                # backtest: targets in test or val, by the checkpoint's dates
+    start: str | None = None           # backtest: first date of the targets, in place of --split
+    end: str | None = None             # backtest: first date after the targets
+    stride: int | None = None          # backtest: bars between the origins of paths (default: ten origins a symbol)
+    by: str | None = None              # backtest: scores by symbol, quarter or volatility too
+    cost_bps: float = 0.0              # backtest: cost of trading, in 1/10000 of the value traded
     device: str = "cpu"                # cpu, cuda, ...
 
 
@@ -376,6 +387,568 @@ def plot_loss(path, metrics):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The backtest: forecasts of bars that have happened, their scores, and how sure the scores are
+#
+# A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
+# median log return), crps, pit (where in its distribution the bar fell); and, over the origins, path_point and path_crps
+# [n, H] for the log return since the origin. What a forecaster does not say is left out; such scores are null.
+
+METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps",
+           "coverage50", "coverage80", "coverage90", "path_mape", "path_crps")
+KEYS = ("split", "start", "end", "blocks", "checkpoints", "baselines", "paired")
+BINS = 512                      # of the next bar's close
+REPLICATES = 2000               # of the bootstrap
+MIN_BLOCKS, MAX_BLOCKS = 20, 500
+RESIDUALS = 500                 # newest residuals that filtered historical simulation draws from
+LAMBDA = 0.94                   # decay of its volatility (RiskMetrics)
+LAGS = 5                        # bars that the logistic regression looks at
+NORMAL = statistics.NormalDist()
+
+
+class Targets:
+    """The bars to forecast, one after the other, symbol by symbol; the origins of the paths; and the blocks of time.
+
+    Blocks hold all symbols. For the next bar a block has n^(1/3) of a symbol's n target bars (the usual rate, Hall, Horowitz
+    and Jing 1995), whole dates for daily bars and at least 32 bars within the day; for paths it has the horizon at least.
+    """
+
+    def __init__(self, series, lo, hi, horizon, stride, seed):
+        ranges = [data.targets_of(bars, "val", (lo, hi)) for bars in series]
+        self.series, self.ranges = zip(*[(b, r) for b, r in zip(series, ranges) if r[0] < r[1]]) if any(a < b for a, b in ranges) else ((), ())
+        if not self.series:
+            raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start (the first {data.CONTEXT} bars are context)")
+        longest = max(b - a for a, b in self.ranges)
+        self.horizon, self.stride, self.seed = horizon, stride or max(horizon, -(-longest // 10)), seed
+        flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
+        self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
+        self.time, self.r, self.s = flat([bars.time for bars in self.series]), flat(self.returns), flat([scales(bars) for bars in self.series])
+        self.symbol = np.repeat(np.arange(len(self.series)), [b - a for a, b in self.ranges])
+        self.stamp = np.unique(self.time, return_inverse=True)[1]
+        # origins spread over the dates: each symbol begins at an offset of its own
+        room = [(b.symbol, first, last - first - horizon + 1) for b, (first, last) in zip(self.series, self.ranges)]
+        self.origins = [(first - 1 + np.arange(zlib.crc32(name.encode()) % min(self.stride, n), n, self.stride)) if n > 0 else np.arange(0)
+                        for name, first, n in room]
+        ahead = np.arange(1, horizon + 1)
+        self.path_r = np.concatenate([np.cumsum(r[o[:, None] + ahead], axis=1) for r, o in zip(self.returns, self.origins)])  # (n, H)
+
+        daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
+        units, unit = np.unique(self.time // DAY if daily else self.time, return_inverse=True)
+        length = max(1 if daily else data.HALF_LIFE, int(longest ** (1 / 3) + 1e-9))
+        self.n_blocks, self.n_path_blocks = (max(1, min(longest // n, MAX_BLOCKS)) for n in (length, max(length, horizon)))
+        self.block = unit * self.n_blocks // len(units)
+        starts = np.concatenate([b.time[o + 1] for b, o in zip(self.series, self.origins)])
+        self.path_block = np.searchsorted(units, starts // DAY if daily else starts) * self.n_path_blocks // len(units)
+        draw = np.random.default_rng([seed, 1])
+        self.weights, self.path_weights = (draw.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
+                                           for n in (self.n_blocks, self.n_path_blocks))
+
+    def take(self, which):
+        part = copy.copy(self)
+        part.r, part.stamp, part.block, part.symbol = self.r[which], self.stamp[which], self.block[which], self.symbol[which]
+        return part
+
+
+def scales(bars):
+    """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
+    o, h, l, c = bars.ohlcva[:, :4].T
+    previous = np.append(c[0], c[:-1])
+    begun = np.arange(len(c)) > 0
+    total, weight = (np.append(0.0, data._decayed_sum(u, np.float64(0.0)))[:-1]
+                     for u in (np.log(np.maximum(h, previous) / np.minimum(l, previous)) * begun, begun.astype(float)))
+    return np.maximum(total / np.where(weight > 0, weight, 1.0), data.S_FLOOR)
+
+
+def span_of(metas, split, start, end):
+    """(name of the split, first time stamp, end) of the targets. In-sample targets only where they are asked for."""
+    if split not in ("val", "test"):
+        raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
+    borders = {tuple(meta.get("splits") or ()) for meta in metas}
+    times = [None if date is None else data._stamp(str(date)) for date in (start, end)]
+    for name, date, time in zip(("start", "end"), (start, end), times):
+        if time is not None and math.isnan(time):
+            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
+    if start is None and (len(borders) > 1 or () in borders):
+        raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
+    test = max((b[1] for b in borders if b), default=math.inf)
+    lo, hi = times[0], times[1]
+    if lo is None:
+        lo, latest = next(iter(borders)) if split == "val" else (test, 2**62)
+        hi = latest if hi is None else min(hi, latest)
+    elif lo < test or () in borders:
+        split = "in-sample"
+    else:
+        split = "test"
+    hi = 2**62 if hi is None else hi
+    if hi <= lo:
+        raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; targets before it are in-sample and need --start")
+    return split, int(lo), int(hi)
+
+
+def judge(r, p, y, fair=False):
+    """Scores of distributions for what happened. r [..., K] log returns in order, p [..., K] their probabilities, y [...].
+
+    CRPS = E|X - y| - E|X - X'| / 2, the last as the integral of F (1 - F). fair: r are K draws and stand for what they were
+    drawn from (unbiased, Ferro 2014), else they are the distribution itself.
+    """
+    F = p.cumsum(-1)
+    spread = (F[..., :-1] * (1 - F[..., :-1]) * np.diff(r)).sum(-1)
+    K, y = r.shape[-1], y[..., None]
+    middle = [np.take_along_axis(r, (F < 0.5 + e).sum(-1, keepdims=True).clip(max=K - 1), -1)[..., 0] for e in (-1e-9, 1e-9)]
+    return dict(mean=(p * r).sum(-1), point=(middle[0] + middle[1]) / 2, pit=(p * ((r < y) + 0.5 * (r == y))).sum(-1),
+                crps=(p * np.abs(r - y)).sum(-1) - spread * (K / (K - 1) if fair and K > 1 else 1))
+
+
+def judge_normal(mean, sigma, y):
+    """The same for normal distributions; CRPS in closed form (Gneiting and Raftery 2007)."""
+    z = (y - mean) / sigma
+    cdf, pdf = torch.special.ndtr(torch.from_numpy(z)).numpy(), np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return dict(mean=mean, point=mean, pit=cdf, crps=sigma * (z * (2 * cdf - 1) + 2 * pdf - 1 / math.sqrt(math.pi)))
+
+
+def joined(parts):
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+# ---- forecasters
+
+@torch.no_grad()
+def next_bars(model, tokenizer, t):
+    """Forecast every target from the bars before it, in one teacher-forced pass: windows advance by half their length, so that
+    each target has half a window of context where there is history. P(up) is exact.
+
+    The close is taken at BINS values: P(bin) = sum_c P(c) P(bin | c). The fine token's share in it, P(bin | c), is averaged over
+    contexts before the first target, since 2^20 pairs a bar would take hours.
+    """
+    n, device = model.config.block_size, next(model.parameters()).device
+    half = max(1, n // 2)
+    tokens = [data.tokenize(bars, tokenizer) for bars in t.series]
+
+    def read(windows):
+        """Hidden states [B, n, C] of windows (symbol, first target), and where each window begins."""
+        begin = [max(0, j + half - n) for _, j in windows]
+        rows = [np.minimum(a + np.arange(n), len(tokens[i]) - 1) for (i, _), a in zip(windows, begin)]  # past the end: not read
+        coarse, fine = torch.from_numpy(np.stack([tokens[i][r] for (i, _), r in zip(windows, rows)]).astype(np.int64)).to(device).unbind(-1)
+        time = torch.from_numpy(np.stack([t.series[i].time[r] for (i, _), r in zip(windows, rows)])).to(device)
+        return norm(model.trunk(coarse, fine, time, 0)[0]), begin
+
+    first = [bars.time[a] for bars, (a, _) in zip(t.series, t.ranges)]
+    early = np.flatnonzero(np.array(first) == min(first))
+    windows = [(i, t.ranges[i][0]) for i in early[np.linspace(0, len(early) - 1, min(32, len(early))).astype(int)]]
+    h, begin = read(windows)
+    values, share = close_bins(model, tokenizer, torch.stack([h[b, j - 1 - begin[b]] for b, (_, j) in enumerate(windows)]))
+    windows = [(i, j) for i, (a, b) in enumerate(t.ranges) for j in range(a, b, half)]
+    parts, at = [], 0
+    for k in range(0, len(windows), 16):
+        batch = windows[k:k + 16]
+        h, begin = read(batch)
+        h = torch.cat([h[b, j - 1 - begin[b]:min(j + half, t.ranges[i][1]) - 1 - begin[b]] for b, (i, j) in enumerate(batch)])  # (m, C)
+        p = (model.coarse_logits(h).float().softmax(-1) @ share).cpu().numpy().astype(np.float64)  # (m, BINS)
+        now = slice(at, at + len(h))
+        r = np.clip(values * t.s[now, None], -data.MAX_MOVE, data.MAX_MOVE)
+        p_up = model.p_up(h).double().cpu().numpy().clip(1e-6, 1 - 1e-6)  # keeps the log loss finite
+        parts.append(dict(p_up=p_up, **judge(r, p / p.sum(-1, keepdims=True), t.r[now])))
+        at += len(h)
+        data.progress(f"next bars: {at:,} of {len(t.r):,}")
+    return joined(parts)
+
+
+def close_bins(model, tokenizer, h):
+    """Values [BINS] of the close in units of s_t, and P(bin | coarse) [2^k1, BINS], the mean over contexts h [M, C]."""
+    table = close_table(tokenizer).to(h.device)  # (2^k1, 2^k2)
+    p = torch.zeros_like(table)
+    every = torch.arange(len(table), device=h.device)
+    for row in h:
+        p += model.coarse_logits(row).float().softmax(-1)[:, None] * model.fine_logits(row.expand(len(table), -1), every).float().softmax(-1)
+    value, order = table.flatten().sort()
+    mass = p.flatten()[order].double().cumsum(0)
+    edges = value[torch.searchsorted(mass, torch.linspace(0, 1, BINS + 1, device=h.device, dtype=mass.dtype)[1:-1] * mass[-1])].unique()
+    bins = torch.searchsorted(edges[edges < value[-1]], table)
+    total = lambda a: torch.zeros(int(bins.max()) + 1, device=h.device, dtype=torch.float64).index_add_(0, bins.flatten(), a.flatten().double())
+    share = torch.zeros(len(table), int(bins.max()) + 1, device=h.device).scatter_add_(1, bins, p)
+    return (total(p * table.double().sinh()) / total(p)).cpu().numpy(), share / share.sum(-1, keepdim=True)
+
+
+def simulated(model, tokenizer, t, paths, parallel=False):
+    """Forecast the log return since the origin over the horizon, from every origin."""
+    histories = [bars[:o + 1] for bars, origins in zip(t.series, t.origins) for o in origins]
+    parts = []
+    for i in range(0, len(histories), 256):
+        part = histories[i:i + 256]
+        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel)
+        close = np.array([bars.ohlcva[-1, 3] for bars in part])
+        parts.append(from_paths(np.log(ohlcva[..., 3] / close[:, None, None]), t.path_r[i:i + 256]))
+        data.progress(f"paths: {i + len(part):,} of {len(histories):,} origins")
+    return joined(parts) if parts else {}
+
+
+def from_paths(r, y):
+    """r [n, paths, H] log returns since the origin, y [n, H]."""
+    r = np.sort(np.moveaxis(r, 1, -1), -1)
+    return along(judge(r, np.full(r.shape[-1], 1 / r.shape[-1]) * np.ones_like(r), y, fair=True))
+
+
+def along(scores):
+    return {f"path_{key}": scores[key] for key in ("point", "crps")}
+
+
+def baselines(t, paths):
+    """What a model must beat; each fitted on the bars before the first target, or on those before each origin."""
+    parts = {name: [] for name in ("ar1", "gaussian20", "fhs")}
+    for i, (bars, r, (first, last), o) in enumerate(zip(t.series, t.returns, t.ranges, t.origins)):
+        rows, y = np.arange(first, last), r[first:last]
+        path_y = t.path_r[sum(map(len, t.origins[:i])):][:len(o)]
+        steps = np.arange(1, t.horizon + 1)
+
+        x, target = r[1:first - 1], r[2:first]
+        b = np.cov(x, target)[0, 1] / max(x.var(ddof=1), 1e-18)
+        a = target.mean() - b * x.mean()
+        sigma = max((target - a - b * x).std(), 1e-9)
+        psi = np.cumsum(b ** (steps - 1))  # (H,): weight of a shock k bars on in the return since the origin
+        one = judge_normal(a + b * r[rows - 1], sigma, y)
+        many = judge_normal(a * psi.cumsum() + b * psi * r[o, None], np.sqrt((psi**2).cumsum()) * sigma, path_y)
+        parts["ar1"].append(dict(one, p_up=torch.special.ndtr(torch.from_numpy(one["mean"] / sigma)).numpy(), **along(many)))
+
+        rms = np.sqrt(sliding_window_view(r**2, 20).mean(-1)).clip(1e-9)  # of bars k .. k + 19
+        many = judge_normal(np.zeros((len(o), 1)), rms[o - 19, None] * np.sqrt(steps), path_y)
+        parts["gaussian20"].append(judge_normal(np.zeros(len(y)), rms[rows - 20], y) | along(many))
+
+        begun = (np.arange(len(r)) > 0).astype(float)
+        sums = [data._decayed_sum(u, np.float64(0.0), LAMBDA) for u in (r**2, begun)]
+        vol = np.sqrt(sums[0] / np.maximum(sums[1], 1e-9)).clip(1e-9)  # known after each bar
+        z = np.append(0.0, r[1:] / vol[:-1])
+        n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
+        z = sliding_window_view(z, n)  # row k: bars k .. k + n - 1
+        drawn = np.sort(vol[rows - 1, None] * z[rows - n], -1)
+        one = judge(drawn, np.full(n, 1 / n) * np.ones_like(drawn), y)
+        p_up = ((drawn > 0).sum(-1) + 0.5) / ((drawn != 0).sum(-1) + 1)
+        random = np.random.default_rng([t.seed, zlib.crc32(bars.symbol.encode()), 2])
+        pick = random.integers(n, size=(len(o), paths, t.horizon))
+        variance, moves = np.repeat(vol[o, None]**2, paths, 1), np.empty(pick.shape)
+        for k in range(t.horizon):
+            moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[o + 1 - n], pick[:, :, k], 1)
+            variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
+        parts["fhs"].append(dict(one, p_up=p_up, **from_paths(moves.cumsum(-1), path_y)))
+    zero, path_zero = np.zeros(len(t.r)), np.zeros(t.path_r.shape)
+    still = dict(mean=zero, point=zero, crps=np.abs(t.r), path_point=path_zero, path_crps=np.abs(t.path_r))  # a point's CRPS is its error
+    found = {name: joined(p) for name, p in parts.items()}
+    found["gaussian20"].pop("p_up", None)
+    return dict(persistence=still, always_up=dict(p_up=np.ones(len(t.r))), ar1=found["ar1"], logistic=logistic(t),
+                gaussian20=found["gaussian20"], fhs=found["fhs"])
+
+
+def logistic(t):
+    """Logistic regression of the direction on the last bars' features, all symbols together, by Newton's method."""
+    x = [data.features(bars)[0] for bars in t.series]
+    lagged = lambda i, rows: np.concatenate([np.ones((len(rows), 1)), *(x[i][rows - k] for k in range(1, LAGS + 1))], axis=1)  # (rows, 1 + 6 LAGS)
+    known = [np.arange(data.CONTEXT, first)[r[data.CONTEXT:first] != 0] for r, (first, _) in zip(t.returns, t.ranges)]
+    total = sum(map(len, known))
+    if total < 1000:
+        return {}
+    thin = -(-total // 300_000)
+    X = np.concatenate([lagged(i, rows[::thin]) for i, rows in enumerate(known)])
+    up = np.concatenate([r[rows[::thin]] > 0 for r, rows in zip(t.returns, known)])
+    w = np.zeros(X.shape[1])
+    for _ in range(8):
+        p = 1 / (1 + np.exp(-X @ w))
+        w += np.linalg.solve((X.T * (p * (1 - p))) @ X + np.eye(len(w)), X.T @ (up - p) - w)
+    return dict(p_up=1 / (1 + np.exp(-np.concatenate([lagged(i, np.arange(*span)) for i, span in enumerate(t.ranges)]) @ w)))
+
+
+# ---- scores
+
+def ratio(s):
+    return s[..., 0] / s[..., 1]
+
+
+def block_sums(f, t):
+    """{score: (sums over each block [n_blocks, ...], the score as a function of such sums)}: the bootstrap only adds them up anew."""
+    def total(*columns, block=t.block):
+        return np.stack([np.bincount(block, c, t.n_blocks) for c in np.broadcast_arrays(*columns, np.ones(len(block)))[:-1]], -1)
+
+    out = {}
+    if "p_up" in f:
+        moved = t.r != 0
+        p, up, block = f["p_up"][moved], t.r[moved] > 0, t.block[moved]
+        hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
+        out["da"] = total(hit, 1.0, block=block), ratio
+        out["balanced_accuracy"] = total(hit * up, up, hit * ~up, ~up, block=block), lambda s: (ratio(s[..., :2]) + ratio(s[..., 2:])) / 2
+        out["auc"] = by_bin(ordered_bins(p), block, t.n_blocks, up, ~up), area
+        with np.errstate(divide="ignore"):  # always_up: infinite
+            out["logloss"] = total(-np.log(np.where(up, p, 1 - p)), 1.0, block=block), ratio
+        out["ece"] = by_bin(np.minimum(p * 10, 9).astype(int), block, t.n_blocks, p - up, np.ones(len(p))), \
+            lambda s: np.abs(s[..., 0, :]).sum(-1) / s[..., 1, :].sum(-1)
+    signal = f.get("mean", f.get("p_up"))
+    if signal is not None:
+        x, y = signal - signal.mean(), t.r - t.r.mean()
+        out["ic"] = total(1.0, x, y, x * x, y * y, x * y), correlation
+        ic, known = rank_ic(signal, t.r, t.stamp)
+        block = np.zeros(len(ic), int)
+        block[t.stamp] = t.block
+        out["rank_ic"] = total(ic[known], 1.0, block=block[known]), ratio
+    if "point" in f:
+        out["mae"] = total(100 * np.abs(t.r - f["point"]), 1.0), ratio
+        out["rmse"] = total(1e4 * (t.r - f["mean"])**2, 1.0), lambda s: np.sqrt(ratio(s))
+        out["mape"] = total(100 * np.abs(np.expm1(f["point"] - t.r)), 1.0), ratio
+        out["crps"] = total(100 * f["crps"], 1.0), ratio
+    if "pit" in f:
+        out |= {f"coverage{q}": (total(np.abs(f["pit"] - 0.5) <= q / 200, 1.0), ratio) for q in (50, 80, 90)}
+    if len(f.get("path_point", ())):
+        for name, error in (("path_mape", np.abs(np.expm1(f["path_point"] - t.path_r))), ("path_crps", f["path_crps"])):
+            sums = np.zeros((t.n_path_blocks, t.horizon, 2))
+            np.add.at(sums, t.path_block, np.stack([100 * error, np.ones_like(error)], -1))
+            out[name] = sums, ratio
+    return out
+
+
+def by_bin(bins, block, n_blocks, *columns):
+    """Sums over each block and bin: [n_blocks, len(columns), bins]."""
+    n = bins.max(initial=0) + 1
+    return np.stack([np.bincount(block * n + bins, c, n_blocks * n).reshape(n_blocks, n) for c in columns], 1)
+
+
+def ordered_bins(p, most=2048):
+    """The rank of each p among the distinct ones; neighbours share a bin where there are more than `most`."""
+    value, rank, count = np.unique(p, return_inverse=True, return_counts=True)
+    return rank if len(value) <= most else (np.cumsum(count) - 1)[rank] * most // len(p)
+
+
+def area(s):
+    """Area under the ROC curve from s [..., 2, bins], ups and downs: P(p of an up > p of a down) + P(equal) / 2."""
+    below = s[..., 1, :].cumsum(-1) - s[..., 1, :] / 2
+    return (s[..., 0, :] * below).sum(-1) / (s[..., 0, :].sum(-1) * s[..., 1, :].sum(-1))
+
+
+def correlation(s):
+    n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
+    return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+
+
+def rank_ic(signal, r, stamp):
+    """Spearman's correlation of signal and return across the symbols of each time stamp; which stamps have one (3 symbols at least)."""
+    n = np.bincount(stamp)
+    x, y = (v - (np.bincount(stamp, v) / n.clip(1))[stamp] for v in (ranks(signal, stamp), ranks(r, stamp)))
+    variance = np.bincount(stamp, x * x) * np.bincount(stamp, y * y)
+    return np.bincount(stamp, x * y) / np.sqrt(variance.clip(1e-9)), (n >= 3) & (variance > 1e-9)
+
+
+def ranks(v, stamp):
+    """Rank within the time stamp (up to a constant of the stamp); equal values share their mean rank."""
+    order = np.lexsort((v, stamp))
+    group = np.cumsum((np.diff(v[order], prepend=np.nan) != 0) | (np.diff(stamp[order], prepend=-1) != 0)) - 1
+    out = np.empty(len(v))
+    out[order] = (np.bincount(group, np.arange(len(v))) / np.bincount(group))[group]
+    return out
+
+
+def trading(f, t, cost_bps):
+    """Long the top fifth, short the bottom fifth by P(up), equal weights, at every time stamp with 5 symbols: return per bar in bps after
+    costs, and turnover, the value traded per bar as a share of one side (4: both sides replaced). Blocks of sums as in block_sums."""
+    n_stamps, n_symbols = t.stamp.max() + 1, len(t.series)
+    p = np.full((n_stamps, n_symbols), np.nan)
+    p[t.stamp, t.symbol] = f["p_up"]
+    n = np.isfinite(p).sum(1)
+    fifth = np.maximum(n // 5, 1)[:, None]
+    place = p.argsort(1, kind="stable").argsort(1)  # missing ones come last
+    weight = np.where(n[:, None] < 5, 0.0, (((place >= n[:, None] - fifth) & (place < n[:, None])) * 1.0 - (place < fifth)) / fifth)
+    gain = np.bincount(t.stamp, weight[t.stamp, t.symbol] * np.expm1(t.r))
+    turnover = np.abs(np.diff(weight, axis=0, prepend=0)).sum(1)
+    block = np.zeros(n_stamps, int)
+    block[t.stamp] = t.block
+    sums = lambda v: np.stack([np.bincount(block, v * (n >= 5), t.n_blocks), np.bincount(block, n >= 5, t.n_blocks)], -1)
+    return dict(long_short=(sums(1e4 * gain - turnover * cost_bps), ratio), turnover=(sums(turnover), ratio))
+
+
+def bootstrap(sums, t):
+    """{score: (value, replicates)}: blocks drawn with replacement, the same for every forecaster, so that differences are paired."""
+    out = {}
+    with np.errstate(all="ignore"):
+        for name, (s, score) in sums.items():
+            value = score(s.sum(0))
+            drawn = score(np.tensordot(t.path_weights if name.startswith("path") else t.weights, s, 1))
+            finite = np.isfinite(drawn)
+            centre = drawn.sum(0, where=finite) / finite.sum(0)
+            out[name] = value, drawn - centre + value  # ECE, a sum of magnitudes, is larger in a replicate
+    return out
+
+
+def scored(value, drawn, n_blocks):
+    """{value, lo, hi} (a list of them over steps), the 95 % percentile interval; lo and hi null under 20 blocks, all null where value is.
+
+    n blocks are few: the percentiles are those that make it as wide as Student's t (Hesterberg 2014, arXiv 1411.5279).
+    """
+    if np.ndim(value):
+        steps = [scored(v, d, n_blocks) for v, d in zip(value, drawn.T if len(drawn) else [drawn] * len(value))]
+        return steps if any(steps) else None
+    if not np.isfinite(value):
+        return None
+    drawn = drawn[np.isfinite(drawn)]
+    if n_blocks < MIN_BLOCKS or len(drawn) < REPLICATES // 2:
+        return dict(value=float(value), lo=None, hi=None)
+    z, n = NORMAL.inv_cdf(0.975), n_blocks - 1
+    student = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    tail = NORMAL.cdf(-student * math.sqrt(n_blocks / n))
+    lo, hi = np.quantile(drawn, (tail, 1 - tail))
+    return dict(value=float(value), lo=float(lo), hi=float(hi))
+
+
+def paired(name_a, a, name_b, b, t, only=METRICS):
+    """Differences a - b of every score that both have, and ratios a / b of MAE and CRPS, replicate by replicate."""
+    out = []
+    for metric in only:
+        if metric in a and metric in b:
+            n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
+            (va, da), (vb, db) = a[metric], b[metric]
+            with np.errstate(all="ignore"):
+                quotient = scored(va / vb, da / db, n) if metric in ("mae", "crps", "path_crps") else None
+            out.append(dict(a=name_a, b=name_b, metric=metric, difference=scored(va - vb, da - db, n), ratio=quotient))
+    return out
+
+
+def token_use(tokenizer, t):
+    """How much of the codebooks the targets use."""
+    tokens = np.concatenate([np.asarray(data.tokenize(bars, tokenizer)[a:b]) for bars, (a, b) in zip(t.series, t.ranges)]).astype(np.int64)
+    out = dict(pairs=len(np.unique(tokens[:, 0] << 16 | tokens[:, 1])))
+    for column, (level, k) in enumerate((("coarse", tokenizer.config.coarse_bits), ("fine", tokenizer.config.fine_bits))):
+        share = np.bincount(tokens[:, column], minlength=2**k) / len(tokens)
+        out[f"{level}_used"] = float((share > 0).mean())
+        out[f"{level}_perplexity"] = float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+    return out
+
+
+def token_correlations(tokens, accuracies, t):
+    """Correlation, over checkpoints, of each number of token_use with direction accuracy. The intervals are those of the accuracies:
+    they speak of these checkpoints, not of others."""
+    value, drawn = np.array([v for v, _ in accuracies]), np.stack([d for _, d in accuracies], -1)  # (n,), (REPLICATES, n)
+    place = lambda v: ((v[..., None] > v[..., None, :]) + 0.5 * (v[..., None] == v[..., None, :])).sum(-1)
+
+    def pearson(x, y):
+        x, y = x - x.mean(), y - y.mean(-1, keepdims=True)
+        return (x * y).sum(-1) / np.sqrt((x * x).sum() * (y * y).sum(-1))
+
+    with np.errstate(all="ignore"):
+        return {key: dict(pearson=scored(pearson(x, value), pearson(x, drawn), t.n_blocks),
+                          spearman=scored(pearson(place(x), place(value)), pearson(place(x), place(drawn)), t.n_blocks))
+                for key in tokens[0] for x in [np.array([float(use[key]) for use in tokens])]}
+
+
+def groups_of(t, by):
+    """(name, mask over the targets) of each group; volatility: thirds of the bars by s_t, known before the bar."""
+    if by == "symbol":
+        return [(bars.symbol, t.symbol == i) for i, bars in enumerate(t.series)]
+    if by == "quarter":
+        month = t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int)
+        return [(f"{1970 + q // 4}-Q{q % 4 + 1}", month // 3 == q) for q in np.unique(month // 3)]
+    third = np.searchsorted(np.quantile(t.s, (1 / 3, 2 / 3)), t.s)
+    return [(name, third == k) for k, name in enumerate(("low", "middle", "high"))]
+
+
+def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0):
+    """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals from a bootstrap over blocks of time.
+
+    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives.  bars: list of Bars.  split: "test" or "val" by the
+    checkpoints' borders, unless start (first date of the targets) names them; end: the first date after them. Targets
+    before a checkpoint's test start need start, and the result's split is then "in-sample".  Paths of `horizon` bars start
+    every `stride` bars (default: ten times a symbol, at least the horizon apart).
+    Returns split, start, end (of the targets), blocks, checkpoints, baselines, paired. Returns and errors in log return x 100, mape in %.
+    """
+    return {key: value for key, value in evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed).items()
+            if key in KEYS}
+
+
+def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0, parallel=False, by=None,
+             cost_bps=0.0, device="cpu"):
+    """backtest, and what the table shows besides: trading, scores by groups, correlation with the tokens' use."""
+    if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
+        raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 in a backtest")
+    if by not in (None, "symbol", "quarter", "volatility"):
+        raise UserError(f"--by {by}: choose symbol, quarter or volatility")
+    loaded = [(str(c), *load_checkpoint(c, device)) if isinstance(c, (str, os.PathLike)) else (f"checkpoint {i + 1}", *c)
+              for i, c in enumerate(checkpoints)]
+    split, lo, hi = span_of([meta for *_, meta in loaded], split, start, end)
+    t = Targets([series] if isinstance(series, data.Bars) else series, lo, hi, horizon, stride, seed)
+    for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.n_path_blocks)):
+        if n < MIN_BLOCKS:
+            print(f"warning: no intervals for scores of {what}: the targets make {n} blocks of time, {MIN_BLOCKS} are the least "
+                  f"(give a longer span, or a shorter --horizon)", file=sys.stderr)
+
+    forecasts, use = {}, []
+    for name, model, tokenizer, _ in loaded:
+        forecasts[name] = next_bars(model, tokenizer, t) | simulated(model, tokenizer, t, paths)
+        if parallel:
+            forecasts[f"{name} parallel"] = simulated(model, tokenizer, t, paths, parallel=True)
+        use.append(token_use(tokenizer, t))
+    tokens = dict(zip((name for name, *_ in loaded), use))
+    rivals = baselines(t, paths)
+    drawn = {name: bootstrap(block_sums(f, t), t) for name, f in (forecasts | rivals).items()}
+    rows = {name: {m: scored(*drawn[name][m], t.n_path_blocks if m.startswith("path") else t.n_blocks) if m in drawn[name] else None
+                   for m in METRICS} for name in drawn}
+    pairs = [pair for i, a in enumerate(forecasts) for b in list(forecasts)[i + 1:] for pair in paired(a, drawn[a], b, drawn[b], t)]
+    pairs += [pair for a in forecasts for b in rivals for pair in paired(a, drawn[a], b, drawn[b], t, ("da", "mae", "crps", "path_crps"))]
+    trades = {name: {m: scored(*v, t.n_blocks) for m, v in bootstrap(trading(f, t, cost_bps), t).items()}
+              for name, f in (forecasts | rivals).items() if "p_up" in f and name != "always_up"}
+    result = dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
+                  checkpoints=[dict(ckpt=name, **rows[name], tokens=tokens.get(name)) for name in forecasts],
+                  baselines={name: rows[name] for name in rivals}, paired=pairs, trading=trades)
+    if by:
+        result["by"] = [dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask))
+                        for group, mask in groups_of(t, by) for name, *_ in loaded]
+    if len(loaded) >= 3:
+        result["correlations"] = token_correlations(use, [drawn[name]["da"] for name, *_ in loaded], t)
+    return result
+
+
+def grouped(f, t, mask):
+    part, one_step = t.take(mask), {key: v[mask] for key, v in f.items() if not key.startswith("path")}
+    blocks = len(np.unique(part.block))
+    drawn = bootstrap({m: s for m, s in block_sums(one_step, part).items() if m in ("da", "auc", "mae", "crps", "coverage90")}, t)
+    return {m: scored(*v, blocks) for m, v in drawn.items()}
+
+
+# ---- the table
+
+SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2), ("auc", "AUC", 1, 4), ("logloss", "log loss", 1, 4),
+         ("ece", "ECE %", 100, 2), ("ic", "IC", 1, 4), ("rank_ic", "rank IC", 1, 4), ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4),
+         ("mape", "MAPE %", 1, 4), ("crps", "CRPS", 1, 4), ("coverage50", "in 50 % band", 100, 2), ("coverage80", "in 80 % band", 100, 2),
+         ("coverage90", "in 90 % band", 100, 2))
+
+
+def print_backtest(result, horizon, cost_bps):
+    """Metrics as rows, forecasters as columns of 8; under each value half its interval."""
+    columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
+    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-7:] for entry in result["checkpoints"]] + ["persist", "up", "ar1", "logit", "gauss20", "fhs"]
+    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time; +- is half the 95 % interval")
+    print(" " * 14 + "".join(f"{head:>9}" for head in heads))
+    rows = [(label, [entry[m] for entry in columns.values()], scale, digits) for m, label, scale, digits in SHOWN]
+    for m, label in (("path_mape", "MAPE %"), ("path_crps", "CRPS")):
+        for k in sorted({(horizon + 1) // 2, horizon}):
+            rows.append((f"{label}, bar {k}", [entry[m] and entry[m][k - 1] for entry in columns.values()], 1, 4))
+    for m, label in (("long_short", f"top-bottom bps"), ("turnover", "turnover")):
+        rows.append((label, [result["trading"].get(name, {}).get(m) for name in columns], 1, 2))
+    for label, scores, scale, digits in rows:
+        print(f"{label:14}" + "".join(f"{'.' if s is None else format(s['value'] * scale, f'.{digits}f'):>9}" for s in scores))
+        if any(s and s["lo"] is not None for s in scores):
+            half = [f"+-{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
+            print(" " * 14 + "".join(f"{h:>9}" for h in half))
+    # ratios to the two baselines that know volatility, and between checkpoints
+    show = lambda s, digits: f"{s['value']:.{digits}f}" + (f" [{s['lo']:.{digits}f}, {s['hi']:.{digits}f}]" if s["lo"] is not None else "")
+    own = [entry["ckpt"] for entry in result["checkpoints"]]
+    print("\npaired, the same blocks drawn for both")
+    for pair in result["paired"]:
+        if pair["b"] not in own and pair["b"] not in ("fhs", "gaussian20"):
+            continue
+        what = "ratio" if pair["ratio"] else "difference"
+        score, metric = pair[what], pair["metric"]
+        if isinstance(score, list):
+            score, metric = score[-1], f"{metric} at bar {len(score)}"
+        if score:
+            print(f"{metric:20} {what:10} {show(score, 4):26} {os.path.basename(pair['a'])} to {os.path.basename(pair['b'])}")
+    for row in result.get("by", ()):
+        print(f"{row['group']:10} {row['bars']:>8,} bars  " + "  ".join(f"{m} {show(row[m], 4)}" for m in ("da", "mae", "crps", "coverage90") if row.get(m)))
+    for key, row in result.get("correlations", {}).items():
+        print(f"correlation of {key} with right calls: " + ", ".join(f"{kind} {show(s, 2) if s else '.'}" for kind, s in row.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 def check(config):
     if not config.ckpt:
@@ -408,9 +981,22 @@ def load_series(config, meta):
     return series
 
 
+def backtest_main(config):
+    series = load_series(config, load_checkpoint(config.ckpt[0])[2])
+    result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths, config.stride, config.seed,
+                      config.parallel, config.by, config.cost_bps, config.device)
+    if config.json:
+        print(json.dumps(jsonable({key: value for key, value in result.items() if key in KEYS or key == "by"})))
+    else:
+        print_backtest(result, config.horizon, config.cost_bps)
+
+
 def main():
     config = Config(**data.cli(Config, __doc__))
+    config.paths = config.paths if config.paths is not None else 100 if config.backtest else 200
     check(config)
+    if config.backtest:
+        return backtest_main(config)
     if len(config.ckpt) > 1:
         raise UserError("--ckpt: one checkpoint at a time for a forecast")
     model, tokenizer, meta = load_checkpoint(config.ckpt[0], config.device)
