@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import gc
 import glob
 import gzip
 import hashlib
@@ -194,6 +195,7 @@ def _from_text(path, body, n_columns, delimiter, columns):
         text = body.decode("latin-1")
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     rows, line, reasons = [], [], {}
+    gc.disable()  # it would look through millions of small lists, again and again, and find nothing
     try:
         for row in reader:
             if not row:
@@ -205,6 +207,8 @@ def _from_text(path, body, n_columns, delimiter, columns):
             line.append(reader.line_num)
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
+    finally:
+        gc.enable()
     cells = list(zip(*rows)) if rows else [()] * n_columns
     stamps = {s: _stamp(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
     time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
@@ -318,7 +322,7 @@ def _sorted(symbol, time, ohlcva):
 class State:
     """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
 
-    close: last close (NaN before the first bar).
+    close: last close, as `inverse` rebuilds it (NaN before the first bar).
     s, m, d, g: decayed sums of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
     s_w, m_w, d_w, g_w: the sums of their weights.
     origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
@@ -341,12 +345,10 @@ class State:
 
     def scales(self):
         """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
-        mean = [u / np.where(w > 0, w, 1.0) for u, w in
-                ((self.s, self.s_w), (self.m, self.m_w), (self.d, self.d_w), (self.g, self.g_w))]
-        s, d = np.maximum(mean[0], S_FLOOR), np.maximum(mean[2], D_FLOOR)
+        s, d = np.maximum(_mean(self.s, self.s_w), S_FLOOR), np.maximum(_mean(self.d, self.d_w), D_FLOOR)
         s = np.fmin(np.fmax(s, self.origin_s / 8), self.origin_s * 8)  # fmin, fmax: a NaN bound does not bind
         d = np.fmin(np.fmax(d, self.origin_d / 8), self.origin_d * 8)
-        return s, mean[1], d, mean[3]
+        return s, _mean(self.m, self.m_w), d, _mean(self.g, self.g_w)
 
     def anchored(self):
         """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
@@ -371,7 +373,7 @@ def _decayed_sum(u, carry, decay=DECAY):
     return y + carry[..., None] * decay ** np.arange(1, n + 1)
 
 
-BLOCK = 8192  # bars of one pass: keeps the arrays in cache, and memory bounded on mapped data
+BLOCK = 512  # bars of one pass: keeps the arrays in cache, memory bounded on mapped data, and rounding in check
 
 
 def feature_blocks(bars, state=None):
@@ -401,35 +403,58 @@ def _features_block(ohlcva, state):
     prev = np.append(c[0] if first else state.close, c[:-1])
     begun = np.ones(n)
     begun[0] = 0.0 if first else 1.0  # bar 0 enters no mean
+
+    true_range = np.log(np.maximum(h, prev) / np.minimum(l, prev)) * begun
+    s, s_w = _running(true_range, state.s), _running(begun, state.s_w)
+    s_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR)
+    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
+    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
+    if first:
+        price[:, 0] = 0.0
+
     has_v = np.where(v > 0, begun, 0.0)
     has_a = np.where((v > 0) & (a > 0), begun, 0.0)
     volume = np.log1p(np.where(v > 0, v, 0.0))
     vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-    true_range = np.log(np.maximum(h, prev) / np.minimum(l, prev))
-
-    signals = np.stack([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a])
-    carry = np.stack([state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
-    s, s_w, m, m_w, g, g_w = sums = np.concatenate([carry[:, None], _decayed_sum(signals, carry)], axis=1)  # (6, n + 1)
-    level = m / np.where(m_w > 0, m_w, 1.0)
+    m, m_w = _running(volume * has_v, state.m), _running(has_v, state.m_w)
+    g, g_w = _running(vwap * has_a, state.g), _running(has_a, state.g_w)
+    level = _mean(m, m_w)[:-1]
     deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
-    signals = np.stack([np.abs(volume - level[:-1]) * deviates, deviates])
-    carry = np.stack([state.d, state.d_w])
-    d, d_w = sums_d = np.concatenate([carry[:, None], _decayed_sum(signals, carry)], axis=1)  # (2, n + 1)
+    d, d_w = _running(np.abs(volume - level) * deviates, state.d), _running(deviates, state.d_w)
+    d_t = np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
+    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
 
-    before = State(prev, s[:-1], s_w[:-1], m[:-1], m_w[:-1], d[:-1], d_w[:-1], g[:-1], g_w[:-1],
-                   np.float64(np.nan), np.float64(np.nan))
-    s_t, m_t, d_t, g_t = before.scales()
-    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    x = np.stack([np.log(c / prev) / s_t,
-                  np.log(o / prev) / s_t,
-                  np.log(h / body_high) / s_t,
-                  np.log(body_low / l) / s_t,
-                  (volume - m_t) / d_t * has_v,
-                  (vwap - g_t) / s_t * has_a], axis=1)  # (n, 6)
-    if first:
-        x[0] = 0.0
-    ends = [*sums[:4, -1], *sums_d[:, -1], *sums[4:, -1]]
-    return np.arcsinh(x).astype(np.float32), State(c[-1], *ends, state.origin_s, state.origin_d)
+    x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
+    close, total = _rebuilt(price, c[0] if first else state.close, state.s, s_w, begun)
+    ends = [np.float64(u[-1]) for u in (s_w, m, m_w, d, d_w, g, g_w)]
+    return np.ascontiguousarray(x.T), State(np.float64(close), np.float64(total), *ends, state.origin_s, state.origin_d)
+
+
+def _rebuilt(price, close, total, weight, begun):
+    """The close and the sum of true ranges that `inverse` comes to over a block of price channels, float32 [4, n].
+
+    Rounding is carried on from here, so that the next block makes it good: over a chain of any length the error stays
+    that of one block. A true range is k_t s_t, so with s_t = S_t / w_t the sum grows as S_{t+1} = S_t (a + k_t / w_t).
+    """
+    c, o, upper, lower = np.sinh(price.astype(np.float64))
+    k = (np.maximum(np.maximum(c, o) + upper, 0) - np.minimum(np.minimum(c, o) - lower, 0)) * begun
+    w = weight[:-1]
+    sums = total * np.append(1.0, np.cumprod(DECAY + k / np.where(w > 0, w, np.inf)))
+    if (sums[:-1] < S_FLOOR * w).any() or (w == 0).any():  # where the floor holds, s_t is no multiple of S_t
+        for t in range(len(k)):
+            s_t = max(sums[t] / w[t], S_FLOOR) if w[t] > 0 else S_FLOOR
+            sums[t + 1] = DECAY * sums[t] + k[t] * s_t
+    s_t = np.maximum(_mean(sums[:-1], w), S_FLOOR)
+    return close * np.exp((c * s_t).sum()), sums[-1]
+
+
+def _running(u, carry):
+    """The decayed sums before each bar and after the last, [n + 1]."""
+    return np.append(carry, _decayed_sum(u, np.float64(carry)))
+
+
+def _mean(total, weight):
+    return total / np.where(weight > 0, weight, 1.0)
 
 
 def inverse(x, state) -> tuple[np.ndarray, State]:
@@ -450,8 +475,8 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     for t in range(n):
         close, open_, upper, lower, volume, vwap = y[t]
         s, m, d, g = st.scales()
-        c = np.clip(st.close * np.exp(np.clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-280, 1e280)
-        o = np.clip(st.close * np.exp(np.clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-280, 1e280)
+        c = np.clip(st.close * np.exp(np.clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
+        o = np.clip(st.close * np.exp(np.clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
         h = np.maximum(o, c) * np.exp(np.clip(upper * s, 0.0, MAX_MOVE))
         l = np.minimum(o, c) * np.exp(-np.clip(lower * s, 0.0, MAX_MOVE))
         fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
