@@ -4,21 +4,20 @@
     python pretrain.py --data bars.csv --tokenizer tok.pt
 
 Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of
-the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A decoder
-D makes a candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes c = sign(u) / sqrt(k), the corner
-nearest to u; the soft form of that choice is q(c|u) ~ exp(2 tau u . c) (its eq. 8).
-
-Here the corner is the one whose *candle* is nearest to the bar, and the soft form
+the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A decoder D
+makes a candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes the corner nearest to u, sign(u) / sqrt(k);
+the soft form of that choice is q(c|u) ~ exp(2 tau u . c). Here the corner is the one whose *candle* is nearest to the bar, softly
 
     q(c|x) = exp(-sharp |x - D(c)|^2) / sum_c' exp(-sharp |x - D(c')|^2).
 
-For a linear D with orthogonal columns, D(c) = A c, the two are one: |x - A c|^2 = 2 u . (-c) + const with u = A^T x, and the
-nearest is sign(u). For a curved D signs of a learned u miss the nearest corner half of the time; with k <= 12 all corners
-can be looked at, in less time than an encoder takes. So there is no encoder, and no gradient has to be passed straight
-through: the mean error over all draws of the bits, and the joint entropy, are exact sums over the 2^k codes. Training
-sharpens q from a blur, in which every code learns something from every bar, to the nearest code (deterministic annealing:
-Rose 1998, Proc. IEEE 86). Held-out error of daily US stocks, encoder and signs -> nearest candle: coarse 0.106 -> 0.076,
-full 0.0175 -> 0.0068, coarse codes used 72 % -> 99 %; k-means with stored centroids: 0.074, 0.0090.
+For a linear D with orthonormal columns, D(c) = A c, the two are one: |x - A c|^2 = const - 2 u . c with u = A^T x. For a curved D
+the signs of a learned u miss the nearest corner half of the time, and with k <= 12 all corners can be looked at, in no more time
+than an encoder takes. So there is no encoder, and no gradient has to go straight through bits that were sampled: the mean over
+all draws, of the error and of the joint entropy, is an exact sum over the 2^k codes. Training sharpens q from a blur, in which
+every code learns from every bar, to the nearest code alone (deterministic annealing: Rose 1998, Proc. IEEE 86).
+
+Held-out error of daily US stocks, signs -> nearest candle (k-means, stored centroids):
+coarse 0.106 -> 0.0735 (0.0740), full 0.0175 -> 0.0064 (0.0090), coarse codes used 70 % -> 99 % (100 %).
 
 Two levels: `coarse` carries the bar's shape, `fine` the residual given coarse. The top bit of coarse is not searched: it is
 set where close rose, and the decoder honours it, so a coarse token always says up or not up.
@@ -38,9 +37,10 @@ from data import CHANNELS, UserError
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
 MARGIN = 1e-4     # least |close| that a decode with a direction bit gives: survives float32, and `inverse` at its least scale
-BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
+BLOCK = 256       # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
 FAR = 1e9         # distance of the codes on the other side of the direction bit
+WARMUP = 50       # steps in which the learning rate rises
 
 
 @dataclass
@@ -51,19 +51,16 @@ class TokenizerConfig:
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
     entropy: float = 0.02       # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of the codes' even use against each bar's sureness
-    sharp_start: float = 2.0    # q(c|x) at first: exp(-sharp x squared error / the level's variance)
-    sharp_end: float = 60.0     # and at the end
+    sharp_start: float = 8.0    # q(c|x) at first: exp(-sharp x squared error / the level's variance)
+    sharp_end: float = 60.0     # and when annealing ends
+    annealed: float = 0.2       # share of the training that anneals; the rest takes the nearest code
 
     def __post_init__(self):
-        for name in ("coarse_bits", "fine_bits"):
-            if not 2 <= getattr(self, name) <= MAX_BITS:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie in 2..{MAX_BITS}")
-        for name in ("n_hidden", "sharp_start", "sharp_end"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("entropy", "gamma"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), entropy=(0, 100), gamma=(0, 100),
+                      sharp_start=(1e-3, 1e6), sharp_end=(1e-3, 1e6), annealed=(0, 1))
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"--{name} {getattr(self, name)}: must lie in {least:g}..{most:g}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,16 +84,26 @@ def entropy(p):
     return -(p * p.clamp(min=1e-20).log()).sum()
 
 
-def entropy_term(q, gamma):
-    """E[H(q(c|x))] - gamma H(E[q(c|x)]) for q [B, 2^k], exact: each bar's code sure, the codes' use even."""
-    return entropy(q) / len(q) - gamma * entropy(q.mean(0))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
 def mlp(n_in, n_hidden, n_out):
     return nn.Sequential(nn.Linear(n_in, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_out))
+
+
+def has_data(x):
+    """bool [..., 6]: False where a channel is missing."""
+    present = x != 0
+    present[..., :PRICES] = True
+    return present
+
+
+def as_tokens(tokens, table):
+    """As a tensor beside the table that they index; ValueError where they don't."""
+    tokens = torch.as_tensor(tokens, device=table.device)
+    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < len(table):
+        raise ValueError(f"a token is not in 0..{len(table) - 1}")
+    return tokens
 
 
 class Tokenizer(nn.Module):
@@ -136,18 +143,17 @@ class Tokenizer(nn.Module):
 
     def standardize(self, x):
         """x [..., 6] -> z, present [..., 6]: channels of unit variance, 0 where one is missing; 1.0 where it is present."""
-        present = x != 0
-        present[..., :PRICES] = True
-        present &= self.std > 0
+        present = has_data(x) & (self.std > 0)
         return torch.where(present, (x - self.mean) / torch.where(self.std > 0, self.std, 1.0), 0.0), present.to(x.dtype)
 
     def coarse_distance(self, z, present, up, d1):
         """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR on the other side of the direction bit."""
-        distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T           # (B, 12) (12, 2^k1)
+        bars, codes = [present, z], [d1 ** 2, -2 * d1]
         if self.config.direction_bit:
             says_up = torch.arange(len(d1), device=d1.device) >= len(d1) // 2
-            distance = distance.masked_fill(up[:, None] != says_up, FAR)
-        return distance
+            bars += [torch.stack([up, ~up], 1).to(z.dtype)]
+            codes += [FAR * torch.stack([~says_up, says_up], 1).to(z.dtype)]
+        return torch.cat(bars, 1) @ torch.cat(codes, 1).T                                    # (B, 14) (14, 2^k1)
 
     def fine_distance(self, residual, present, mix, g):
         """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g over present channels; mix [B, 6, 6] -> [B, 2^k2]."""
@@ -156,6 +162,12 @@ class Tokenizer(nn.Module):
         aim = (mix.mT @ residual[..., None]).squeeze(-1)                                     # (B, 6)
         outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                   # (2^k2, 36)
         return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
+
+    def search(self, z, present, up, tables):
+        """The nearest codes of bars z [B, 6]: coarse first, then the fine code nearest to what it leaves; int64 [B] each."""
+        d1, mix, g = tables
+        coarse = nearest(self.coarse_distance(z, present, up, d1))
+        return coarse, nearest(self.fine_distance((z - d1[coarse]) * present, present, mix[coarse], g))
 
     # ---- the interface
 
@@ -168,29 +180,27 @@ class Tokenizer(nn.Module):
         x = torch.as_tensor(x, dtype=torch.float32, device=self.mean.device)
         if not torch.isfinite(x).all():
             raise ValueError("a feature is not finite")
-        d1, mix, g = self.frozen_tables()
-        rows = x.reshape(-1, N_CHANNELS)
+        tables, rows = self.frozen_tables(), x.reshape(-1, N_CHANNELS)
         tokens = torch.empty(2, len(rows), dtype=torch.int64, device=x.device)
         for i in range(0, len(rows), BLOCK):
             part = rows[i:i + BLOCK]
             padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                                # (BLOCK, 6)
-            z, present = self.standardize(padded)
-            coarse = nearest(self.coarse_distance(z, present, padded[:, 0] > 0, d1))
-            fine = nearest(self.fine_distance((z - d1[coarse]) * present, present, mix[coarse], g))
-            tokens[0, i:i + BLOCK], tokens[1, i:i + BLOCK] = coarse[:len(part)], fine[:len(part)]
+            found = self.search(*self.standardize(padded), padded[:, 0] > 0, tables)
+            tokens[:, i:i + BLOCK] = torch.stack(found)[:, :len(part)]
         return tokens[0].view(x.shape[:-1]), tokens[1].view(x.shape[:-1])
 
     @torch.no_grad()
     def decode(self, coarse, fine=None):
         """Tokens int64 [...] -> features float32 [..., 6]; without fine, what the coarse token alone says.
 
-        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other.
+        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. Raises ValueError for
+        tokens that do not exist.
         """
         d1, mix, g = self.frozen_tables()
-        coarse = torch.as_tensor(coarse, device=d1.device)
+        coarse = as_tokens(coarse, d1)
         z = d1[coarse]                                                                        # (..., 6)
         if fine is not None:
-            fine = torch.as_tensor(fine, device=d1.device)
+            fine = as_tokens(fine, g)
             z = z + (mix[coarse] * g[fine].unsqueeze(-2)).sum(-1)                             # (..., 6, 6) -> (..., 6)
         x = self.mean + self.std * z
         if self.config.direction_bit:
@@ -226,38 +236,40 @@ def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config)
-    present = x != 0
-    present[:, :PRICES] = True
+    present = has_data(x)
     n = present.sum(0).clamp(min=1)
     tokenizer.mean.copy_((x.double() * present).sum(0) / n)
     tokenizer.std.copy_((((x.double() - tokenizer.mean) ** 2 * present).sum(0) / n).sqrt())
     tokenizer = tokenizer.to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    done = 0
+    first = 0
     if resume is not None:
         tokenizer.load_state_dict(resume["model"])
         optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))
-        done = resume["step"]
+        first = resume["step"]
 
-    for step in range(done, steps):
-        progress_made = step / steps
+    for step in range(first, steps):
+        done = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress_made)))
+            group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         draw = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
         batch = x[torch.randint(len(x), (batch_size,), generator=draw)].to(device)               # (B, 6)
-        sharp = config.sharp_start * (config.sharp_end / config.sharp_start) ** progress_made
-        loss = batch_loss(tokenizer, batch, sharp)
+        if done < config.annealed:
+            sharp = config.sharp_start * (config.sharp_end / config.sharp_start) ** (done / config.annealed)
+            loss = annealed_loss(tokenizer, batch, sharp)
+        else:
+            loss = nearest_loss(tokenizer, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            what = "loss" if not math.isfinite(loss.item()) else "gradient"
-            raise UserError(f"tokenizer training stopped at step {step + 1}: its {what} is {loss.item() if what == 'loss' else norm.item()}; "
-                            f"lower the learning rate ({lr:g}) or look for extreme values among the bars")
+        for what, value in (("loss", loss.item()), ("gradient", norm.item())):
+            if not math.isfinite(value):
+                raise UserError(f"tokenizer training stopped at step {step + 1}: its {what} is {value}; lower the learning rate ({lr:g}) "
+                                f"or look for extreme values among the bars")
         optimizer.step()
         if progress is not None:
-            progress(step + 1, loss.item(), lambda: copy.deepcopy({"step": step + 1, "model": dict(tokenizer.state_dict()),
-                                                                   "optimizer": optimizer.state_dict()}))
+            progress(step + 1, loss.item(), lambda: copy.deepcopy(dict(step=step + 1, model=dict(tokenizer.state_dict()),
+                                                                       optimizer=optimizer.state_dict())))
     return tokenizer.eval()
 
 
@@ -265,22 +277,19 @@ def check_bars(x, config):
     """UserError for bars that no tokenizer can be trained on."""
     least = 2 ** max(config.coarse_bits, config.fine_bits)
     if len(x) < least:
-        raise UserError(f"the tokenizer has {least} codes a level and only {len(x)} bars to train on; give more data, or fewer bits "
-                        f"(--coarse_bits, --fine_bits)")
+        raise UserError(f"the tokenizer has {least} codes a level and only {len(x)} bars to train on; give more data, or fewer bits")
     bad = ~torch.isfinite(x)
     if bad.any():
         row, channel = bad.nonzero()[0].tolist()
         raise UserError(f"feature {CHANNELS[channel]!r} of bar {row} is {x[row, channel].item()}; the tokenizer needs finite bars: mend the data")
-    flat = [c for i, c in enumerate(CHANNELS) if (x[:, i] == x[0, i]).all() and (i < PRICES or x[0, i] != 0)]
-    if "close" in flat:
-        raise UserError("close never moves in the training bars: there is nothing to learn from a constant series; give other data")
-    if flat:
-        raise UserError(f"channel {flat[0]!r} never changes in the training bars; the tokenizer needs bars with an open, high and low "
-                        f"of their own: give other data")
+    for i, channel in enumerate(CHANNELS):
+        if (x[:, i] == x[0, i]).all() and (i < PRICES or x[0, i] != 0):
+            raise UserError(f"channel {channel!r} never changes in the training bars, there is nothing to learn from a constant series: "
+                            f"give bars with a close, open, high and low of their own")
 
 
-def batch_loss(tokenizer, x, sharp):
-    """The losses of both levels for bars x [B, 6]: fine is trained on what the nearest coarse code leaves."""
+def annealed_loss(tokenizer, x, sharp):
+    """Of both levels, over all codes softly, for bars x [B, 6]; fine is trained on what the nearest coarse code leaves."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
@@ -295,10 +304,24 @@ def level_loss(distance, source, present, sharp, config):
 
     distance [B, 2^k]: |source - D(c)|^2 - |source|^2 over the channels present; source, present [B, 6].
     """
-    variance = (source ** 2).sum() / present.sum()
-    q = F.softmax(-sharp / variance * distance, dim=-1)                                          # (B, 2^k)
-    loss = 1 + (q * distance).sum() / (source ** 2).sum()
-    return loss + config.entropy * entropy_term(q, config.gamma) if config.entropy else loss
+    size = (source ** 2).sum()
+    q = F.softmax(-sharp * present.sum() / size * distance, dim=-1)                              # (B, 2^k)
+    loss = 1 + (q * distance).sum() / size
+    if config.entropy:  # E[H(q(c|x))] - gamma H(E[q(c|x)]): each bar's code sure, the codes' use even
+        loss = loss + config.entropy * (entropy(q) / len(q) - config.gamma * entropy(q.mean(0)))
+    return loss
+
+
+def nearest_loss(tokenizer, x):
+    """annealed_loss at infinite sharpness: each bar moves its own codes alone, as in Lloyd's algorithm."""
+    z, present = tokenizer.standardize(x)
+    d1, mix, g = tokenizer.decode_tables()
+    with torch.no_grad():
+        coarse, fine = tokenizer.search(z, present, x[:, 0] > 0, (d1, mix, g))                   # (B,)
+    left = (z - d1[coarse]) * present                                                            # (B, 6)
+    residual = left.detach()
+    fine_left = (residual - (mix[coarse] @ g[fine][..., None]).squeeze(-1)) * present
+    return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,8 +338,7 @@ def report(tokenizer, x):
     x = torch.as_tensor(x, dtype=torch.float32)
     coarse, fine = (t.cpu() for t in tokenizer.encode(x))
     decoded = {"coarse": tokenizer.decode(coarse).cpu(), "full": tokenizer.decode(coarse, fine).cpu()}
-    present = x != 0
-    present[:, :PRICES] = True
+    present, moved = has_data(x), x[:, 0] != 0
     out = {"bars": float(len(x))}
     for level, y in decoded.items():
         errors = {}
@@ -326,34 +348,28 @@ def report(tokenizer, x):
                 errors[channel] = ((true - got).square().mean() / true.var(correction=0)).item()
         errors = {f"_{c}": e for c, e in errors.items()} | {"": sum(errors.values()) / max(1, len(errors))}
         out |= {f"{level}_error{c}": e for c, e in errors.items()} | {f"{level}_r2{c}": 1 - e for c, e in errors.items()}
-        moved = x[:, 0] != 0
         out[f"{level}_sign"] = ((y[:, 0] > 0) == (x[:, 0] > 0))[moved].double().mean().item() if moved.any() else 1.0
     for level, token, k in (("coarse", coarse, tokenizer.config.coarse_bits), ("fine", fine, tokenizer.config.fine_bits)):
         share = torch.bincount(token, minlength=2 ** k).double() / max(1, len(token))
         out[f"{level}_used"] = (share > 0).double().mean().item()
         out[f"{level}_perplexity"] = entropy(share).exp().item()
-        p = (corners(k) > 0).double().T @ share                                                  # (k,)
-        bits = (entropy_of_bit(p) / math.log(2)).tolist()
+        ones = (corners(k) > 0).double().T @ share                                               # (k,)
+        bits = [entropy(torch.stack([p, 1 - p])).item() / math.log(2) for p in ones]
         out |= {f"{level}_bit_entropy_{i}": b for i, b in enumerate(bits)} | {f"{level}_bit_entropy": min(bits)}
     out["pairs"] = float(len(torch.unique(coarse << tokenizer.config.fine_bits | fine)))
     return out
 
 
-def entropy_of_bit(p):
-    return -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
-
-
 def print_report(scores):
     """The report as an aligned table for a person."""
-    channels = [c for c in CHANNELS if f"full_r2_{c}" in scores]
-    print(f"{'':8} {'':6} " + " ".join(f"{c:>8}" for c in ["mean"] + channels))
-    for level in ("coarse", "full"):
-        for what in ("error", "r2"):
-            print(f"{level:8} {what:6} " + " ".join(f"{scores[f'{level}_{what}{c}']:8.4f}" for c in [""] + [f"_{c}" for c in channels]))
-    print(f"\n{'':8} {'used':>7} {'perplexity':>10} {'least bit':>9} {'sign':>8}")
-    for level, decode in (("coarse", "coarse"), ("fine", "full")):
-        print(f"{level:8} {scores[f'{level}_used']:7.1%} {scores[f'{level}_perplexity']:10.1f} {scores[f'{level}_bit_entropy']:9.3f} "
-              f"{scores[f'{decode}_sign']:8.2%}")
+    channels = [""] + [f"_{c}" for c in CHANNELS if f"full_r2_{c}" in scores]
+    print(f"{'':13} " + " ".join(f"{c[1:] or 'mean':>8}" for c in channels))
+    for row in ("coarse_error", "coarse_r2", "full_error", "full_r2"):
+        print(f"{row.replace('_', ' '):13} " + " ".join(f"{scores[row + c]:8.4f}" for c in channels))
+    print(f"\n{'':13} {'used':>8} {'perplexity':>10} {'least bit':>9} {'sign':>8}")
+    for row, decode in (("coarse", "coarse"), ("fine", "full")):
+        used, perplexity, bit = (scores[f"{row}_{what}"] for what in ("used", "perplexity", "bit_entropy"))
+        print(f"{row:13} {used:8.1%} {perplexity:10.1f} {bit:9.3f} {scores[f'{decode}_sign']:8.2%}")
     print(f"\n{scores['pairs']:,.0f} distinct pairs in {scores['bars']:,.0f} bars")
 
 
@@ -369,7 +385,6 @@ class Config:
     coarse_bits: int = 10            # bits of the coarse token
     fine_bits: int = 10              # bits of the fine token
     direction_bit: bool = True       # the top coarse bit says that close rose
-    compare: bool = False            # also train and report one without the direction bit
     steps: int = 3000                # updates
     batch_size: int = 1024           # bars of an update
     lr: float = 4e-3                 # peak learning rate
@@ -386,14 +401,11 @@ def main():
     data.check_out(config.out, config.overwrite)
     series = data.load(config.data) if config.data else data.synthetic(config.seed)[0]
     borders = data.split_borders(series, config.val_start, config.test_start)
-    rows = {split: [] for split in ("train", "test")}
-    for bars in series:
-        x, _ = data.features(bars)
-        for split, parts in rows.items():
-            first, last = data.targets_of(bars, split, borders)
-            parts.append(x[first:last])
-    rows = {split: np.concatenate(parts) for split, parts in rows.items()}
+    features = [data.features(bars)[0] for bars in series]
+    rows = {split: np.concatenate([x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)])
+            for split in ("train", "test")}
     print(f"tokenizer: {len(rows['train']):,} bars to train on, {len(rows['test']):,} to test, {config.steps} steps", flush=True)
+
     tokenizer = train_tokenizer(rows["train"], sizes, config.seed, config.steps, config.batch_size, config.lr, config.device,
                                 lambda step, loss, _: data.progress(f"step {step}/{config.steps}  loss {loss:.4f}"))
     scores = report(tokenizer, rows["test"])

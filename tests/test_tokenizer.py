@@ -1,0 +1,365 @@
+"""The tokenizer: its forms against naive ones, and what it guarantees, each test red when that is broken."""
+import copy
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import tokenizer as tok
+from conftest import complaint, write_csv
+from data import CONTEXT, UserError
+from tokenizer import Tokenizer, TokenizerConfig, corners, nearest, report, train_tokenizer
+
+SMALL = dict(coarse_bits=6, fine_bits=5, n_hidden=32)
+
+
+@pytest.fixture(scope="module")
+def bars():
+    """Features of the synthetic market, [N, 6]; every channel has data."""
+    series, _ = data.synthetic(seed=5, n_symbols=4, n_bars=3000)
+    return torch.from_numpy(np.concatenate([data.features(b)[0][CONTEXT:] for b in series]))
+
+
+@pytest.fixture(scope="module")
+def small(bars):
+    return train_tokenizer(bars, SMALL, seed=1, steps=60, batch_size=256)
+
+
+@pytest.fixture(scope="module")
+def full(bars):
+    """10 + 10 bits, trained for a moment."""
+    return train_tokenizer(bars, TokenizerConfig(), seed=1, steps=60, batch_size=256)
+
+
+def random_tokenizer(seed=0, **config):
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(config)
+    tokenizer.mean.copy_(torch.randn(6) / 5)
+    tokenizer.std.copy_(torch.rand(6) + 0.5)
+    return tokenizer.eval()
+
+
+# ---- against naive forms
+
+@pytest.mark.parametrize("k", [2, 5, 10, 12])
+def test_corners_are_the_bits_of_their_tokens_on_the_unit_sphere(k):
+    c = corners(k)
+    assert c.shape == (2 ** k, k)
+    for token in range(0, 2 ** k, max(1, 2 ** k // 64)):
+        bits = [int(b) for b in f"{token:0{k}b}"]
+        assert c[token].tolist() == [2.0 * b - 1 for b in bits]
+        assert sum(b << (k - 1 - i) for i, b in enumerate(bits)) == token
+    assert torch.allclose((c / math.sqrt(k)).norm(dim=-1), torch.ones(2 ** k))
+
+
+def test_for_a_linear_decoder_the_nearest_candle_is_the_sign_of_the_projection():
+    torch.manual_seed(0)
+    A = torch.linalg.qr(torch.randn(6, 5))[0]                       # (6, 5), orthonormal columns
+    x = torch.randn(500, 6)
+    got = corners(5)[nearest(torch.cdist(x, corners(5) @ A.T))]     # (500, 5)
+    assert torch.equal(got, torch.where(x @ A > 0, 1.0, -1.0))
+
+
+def naive_distances(tokenizer, row):
+    """[2^k1] and, for each coarse code, [2^k2] squared distances of one bar, in float64, by loops over the networks."""
+    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
+    net = copy.deepcopy(tokenizer).double()
+    channels = [i for i in range(6) if net.std[i] > 0 and (i < 4 or row[i] != 0)]
+    z = [(row[i].double() - net.mean[i]) / net.std[i] for i in channels]
+    bits = lambda t, k: torch.tensor([1.0 if t >> (k - 1 - i) & 1 else -1.0 for i in range(k)], dtype=torch.float64)
+    square = lambda d: sum((z[j] - d[i]) ** 2 for j, i in enumerate(channels)).item()
+    d1 = [net.coarse_decoder(bits(c, k1)) for c in range(2 ** k1)]
+    g = [net.fine_decoder(bits(f, k2)) for f in range(2 ** k2)]
+    coarse = [square(d) for d in d1]
+    if tokenizer.config.direction_bit:
+        coarse = [e if (c >> (k1 - 1)) == (row[0] > 0) else math.inf for c, e in enumerate(coarse)]
+    fine = lambda c: [square(d1[c] + 0.3 * net.fine_mix(bits(c, k1)).view(6, 6) @ h) for h in g]
+    return coarse, fine
+
+
+@pytest.mark.parametrize("direction_bit", [True, False])
+@torch.no_grad()
+def test_encode_finds_the_nearest_of_all_codes(direction_bit):
+    tokenizer = random_tokenizer(coarse_bits=5, fine_bits=4, n_hidden=16, direction_bit=direction_bit)
+    x = torch.randn(30, 6)
+    x[::3, 4], x[::4, 5], x[7, 0] = 0.0, 0.0, 0.0    # missing channels, a bar that did not move
+    coarse, fine = tokenizer.encode(x)
+    for row, c, f in zip(x, coarse.tolist(), fine.tolist()):
+        coarse_distance, fine_distance = naive_distances(tokenizer, row)
+        assert coarse_distance[c] <= min(coarse_distance) + 1e-4
+        assert fine_distance(c)[f] <= min(fine_distance(c)) + 1e-4
+
+
+@torch.no_grad()
+def test_decode_is_the_network_at_the_corner():
+    tokenizer = random_tokenizer(coarse_bits=5, fine_bits=4, n_hidden=16)
+    coarse, fine = torch.randint(32, (3, 7)), torch.randint(16, (3, 7))
+    z1 = tokenizer.coarse_decoder(corners(5)[coarse])
+    mix = 0.3 * tokenizer.fine_mix(corners(5)[coarse]).view(3, 7, 6, 6)
+    z2 = z1 + torch.einsum("btij,btj->bti", mix, tokenizer.fine_decoder(corners(4)[fine]))
+    for got, z in ((tokenizer.decode(coarse), z1), (tokenizer.decode(coarse, fine), z2)):
+        want = tokenizer.mean + tokenizer.std * z
+        assert got.shape == (3, 7, 6) and got.dtype == torch.float32
+        assert torch.allclose(got[..., 1:], want[..., 1:], atol=1e-5)
+        up = coarse >= 16
+        assert torch.allclose(got[..., 0], torch.where(up, want[..., 0].clamp(min=tok.MARGIN), want[..., 0].clamp(max=-tok.MARGIN)), atol=1e-5)
+
+
+def test_level_loss_is_the_sum_over_all_codes():
+    torch.manual_seed(1)
+    config = TokenizerConfig(**SMALL, entropy=0.3, gamma=0.7)
+    B, K, sharp = 7, 16, 3.0
+    source, decoded = torch.randn(B, 6, dtype=torch.float64), torch.randn(K, 6, dtype=torch.float64)
+    square = ((source[:, None] - decoded) ** 2).sum(-1)
+    got = tok.level_loss(square - (source ** 2).sum(-1, keepdim=True), source, torch.ones(B, 6), sharp, config)
+    variance, error, sure, use = (source ** 2).mean().item(), 0.0, 0.0, [0.0] * K
+    for b in range(B):
+        weights = [math.exp(-sharp / variance * square[b, k].item()) for k in range(K)]
+        for k in range(K):
+            q = weights[k] / sum(weights)
+            error += q * square[b, k].item() / (B * 6 * variance)
+            sure -= q * math.log(q) / B
+            use[k] += q / B
+    assert got.item() == pytest.approx(error + 0.3 * (sure + 0.7 * sum(u * math.log(u) for u in use)), abs=1e-9)
+
+
+def test_gradients_are_those_of_the_loss_and_finite_at_unused_codes():
+    torch.manual_seed(2)
+    config = TokenizerConfig(**SMALL, entropy=0.3)
+    source = torch.randn(5, 6, dtype=torch.float64)
+    distance = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d: tok.level_loss(d, source, torch.ones(5, 6), 2.0, config), distance)
+    far = (distance.detach() + tok.FAR * (torch.arange(8) < 4)).requires_grad_()
+    tok.level_loss(far, source, torch.ones(5, 6), 2.0, config).backward()
+    assert torch.isfinite(far.grad).all()
+
+
+def test_nearest_loss_is_the_annealed_one_at_great_sharpness(bars, small):
+    tokenizer = Tokenizer(small.config)
+    tokenizer.load_state_dict(small.state_dict())
+    tokenizer.config.entropy, x = 0.0, bars[:300].clone()
+    x[::5, 4:] = 0.0
+    assert tok.annealed_loss(tokenizer, x, 1e6).item() == pytest.approx(tok.nearest_loss(tokenizer, x).item(), abs=1e-4)
+
+
+def test_report_against_naive_counts(bars, small):
+    x = bars[:500].clone()
+    x[::7, 5] = 0.0
+    scores, (coarse, fine) = report(small, x), small.encode(x)
+    assert all(type(v) is float and math.isfinite(v) for v in scores.values())
+    for name, tokens, k in (("coarse", coarse.tolist(), 6), ("fine", fine.tolist(), 5)):
+        share = {t: tokens.count(t) / 500 for t in set(tokens)}
+        assert scores[f"{name}_used"] == pytest.approx(len(share) / 2 ** k)
+        assert scores[f"{name}_perplexity"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in share.values())))
+        bits = []
+        for i in range(k):
+            p = sum(t >> (k - 1 - i) & 1 for t in tokens) / 500
+            bits.append(-sum(q * math.log2(q) for q in (p, 1 - p) if q))
+            assert scores[f"{name}_bit_entropy_{i}"] == pytest.approx(bits[i])
+        assert scores[f"{name}_bit_entropy"] == pytest.approx(min(bits))
+    assert scores["pairs"] == len(set(zip(coarse.tolist(), fine.tolist())))
+    for level, y in (("coarse", small.decode(coarse)), ("full", small.decode(coarse, fine))):
+        errors = []
+        for i, channel in enumerate(data.CHANNELS):
+            rows = [r for r in range(500) if i < 4 or x[r, i] != 0]
+            true, got = x[rows, i].double().numpy(), y[rows, i].double().numpy()
+            errors.append(((true - got) ** 2).mean() / true.var())
+            assert scores[f"{level}_error_{channel}"] == pytest.approx(errors[-1]) == pytest.approx(1 - scores[f"{level}_r2_{channel}"])
+        assert scores[f"{level}_error"] == pytest.approx(np.mean(errors))
+
+
+# ---- guarantees
+
+def test_every_pair_is_a_valid_candle_on_the_side_its_bit_says(full):
+    for tokenizer in (full, random_tokenizer(seed=3)):
+        pairs = torch.arange(2 ** 20)
+        coarse, fine = pairs >> 10, pairs & 1023
+        up = (coarse >> 9 == 1).numpy()
+        states = [data.features(b)[1] for b in data.synthetic(seed=2, n_symbols=2, n_bars=300)[0]]
+        still = states[0].map(np.copy)
+        still.s = np.float64(0.0)    # the least scale there is
+        for state in states + [still]:
+            for x in (tokenizer.decode(coarse, fine), tokenizer.decode(coarse[::1024])):
+                assert x.dtype == torch.float32 and torch.isfinite(x).all()
+                rises = up if len(x) == 2 ** 20 else up[::1024]
+                assert np.array_equal(x[:, 0].numpy() > 0, rises) and np.array_equal(x[:, 0].numpy() < 0, ~rises)
+                ohlcva, _ = data.inverse(x[:, None], state)
+                o, h, l, c, v, a = ohlcva[:, 0].T
+                assert np.isfinite(ohlcva).all() and (l > 0).all() and (v >= 0).all() and (a >= 0).all()
+                assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all()
+                assert np.array_equal(c > state.close, rises) and np.array_equal(c < state.close, ~rises)
+            if tokenizer is not full:
+                break
+
+
+def test_the_direction_bit_is_the_sign_of_close(bars, small):
+    x = bars[:2000].clone()
+    x[:4, 0] = torch.tensor([1e-30, -1e-30, 0.0, -0.0])     # the least move counts; none is "not up"
+    coarse, fine = small.encode(x)
+    assert torch.equal(coarse >> 5 == 1, x[:, 0] > 0)
+    scores = report(small, x)
+    assert scores["coarse_sign"] == scores["full_sign"] == 1.0
+
+
+def test_without_the_direction_bit_nothing_is_forced(bars):
+    tokenizer = train_tokenizer(bars, SMALL | dict(direction_bit=False), seed=1, steps=60, batch_size=256)
+    scores = report(tokenizer, bars)
+    assert scores["full_r2"] > 0.5 and scores["coarse_sign"] < 1.0
+
+
+def test_tokens_do_not_depend_on_the_batch(bars, full):
+    coarse, fine = full.encode(bars)
+    for n in (1, 3, 100, tok.BLOCK + 1):
+        for at in range(0, 20 * n, n):
+            c, f = full.encode(bars[at:at + n])
+            assert torch.equal(c, coarse[at:at + n]) and torch.equal(f, fine[at:at + n])
+    shape = full.encode(bars[:24].view(2, 3, 4, 6))
+    assert torch.equal(shape[0].flatten(), coarse[:24]) and shape[1].shape == (2, 3, 4) and shape[0].dtype == torch.int64
+    assert torch.equal(full.encode(bars[:24].numpy())[0], coarse[:24])
+    assert full.encode(bars[:0])[0].shape == (0,)
+
+
+def test_a_channel_that_is_never_there_changes_nothing_and_decodes_to_zero(bars):
+    x = bars.clone()
+    x[:, 5] = 0.0
+    tokenizer = train_tokenizer(x, SMALL, seed=1, steps=40, batch_size=256)
+    y = tokenizer.decode(*tokenizer.encode(x))
+    assert (y[:, 5] == 0).all() and "full_r2_vwap" not in report(tokenizer, x)
+    for tokens, also in zip(tokenizer.encode(x), tokenizer.encode(bars)):     # its values, if any come, are not seen
+        assert torch.equal(tokens, also)
+
+
+def test_training_is_a_function_of_the_seed_and_resumes_to_the_bit(bars, small):
+    taken = {}
+
+    def note(step, loss, snapshot):
+        if step in (5, 47):     # while annealing, and after
+            taken[step] = snapshot()
+
+    again = train_tokenizer(bars, SMALL, seed=1, steps=60, batch_size=256, progress=note)
+    other = train_tokenizer(bars, SMALL, seed=2, steps=60, batch_size=256)
+    resumed = [train_tokenizer(bars, SMALL, seed=1, steps=60, batch_size=256, resume=taken[step]) for step in (5, 47)]
+    for key, value in small.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+        assert all(torch.equal(value, r.state_dict()[key]) for r in resumed)
+    assert any(not torch.equal(v, other.state_dict()[k]) for k, v in small.state_dict().items())
+
+
+def test_a_snapshot_survives_save_and_load(bars, small, tmp_path):
+    path = tmp_path / "t.pt"
+
+    def note(step, loss, snapshot):
+        if step == 20:
+            data.save_atomic(snapshot(), path)
+
+    train_tokenizer(bars, SMALL, seed=1, steps=60, batch_size=256, progress=note)
+    resumed = train_tokenizer(bars, SMALL, seed=1, steps=60, batch_size=256, resume=data.load_safe(path))
+    data.save_atomic(resumed.dump(), path)
+    loaded = Tokenizer.load(data.load_safe(path))
+    for a, b in zip(loaded.encode(bars), small.encode(bars)):
+        assert torch.equal(a, b)
+    assert torch.equal(loaded.decode(torch.arange(64)), small.decode(torch.arange(64)))
+
+
+def test_codes_come_near_k_means(bars):
+    """7 + 7 bits: the mean error of two levels of k-means on the same bars, and even use of the codes."""
+    torch.manual_seed(0)
+    z = (bars - bars.mean(0)) / bars.std(0)
+
+    def lloyd(x, centroids=128):
+        c = x[torch.randperm(len(x))[:centroids]]
+        for _ in range(20):
+            a = torch.cdist(x, c).argmin(1)
+            c = torch.stack([x[a == i].mean(0) if (a == i).any() else x[torch.randint(len(x), ())] for i in range(centroids)])
+        return x - c[torch.cdist(x, c).argmin(1)]
+
+    left = lloyd(z)
+    k_means = (left.square().mean().item(), lloyd(left).square().mean().item())
+    scores = report(train_tokenizer(bars, dict(coarse_bits=7, fine_bits=7), steps=1000, batch_size=256), bars)
+    assert scores["coarse_error"] < 1.15 * k_means[0] and scores["full_error"] < 1.1 * k_means[1]
+    assert scores["coarse_used"] == scores["fine_used"] == 1.0
+    assert scores["coarse_perplexity"] > 70 and scores["fine_perplexity"] > 90
+    assert scores["coarse_bit_entropy"] > 0.85 and scores["fine_bit_entropy"] > 0.9
+
+
+@pytest.mark.parametrize("bits", [(5, 5), (5, 12), (12, 5)])
+@pytest.mark.parametrize("direction_bit", [True, False])
+def test_sizes(bars, bits, direction_bit):
+    config = TokenizerConfig(*bits, direction_bit=direction_bit, entropy=0.0)
+    tokenizer = train_tokenizer(bars, config, steps=3, batch_size=64)
+    coarse, fine = tokenizer.encode(bars[:1000])
+    assert 0 <= coarse.min() and coarse.max() < 2 ** bits[0] and 0 <= fine.min() and fine.max() < 2 ** bits[1]
+    assert torch.isfinite(tokenizer.decode(coarse, fine)).all()
+
+
+# ---- bad input
+
+def refuse(x, match, **kwargs):
+    with pytest.raises(UserError, match=match) as e:
+        train_tokenizer(x, kwargs.pop("config", SMALL), **kwargs)
+    assert "\n" not in str(e.value)
+
+
+def test_bars_that_cannot_be_learned_are_refused(bars):
+    refuse(bars[:63], "64 codes a level and only 63 bars")
+    refuse(bars[:0], "only 0 bars")
+    for value in (math.inf, -math.inf, math.nan):
+        x = bars.clone()
+        x[17, 2] = value
+        refuse(x, "'upper' of bar 17 is")
+    still = bars.clone()
+    still[:, 0] = 0.0
+    refuse(still, "'close' never changes")
+    refuse(torch.zeros(200, 6), "'close' never changes")
+    for channel, name in enumerate(data.CHANNELS[1:4], 1):
+        flat = bars.clone()
+        flat[:, channel] = 0.0
+        refuse(flat, f"'{name}' never changes")
+    flat = bars.clone()
+    flat[:, 4] = 1.5
+    refuse(flat, "'volume' never changes")
+
+
+def test_training_that_turns_non_finite_stops_with_step_and_cause(bars, monkeypatch):
+    refuse(bars, r"step \d+: its (loss|gradient) is (nan|inf)", lr=1e30, steps=20, batch_size=64)
+    plain = tok.annealed_loss
+    monkeypatch.setattr(tok, "annealed_loss", lambda t, x, s: plain(t, x, s) * (math.nan if s > 1.2 * t.config.sharp_start else 1.0))
+    refuse(bars, "its loss is nan", steps=60, batch_size=64)
+
+
+def test_configs_that_make_no_sense_are_refused():
+    for wrong in (dict(coarse_bits=13), dict(fine_bits=1), dict(n_hidden=0), dict(entropy=-1.0), dict(entropy=math.nan), dict(sharp_end=math.inf)):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            TokenizerConfig(**wrong)
+
+
+def test_tokens_and_features_out_of_range_are_refused(small):
+    for x in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            small.encode(torch.tensor([0.1, 0, 0, 0, x, 0]))
+    for coarse, fine in ((64, 0), (-1, 0), (0, 32), (0, -1)):
+        with pytest.raises(ValueError, match="token"):
+            small.decode(torch.tensor([coarse]), torch.tensor([fine]))
+
+
+# ---- the script
+
+def test_script_trains_reports_and_saves(call, market, tmp_path):
+    out = tmp_path / "tok.pt"
+    argv = ["--data", market, "--out", out, "--steps", 30, "--batch_size", 64, "--coarse_bits", 6, "--fine_bits", 5]
+    status, text, err = call("tokenizer", *argv)
+    assert status == 0, err
+    assert text.count("coarse") >= 2 and "distinct pairs" in text
+    from model import read_checkpoint
+    entry = read_checkpoint(str(out))
+    assert entry["stage"] == "tokenizer" and entry["metrics"][0]["split"] == "test" and entry["metrics"][0]["full_sign"] == 1.0
+    assert Tokenizer.load(entry["tokenizer"]).config.coarse_bits == 6
+    assert "exists already" in complaint(call("tokenizer", *argv))
+    assert call("tokenizer", *argv, "--overwrite")[0] == 0
+    assert "bars to train on" in complaint(call("tokenizer", *argv[:2], "--out", tmp_path / "b.pt", "--coarse_bits", 12))
+    assert "--steps 0" in complaint(call("tokenizer", *argv[:2], "--out", tmp_path / "b.pt", "--steps", 0))
+    assert "--coarse_bits 13" in complaint(call("tokenizer", *argv[:2], "--out", tmp_path / "b.pt", "--coarse_bits", 13))
+    assert not (tmp_path / "b.pt").exists()
