@@ -205,11 +205,11 @@ def _from_text(path, body, n_columns, delimiter, columns):
                 row = [""] * n_columns
             rows.append(row)
             line.append(reader.line_num)
+        cells = list(zip(*rows)) if rows else [()] * n_columns
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
     finally:
         gc.enable()
-    cells = list(zip(*rows)) if rows else [()] * n_columns
     stamps = {s: _stamp(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
     time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
     ohlcva = np.full((len(rows), 6), np.nan)
@@ -769,6 +769,16 @@ def check_out(path, overwrite=False):
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
+
+
+def pick_device(name, local_rank=0):
+    """The torch.device of --device; auto takes a GPU where there is one."""
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -68,7 +68,7 @@ class Config:
     save_every: int = 100             # updates between saves (and at least each 30 s)
 
 
-FREE = {"resume", "overwrite", "device", "compile", "eval_every", "save_every"}  # may differ on --resume
+FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}  # may differ on --resume
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 SAVE_SECONDS = 30
@@ -100,16 +100,6 @@ def resumed(given):
             raise UserError(f"--{name} {value}: the run in {given.get('out', Config.out)} has {saved}; "
                             f"drop the flag to go on, or choose another --out")
     return Config(**{**entry["run"], **given}), entry
-
-
-def pick_device(name, local_rank):
-    if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
-    return torch.device(name)
 
 
 def compiled(model, device, say):
@@ -153,7 +143,7 @@ def main():
     config, entry = resumed(given) if given.get("resume") else (Config(**given), None)
     check(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = data.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch_size < world:
         raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; give at least one for each")
     if world > 1:

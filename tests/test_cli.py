@@ -1,0 +1,333 @@
+"""The scripts as users call them: the main job end to end, kills and resumes, and what bad input gets."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.dom.minidom
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+from conftest import ROOT, TINY, complaint, script, write_csv
+from model import load_checkpoint
+
+
+def last_weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- training
+
+def test_training_reports_and_writes_one_file(market, tmp_path, call):
+    status, out, err = call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY)
+    assert status == 0 and err.count("\n") <= 1
+    for text in ("step", "bars/s", "left", "unigram", "direction accuracy", "M parameters", "best val"):
+        assert text in out
+    model, tokenizer, meta = load_checkpoint(str(tmp_path / "a.pt"))
+    assert os.listdir(tmp_path) == ["a.pt"] and meta["step"] == 6 and meta["stage"] == "pretrain"
+    assert set("format_version stage config optimizer scaler step bad_steps seed data splits metrics features".split()) <= set(meta)
+    stages = [m["stage"] for m in meta["metrics"]]
+    assert stages == ["tokenizer", "pretrain", "pretrain"] and 0 < model.config.unmoved < 0.05
+    borders = data.split_borders(data.load(str(market)))
+    assert tuple(meta["splits"]) == borders
+
+
+def test_training_learns_a_plain_rule(tmp_path, call):
+    for bars in data.synthetic(signal=0.45, n_symbols=2, n_bars=3000)[0]:
+        write_csv(tmp_path / f"{bars.symbol}.csv", bars)
+    status, out, _ = call("pretrain", "--data", tmp_path, "--out", tmp_path / "a.pt", *TINY, "--steps", 150, "--tok_steps", 300, "--lr", 0.01,
+                          "--batch_size", 8, "--eval_every", 150, "--warmup", 10)
+    rows = {line.split("  ")[0].strip() or line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert status == 0 and float(rows["direction accuracy, val"][3].rstrip("%")) > 80
+    coarse = next(line.split() for line in out.splitlines() if line.strip().startswith("coarse token"))
+    assert float(coarse[2]) < float(coarse[3]) - 0.2  # model against unigram, nats
+
+
+def test_a_short_csv_shrinks_window_and_bits(tmp_path, call):
+    path = write_csv(tmp_path / "short.csv", data.synthetic(n_symbols=1, n_bars=150)[0][0])
+    status, out, err = call("pretrain", "--data", path, "--out", tmp_path / "a.pt", "--steps", 2, "--tok_steps", 20, "--n_layer", 1, "--n_head", 4, "--n_embd", 16)
+    assert status == 0, err
+    assert "the window shrinks from 256 to 64" in out and "the tokens shrink to 6 + 6 bits" in out
+    status, out, err = call("sample", "--ckpt", tmp_path / "a.pt", "--paths", 5, "--horizon", 3)
+    assert status == 0 and "short" in out
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(market, tmp_path, checkpoint, call):
+    call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY)
+    call("pretrain", "--data", market, "--out", tmp_path / "b.pt", *TINY, "--seed", 1)
+    assert same(last_weights(tmp_path / "a.pt"), last_weights(checkpoint))
+    assert not same(last_weights(tmp_path / "b.pt"), last_weights(checkpoint))
+
+
+def test_g6_killed_three_times_and_resumed_ends_with_the_same_weights(market, tmp_path):
+    """In the tokenizer's training, and twice in the model's."""
+    out, args = tmp_path / "a.pt", ["--data", str(market), *TINY, "--steps", "40", "--tok_steps", "300", "--save_every", "1"]
+    job = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", str(out)]
+    subprocess.run([*job[:2], "--out", str(tmp_path / "whole.pt"), *args], check=True, stdout=subprocess.DEVNULL)
+    for stage, step in (("tokenizer", 50), ("pretrain", 3), ("pretrain", 20)):
+        run = subprocess.Popen(job + (args + ["--resume"] if out.exists() else args), stdout=subprocess.DEVNULL)
+        while run.poll() is None:
+            if out.exists():
+                found = data.load_safe(out)
+                if found["stage"] == stage and found["step"] >= step or found["stage"] == "pretrain" != stage:
+                    break
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, "finished before it could be killed"
+    subprocess.run(job + args + ["--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert same(last_weights(out), last_weights(tmp_path / "whole.pt"))
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit(market, tmp_path, signum, status):
+    out = tmp_path / "a.pt"
+    run = subprocess.Popen([sys.executable, "-u", os.path.join(ROOT, "pretrain.py"), "--data", str(market), "--out", str(out), *TINY, "--steps", "100000"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("      3 "):
+            break
+    run.send_signal(signum)
+    rest, err = run.communicate(timeout=60)
+    assert run.returncode == status and "saved in" in rest and "Traceback" not in err
+    assert data.load_safe(out)["step"] >= 3
+
+
+def test_resume_is_refused_where_something_differs_and_leaves_a_finished_run_alone(market, tmp_path, checkpoint, call):
+    path = shutil.copy(checkpoint, tmp_path / "a.pt")
+    before = open(path, "rb").read()
+    base = ["pretrain", "--data", market, "--out", path, "--resume"]
+    assert call(*base)[0] == 0 and "finished" in call(*base)[1]
+    for flag, value in (("--n_embd", 64), ("--seed", 5), ("--lr", 0.5), ("--data", "/dev/null"), ("--steps", 9)):
+        assert flag in complaint(call(*base, flag, value))
+    assert "exists already" in complaint(call("pretrain", "--data", market, "--out", path))
+    assert open(path, "rb").read() == before
+
+
+def test_resume_with_other_bars_is_refused(tmp_path, call):
+    path = write_csv(tmp_path / "bars.csv", data.synthetic(n_symbols=1, n_bars=400)[0][0])
+    stopped = [*TINY, "--steps", "5"]
+    call("pretrain", "--data", path, "--out", tmp_path / "a.pt", *stopped)
+    entry = data.load_safe(tmp_path / "a.pt")
+    data.save_atomic(entry | dict(step=3), tmp_path / "a.pt")
+    write_csv(tmp_path / "bars.csv", data.synthetic(seed=1, n_symbols=1, n_bars=400)[0][0])
+    assert "fingerprint" in complaint(call("pretrain", "--data", path, "--out", tmp_path / "a.pt", "--resume"))
+
+
+def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, checkpoint, call):
+    base, base_tokenizer, base_meta = load_checkpoint(checkpoint, weights="best")
+    args = ["--data", market, "--init_from", checkpoint, "--steps", 1, "--lr", 1e-9, "--batch_size", 2, "--block_size", 64]
+    status, out, err = call("pretrain", *args, "--out", tmp_path / "b.pt")
+    assert status == 0, err
+    tuned, tokenizer, meta = load_checkpoint(str(tmp_path / "b.pt"))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(base.parameters(), tuned.parameters()))
+    assert same(base_tokenizer.state_dict(), tokenizer.state_dict()) and tuple(meta["splits"]) == tuple(base_meta["splits"])
+    assert "no score" in complaint(call("pretrain", *args, "--out", tmp_path / "c.pt", "--val_start", data.iso(base_meta["splits"][0] - 3600).replace(" ", "T")))
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(market, tmp_path, call, monkeypatch):
+    import pretrain
+    forward = pretrain.Model.forward
+
+    def poisoned(self, *args, **kwargs):
+        coarse, fine, loss = forward(self, *args, **kwargs)
+        poisoned.calls += self.training
+        return coarse, fine, loss * float("nan") if self.training and poisoned.calls > 2 else loss
+    poisoned.calls = 0
+    monkeypatch.setattr(pretrain.Model, "forward", poisoned)
+    status, out, err = call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY, "--steps", 50, "--save_every", 1)
+    assert "10 steps in a row" in complaint((status, out, err)) and out.count("step skipped") == 10
+    assert all(torch.isfinite(v).all() for v in last_weights(tmp_path / "a.pt").values())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(market, tmp_path, checkpoint):
+    path = shutil.copy(checkpoint, tmp_path / "a.pt")
+    before = open(path, "rb").read()
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, "pretrain.py"), "--data", str(market), "--out", path, *TINY, "--overwrite"],
+                          capture_output=True, text=True)
+    assert "cannot be saved" in complaint((done.returncode, done.stdout, done.stderr))
+    assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("flag, value, why", [
+    ("--steps", -5, "--steps -5"), ("--steps", 0, "--steps 0"), ("--lr", "nan", "--lr nan"), ("--batch_size", 0, "--batch_size 0"), ("--steps", "many", "invalid int"),
+    ("--stepz", 3, "unrecognized"), ("--n_embd", 30, "n_embd"), ("--device", "cuda:7", "--device"), ("--dtype", "fp8", "--dtype"), ("--windows", "a,b", "--windows"),
+    ("--data", "none.csv", "no such file"), ("--out", "no/such/folder/a.pt", "folder"), ("--tokenizer", "none.pt", "none.pt"), ("--init_from", "none.pt", "none.pt"),
+    ("--val_start", "soon", "--val_start soon"), ("--block_size", -1, "--block_size"),
+])
+def test_bad_flags_get_one_line(market, tmp_path, call, monkeypatch, flag, value, why):
+    monkeypatch.chdir(tmp_path)
+    assert why in complaint(call("pretrain", "--data", market, *TINY, "--tok_steps", 1, flag, value))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("n_bars", [1, 20, 60])
+def test_series_too_short_for_a_window_get_one_line(tmp_path, call, n_bars):
+    path = write_csv(tmp_path / "a.csv", data.synthetic(n_symbols=1, n_bars=100)[0][0][:n_bars])
+    assert complaint(call("pretrain", "--data", path, "--out", tmp_path / "a.pt", *TINY))
+
+
+# ---- forecasting
+
+def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
+    status, out, err = call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--out", tmp_path / "f.csv", "--paths_out", tmp_path / "p.npz",
+                            "--plot", tmp_path / "f.svg", "--plot_codebook", tmp_path / "c.svg", "--plot_loss", tmp_path / "l.svg", "--strike", "1.01x", "100")
+    assert status == 0 and err == ""
+    assert max(map(len, out.splitlines())) <= 80 or "strike" in out
+    assert all(f"SYN{i}" in out for i in range(3)) and "breadth" in out
+    for name in ("f.svg", "c.svg", "l.svg"):
+        assert xml.dom.minidom.parse(str(tmp_path / name)).documentElement.tagName == "svg"
+    rows = (tmp_path / "f.csv").read_text().splitlines()
+    assert rows[0].startswith("time,symbol,step,p_up,q05") and len(rows) == 1 + 3 * 4
+    paths = np.load(tmp_path / "p.npz")
+    assert paths["ohlcva"].shape == (3, 30, 4, 6) and paths["time"].shape == (3, 4)
+    status, out, _ = call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x")
+    found = json.loads(out)
+    assert set(found) == {"horizon", "paths", "breadth", "mean_p_up", "symbols"}
+    assert set(found["symbols"][0]) == set("symbol last_time last_close p_up p_up_horizon expected_return q05 q50 q95 var95 es95 p_extreme rank options".split())
+    assert sorted(s["rank"] for s in found["symbols"]) == [1, 2, 3]
+    again = call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x")[1]
+    assert out == again != call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x", "--seed", 1)[1]
+
+
+def test_forecast_of_a_symbol_does_not_depend_on_the_others(checkpoint, call):
+    all_ = json.loads(call("sample", "--ckpt", checkpoint, "--paths", 8, "--horizon", 3, "--json")[1])["symbols"][1]
+    one = json.loads(call("sample", "--ckpt", checkpoint, "--paths", 8, "--horizon", 3, "--json", "--symbols", "SYN1")[1])["symbols"][0]
+    for key in ("p_up", "q05", "q50", "q95"):
+        assert one[key] == pytest.approx(all_[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("argv, why", [
+    (("--horizon", 0), "--horizon 0"), (("--paths", -1), "--paths -1"), (("--symbols", "NOPE"), "NOPE"), (("--temperature", 0), "temperature"),
+    (("--top_p", 1.5), "top_p"), (("--strike", "-3"), "--strike"), (("--strike", "abc"), "--strike abc"), (("--out", "no/where.csv"), "folder"),
+    (("--parallel", "--horizon", 17), "--parallel"), (("--data", "none.csv"), "none.csv"), (("--device", "cuda:9"), "--device"), (("--rate", "inf"), "--rate"),
+])
+def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, argv, why):
+    monkeypatch.chdir(tmp_path)
+    assert why in complaint(call("sample", "--ckpt", checkpoint, "--paths", 3, *argv))
+
+
+def test_bad_checkpoints_get_one_line(checkpoint, tmp_path, call):
+    whole = open(checkpoint, "rb").read()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pt")
+    for name in ("cut.pt", "text.pt", "other.pt", "code.pt", "none.pt", "."):
+        assert name in complaint(call("sample", "--ckpt", tmp_path / name if name != "." else str(tmp_path) + "/."))
+    assert "--ckpt" in complaint(call("sample"))
+
+
+# ---- the forecast itself
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_checkpoint(checkpoint)[:2]
+
+
+def test_forecast_interface_gives_valid_candles_and_repeats(loaded, market):
+    model, tokenizer = loaded
+    bars = data.load(str(market))[0]
+    out = sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=3)
+    assert out.shape == (7, 12, 6) and out.dtype == np.float64 and np.isfinite(out).all()
+    o, h, l, c, v, a = np.moveaxis(out, -1, 0)
+    assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and (out[..., :4] > 0).all() and (v >= 0).all()
+    np.testing.assert_array_equal(out, sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=3))
+    assert (out != sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=4)).any()
+
+
+def test_g1_no_forecast_sees_a_later_bar(loaded, market):
+    """From the data to the tokens, the logits and the forecast: later bars change nothing, to the bit."""
+    model, tokenizer = loaded
+    bars = data.load(str(market))[0]
+    for t in (100, 237, 300):
+        changed = data.Bars(bars.symbol, bars.time, bars.ohlcva.copy())
+        changed.ohlcva[t:] *= np.random.default_rng(t).uniform(0.5, 2, (len(bars) - t, 1))
+        tokens = [data.tokenize(b, tokenizer).astype(np.int64) for b in (bars, changed)]
+        np.testing.assert_array_equal(tokens[0][:t], tokens[1][:t])
+        assert (tokens[0][t:] != tokens[1][t:]).any()
+        logits = [model(torch.tensor(k[None, :, 0]), torch.tensor(k[None, :, 1]), torch.from_numpy(bars.time)[None])[:2] for k in tokens]
+        for a, b in zip(*logits):
+            assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t:], b[:, t:])
+        both = [sample.forecast(model, tokenizer, b[:t], horizon=3, paths=4) for b in (bars, changed)]
+        np.testing.assert_array_equal(*both)
+
+
+def test_a_generation_of_20_000_bars_stays_finite(loaded, market):
+    """Any tokens whatever, the wildest ones again and again too; and what the model itself goes on with."""
+    model, tokenizer = loaded
+    bars = data.load(str(market))[0]
+    _, state = data.features(bars)
+    codes = [torch.randint(0, 2**bits, (3, 20_000), generator=torch.Generator().manual_seed(0)) for bits in (6, 5)]
+    wildest = tokenizer.decode(torch.arange(64))[:, 0].argmax()
+    codes[0][1] = wildest
+    codes[0][2] = torch.where(codes[0][2] < 32, wildest, codes[0][2])
+    for out in (data.inverse(tokenizer.decode(*codes).numpy(), state.anchored())[0], sample.forecast(model, tokenizer, bars, horizon=1000, paths=1)):
+        assert np.isfinite(out).all() and (out[..., :4] > 0).all() and (out[..., 4:] >= 0).all()
+
+
+def test_parallel_forecast_samples_the_slots(loaded, market):
+    model, tokenizer = loaded
+    out, _ = sample.simulate(model, tokenizer, data.load(str(market)), 16, 5, parallel=True)
+    assert out.shape == (3, 5, 16, 6) and np.isfinite(out).all()
+
+
+def stamps(*texts):
+    return np.array([data._stamp(t) for t in texts], np.int64)
+
+
+def daily(first, n):
+    days = np.arange(np.datetime64(first), np.datetime64(first) + n)
+    return days[(days.astype(int) + 3) % 7 < 5].astype("datetime64[s]").astype(np.int64)
+
+
+@pytest.mark.parametrize("history, future", [
+    (daily("2024-01-01", 60), ("2024-03-01", "2024-03-04", "2024-03-05")),                                     # ends on a Thursday
+    (np.arange(100) * data.DAY + data._stamp("2024-01-06"), ("2024-04-15", "2024-04-16")),                     # every day
+    (np.arange(9) * 7 * data.DAY + data._stamp("2024-01-05"), ("2024-03-08", "2024-03-15")),                   # weekly
+    (stamps("2024-01-31", "2024-02-29", "2024-03-31"), ("2024-04-30", "2024-05-31")),                          # month ends
+    (stamps("2024-01-01", "2024-02-01", "2024-03-01"), ("2024-04-01", "2024-05-01")),
+    (np.concatenate([d + 52_200 + 3600 * np.arange(7) for d in daily("2024-01-01", 26)]), ("2024-01-29 14:30", "2024-01-29 15:30")),  # sessions, Friday's close
+    (np.arange(3000) * 60 + data._stamp("2024-03-01"), ("2024-03-03 02:00", "2024-03-03 02:01")),              # round the clock
+    (stamps("2024-03-01 10:00"), ("2024-03-04 10:00",)),                                                       # one bar, a Friday
+])
+def test_future_times_follow_spacing_and_sessions(history, future):
+    assert sample.future_times(np.asarray(history, np.int64), len(future)).tolist() == stamps(*future).tolist()
+
+
+def test_options_agree_with_black_scholes_on_gaussian_paths():
+    from statistics import NormalDist
+    N, rng = NormalDist().cdf, np.random.default_rng(0)
+    spot, sigma, rate, years = 80.0, 0.3, 0.05, 0.5
+    close = spot * np.exp(0.4 + sigma * years ** 0.5 * rng.standard_normal(400_000))  # a drift that the pricing must take out
+    for strike in ("70", "1x", "1.2x"):
+        k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
+        d1 = (np.log(spot / k) + (rate + sigma ** 2 / 2) * years) / (sigma * years ** 0.5)
+        call = spot * N(d1) - k * np.exp(-rate * years) * N(d1 - sigma * years ** 0.5)
+        found = sample.option(close, spot, strike, years, rate)
+        assert found["call"] == pytest.approx(call, abs=0.08)
+        assert found["call"] - found["put"] == pytest.approx(spot - k * np.exp(-rate * years), abs=1e-9)
+
+
+def test_report_row_against_naive_numbers():
+    rng = np.random.default_rng(1)
+    bars = data.synthetic(n_symbols=1, n_bars=100)[0][0]
+    last = bars.ohlcva[-1, 3]
+    paths = np.zeros((1000, 2, 6))
+    paths[:, -1, 3] = last * np.exp(rng.normal(0, 0.01, 1000))
+    row = sample.describe(bars, paths, 0.6)
+    r = np.sort(paths[:, -1, 3] / last - 1)
+    assert row["p_up_horizon"] == (r > 0).mean() and row["expected_return"] == pytest.approx(r.mean())
+    assert row["var95"] == pytest.approx(-r[49], abs=2e-4) and row["es95"] == pytest.approx(-r[:50].mean(), abs=1e-4)
+    sigma = np.diff(np.log(bars.ohlcva[-21:, 3])).std() * 2 ** 0.5
+    assert row["p_extreme"] == (np.abs(np.log1p(r)) > 3 * sigma).mean()
