@@ -298,10 +298,14 @@ class Reasoner(nn.Module):
             s = s + self.down(F.gelu(self.up(norm(s))))
         return s
 
-    def read(self, x, slots, offset):
-        """What bars x [B, M, n, C], `offset` [n, C] tells how far after the border, take from slots [B, M, 16, C]."""
+    def keys(self, slots):
+        """Keys and values that bars read from slots [B, M, 16, C]: 2 of [H, B, M, 16, D]."""
+        return self.heads(self.read_kv(norm(slots)))
+
+    def read(self, x, kv, offset):
+        """What bars x [B, M, n, C], `offset` [n, C] tells how far after the border, take from the slots' keys and values."""
         q, = self.heads(self.read_q(norm(x)) + offset.to(x.dtype))
-        return self.gate.to(x.dtype) * self.read_out(self.join(softmax_attention(q, *self.heads(self.read_kv(norm(slots))))))
+        return self.gate.to(x.dtype) * self.read_out(self.join(softmax_attention(q, *kv)))
 
     def forward(self, x, phase, keep=None):
         """x [B, T, C] -> x and the slots [B, M, 16, C] of the M borders at (p + phase) % border == 0, 0 < p < T."""
@@ -319,7 +323,7 @@ class Reasoner(nn.Module):
         count = first + W * torch.arange(M, device=x.device)
         slots = self.think(*(spans(a[:, :, :M * W], W, back - 1) for a in (k, v)), count)
         bars = grid[:, W:].unflatten(1, (M, W))
-        read = F.pad(self.read(bars, slots, self.offset).flatten(1, 2), (0, 0, W, 0))       # nothing before the first border
+        read = F.pad(self.read(bars, self.keys(slots), self.offset).flatten(1, 2), (0, 0, W, 0))       # nothing before the first border
         return x + read[:, left:left + T], slots
 
 
@@ -355,7 +359,8 @@ class State:
 
     pos: bars seen. h [B, C]: hidden state of the last bar. layers: per layer the linear state S [HL, B, D, D] and the ring [2, HW, B, W, D]
     of keys and values. time [B], gaps [B, GAPS]: for the spacing. Reasoner: pending [B, border, C], the hidden states since the last border;
-    past [2, H, B, span, D], keys and values before it; slots [B, 1, 16, C] of the last border, None before the first."""
+    past [2, H, B, span, D], keys and values before it; slots [2, H, B, 1, 16, D], the keys and values of the slots of the last border, None
+    before the first. A border's slots are made right after the bar before it: paths that begin there share them."""
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
@@ -365,7 +370,7 @@ class State:
         def rows(a, dim=0):
             return None if a is None else a.repeat_interleave(n, dim=dim)
         layers = [[rows(S, 1), rows(ring, 2)] for S, ring in self.layers]
-        slots = {name: rows(getattr(self, name)) for name in ("h", "time", "gaps", "pending", "slots")} | dict(past=rows(self.past, 2))
+        slots = {name: rows(getattr(self, name)) for name in ("h", "time", "gaps", "pending")} | dict(past=rows(self.past, 2), slots=rows(self.slots, 2))
         return State(pos=self.pos, phase=self.phase, bias=self.bias, layers=layers, **slots)
 
 
@@ -447,10 +452,13 @@ class Model(nn.Module):
         """The state after coarse, fine, time int64 [B, T], from which step goes on."""
         keep = {}
         x, slots = self.trunk(coarse, fine, time, phase, keep)
-        keep["slots"] = slots[:, -1:].float() if slots is not None and slots.shape[1] else None
+        keep["slots"] = torch.stack(self.reasoner.keys(slots[:, -1:].float())) if slots is not None and slots.shape[1] else None
         for name in ("pending", "past"):
             keep.setdefault(name, None)
-        return State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(), **keep)
+        state = State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(), **keep)
+        if self.reasoner:
+            self.reason_border(state)
+        return state
 
     def step(self, coarse, fine, time, state):
         """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place."""
@@ -465,20 +473,24 @@ class Model(nn.Module):
                 x = self.reason_step(x, pos, state)
             x = block.step(x, rot, pos, state.layers[n], bias)
         state.h, state.pos = norm(x), pos + 1
+        if self.reasoner:
+            self.reason_border(state)
         return state.h, state
 
     def reason_step(self, x, pos, state):
-        """The reasoner for one bar x [B, C]. At a border the bars since the last one become keys, and the slots are made anew."""
-        r, W = self.reasoner, self.config.border
-        offset = (pos + state.phase) % W
-        if offset == 0:
-            new = torch.stack(r.heads(r.look_kv(norm(state.pending))))          # [2, H, B, border, D]
-            state.past = torch.cat((state.past[:, :, :, W:], new), dim=3)
-            state.slots = r.think(*state.past[:, :, :, None], torch.tensor([pos], device=x.device))
+        """The reasoner for one bar x [B, C]."""
+        r, offset = self.reasoner, (pos + state.phase) % self.config.border
         state.pending[:, offset] = x
-        if state.slots is None:
-            return x
-        return x + r.read(x[:, None, None], state.slots, r.offset[offset:offset + 1])[:, 0, 0]
+        return x if state.slots is None else x + r.read(x[:, None, None], state.slots, r.offset[offset:offset + 1])[:, 0, 0]
+
+    def reason_border(self, state):
+        """If the next bar is at a border, the bars since the last one become keys, and the slots are made anew."""
+        r = self.reasoner
+        if (state.pos + state.phase) % self.config.border == 0:
+            new = torch.stack(r.heads(r.look_kv(norm(state.pending))))          # [2, H, B, border, D]
+            state.past = torch.cat((state.past[:, :, :, self.config.border:], new), dim=3)
+            slots = r.think(*state.past[:, :, :, None], torch.tensor([state.pos], device=new.device))
+            state.slots = torch.stack(r.keys(slots))
 
     def parallel(self, coarse, fine, time):
         """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C], from which fine_logits,
