@@ -73,8 +73,8 @@ class ModelConfig:
             raise ValueError(f"{self.n_head - self.linear_heads} local heads cannot be shared among {len(self.windows)} windows")
         if self.span % self.border or self.slots > self.border:
             raise ValueError("span must be a multiple of border, and slots at most border")
-        if self.pos not in ("rope", "alibi"):
-            raise ValueError(f"pos must be rope or alibi, not {self.pos!r}")
+        if self.pos not in ("rope", "alibi", "both"):
+            raise ValueError(f"pos must be rope, alibi or both, not {self.pos!r}")
 
 
 # --- Attention: the parallel forms -----------------------------------------------------------------------------------
@@ -176,15 +176,15 @@ def local_attention(q, k, v, window, slope):
 
     In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it, nothing else."""
     T = q.shape[2]
-    w = min(window, T)
+    w, back = min(window, T), int(T > window)
     if T % w:
         q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
     N = q.shape[2] // w
-    n, i, j = (torch.arange(*a, device=q.device) for a in ((N,), (w,), (-w, w)))
+    n, i, j = (torch.arange(*a, device=q.device) for a in ((N,), (w,), (-w * back, w)))
     d = i[:, None] - j                                                          # [w, 2w]
     bias = (-slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)       # each row sees w keys
     bias = bias[:, None].masked_fill(n[:, None, None] * w + j < 0, -math.inf)           # [H, N, w, 2w]: those that exist
-    o = softmax_attention(q.unflatten(2, (N, w)), spans(k, w, 1), spans(v, w, 1), bias[:, None].to(q.dtype))
+    o = softmax_attention(q.unflatten(2, (N, w)), spans(k, w, back), spans(v, w, back), bias[:, None].to(q.dtype))
     return o.flatten(2, 3)[:, :, :T]
 
 
@@ -198,10 +198,10 @@ class Block(nn.Module):
         self.H, self.HL = H, HL
         self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
-        self.rope = config.pos == "rope"
+        self.rope = config.pos != "alibi"
         place = torch.cat([torch.arange(n) / max(1, n - 1) for n in self.shares])       # 0 .. 1 within each kind
         slope = torch.where(torch.arange(H) < HL, 2.0 ** (-4 - 6 * place), 2.0 ** (-1 - 6 * place))     # linear: half is left after 11 .. 710 bars
-        self.register_buffer("slope", slope * (not self.rope), persistent=False)        # [H]
+        self.register_buffer("slope", slope * (config.pos != "rope"), persistent=False)        # [H]
 
     def forward(self, x, rot, keep=None):
         """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs to go on: the linear state and the last keys and values."""

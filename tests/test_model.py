@@ -164,6 +164,14 @@ def test_block_is_its_naive_form(T, pos):
     close(got, x, 1e-5)
 
 
+def test_rotation_stays_exact_far_out():
+    cos, sin = M.rotation(torch.tensor([20_000, 3_000_017]), 8)
+    for row, p in enumerate((20_000, 3_000_017)):
+        for i in range(4):
+            angle = p * 10000.0 ** (-2 * i / 8)
+            assert cos[row, i] == pytest.approx(math.cos(angle), abs=1e-6) and sin[row, 4 + i] == pytest.approx(math.sin(angle), abs=1e-6)
+
+
 def test_slopes_differ_among_heads_in_alibi_and_vanish_in_rope():
     for pos in ("rope", "alibi"):
         block = make(pos=pos, n_head=8, n_embd=32).blocks[0]
@@ -416,20 +424,17 @@ def test_sampling_follows_the_distribution():
 # --- The next bar in closed form -------------------------------------------------------------------------------------
 
 def test_next_bar_in_closed_form_is_brute_force():
-    """Against a loop over every pair of tokens."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(TokenizerConfig(**BITS))
+    """Against a loop over every pair of tokens, for closes at random."""
     model = make(unmoved=0.02)
-    h, scale = torch.randn(3, 32), torch.tensor([0.01, 0.02, 0.2])
-    p_up, mean, quantile = M.next_bar(model, M.close_table(tokenizer), h, scale, (0.05, 0.5, 0.95))
+    h, scale, table = torch.randn(3, 32), torch.tensor([0.01, 0.02, 0.2]), torch.randn(64, 32)
+    p_up, mean, quantile = M.next_bar(model, table, h, scale, (0.05, 0.5, 0.95))
     with torch.no_grad():
         for b in range(3):
             outcomes, up = [], 0.0
             pc = model.coarse_logits(h[b]).double().softmax(-1)
             for c in range(64):
                 pf = model.fine_logits(h[b], torch.tensor(c)).double().softmax(-1)
-                x = tokenizer.decode(torch.full((32,), c), torch.arange(32))[:, 0]
-                outcomes += [(math.sinh(x[f].item()) * scale[b].item(), (pc[c] * pf[f]).item()) for f in range(32)]
+                outcomes += [(math.sinh(table[c, f].item()) * scale[b].item(), (pc[c] * pf[f]).item()) for f in range(32)]
                 up += pc[c].item() * (c >= 32)
             outcomes.sort()
             assert p_up[b].item() == pytest.approx(up, abs=1e-6)
@@ -442,6 +447,15 @@ def test_next_bar_in_closed_form_is_brute_force():
                     if total >= q:
                         break
                 assert got == pytest.approx(r, abs=1e-6)
+
+
+def test_close_table_is_what_the_tokenizer_decodes():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(**BITS))
+    table = M.close_table(tokenizer)
+    assert table.shape == (64, 32)
+    for c, f in ((0, 0), (5, 31), (63, 2)):
+        torch.testing.assert_close(table[c, f], tokenizer.decode(torch.tensor([c]), torch.tensor([f]))[0, 0])
 
 
 # --- The checkpoint --------------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""Which part of the model earns its place, measured: run by hand, half an hour and more.
+
+    python tests/study.py model --data bars.csv.gz      # variants of the model, equal parameters and equal processor time, and the context's worth
+
+Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Figures are validation
+losses in nats per bar. A run has one thread and ends with its processor time, which, other than wall time, does not depend on what else
+the machine does.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+import data
+from model import Model
+from tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+SIZE = dict(n_layer=3, n_head=4, n_embd=64)
+VARIANTS = {
+    "default": {},
+    "softmax over the full context": dict(linear_heads=0, windows=(1024,)),
+    "linear only": dict(linear_heads=4, windows=()),
+    "local only": dict(linear_heads=0),
+    "no reasoner, a layer more": dict(reasoner=False, n_layer=4),
+    "alibi": dict(pos="alibi"),
+    "rope and alibi": dict(pos="both"),
+}
+LENGTHS = (32, 64, 128, 256, 512, 1024)     # context lengths at which each run is scored
+BLOCK, ROWS = 512, 8                        # training windows
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t for a 95 % interval, by number of seeds
+
+
+def prepare(args):
+    """Tokens of the bars, by a tokenizer trained on the part before --val_start; kept in a file beside the results."""
+    path = os.path.join(args.out, "tokens.pt")
+    series = data.load([args.data])
+    borders = data.split_borders(series, args.val_start, args.test_start)
+    if not os.path.exists(path):
+        x = [data.features(bars)[0] for bars in series]
+        train = np.concatenate([a[data.CONTEXT:np.searchsorted(bars.time, borders[0])] for a, bars in zip(x, series)])
+        tokenizer = train_tokenizer(torch.from_numpy(train), TokenizerConfig(), steps=1000)
+        with torch.no_grad():
+            data.save_atomic([torch.stack(tokenizer.encode(torch.from_numpy(a)), dim=1).to(torch.int16) for a in x], path)
+    tokens = [a.numpy() for a in data.load_safe(path)]
+    return series, tokens, borders
+
+
+def batches(series, tokens, targets, rows):
+    """Batches of rows (symbol, first, end): inputs are bars first .. end - 1, of whose next bars those within `targets` count."""
+    rows = sorted(rows, key=lambda row: row[2] - row[1])
+    while rows:
+        T = rows[0][2] - rows[0][1]
+        n = max(1, min(32768 // T, next((k for k, row in enumerate(rows) if row[2] - row[1] != T), len(rows))))
+        part, rows = rows[:n], rows[n:]
+        cut = torch.from_numpy(np.stack([tokens[s][a:e + 1] for s, a, e, _ in part])).long()            # [n, T + 1, 2]
+        stamp = torch.from_numpy(np.stack([series[s].time[a:e] for s, a, e, _ in part]))
+        counts = torch.tensor([[a + t + 1 >= first for t in range(T)] for _, a, _, first in part])
+        target = cut[:, 1:].masked_fill(~counts[..., None], -1)
+        yield cut[:, :-1, 0], cut[:, :-1, 1], stamp, (target[..., 0], target[..., 1])
+
+
+@torch.no_grad()
+def loss_on(model, series, tokens, targets, length, chunk=None, symbols=1):
+    """Mean loss of the targets, each seen with a context of `length` bars (to length + chunk), or of all there are."""
+    rows = []
+    for s in range(0, len(series), symbols):
+        first, last = targets[s]
+        step = chunk or max(1, last - first)
+        for start in range(first, last, step):
+            end = min(start + step, last)
+            rows.append((s, max(0, (start if chunk else end) - length), end - 1, start))
+    total, count = 0.0, 0
+    for coarse, fine, stamp, target in batches(series, tokens, targets, [row for row in rows if row[2] > row[1]]):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(coarse, fine, stamp, target)
+        n = int((target[0] >= 0).sum())
+        total += n * (model.parts["coarse"] + model.parts["fine"]).item()
+        count += n
+    return total / count
+
+
+def one_run(args):
+    """Trains one variant from one seed for args.seconds of processor time and prints its figures as JSON."""
+    series, tokens, borders = prepare(args)
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    model = Model({**SIZE, **VARIANTS[args.variant]})
+    streams = data.make_streams(series, tokens, "train", borders, BLOCK, ROWS)
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], betas=(0.9, 0.95), fused=True)
+    used, step = 0.0, 0
+    while used < args.seconds:
+        done = used / args.seconds
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        coarse, fine, stamp, target = data.get_batch(streams, args.seed, step)
+        phase = int(np.random.default_rng([args.seed, step, 1]).integers(32))
+        start = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(coarse, fine, stamp, target, phase)[2]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        used, step = used + time.process_time() - start, step + 1
+    model.eval()
+    targets = [data.targets_of(bars, "val", borders) for bars in series]
+    result = dict(variant=args.variant, seed=args.seed, seconds=args.seconds, steps=step, parameters=sum(p.numel() for p in model.parameters()),
+                  train=(model.parts["coarse"] + model.parts["fine"]).item(), val=loss_on(model, series, tokens, targets, BLOCK),
+                  context={n: loss_on(model, series, tokens, targets, n, chunk=16, symbols=8) for n in LENGTHS})
+    print(json.dumps(result))
+
+
+def model_study(argv):
+    """Variants of the model, each from several seeds, in equal processor time."""
+    parser = argparse.ArgumentParser(prog="study.py model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", default="study_model")
+    parser.add_argument("--val_start", default="2018-01-01")
+    parser.add_argument("--test_start", default="2018-07-01")
+    parser.add_argument("--seconds", type=float, default=180.0, help="processor time of a run's training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--variant", help=argparse.SUPPRESS)        # one run: this variant, this seed
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.variant:
+        return one_run(args)
+    os.makedirs(args.out, exist_ok=True)
+    prepare(args)
+    waiting, running, results = [(v, s) for s in range(args.seeds) for v in args.variants], [], []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            variant, seed = waiting.pop(0)
+            path = os.path.join(args.out, f"{variant.replace(' ', '-')}_{seed}.json")
+            if not os.path.exists(path):
+                command = [sys.executable, os.path.abspath(__file__), "model", "--data", args.data, "--out", args.out, "--val_start", args.val_start, "--test_start",
+                           args.test_start, "--seconds", str(args.seconds), "--lr", str(args.lr), "--variant", variant, "--seed", str(seed)]
+                running.append((subprocess.Popen(command, stdout=subprocess.PIPE, text=True), path))
+            else:
+                results.append(json.load(open(path)))
+        for process, path in [pair for pair in running if pair[0].poll() is not None]:
+            running.remove((process, path))
+            text = process.stdout.read()
+            if process.returncode:
+                raise SystemExit(f"a run failed: {path}")
+            with open(path, "w") as file:
+                file.write(text)
+            results.append(json.loads(text))
+            print(f"{results[-1]['variant']}, seed {results[-1]['seed']}: val {results[-1]['val']:.4f} after {results[-1]['steps']} steps", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+    print_model_study(results, args)
+
+
+def print_model_study(results, args):
+    runs = {v: sorted((r for r in results if r["variant"] == v), key=lambda r: r["seed"]) for v in args.variants}
+    base = [r["val"] for r in runs["default"]] if runs.get("default") else None
+    print(f"{args.seeds} seeds, {args.seconds:.0f} s of processor time a run (one thread), windows of {BLOCK} bars, lr {args.lr}")
+    print(f"\n{'variant':32}{'parameters':>12}{'steps':>8}{'train':>9}{'val':>9}{'spread':>9}   less default, 95 % interval")
+    for v, rs in runs.items():
+        val = [r["val"] for r in rs]
+        spread = statistics.stdev(val) if len(val) > 1 else math.nan
+        line = f"{v:32}{rs[0]['parameters']:>12,}{statistics.mean(r['steps'] for r in rs):>8.0f}{statistics.mean(r['train'] for r in rs):>9.4f}{statistics.mean(val):>9.4f}{spread:>9.4f}"
+        if base and v != "default" and len(val) == len(base) and len(val) > 1:
+            d = [a - b for a, b in zip(val, base)]
+            half = T95.get(len(d), 2.6) * statistics.stdev(d) / math.sqrt(len(d))
+            line += f"   {statistics.mean(d):+.4f}  [{statistics.mean(d) - half:+.4f}, {statistics.mean(d) + half:+.4f}]"
+        print(line)
+    print(f"\n{'val loss by context, in bars':32}" + "".join(f"{n:>9}" for n in LENGTHS))
+    for v, rs in runs.items():
+        print(f"{v:32}" + "".join(f"{statistics.mean(r['context'][str(n)] for r in rs):>9.4f}" for n in LENGTHS))
+
+
+SECTIONS = {"model": model_study}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
+        raise SystemExit(f"usage: python tests/study.py {'|'.join(SECTIONS)} --data FILE ...")
+    data.run(lambda: SECTIONS[sys.argv[1]](sys.argv[2:]))
