@@ -113,32 +113,40 @@ def read_files(paths):
 
 
 def _read_csv(path):
+    head = _bytes(path, 1 << 16).removeprefix(b"\xef\xbb\xbf")
+    lines = head.decode("utf-8", "replace").split("\n")
+    delimiter = max(",;\t", key=lines[0].count)
+    first, second = (next(csv.reader([line.strip("\r")], delimiter=delimiter), []) for line in (lines + [""])[:2])
+    if lines[0].strip() and second and all(map(_is_number, second)):
+        names, has_header = _header(path, first)
+        bars = _read_numeric(path, names, _columns(path, names), delimiter, has_header)
+        if bars:
+            return [bars]
+    return _read_text(path, delimiter)
+
+
+def _bytes(path, at_most=-1):
     try:
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
-            raw = f.read()
+            raw = f.read(at_most)
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
     if not raw.strip():
         raise UserError(f"{path}: the file is empty; it needs a header line and rows of bars")
     if b"\0" in raw:
         raise UserError(f"{path}: a binary file, not a CSV; export it as text")
-    raw = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip(b"\n")
-    first = raw.split(b"\n", 1)[0].decode("utf-8", "replace")
-    delimiter = max(",;\t", key=first.count)
-    names, has_header = _header(path, next(csv.reader([first], delimiter=delimiter)))
+    return raw
+
+
+def _columns(path, names):
+    """{column: its index, or None}; UserError if one is missing that must be there."""
     columns = {c: next((names.index(n) for n in known if n in names), None) for c, known in HEADERS.items()}
     if columns["time"] is None and names[0] == "":
         columns["time"] = 0  # pandas writes its index without a name
     missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
     if missing:
-        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; name it one of "
-                        f"{', '.join(HEADERS[missing[0]])}")
-    body = raw[raw.find(b"\n") + 1:] if has_header and b"\n" in raw else b"" if has_header else raw
-    table = _parse_numeric(body, len(names), delimiter) if columns["symbol"] is None else None
-    parsed = _from_numeric(table, columns) if table is not None else _from_text(path, body, len(names), delimiter, columns)
-    time, ohlcva, symbols, line, reasons = parsed
-    line = line + int(has_header)
-    return _clean(path, time, ohlcva, symbols, line, reasons)
+        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; name it one of {', '.join(HEADERS[missing[0]])}")
+    return columns
 
 
 def _header(path, cells):
@@ -158,48 +166,45 @@ def _is_number(text):
         return False
 
 
-def _parse_numeric(body, n_columns, delimiter):
-    """The whole of a plain numeric CSV at C speed, or None where any cell is not a plain number."""
-    if body.translate(None, b"0123456789+-.eE\n" + delimiter.encode()):
-        return None
-    body = body.rstrip(b"\n")
-    cells = np.frombuffer(body, np.uint8)
-    ends = np.append(np.flatnonzero(cells == 10), len(cells))  # of lines
-    separators = np.cumsum(cells == ord(delimiter), dtype=np.int64)
-    if not len(cells) or (np.diff(separators[ends - 1], prepend=0) != n_columns - 1).any():
-        return None  # a blank, short or long line
-    flat = body.replace(b"\n", b",").replace(delimiter.encode(), b",")
-    if b",," in flat or flat.endswith(b",") or flat.startswith(b","):
+def _read_numeric(path, names, columns, delimiter, has_header):
+    """Bars of a plain numeric file without a bad row, at the speed of numpy.loadtxt; None for any other."""
+    if columns["symbol"] is not None:
         return None
     try:
-        values = np.fromstring(flat, dtype=np.float64, sep=",")
-    except ValueError:
+        table = np.loadtxt(path, delimiter=delimiter, skiprows=int(has_header), comments=None, ndmin=2)
+    except (ValueError, OSError, EOFError, zlib.error):
         return None
-    return values.reshape(-1, n_columns) if values.size == len(ends) * n_columns else None
-
-
-def _from_numeric(table, columns):
-    time = _epoch_seconds(table[:, columns["time"]])
-    ohlcva = np.full((len(table), 6), np.nan)
+    if table.shape[1] != len(names):
+        return None
+    time = _epoch_seconds(table[:, columns["time"]].copy())
+    ohlcva = np.full((6, len(table)), np.nan)
     for i, c in enumerate(COLUMNS):
         if columns[c] is not None:
-            ohlcva[:, i] = table[:, columns[c]]
-    return time, ohlcva, None, np.arange(1, len(table) + 1), {}
+            ohlcva[i] = table[:, columns[c]]
+    if any(failed.any() for failed, _ in _faults(time, ohlcva)):
+        return None  # the other way of reading knows the lines
+    return _sorted(_stem(path), time.astype(np.int64), ohlcva.T)
 
 
-def _from_text(path, body, n_columns, delimiter, columns):
-    """Rows with symbols, dates or holes, through the csv module. reasons: {row: why it is bad}."""
+def _read_text(path, delimiter):
+    """Rows with symbols, dates, holes or faults, through the csv module."""
+    raw = _bytes(path)
     try:
-        text = body.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = body.decode("latin-1")
+        text = raw.decode("latin-1")
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    rows, line, reasons = [], [], {}
+    rows, line, reasons, n_columns = [], [], {}, 0
     gc.disable()  # it would look through millions of small lists, again and again, and find nothing
     try:
         for row in reader:
-            if not row:
+            if not any(cell.strip() for cell in row):
                 continue
+            if not n_columns:
+                names, has_header = _header(path, row)
+                columns, n_columns = _columns(path, names), len(names)
+                if has_header:
+                    continue
             if len(row) != n_columns:
                 reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
                 row = [""] * n_columns
@@ -212,23 +217,64 @@ def _from_text(path, body, n_columns, delimiter, columns):
         gc.enable()
     stamps = {s: _stamp(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
     time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
-    ohlcva = np.full((len(rows), 6), np.nan)
+    ohlcva = np.full((6, len(rows)), np.nan)
     for i, c in enumerate(COLUMNS):
         if columns[c] is None:
             continue
-        optional = c in ("volume", "amount")
         try:
-            ohlcva[:, i] = np.array(cells[columns[c]], dtype=np.float64)
+            ohlcva[i] = np.array(cells[columns[c]], dtype=np.float64)
         except ValueError:
             for r, cell in enumerate(cells[columns[c]]):
                 try:
-                    ohlcva[r, i] = float(cell) if cell.strip() or not optional else np.nan
+                    ohlcva[i, r] = float(cell) if cell.strip() or i < 4 else np.nan  # volume and amount may be missing
                 except ValueError:
                     reasons.setdefault(r, f"{c} {cell!r} is not a number")
     for r in np.flatnonzero(np.isnan(time)):
         reasons.setdefault(int(r), f"time {rows[r][columns['time']]!r} is no date")
-    symbols = None if columns["symbol"] is None else [s.strip() for s in cells[columns["symbol"]]]
-    return time, ohlcva, symbols, np.array(line, np.int64), reasons
+    good = _good(path, line, _faults(time, ohlcva), reasons)
+    time, ohlcva = time[good].astype(np.int64), ohlcva.T[good]
+    if columns["symbol"] is None:
+        return [_sorted(_stem(path), time, ohlcva)]
+    names, which = np.unique(np.array([s.strip() for s in cells[columns["symbol"]]])[good], return_inverse=True)
+    parts = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+    return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]
+
+
+def _faults(time, ohlcva):
+    """(which rows, why) for all that can be wrong with a bar; of several the first counts."""
+    o, h, l, c, v, a = ohlcva
+    price = ohlcva[:4]
+    return ((np.isnan(time), "time is no date"),
+            (~np.isfinite(price).all(0), "a price is not a finite number"),
+            ((price <= 0).any(0), "a price is zero or negative"),
+            (h < l, "high below low"),
+            (h < np.maximum(o, c), "high below open or close"),
+            (l > np.minimum(o, c), "low above open or close"),
+            ((v < 0) | (a < 0), "negative volume or amount"),
+            (np.isinf(v) | np.isinf(a), "infinite volume or amount"))
+
+
+def _good(path, line, faults, reasons):
+    """Which rows are good, bool [rows]; the bad ones are counted, the first three named; too many are an error."""
+    bad = np.zeros(len(line), bool)
+    bad[list(reasons)] = True
+    for failed, why in faults:
+        reasons |= {int(r): why for r in np.flatnonzero(failed & ~bad)}
+        bad |= failed
+    n_bad = int(bad.sum())
+    examples = [f"{path}:{line[r]}: {reasons[r]}" for r in sorted(reasons)[:3]]
+    if n_bad == len(line):
+        why = f"{examples[0]} (and every other row is bad too)" if examples else f"{path}:2: no rows after the header"
+        raise UserError(f"{why}; there is no bar to read: check the columns")
+    if n_bad > MAX_BAD * len(line):
+        raise UserError(f"{examples[0]}; {n_bad} of {len(line)} rows are bad, more than {MAX_BAD:.0%}: mend the file")
+    if n_bad:
+        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(line)} dropped: " + "; ".join(examples), file=sys.stderr)
+    return ~bad
+
+
+def _stem(path):
+    return re.sub(r"(\.(csv|tsv|txt|gz))+$", "", os.path.basename(path), flags=re.IGNORECASE)
 
 
 def _epoch_seconds(value):
@@ -236,8 +282,9 @@ def _epoch_seconds(value):
     size = np.abs(value)
     seconds = np.floor(value / np.select([size < 1e11, size < 1e14, size < 1e17], [1.0, 1e3, 1e6], 1e9))
     dates = (value >= 19000101) & (value <= 21991231) & (value == np.floor(value))
-    for v in set(value[dates].tolist()):
-        seconds[value == v] = _date8(f"{int(v)}")
+    if dates.any():
+        distinct, which = np.unique(value[dates], return_inverse=True)
+        seconds[dates] = np.array([_date8(f"{int(v)}") for v in distinct])[which]
     seconds[~(np.abs(seconds) < 200 * 365.25 * DAY)] = np.nan
     return seconds
 
@@ -259,48 +306,6 @@ def _stamp(text):
     except ValueError:
         return np.nan
     return float(np.floor((when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()))
-
-
-def _clean(path, time, ohlcva, symbols, line, reasons):
-    """Drop bad rows, saying which; split by symbol, sort by time, keep the last of equal times."""
-    o, h, l, c, v, a = ohlcva.T
-    price = ohlcva[:, :4]
-    checks = (  # the first that holds is the reason
-        (np.isnan(time), "time is no date"),
-        (~np.isfinite(price).all(1), "a price is not a finite number"),
-        ((price <= 0).any(1), "a price is zero or negative"),
-        (h < l, "high below low"),
-        (h < np.maximum(o, c), "high below open or close"),
-        (l > np.minimum(o, c), "low above open or close"),
-        ((v < 0) | (a < 0), "negative volume or amount"),
-        (np.isinf(v) | np.isinf(a), "infinite volume or amount"),
-    )
-    bad = np.zeros(len(time), bool)
-    bad[list(reasons)] = True
-    for failed, why in checks:
-        for r in np.flatnonzero(failed & ~bad):
-            reasons[int(r)] = why
-        bad |= failed
-    n_bad = int(bad.sum())
-    examples = [f"{path}:{line[r]}: {reasons[r]}" for r in sorted(reasons)[:3]]
-    if len(time) == 0 or n_bad == len(time):
-        why = f"{examples[0]} (and every other row is bad too)" if examples else f"{path}:2: no rows after the header"
-        raise UserError(f"{why}; there is no bar to read: check the columns")
-    if n_bad > MAX_BAD * len(time):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(time)} rows are bad, more than {MAX_BAD:.0%}: mend the file")
-    if n_bad:
-        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(time)} dropped: " + "; ".join(examples), file=sys.stderr)
-    good = ~bad
-    time, ohlcva = time[good].astype(np.int64), ohlcva[good]
-    if symbols is None:
-        stem = os.path.basename(path)
-        while os.path.splitext(stem)[1].lower() in (".csv", ".gz", ".tsv", ".txt"):
-            stem = os.path.splitext(stem)[0]
-        return [_sorted(stem, time, ohlcva)]
-    names, which = np.unique(np.array(symbols)[good], return_inverse=True)
-    order = np.argsort(which, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(which))[:-1])
-    return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]
 
 
 def _sorted(symbol, time, ohlcva):
@@ -368,7 +373,7 @@ def _decayed_sum(u, carry, decay=DECAY):
     y = u.copy()
     n, shift = y.shape[-1], 1
     while shift < n and decay ** shift > 1e-18:  # weights below the last bit add nothing
-        y[..., shift:] += decay ** shift * y[..., :-shift].copy()
+        y[..., shift:] += decay ** shift * y[..., :-shift]
         shift *= 2
     return y + carry[..., None] * decay ** np.arange(1, n + 1)
 
@@ -404,26 +409,23 @@ def _features_block(ohlcva, state):
     begun = np.ones(n)
     begun[0] = 0.0 if first else 1.0  # bar 0 enters no mean
 
-    true_range = np.log(np.maximum(h, prev) / np.minimum(l, prev)) * begun
-    s, s_w = _running(true_range, state.s), _running(begun, state.s_w)
-    s_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR)
-    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
-    if first:
-        price[:, 0] = 0.0
-
     has_v = np.where(v > 0, begun, 0.0)
     has_a = np.where((v > 0) & (a > 0), begun, 0.0)
     volume = np.log1p(np.where(v > 0, v, 0.0))
     vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-    m, m_w = _running(volume * has_v, state.m), _running(has_v, state.m_w)
-    g, g_w = _running(vwap * has_a, state.g), _running(has_a, state.g_w)
+    true_range = np.log(np.maximum(h, prev) / np.minimum(l, prev))
+    s, s_w, m, m_w, g, g_w = _running([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a],
+                                      [state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
     level = _mean(m, m_w)[:-1]
     deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
-    d, d_w = _running(np.abs(volume - level) * deviates, state.d), _running(deviates, state.d_w)
-    d_t = np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
-    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
+    d, d_w = _running([np.abs(volume - level) * deviates, deviates], [state.d, state.d_w])
+    s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
 
+    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
+    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
+    if first:
+        price[:, 0] = 0.0
+    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
     x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
     close, total = _rebuilt(price, c[0] if first else state.close, state.s, s_w, begun)
     ends = [np.float64(u[-1]) for u in (s_w, m, m_w, d, d_w, g, g_w)]
@@ -448,9 +450,10 @@ def _rebuilt(price, close, total, weight, begun):
     return close * np.exp((c * s_t).sum()), sums[-1]
 
 
-def _running(u, carry):
-    """The decayed sums before each bar and after the last, [n + 1]."""
-    return np.append(carry, _decayed_sum(u, np.float64(carry)))
+def _running(rows, carry):
+    """Of each of k sequences the decayed sums before each bar and after the last, [k, n + 1]."""
+    carry = np.array(carry)
+    return np.concatenate([carry[:, None], _decayed_sum(np.stack(rows), carry)], axis=1)
 
 
 def _mean(total, weight):
