@@ -805,7 +805,7 @@ def cli(config_class, doc, argv=None) -> dict:
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
-            how |= dict(nargs="+", type=typing.get_args(kind)[0])
+            how |= dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
         elif typing.get_origin(kind) is tuple:
             how |= dict(type=lambda text: tuple(int(n) for n in text.split(",")), metavar="N,N")
         else:

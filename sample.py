@@ -216,8 +216,6 @@ def option(close, spot, strike, years, rate):
 
 
 def print_report(rows, horizon, breadth, mean_p_up):
-    if not rows[0]["options"]:
-        pass
     print(f"{'':8} {'':>9} {'P(up) %':>11} {'return':>7} {'close in ' + str(horizon) + ' bars':^29} {'95 % risk':>11}")
     print(f"{'symbol':8} {'close':>9} {'next':>5} {'in ' + str(horizon):>5} {'%':>7} {'5 %':>9} {'50 %':>9} {'95 %':>9} {'VaR':>5} {'ES':>5}{'rank':>5}")
     for r in sorted(rows, key=lambda r: r["rank"]):
@@ -322,8 +320,7 @@ def plot_forecast(path, histories, ohlcva, shown=60, drawn=3):
         for tick in round_ticks(low, high):
             parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + label(x0 + w + 4, Y(tick) + 4, f"{tick:.6g}"))
         times = np.append(bars.time, future_times(histories[i].time, horizon))
-        for k, anchor in ((0, "start"), (len(bars) - 1, "middle"), (total - 1, "end")):
-            parts.append(label(X(k), y0 + h + 16, data.iso(times[k]), anchor))
+        parts += [label(X(0), y0 + h + 16, data.iso(times[0])), label(X(total - 1), y0 + h + 16, data.iso(times[-1]), "end")]
         at = [X(len(bars) - 1 + k) for k in range(horizon + 1)]
         fan = np.concatenate([np.full((5, 1), bars.ohlcva[-1, 3]), fan], axis=1)
         for outer, css in ((0, "f1"), (1, "f2")):
@@ -347,7 +344,7 @@ def plot_codebook(path, tokenizer, series, shown=40):
     W, H, gap = 20 + shown * 22, 170, 22
     parts = []
     for row, (name, mask) in enumerate((("up", up), ("not up", ~up))):
-        codes = [c for c in np.argsort(-count) if mask[c] and count[c]][:shown // 1]
+        codes = [c for c in np.argsort(-count) if mask[c] and count[c]][:shown]
         share = count[mask].sum() / count.sum()
         y0 = row * H + 30
         parts.append(label(10, y0 - 12, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; the {len(codes)} most used, share in %", css="t"))
