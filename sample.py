@@ -63,7 +63,7 @@ class Config:
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 YEAR = 365.25 * DAY
-MAX_ROWS = 4096  # paths simulated side by side: bounds memory
+MAX_ROWS = 1024  # paths simulated side by side: bounds memory, half a megabyte each
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,413 @@
+"""The backtest's scores against naive forms written here, its intervals by simulation, and what it must never see: the future."""
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+from data import DAY, UserError
+from model import Model, ModelConfig, close_table, save_checkpoint
+from tokenizer import TokenizerConfig, train_tokenizer
+
+BITS = dict(coarse_bits=5, fine_bits=4)
+KEYS = ["split", "start", "end", "blocks", "checkpoints", "baselines", "paired"]
+SCORES = ["da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps", "coverage50", "coverage80",
+          "coverage90", "path_mape", "path_crps"]
+
+
+def daily(n_bars, n_symbols, seed=0, common=0.0):
+    """Random walks with daily bars, symbols that move together by `common`."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(0, 0.01, n_bars)
+    out = []
+    for i in range(n_symbols):
+        close = 50 * np.exp(np.cumsum(math.sqrt(common) * shared + math.sqrt(1 - common) * rng.normal(0, 0.01, n_bars)))
+        open_ = close * np.exp(rng.normal(0, 0.004, n_bars))
+        high, low = np.maximum(open_, close) * np.exp(rng.uniform(0, 0.01, n_bars)), np.minimum(open_, close) * np.exp(-rng.uniform(0, 0.01, n_bars))
+        volume = rng.integers(1000, 9000, n_bars).astype(float)
+        out.append(data.Bars(f"D{i}", 1_400_025_600 // DAY * DAY + DAY * np.arange(n_bars), np.stack([open_, high, low, close, volume, volume * close], 1)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    x = np.concatenate([data.features(bars)[0][32:] for bars in data.synthetic(seed=5, n_symbols=2, n_bars=600)[0]])
+    return train_tokenizer(torch.from_numpy(x), TokenizerConfig(**BITS, n_hidden=32), steps=40, batch_size=256)
+
+
+def make(seed=0, **options):
+    """An untrained model with weights so large that its forecasts differ from bar to bar."""
+    torch.manual_seed(seed)
+    model = Model(ModelConfig(**BITS, **dict(n_layer=2, n_head=2, n_embd=16, windows=(8,), block_size=64, span=32, slots=12) | options)).eval()
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            p.copy_(torch.randn_like(p) * (0.5 if "embed" in name else 1.5 * p.shape[-1] ** -0.5))
+    return model
+
+
+@pytest.fixture(scope="module")
+def triple(tokenizer):
+    """A checkpoint as load_checkpoint gives it, and daily bars of which the last 100 are its test."""
+    series = daily(300, 6, common=0.3)
+    return (make(), tokenizer, dict(splits=(int(series[0].time[150]), int(series[0].time[200])), seed=0)), series
+
+
+def targets(series, first, horizon=5, **options):
+    return sample.Targets(series, int(series[0].time[first]), 2**62, horizon, options.get("stride"), 0)
+
+
+# ---- single scores
+
+def naive_crps(r, p, y, fair):
+    spread = sum(a * b * abs(u - v) for u, a in zip(r, p) for v, b in zip(r, p)) / 2
+    return sum(a * abs(u - y) for u, a in zip(r, p)) - spread * (len(r) / (len(r) - 1) if fair else 1)
+
+
+@pytest.mark.parametrize("fair", [False, True])
+def test_judge_is_the_double_sum(fair):
+    rng = np.random.default_rng(0)
+    r = np.sort(rng.standard_t(3, (7, 12)), -1)
+    r[3, 4:7] = r[3, 4]  # equal draws
+    p = np.full((7, 12), 1 / 12) if fair else rng.dirichlet(np.ones(12), 7)
+    y = rng.normal(size=7)
+    y[2] = r[2, 5]
+    got = sample.judge(r, p, y, fair)
+    for i in range(7):
+        assert got["crps"][i] == pytest.approx(naive_crps(r[i], p[i], y[i], fair), abs=1e-12)
+        assert got["mean"][i] == pytest.approx((p[i] * r[i]).sum())
+        assert got["pit"][i] == pytest.approx(p[i][r[i] < y[i]].sum() + p[i][r[i] == y[i]].sum() / 2)
+    if fair:
+        np.testing.assert_allclose(got["point"], np.median(r, -1))
+    else:
+        assert all(p[i][r[i] < got["point"][i]].sum() <= 0.5 <= p[i][r[i] <= got["point"][i]].sum() for i in range(7))
+
+
+def test_crps_of_a_gaussian_is_its_closed_form():
+    """sigma (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)): of many quantiles, of draws in the mean, and as an integral."""
+    mu, sigma, y = 0.3, 2.0, np.array([-3.0, 0.2, 1.0, 6.0])
+    z = (y - mu) / sigma
+    want = np.array([sigma * (v * math.erf(v / math.sqrt(2)) + 2 * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) - 1 / math.sqrt(math.pi)) for v in z])
+    np.testing.assert_allclose(sample.judge_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
+    grid = np.linspace(-30, 30, 60_001)
+    cdf = np.array([0.5 * (1 + math.erf((x - mu) / sigma / math.sqrt(2))) for x in grid])
+    np.testing.assert_allclose([((cdf - (grid >= v))**2).sum() * 0.001 for v in y], want, rtol=2e-3)
+    r = mu + sigma * np.array([sample.NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
+    np.testing.assert_allclose(sample.judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
+    draws = np.sort(np.random.default_rng(0).normal(mu, sigma, (40_000, 5)), -1)  # five draws each: only the fair form is right
+    few = [sample.judge(draws, np.full(draws.shape, 0.2), np.full(40_000, v), fair=True)["crps"].mean() for v in y]
+    np.testing.assert_allclose(few, want, rtol=0.02)
+
+
+def random_forecaster(t, seed=0):
+    rng = np.random.default_rng(seed)
+    n, shape = len(t.r), t.path_r.shape
+    return dict(p_up=rng.integers(1, 40, n) / 40, mean=rng.normal(0, 0.01, n), point=rng.normal(0, 0.01, n), pit=rng.random(n),  # ties in P(up)
+                crps=rng.random(n), path_point=rng.normal(0, 0.02, shape), path_crps=rng.random(shape))
+
+
+def stub(seed=0, n_stamps=40, n_symbols=9, still=0.1):
+    """Targets with holes and bars that do not move."""
+    rng = np.random.default_rng(seed)
+    stamp, symbol = np.divmod(np.flatnonzero(rng.random(n_stamps * n_symbols) < 0.8), n_symbols)
+    r = rng.normal(0, 0.01, len(stamp)) * (rng.random(len(stamp)) > still)
+    origins = rng.integers(0, n_stamps, 50)
+    weights = np.random.default_rng(1).multinomial(20, np.full(20, 1 / 20), 8).astype(float)
+    return SimpleNamespace(r=r, stamp=stamp, symbol=symbol, block=stamp // 2, n_blocks=20, path_r=rng.normal(0, 0.02, (50, 4)), path_block=origins // 2,
+                           n_path_blocks=20, horizon=4, weights=weights, path_weights=weights, series=range(n_symbols))
+
+
+def naive_ranks(v):
+    return np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v])
+
+
+def naive_scores(f, r, stamp, path_r):
+    moved = r != 0
+    p, up = f["p_up"][moved], r[moved] > 0
+    call = np.where(p == 0.5, 0.5, np.where(p > 0.5, up, ~up))
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a in p[up] for b in p[~up]]
+    ece = 0.0
+    for k in range(10):
+        inside = (p >= k / 10) & ((p < (k + 1) / 10) | (k == 9))
+        if inside.any():
+            ece += inside.mean() * abs(p[inside].mean() - up[inside].mean())
+    by_date = []
+    for s in np.unique(stamp):
+        x, y = naive_ranks(f["mean"][stamp == s]), naive_ranks(r[stamp == s])
+        if len(x) >= 3 and x.std() > 0 and y.std() > 0:
+            by_date.append(np.corrcoef(x, y)[0, 1])
+    out = dict(da=call.mean(), balanced_accuracy=(call[up].mean() + call[~up].mean()) / 2, auc=np.mean(wins),
+               logloss=np.mean([-math.log(a if b else 1 - a) for a, b in zip(p, up)]), ece=ece, ic=np.corrcoef(f["mean"], r)[0, 1],
+               rank_ic=np.mean(by_date), mae=np.abs(100 * r - 100 * f["point"]).mean(), rmse=math.sqrt(((100 * r - 100 * f["mean"])**2).mean()),
+               mape=np.mean([abs(100 * math.exp(a) - 100 * math.exp(b)) / math.exp(b) for a, b in zip(f["point"], r)]), crps=100 * f["crps"].mean())
+    out |= {f"coverage{q}": np.mean([50 - q / 2 <= 100 * x <= 50 + q / 2 for x in f["pit"]]) for q in (50, 80, 90)}
+    out["path_mape"] = (100 * np.abs(np.exp(f["path_point"]) / np.exp(path_r) - 1)).mean(0)
+    out["path_crps"] = 100 * f["path_crps"].mean(0)
+    return out
+
+
+def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_blocks():
+    """A replicate is, by definition, the score of all bars of the blocks drawn, each as often as it was drawn."""
+    t = stub()
+    f = random_forecaster(t)
+    sums = sample.block_sums(f, t)
+    assert sorted(sums) == sorted(SCORES)
+    want = naive_scores(f, t.r, t.stamp, t.path_r)
+    got = sample.bootstrap(sums, t)
+    for name in SCORES:
+        np.testing.assert_allclose(got[name][0], want[name], rtol=1e-9, err_msg=name)
+    drawn = {name: score(np.tensordot(t.weights, s, 1)) for name, (s, score) in sums.items()}
+    for k in range(3):
+        bars, stamps, origins = [], [], []
+        for copy_, b in enumerate(np.repeat(np.arange(20), t.weights[k].astype(int))):
+            rows = np.flatnonzero(t.block == b)
+            bars.append(rows)
+            stamps.append(1000 * copy_ + t.stamp[rows])  # a block drawn twice is twice as many dates
+            origins.append(np.flatnonzero(t.path_block == b))
+        bars, origins = np.concatenate(bars), np.concatenate(origins)
+        part = {key: v[origins if key.startswith("path") else bars] for key, v in f.items()}
+        want = naive_scores(part, t.r[bars], np.concatenate(stamps), t.path_r[origins])
+        for name in SCORES:
+            np.testing.assert_allclose(drawn[name][k], want[name], rtol=1e-9, err_msg=name)
+    for name in SCORES:  # replicates are centred on the score
+        np.testing.assert_allclose(got[name][1].mean(0), got[name][0], rtol=1e-9, err_msg=name)
+
+
+def test_auc_of_many_distinct_values_is_binned_closely():
+    rng = np.random.default_rng(0)
+    p, up = rng.random(6000), rng.random(6000)
+    up = up < 0.3 + 0.4 * p
+    bins = sample.ordered_bins(p)
+    assert bins.max() < 2048
+    area = sample.area(sample.by_bin(bins, np.zeros(6000, int), 1, up, ~up)[0])
+    place = np.argsort(np.argsort(p)) + 1
+    exact = (place[up].sum() - up.sum() * (up.sum() + 1) / 2) / (up.sum() * (~up).sum())
+    assert area == pytest.approx(exact, abs=1e-5)
+
+
+def test_what_a_forecaster_does_not_say_has_no_score():
+    t = stub()
+    f = random_forecaster(t)
+    assert set(sample.block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic"}
+    t.stamp = np.arange(len(t.r))  # one symbol a date: no rank IC
+    t.block = t.stamp * 20 // len(t.r)
+    got = sample.bootstrap(sample.block_sums(f, t), t)
+    assert sample.scored(*got["rank_ic"], 20) is None
+    assert sample.scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
+
+
+def test_long_short_is_the_naive_one():
+    t = stub(n_symbols=12)
+    f = random_forecaster(t)
+    f["p_up"] = np.random.default_rng(4).random(len(t.r))
+    got = {name: score(s.sum(0)) for name, (s, score) in sample.trading(f, t, 7.0).items()}
+    gains, turnovers, held = [], [], {}
+    for s in np.unique(t.stamp):
+        rows = np.flatnonzero(t.stamp == s)
+        new = {}
+        if len(rows) >= 5:
+            order, k = rows[np.argsort(f["p_up"][rows])], max(1, len(rows) // 5)
+            new = {t.symbol[i]: -1 / k for i in order[:k]} | {t.symbol[i]: 1 / k for i in order[-k:]}
+        traded = sum(abs(new.get(i, 0) - held.get(i, 0)) for i in range(12))
+        held = new
+        if len(rows) >= 5:
+            turnovers.append(traded)
+            gains.append(1e4 * sum(new.get(t.symbol[i], 0) * (math.exp(t.r[i]) - 1) for i in rows) - 7.0 * traded)
+    assert got["turnover"] == pytest.approx(np.mean(turnovers))
+    assert got["long_short"] == pytest.approx(np.mean(gains))
+
+
+# ---- intervals
+
+def covered(t, blocks, weights, runs=300):
+    """How often the interval of right calls holds one half: fair coins that all symbols of a date share in part."""
+    t = copy.copy(t)
+    t.block, t.n_blocks, t.weights = blocks, blocks.max() + 1, weights
+    hits = 0
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        coin = 0.8 * rng.normal(size=t.stamp.max() + 1)[t.stamp] + 0.6 * rng.normal(size=len(t.r))
+        t.r = np.where(coin > 0, 0.01, -0.01)
+        sums = {"da": sample.block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
+        s = sample.scored(*sample.bootstrap(sums, t)["da"], t.n_blocks)
+        hits += s["lo"] <= 0.5 <= s["hi"]
+    return hits / runs
+
+
+def test_the_interval_covers_over_100_dates_as_often_as_it_says():
+    t = targets(daily(132, 10), 32, horizon=1)
+    assert t.n_blocks == 25 and len(np.unique(t.stamp)) == 100
+    assert (np.bincount(t.stamp, minlength=100) == 10).all()
+    assert all(len(np.unique(t.block[t.stamp == s])) == 1 for s in range(100))  # all symbols of a date in one block
+    assert covered(t, t.block, t.weights) == pytest.approx(0.95, abs=0.03)
+    single = np.arange(len(t.r)) % 100  # the symbols of a date in different blocks: the fault that the test must see
+    wrong = np.random.default_rng(0).multinomial(100, np.full(100, 0.01), 2000).astype(float)
+    assert covered(t, np.random.default_rng(1).permutation(single), wrong, runs=100) < 0.8
+
+
+def test_blocks_are_whole_dates_and_at_least_the_horizon():
+    series = daily(332, 3)
+    t = targets(series, 32, horizon=10)
+    for block in range(t.n_path_blocks):
+        assert len(np.unique(t.stamp[t.stamp * t.n_path_blocks // 300 == block])) >= 10
+    assert t.n_path_blocks == 30 and t.n_blocks == 50
+    minutes = data.synthetic(n_symbols=2, n_bars=3000)[0]
+    t = sample.Targets(minutes, int(minutes[0].time[1000]), 2**62, 5, None, 0)
+    assert min(np.bincount(t.block)) >= 32 * 2
+
+
+def test_few_blocks_make_no_interval_and_a_warning(triple, capsys):
+    (model, tokenizer, meta), series = triple
+    few = dict(horizon=10, paths=2, stride=50)
+    result = sample.backtest([(model, tokenizer, meta)], [b[:215] for b in series[:2]], **few)
+    assert result["blocks"] < 20
+    assert result["checkpoints"][0]["da"]["value"] is not None
+    assert result["checkpoints"][0]["da"]["lo"] is None and result["checkpoints"][0]["path_crps"][0]["hi"] is None
+    err = capsys.readouterr().err
+    assert "no intervals" in err and "20" in err
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_on_a_null_market_the_interval_covers_one_half(tokenizer, seed):
+    series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
+    meta = dict(splits=(int(series[0].time[400]), int(series[0].time[500])))
+    result = sample.backtest([(make(seed), tokenizer, meta)], series, horizon=2, paths=2, stride=500)
+    da = result["checkpoints"][0]["da"]
+    assert result["blocks"] >= 20 and da["lo"] <= 0.5 <= da["hi"] and da["hi"] - da["lo"] < 0.1
+
+
+# ---- no look-ahead
+
+def test_no_forecast_sees_the_future(triple):
+    """Bars after a target are replaced by others: forecasts of that target, and all before it, stay as they are to the last bit."""
+    (model, tokenizer, _), series = triple
+    cut = 250
+    other = [data.Bars(b.symbol, b.time, np.concatenate([b.ohlcva[:cut], b.ohlcva[cut:][::-1] * 1.7])) for b in series]
+    t, u = targets(series, 200, stride=7), targets(other, 200, stride=7)
+    before = np.concatenate([np.arange(200, 300)] * 6) < cut
+    done = np.concatenate([o for o in t.origins]) + t.horizon < cut
+    known = np.concatenate([o for o in t.origins]) < cut
+    assert before.sum() == 300 and done.any() and not known.all()
+    for name, f, g in [("model", sample.next_bars(model, tokenizer, t) | sample.simulated(model, tokenizer, t, 3),
+                        sample.next_bars(model, tokenizer, u) | sample.simulated(model, tokenizer, u, 3))] + \
+                      [(name, f, sample.baselines(u, 3)[name]) for name, f in sample.baselines(t, 3).items()]:
+        for key in f:
+            rows = known if key == "path_point" else done if key == "path_crps" else before
+            assert np.array_equal(f[key][rows], g[key][rows]), (name, key)
+    assert not np.array_equal(sample.next_bars(model, tokenizer, t)["p_up"], sample.next_bars(model, tokenizer, u)["p_up"])
+
+
+def test_next_bars_are_the_models_own_distributions(triple):
+    """P(up) is that of a forecast from the same context, half a window at least; CRPS and percentile those of all pairs' closes."""
+    (model, tokenizer, _), series = triple
+    t = targets(series, 100)
+    f = sample.next_bars(model, tokenizer, t)
+    table = close_table(tokenizer).double()
+    every = torch.arange(len(table))
+    ratio = []
+    for k in range(0, len(t.r), 37):
+        i, row = int(t.symbol[k]), 100 + k % 200
+        begin = max(0, 100 + (row - 100) // 32 * 32 - 32)
+        assert 32 <= row - begin <= 100
+        tokens = torch.from_numpy(np.asarray(data.tokenize(series[i], tokenizer)[begin:row]).astype(np.int64))
+        with torch.no_grad():
+            h = model.prefill(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(series[i].time[begin:row])[None]).h[0]
+            assert f["p_up"][k] == pytest.approx(model.p_up(h).item(), abs=1e-5)
+            p = model.coarse_logits(h).double().softmax(-1)[:, None] * model.fine_logits(h.expand(len(table), -1), every).double().softmax(-1)
+        _, state = data.features(series[i][:row])
+        r, order = (table.sinh() * float(state.scales()[0])).flatten().sort()
+        exact = sample.judge(r.numpy()[None], p.flatten()[order].numpy()[None], t.r[k:k + 1])
+        assert f["pit"][k] == pytest.approx(exact["pit"][0], abs=0.05)
+        ratio.append(f["crps"][k] / exact["crps"][0])
+    assert np.mean(ratio) == pytest.approx(1, abs=0.01) and np.abs(np.array(ratio) - 1).max() < 0.1
+
+
+def test_path_scores_are_those_of_the_forecasts(triple):
+    (model, tokenizer, _), series = triple
+    t = targets(series, 200, horizon=4, stride=30)
+    f = sample.simulated(model, tokenizer, t, 5)
+    k = len(t.origins[0])
+    o = int(t.origins[1][0])
+    paths = sample.forecast(model, tokenizer, series[1][:o + 1], 4, 5)[:, :, 3]
+    truth = series[1].ohlcva[o + 1:o + 5, 3]
+    for step in range(4):
+        r = np.log(paths[:, step] / series[1].ohlcva[o, 3])
+        assert f["path_point"][k, step] == pytest.approx(np.median(r))
+        assert f["path_crps"][k, step] == pytest.approx(naive_crps(r, np.full(5, 0.2), math.log(truth[step] / series[1].ohlcva[o, 3]), True))
+
+
+# ---- the interface
+
+def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
+    (model, tokenizer, meta), series = triple
+    for name in ("a", "b", "c"):
+        save_checkpoint(tmp_path / f"{name}.pt", make(ord(name)), tokenizer, stage="pretrain", seed=0, splits=meta["splits"], data=dict(sources=[]))
+    text = "date,symbol,open,high,low,close,volume,amount\n" + "".join(
+        f"{t},{b.symbol}," + ",".join(map(repr, row.tolist())) + "\n" for b in series for t, row in zip(b.time, b.ohlcva))
+    (tmp_path / "bars.csv").write_text(text)
+    argv = ["--ckpt", *(tmp_path / f"{n}.pt" for n in "abc"), "--backtest", "--data", tmp_path / "bars.csv", "--horizon", 4, "--paths", 4, "--stride", 40]
+    status, out, err = call("sample", *argv, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert list(result) == KEYS and result["split"] == "test" and result["blocks"] == 25
+    assert result["start"] == data.iso(series[0].time[200]) and result["end"] == data.iso(series[0].time[299])
+    assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs"]
+    for entry in result["checkpoints"]:
+        assert list(entry) == ["ckpt", *SCORES, "tokens"]
+        assert sorted(entry["tokens"]) == ["coarse_perplexity", "coarse_used", "fine_perplexity", "fine_used", "pairs"]
+    for entry in result["checkpoints"] + list(result["baselines"].values()):
+        for name in SCORES:
+            for s in entry[name] if isinstance(entry[name], list) else [entry[name]]:
+                assert s is None or set(s) == {"value", "lo", "hi"} and (s["lo"] is None or s["lo"] <= s["value"] <= s["hi"]), (name, s)
+        assert entry["path_crps"] is None or len(entry["path_crps"]) == 4
+    still = result["baselines"]["persistence"]
+    assert still["da"] is None and still["crps"]["value"] == pytest.approx(still["mae"]["value"])
+    assert result["baselines"]["always_up"]["balanced_accuracy"]["value"] == 0.5 and result["baselines"]["always_up"]["mae"] is None
+    pairs = {(p["a"][-4:-3], p["b"][-4:-3], p["metric"]) for p in result["paired"]}
+    assert {("a", "b", "da"), ("a", "c", "crps"), ("b", "c", "path_crps")} <= pairs
+    status, out, err = call("sample", *argv, "--by", "volatility", "--cost_bps", 5)
+    assert status == 0 and "correlation of pairs" in out and "middle" in out
+    status, out, _ = call("sample", "--ckpt", tmp_path / "a.pt", *argv[4:])
+    assert status == 0 and max(map(len, out.split("paired")[0].splitlines())) <= 80, out
+
+
+def test_paired_differences_use_the_same_blocks(triple):
+    (model, tokenizer, meta), series = triple
+    pairs = sample.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=25)["paired"]
+    for pair in (p for p in pairs if p["b"] == "checkpoint 2"):  # a model against itself
+        for s in pair["difference"] if isinstance(pair["difference"], list) else [pair["difference"]]:
+            assert s["value"] == 0 and s["lo"] == s["hi"] == 0
+        if pair["metric"] in ("mae", "crps"):
+            assert pair["ratio"]["value"] == pair["ratio"]["hi"] == 1
+
+
+def test_in_sample_targets_are_refused_unless_named(triple):
+    (model, tokenizer, meta), series = triple
+    old = [b[:180] for b in series]
+    quick = dict(horizon=2, paths=2, stride=100)
+    with pytest.raises(UserError, match="--start"):
+        sample.backtest([(model, tokenizer, meta)], old, **quick)
+    with pytest.raises(UserError, match="--start"):
+        sample.backtest([(model, tokenizer, meta)], series, end=data.iso(series[0].time[180]), **quick)
+    with pytest.raises(UserError, match="--start"):
+        sample.backtest([(model, tokenizer, meta), (model, tokenizer, meta | dict(splits=(1, 2)))], series, **quick)
+    assert sample.backtest([(model, tokenizer, meta)], old, start=data.iso(series[0].time[100]), **quick)["split"] == "in-sample"
+    later = sample.backtest([(model, tokenizer, meta)], series, start=data.iso(series[0].time[220]), **quick)
+    assert later["split"] == "test" and later["start"] == data.iso(series[0].time[220])
+    val = sample.backtest([(model, tokenizer, meta)], series, split="val", **quick)
+    assert (val["split"], val["start"], val["end"]) == ("val", data.iso(series[0].time[150]), data.iso(series[0].time[199]))
+
+
+def test_the_correlation_of_tokens_and_accuracy_is_pearsons_and_spearmans():
+    t = SimpleNamespace(n_blocks=25)
+    use = [dict(pairs=v) for v in (3, 10, 7, 40)]
+    da = np.array([0.5, 0.52, 0.53, 0.55])
+    drawn = da + np.random.default_rng(0).normal(0, 0.001, (2000, 4))
+    got = sample.token_correlations(use, [(v, d) for v, d in zip(da, drawn.T)], t)["pairs"]
+    assert got["pearson"]["value"] == pytest.approx(np.corrcoef([3, 10, 7, 40], da)[0, 1])
+    assert got["spearman"]["value"] == pytest.approx(np.corrcoef([0, 2, 1, 3], [0, 1, 2, 3])[0, 1])
+    assert got["pearson"]["lo"] < got["pearson"]["value"] < got["pearson"]["hi"]
