@@ -918,7 +918,7 @@ def print_backtest(result, horizon, cost_bps):
     """Metrics as rows, forecasters as columns of 8; under each value half its interval."""
     columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
     heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-7:] for entry in result["checkpoints"]] + ["persist", "up", "ar1", "logit", "gauss20", "fhs"]
-    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time; +- is half the 95 % interval")
+    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time (± half the 95 % interval)")
     print(" " * 14 + "".join(f"{head:>9}" for head in heads))
     rows = [(label, [entry[m] for entry in columns.values()], scale, digits) for m, label, scale, digits in SHOWN]
     for m, label in (("path_mape", "MAPE %"), ("path_crps", "CRPS")):
@@ -929,7 +929,7 @@ def print_backtest(result, horizon, cost_bps):
     for label, scores, scale, digits in rows:
         print(f"{label:14}" + "".join(f"{'.' if s is None else format(s['value'] * scale, f'.{digits}f'):>9}" for s in scores))
         if any(s and s["lo"] is not None for s in scores):
-            half = [f"+-{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
+            half = [f"±{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
             print(" " * 14 + "".join(f"{h:>9}" for h in half))
     # ratios to the two baselines that know volatility, and between checkpoints
     show = lambda s, digits: f"{s['value']:.{digits}f}" + (f" [{s['lo']:.{digits}f}, {s['hi']:.{digits}f}]" if s["lo"] is not None else "")
