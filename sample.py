@@ -918,7 +918,8 @@ def print_backtest(result, horizon, cost_bps):
     """Metrics as rows, forecasters as columns of 8; under each value half its interval."""
     columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
     heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-7:] for entry in result["checkpoints"]] + ["persist", "up", "ar1", "logit", "gauss20", "fhs"]
-    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time (± half the 95 % interval)")
+    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
+    print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100")
     print(" " * 14 + "".join(f"{head:>9}" for head in heads))
     rows = [(label, [entry[m] for entry in columns.values()], scale, digits) for m, label, scale, digits in SHOWN]
     for m, label in (("path_mape", "MAPE %"), ("path_crps", "CRPS")):
