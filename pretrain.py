@@ -154,7 +154,6 @@ def main():
     if entry and entry["stage"] == "pretrain" and entry["step"] >= config.steps:
         return say(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = data.StopSignal()
-    torch.manual_seed(config.seed)
 
     # ---- bars, splits, sizes
     began = time.time()
@@ -226,6 +225,7 @@ def main():
     else:
         n_moved = sum(np.count_nonzero(np.diff(bars.ohlcva[first - 1:last, 3])) for bars, (first, last) in zip(series, train.targets))
         sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+        torch.manual_seed(config.seed)  # here, since what came before took chance in other amounts on other ranks
         try:
             model = Model(ModelConfig(**sizes | dict(coarse_bits=k1, fine_bits=k2, unmoved=1 - int(n_moved) / max(1, n_train))))
         except ValueError as e:

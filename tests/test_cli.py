@@ -123,6 +123,20 @@ def test_resume_with_other_bars_is_refused(tmp_path, call):
     assert "fingerprint" in complaint(call("pretrain", "--data", path, "--out", tmp_path / "a.pt", "--resume"))
 
 
+def test_two_processes_and_accumulation_have_the_gradients_of_one(market, tmp_path, call):
+    """After one step AdamW's first moment is a tenth of the gradient: it is what the checkpoint lets us compare."""
+    args = ["--data", str(market), *TINY, "--steps", "1", "--dtype", "fp32"]
+    call("pretrain", *args, "--out", tmp_path / "one.pt")
+    call("pretrain", *args, "--out", tmp_path / "parts.pt", "--micro_batch", "1")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(ROOT, "pretrain.py"),
+                           *args, "--out", str(tmp_path / "two.pt")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("M parameters") == 1, done.stderr
+    one, parts, two = ([s["exp_avg"] for s in torch.load(tmp_path / f"{name}.pt", weights_only=True)["optimizer"]["state"].values()]
+                       for name in ("one", "parts", "two"))
+    size = max(g.abs().max() for g in one)
+    assert all((a - b).abs().max() <= 1e-5 * size for other in (parts, two) for a, b in zip(one, other))
+
+
 def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, checkpoint, call):
     base, base_tokenizer, base_meta = load_checkpoint(checkpoint, weights="best")
     args = ["--data", market, "--init_from", checkpoint, "--steps", 1, "--lr", 1e-9, "--batch_size", 2, "--block_size", 64]
