@@ -308,7 +308,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
     f = sample.next_bars(model, tokenizer, t)
     table = close_table(tokenizer).double()
     every = torch.arange(len(table))
-    ratio = []
+    ratio, off = [], []
     for k in range(0, len(t.r), 37):
         i, row = int(t.symbol[k]), 100 + k % 200
         begin = max(0, 100 + (row - 100) // 32 * 32 - 32)
@@ -321,9 +321,10 @@ def test_next_bars_are_the_models_own_distributions(triple):
         _, state = data.features(series[i][:row])
         r, order = (table.sinh() * float(state.scales()[0])).flatten().sort()
         exact = sample.judge(r.numpy()[None], p.flatten()[order].numpy()[None], t.r[k:k + 1])
-        assert f["pit"][k] == pytest.approx(exact["pit"][0], abs=0.05)
         ratio.append(f["crps"][k] / exact["crps"][0])
-    assert np.mean(ratio) == pytest.approx(1, abs=0.01) and np.abs(np.array(ratio) - 1).max() < 0.1
+        off.append(f["pit"][k] - exact["pit"][0])  # 512 pairs only: one of them may hold much of the probability
+    assert np.sqrt(np.mean(np.square(off))) < 0.02
+    assert np.mean(ratio) == pytest.approx(1, abs=0.003) and np.abs(np.array(ratio) - 1).max() < 0.03
 
 
 def test_path_scores_are_those_of_the_forecasts(triple):
