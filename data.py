@@ -327,12 +327,13 @@ def _sorted(symbol, time, ohlcva):
 class State:
     """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
 
-    close: last close, as `inverse` rebuilds it (NaN before the first bar).
+    close: last close, as `inverse` rebuilds it (NaN before the first bar); seen: as it was.
     s, m, d, g: decayed sums of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
     s_w, m_w, d_w, g_w: the sums of their weights.
     origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
     """
     close: np.ndarray
+    seen: np.ndarray
     s: np.ndarray
     s_w: np.ndarray
     m: np.ndarray
@@ -346,7 +347,7 @@ class State:
 
     @classmethod
     def start(cls):
-        return cls(np.float64(np.nan), *(np.float64(0.0) for _ in range(8)), np.float64(np.nan), np.float64(np.nan))
+        return cls(np.float64(np.nan), np.float64(np.nan), *(np.float64(0.0) for _ in range(8)), np.float64(np.nan), np.float64(np.nan))
 
     def scales(self):
         """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
@@ -422,14 +423,16 @@ def _features_block(ohlcva, state):
     s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
 
     body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
+    step = c / prev
+    step[0] = 1.0 if c[0] == state.seen else step[0]  # a bar that did not move says so, whatever rounding did to prev
+    price = np.arcsinh(np.log(np.stack([step, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
     if first:
         price[:, 0] = 0.0
     rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
     x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
     close, total = _rebuilt(price, c[0] if first else state.close, state.s, s_w, begun)
     ends = [np.float64(u[-1]) for u in (s_w, m, m_w, d, d_w, g, g_w)]
-    return np.ascontiguousarray(x.T), State(np.float64(close), np.float64(total), *ends, state.origin_s, state.origin_d)
+    return np.ascontiguousarray(x.T), State(np.float64(close), c[-1], np.float64(total), *ends, state.origin_s, state.origin_d)
 
 
 def _rebuilt(price, close, total, weight, begun):
@@ -491,7 +494,7 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         out[t] = o, h, l, c, v, v * c * np.exp(rel)
         deviates = has_v * (st.m_w > 0)
         true_range = np.log(np.maximum(h, st.close) / np.minimum(l, st.close))
-        st = State(c, DECAY * st.s + true_range, DECAY * st.s_w + 1.0,
+        st = State(c, c, DECAY * st.s + true_range, DECAY * st.s_w + 1.0,
                    DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
                    DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
                    DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
@@ -677,7 +680,7 @@ def _open_folder(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic market
 
-def synthetic(seed=0, signal=0.1, n_symbols=8, n_bars=20_000) -> tuple[list[Bars], float]:
+def synthetic(seed=0, signal=0.1, n_symbols=8, n_bars=100_000) -> tuple[list[Bars], float]:
     """A market with a planted edge: minute bars in weekday sessions, [n_bars] for each symbol; and its best accuracy.
 
     Volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap, volume moves with volatility,
@@ -767,7 +770,12 @@ def check_out(path, overwrite=False):
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError
+        with open(f"{path}.tmp", "wb"):
+            os.unlink(f"{path}.tmp")
+    except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "

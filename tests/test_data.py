@@ -203,6 +203,17 @@ def test_g1_no_feature_sees_a_later_bar(t):
         assert (x[t] != y[t]).any()
 
 
+def test_the_sign_of_the_close_feature_is_the_sign_of_the_move():
+    bars = random_bars(5000, volatility=1e-3)
+    still = np.random.default_rng(0).random(5000) < 0.3
+    still[::512] = True  # where features start a block, too
+    for t in np.flatnonzero(still)[1:]:
+        bars.ohlcva[t:, :4] *= bars.ohlcva[t - 1, 3] / bars.ohlcva[t, 3]
+        bars.ohlcva[t, 3] = bars.ohlcva[t - 1, 3]
+    x, _ = data.features(bars)
+    np.testing.assert_array_equal(np.sign(x[1:, 0]), np.sign(np.diff(bars.ohlcva[:, 3])))
+
+
 def test_features_go_on_from_a_state():
     bars = random_bars(20_000)
     whole, end = data.features(bars)
@@ -399,7 +410,7 @@ def test_synthetic_market_has_the_edge_that_it_states_and_none_without():
 
 
 def test_synthetic_market_looks_like_one():
-    series, _ = data.synthetic(seed=2)
+    series, _ = data.synthetic(seed=2, n_bars=20_000)
     for bars in series:
         o, h, l, c, v, a = bars.ohlcva.T
         assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and (np.diff(bars.time) > 0).all()
