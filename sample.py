@@ -586,7 +586,7 @@ def simulated(model, tokenizer, t, paths, parallel=False):
 def from_paths(r, y):
     """r [n, paths, H] log returns since the origin, y [n, H]."""
     r = np.sort(np.moveaxis(r, 1, -1), -1)
-    return along(judge(r, np.full(r.shape[-1], 1 / r.shape[-1]) * np.ones_like(r), y, fair=True))
+    return along(judge(r, np.full(r.shape, 1 / r.shape[-1]), y, fair=True))
 
 
 def along(scores):
@@ -620,20 +620,20 @@ def baselines(t, paths):
         z = np.append(0.0, r[1:] / vol[:-1])
         n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
         z = sliding_window_view(z, n)  # row k: bars k .. k + n - 1
-        drawn = np.sort(vol[rows - 1, None] * z[rows - n], -1)
-        one = judge(drawn, np.full(n, 1 / n) * np.ones_like(drawn), y)
-        p_up = ((drawn > 0).sum(-1) + 0.5) / ((drawn != 0).sum(-1) + 1)
+        one = []
+        for part in np.split(rows, range(4096, len(rows), 4096)):
+            drawn = np.sort(vol[part - 1, None] * z[part - n], -1)
+            one.append(judge(drawn, np.full(drawn.shape, 1 / n), r[part]) | dict(p_up=((drawn > 0).sum(-1) + 0.5) / ((drawn != 0).sum(-1) + 1)))
         random = np.random.default_rng([t.seed, zlib.crc32(bars.symbol.encode()), 2])
         pick = random.integers(n, size=(len(o), paths, t.horizon))
         variance, moves = np.repeat(vol[o, None]**2, paths, 1), np.empty(pick.shape)
         for k in range(t.horizon):
             moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[o + 1 - n], pick[:, :, k], 1)
             variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
-        parts["fhs"].append(dict(one, p_up=p_up, **from_paths(moves.cumsum(-1), path_y)))
+        parts["fhs"].append(joined(one) | from_paths(moves.cumsum(-1), path_y))
     zero, path_zero = np.zeros(len(t.r)), np.zeros(t.path_r.shape)
     still = dict(mean=zero, point=zero, crps=np.abs(t.r), path_point=path_zero, path_crps=np.abs(t.path_r))  # a point's CRPS is its error
     found = {name: joined(p) for name, p in parts.items()}
-    found["gaussian20"].pop("p_up", None)
     return dict(persistence=still, always_up=dict(p_up=np.ones(len(t.r))), ar1=found["ar1"], logistic=logistic(t),
                 gaussian20=found["gaussian20"], fhs=found["fhs"])
 

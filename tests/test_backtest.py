@@ -341,6 +341,36 @@ def test_path_scores_are_those_of_the_forecasts(triple):
         assert f["path_crps"][k, step] == pytest.approx(naive_crps(r, np.full(5, 0.2), math.log(truth[step] / series[1].ohlcva[o, 3]), True))
 
 
+def test_baselines_are_the_naive_ones(triple):
+    _, series = triple
+    t = targets(series, 250, horizon=3, stride=10)
+    f = sample.baselines(t, 4000)
+    r = np.diff(np.log(series[2].ohlcva[:, 3]), prepend=np.log(series[2].ohlcva[0, 3]))
+    k, row = 2 * 50 + 17, 250 + 17
+    normal = lambda mu, sigma, y: sample.judge_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
+    assert f["gaussian20"]["crps"][k] == pytest.approx(normal(0.0, math.sqrt((r[row - 20:row]**2).mean()), r[row]))
+    (b, a), *_ = np.linalg.lstsq(np.stack([r[1:249], np.ones(248)], 1), r[2:250], rcond=None)
+    assert f["ar1"]["point"][k] == pytest.approx(a + b * r[row - 1])
+    volatility = [math.sqrt(sum(0.94**(i - j) * r[j]**2 for j in range(1, i + 1)) / sum(0.94**(i - j) for j in range(1, i + 1))) for i in range(1, row)]
+    z = r[2:row] / volatility[:-1]  # of bars 2 .. row - 1
+    draws = np.sort(z[-238:] * volatility[-1])
+    assert f["fhs"]["crps"][k] == pytest.approx(naive_crps(draws, np.full(238, 1 / 238), r[row], False))
+    # paths: the first step from the origin is the next bar's forecast, up to the draws
+    o = [int(o) for o in t.origins[2]]
+    first = sum(map(len, t.origins[:2]))
+    for j, origin in enumerate(o):
+        at = 2 * 50 + origin + 1 - 250
+        assert f["fhs"]["path_crps"][first + j, 0] == pytest.approx(f["fhs"]["crps"][at], rel=0.05, abs=1e-4)
+        for name in ("gaussian20", "ar1"):
+            assert f[name]["path_crps"][first + j, 0] == pytest.approx(f[name]["crps"][at])
+        truth = r[origin + 1:origin + 4].sum()
+        assert f["gaussian20"]["path_crps"][first + j, 2] == pytest.approx(normal(0.0, math.sqrt(3 * (r[origin - 19:origin + 1]**2).mean()), truth))
+        step = [a + b * r[origin]]
+        step += [a + b * step[0]]
+        step += [a + b * step[1]]
+        assert f["ar1"]["path_point"][first + j, 2] == pytest.approx(sum(step))
+
+
 # ---- the interface
 
 def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
