@@ -127,6 +127,164 @@ def tokenizer(args):
     print(f"\nencode {speed(lambda: kept.encode(test)):,.0f} bars/s, decode {speed(lambda: kept.decode(*tokens)):,.0f} bars/s")
 
 
+@section
+def backtest(args):
+    """Seconds of a backtest, part by part: an untrained model of the default size, ten origins a symbol, 10 steps, 100 paths."""
+    import sample
+    from model import Model, ModelConfig
+    from tokenizer import TokenizerConfig, train_tokenizer
+    series, borders = read(args)
+    x = np.concatenate([data.features(bars)[0][data.CONTEXT:] for bars in series[:64]])
+    tokenizer, model = train_tokenizer(x, TokenizerConfig(), steps=30), Model(ModelConfig()).eval()
+    t = sample.Targets(series, borders[1], 2**62, 10, None, 0)
+    origins = sum(map(len, t.origins))
+    histories = [bars[:o + 1] for bars, origins in zip(t.series, t.origins) for o in origins][:64]
+    print(f"{len(t.series)} symbols, {len(t.r):,} targets, {origins:,} origins, {torch.get_num_threads()} threads\n")
+    print(f"{'':34}{'wall s':>8}{'cpu s':>8}")
+    total = np.zeros(2)
+
+    def row(name, f, times=1.0):
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = f()
+        seconds = times * np.array([time.perf_counter() - wall, time.process_time() - cpu])
+        total[:] += seconds
+        print(f"{name:34}{seconds[0]:>8.0f}{seconds[1]:>8.0f}", flush=True)
+        return result
+
+    f = row("next bars", lambda: sample.next_bars(model, tokenizer, t))
+    row("paths, from 64 origins' time", lambda: sample.simulate(model, tokenizer, histories, 10, 100), origins / len(histories))
+    rivals = row("baselines", lambda: sample.baselines(t, 100))
+    row("scores and intervals", lambda: [sample.bootstrap(sample.block_sums(g, t), t) for g in (f, *rivals.values())])
+    print(f"{'all':34}{total[0]:>8.0f}{total[1]:>8.0f}")
+
+
+# --- model: against a plain Transformer of torch's own parts ---
+
+class PlainBlock(torch.nn.Module):
+    def __init__(self, C, H, hidden):
+        super().__init__()
+        linear = lambda n, m: torch.nn.Linear(n, m, bias=False)
+        self.H, self.norm1, self.norm2 = H, torch.nn.RMSNorm(C), torch.nn.RMSNorm(C)
+        self.qkv, self.out, self.up, self.down = linear(C, 3 * C), linear(C, C), linear(C, hidden), linear(hidden, C)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.H, -1).permute(2, 0, 3, 1, 4)      # [B, H, T, D]
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(o.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Plain(torch.nn.Module):
+    """Causal softmax attention, learned positions, the same heads, width and vocabulary; the MLPs' width makes the parameters equal."""
+
+    def __init__(self, C, H, n_layer, n_parameters, V=1024, block_size=8192):
+        super().__init__()
+        self.coarse, self.fine, self.pos = torch.nn.Embedding(V, C), torch.nn.Embedding(V, C), torch.nn.Embedding(block_size, C)
+        hidden = (n_parameters - 4 * V * C - 4 * n_layer * C * C) // (2 * n_layer * C) // 8 * 8
+        self.blocks = torch.nn.ModuleList(PlainBlock(C, H, hidden) for _ in range(n_layer))
+        self.norm, self.heads = torch.nn.RMSNorm(C), torch.nn.Linear(C, 2 * V, bias=False)
+
+    def forward(self, coarse, fine, time, targets=None, phase=0):
+        x = self.coarse(coarse) + self.fine(fine) + self.pos.weight[:coarse.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        if targets is None:
+            return self.heads(self.norm(x[:, -1])).float().chunk(2, dim=-1)
+        ce = torch.nn.functional.cross_entropy
+        a, b = self.heads(self.norm(x)).chunk(2, dim=-1)
+        return a, b, ce(a.flatten(0, 1).float(), targets[0].flatten()) + ce(b.flatten(0, 1).float(), targets[1].flatten())
+
+
+@section
+def model_(args):
+    """Training and generation speed of the model, as ratios to the plain Transformer in the same run, calls taken in turns."""
+    from model import Model, draw
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clock = time.process_time if device == "cpu" and args.threads == 1 else time.perf_counter     # one thread: what else runs does not count
+    size = dict(n_layer=12, n_head=12, n_embd=768) if args.large else dict(n_layer=3, n_head=4, n_embd=256)
+    ours = Model(size).to(device)
+    n_parameters = sum(p.numel() for p in ours.parameters())
+    plain = Plain(size["n_embd"], size["n_head"], size["n_layer"] + 1, n_parameters).to(device)
+    count = sum(p.numel() for p in plain.parameters()) - plain.pos.weight.numel()
+    print(f"{device}, {args.threads} threads, {n_parameters:,} parameters; plain Transformer {count:,} without positions; bfloat16 autocast")
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def taken(f):
+        wait()
+        began = clock()
+        f()
+        wait()
+        return clock() - began
+
+    def in_turns(calls, n):
+        """Least time of each call, over n rounds."""
+        for call in calls:
+            call()
+        rounds = [[taken(call) for call in calls] for _ in range(n)]
+        return [min(column) for column in zip(*rounds)]
+
+    def trainer(model, batch):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step():
+            with torch.autocast(device, torch.bfloat16):
+                loss = model(*batch, phase=7)[2]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return step
+
+    square = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    bars, own = 8192 * (4 if device == "cuda" else 1), {}
+    print(f"\n{'training':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of own T = 512':>16}{'of matmul rate':>16}")
+    for T, must in ((512, 1.0), (2048, 1.4), (8192, 3.5)):
+        coarse, fine = torch.randint(0, 1024, (2, bars // T, T + 1), device=device)
+        stamp = (1_500_000_000 + 86400 * torch.arange(T, device=device)).expand(bars // T, -1)
+        batch = coarse[:, :-1], fine[:, :-1], stamp, (coarse[:, 1:], fine[:, 1:])
+        a, b, matmul = in_turns([trainer(ours, batch), trainer(plain, batch), lambda: square @ square], args.rounds)
+        own[T] = bars / a
+        share = 6 * n_parameters * bars / a / (2 * 2048**3 / matmul)
+        print(f"{'T = ' + str(T):>12}{bars / a:>16,.0f}{bars / b:>16,.0f}{b / a:>8.2f}{must:>7}{own[T] / own[512]:>16.2f}{share:>16.1%}")
+
+    context = torch.randint(0, 1024, (2, 1, 512), device=device)
+    stamp = (1_500_000_000 + 86400 * torch.arange(512, device=device))[None]
+    amp = lambda on: torch.autocast(device, torch.bfloat16, enabled=on)
+
+    @torch.inference_mode()
+    def generator(n, half, steps=32):
+        """n paths from one prefill; one border of the reasoner falls into 32 steps."""
+        with amp(half):
+            state = ours.prefill(*context, stamp).repeat(n)
+
+        @torch.inference_mode()
+        def generate():
+            for _ in range(steps):
+                with amp(half):
+                    coarse, fine = ours.sample(state.h)
+                ours.step(coarse, fine, state.time + 86400, state)
+        return generate, steps
+
+    @torch.inference_mode()
+    def again(n):
+        with amp(True):
+            logits = plain(*(a.expand(n, -1) for a in context), None)
+            return [draw(a, 1.0, 1.0, torch.rand(n, 1, device=device)) for a in logits]
+
+    ours.eval(), plain.eval()
+    print(f"\n{'generation':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of 1 path':>11}   context 512")
+    for n, half, must in ((1, False, 20), (16, True, 120), (256, True, None)):
+        generate, steps = generator(n, half)
+        a, b = in_turns([generate, lambda: again(min(n, 16))], args.rounds)
+        own[n] = n * steps / a
+        other = f"{min(n, 16) / b:>16,.0f}{own[n] / (min(n, 16) / b):>8.1f}{must:>7}" if must else " " * 31
+        print(f"{str(n) + ' paths':>12}{own[n]:>16,.0f}{other}{own[n] / own[1]:>11.1f}   {'bfloat16' if half else 'float32'}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none")
@@ -134,6 +292,9 @@ if __name__ == "__main__":
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
+    parser.add_argument("--large", action="store_true", help="a model of about 100 million parameters")
     args = parser.parse_args()
     for name in args.sections or SECTIONS:
         if name not in SECTIONS:

@@ -1,6 +1,7 @@
-"""Which part of the model earns its place, measured: run by hand, half an hour and more.
+"""Which part of the model earns its place, and how tokenizer and model act together, measured: run by hand, half an hour and more.
 
     python tests/study.py model --data bars.csv.gz      # variants of the model, equal parameters and equal processor time, and the context's worth
+    python tests/study.py tokenizer --data bars.csv.gz  # tokenizers of 5 to 12 bits a level, with and without the entropy term; a table and a plot
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Figures are validation
 losses in nats per bar. A run has one thread and ends with its processor time, which, other than wall time, does not depend on what else
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 import data
-from model import Model
+from model import Model, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 SIZE = dict(n_layer=3, n_head=4, n_embd=64)
@@ -169,6 +170,7 @@ def model_study(argv):
 
 def print_model_study(results, args):
     runs = {v: sorted((r for r in results if r["variant"] == v), key=lambda r: r["seed"]) for v in args.variants}
+    runs = {v: rs for v, rs in runs.items() if rs}
     base = [r["val"] for r in runs["default"]] if runs.get("default") else None
     print(f"{args.seeds} seeds, {args.seconds:.0f} s of processor time a run (one thread), windows of {BLOCK} bars, lr {args.lr}")
     print(f"\n{'variant':32}{'parameters':>12}{'steps':>8}{'train':>9}{'val':>9}{'spread':>9}   less default, 95 % interval")
@@ -181,12 +183,90 @@ def print_model_study(results, args):
             half = T95.get(len(d), 2.6) * statistics.stdev(d) / math.sqrt(len(d))
             line += f"   {statistics.mean(d):+.4f}  [{statistics.mean(d) - half:+.4f}, {statistics.mean(d) + half:+.4f}]"
         print(line)
-    print(f"\n{'val loss by context, in bars':32}" + "".join(f"{n:>9}" for n in LENGTHS))
+    print(f"\n{'val loss by context, seed 0':32}" + "".join(f"{n:>9}" for n in LENGTHS) + "   bars at least, on every 8th symbol")
     for v, rs in runs.items():
-        print(f"{v:32}" + "".join(f"{statistics.mean(r['context'][str(n)] for r in rs):>9.4f}" for n in LENGTHS))
+        print(f"{v:32}" + "".join(f"{rs[0]['context'][str(n)]:>9.4f}" for n in LENGTHS))
 
 
-SECTIONS = {"model": model_study}
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers: do the codes that a tokenizer uses tell how well the model calls directions?
+
+BITS = (5, 7, 8, 10, 12)    # of each level
+CODES = (("coarse_used", "coarse codes used"), ("coarse_perplexity", "coarse perplexity"), ("pairs", "distinct pairs"))
+
+
+def tokenizer_study(argv):
+    """Tokenizers of 5 to 12 bits a level, with and without the entropy term, each with a small model: use of codes beside direction accuracy."""
+    parser = argparse.ArgumentParser(prog="study.py tokenizer")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--out", default="study_tokenizer", help="folder of the checkpoints; what is there is not trained again")
+    parser.add_argument("--val_start")
+    parser.add_argument("--test_start")
+    parser.add_argument("--tok_steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--bits", type=int, nargs="+", default=BITS)
+    parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "tokenizers.svg"))
+    args = parser.parse_args(argv)
+    import sample
+    os.makedirs(args.out, exist_ok=True)
+    dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
+    series = data.load(args.data)
+    borders = data.split_borders(series, args.val_start, args.test_start)
+    train = np.concatenate([data.features(bars)[0][slice(*data.targets_of(bars, "train", borders))] for bars in series])
+    names, paths = [], []
+    for bits in args.bits:
+        for entropy in (TokenizerConfig.entropy, 0.0):
+            names.append(f"{bits} bits{', no entropy' if not entropy else ''}")
+            stem = os.path.join(args.out, f"{bits}-{'entropy' if entropy else 'plain'}")
+            paths.append(stem + ".pt")
+            print(names[-1], file=sys.stderr, flush=True)
+            if not os.path.exists(stem + ".tok.pt"):
+                tokenizer = train_tokenizer(train, TokenizerConfig(bits, bits, entropy=entropy), steps=args.tok_steps)
+                save_checkpoint(stem + ".tok.pt", None, tokenizer, stage="tokenizer", splits=borders)
+            command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", *args.data, *dates, "--out", paths[-1], f"--tokenizer={stem}.tok.pt",
+                       f"--steps={args.steps}", "--n_layer=3", "--n_head=4", "--n_embd=64", *["--resume"] * os.path.exists(paths[-1])]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    result = sample.evaluate(paths, series, horizon=1, paths=2, stride=10**9)
+    print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} steps of the tokenizer, {args.steps} of the model")
+    print(f"\n{'tokenizer':22}{'coarse used':>12}{'perplexity':>11}{'fine used':>10}{'perplexity':>11}{'pairs':>8}{'right calls, 95 % interval':>30}{'CRPS':>8}")
+    for name, entry in zip(names, result["checkpoints"]):
+        use, da = entry["tokens"], entry["da"]
+        interval = f"[{100 * da['lo']:.2f}, {100 * da['hi']:.2f}]" if da["lo"] is not None else ""
+        print(f"{name:22}{use['coarse_used']:>12.1%}{use['coarse_perplexity']:>11.1f}{use['fine_used']:>10.1%}{use['fine_perplexity']:>11.1f}{use['pairs']:>8,}"
+              f"{100 * da['value']:>14.2f} {interval:>15}{entry['crps']['value']:>8.4f}")
+    print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
+    cell = lambda s: "." if s is None else f"{s['value']:+.2f}" + (f" [{s['lo']:+.2f}, {s['hi']:+.2f}]" if s["lo"] is not None else "")
+    for key, row in result["correlations"].items():
+        print(f"{key:30}{cell(row['pearson']):>22}{cell(row['spearman']):>24}")
+    plot_tokenizers(args.plot, names, result)
+
+
+def plot_tokenizers(path, names, result):
+    """Direction accuracy, with its interval, over each number of codes, on a log scale."""
+    import sample
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    score = [{k: v and 100 * v for k, v in entry["da"].items()} for entry in result["checkpoints"]]
+    values = [v for s in score for v in s.values() if v is not None]
+    low, high = min(values) - 0.2, max(values) + 0.2
+    parts, w, h = [sample.label(10, 16, "direction accuracy on test, %, with 95 % intervals", css="t")], 250, 200
+    for panel, (key, title) in enumerate(CODES):
+        x = [math.log(max(entry["tokens"][key], 1e-9)) for entry in result["checkpoints"]]
+        x0, left, wide = 50 + panel * (w + 50), min(x), max(max(x) - min(x), 1e-9)
+        X, Y = lambda v: x0 + 10 + (v - left) / wide * (w - 20), lambda v: 40 + (high - v) / (high - low) * h
+        for tick in sample.round_ticks(low, high):
+            parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + sample.label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
+        for name, v, s in zip(names, x, score):
+            if s["lo"] is not None:
+                parts.append(f'<line class="g" x1="{X(v):.1f}" x2="{X(v):.1f}" y1="{Y(s["lo"]):.1f}" y2="{Y(s["hi"]):.1f}"/>')
+            parts.append(f'<circle class="{"dn" if "no" in name else "up"}" cx="{X(v):.1f}" cy="{Y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
+        for v, anchor in ((min(x), "start"), (max(x), "end")):
+            parts.append(sample.label(X(v), h + 58, f"{math.exp(v):.3g}", anchor))
+        parts.append(sample.label(x0 + w / 2, h + 74, title + ", log scale", "middle"))
+    parts.append(sample.label(3 * (w + 50) + 40, 16, "green: with the entropy term, red: without", "end"))
+    sample.write_svg(path, 3 * (w + 50) + 50, h + 86, parts)
+
+
+SECTIONS = {"model": model_study, "tokenizer": tokenizer_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
