@@ -415,7 +415,7 @@ class Targets:
         if not self.series:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start (the first {data.CONTEXT} bars are context)")
         longest = max(b - a for a, b in self.ranges)
-        self.horizon, self.stride, self.seed = horizon, stride or max(horizon, -(-longest // 10)), seed
+        self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
         self.time, self.r, self.s = flat([bars.time for bars in self.series]), flat(self.returns), flat([scales(bars) for bars in self.series])
@@ -533,7 +533,7 @@ def next_bars(model, tokenizer, t):
     early = np.flatnonzero(first == first.min())
     early = early[np.linspace(0, len(early) - 1, min(32, len(early))).astype(int)]
     bins, values, share = close_bins(model, tokenizer, read([(i, t.ranges[i][0], t.ranges[i][0] + 1) for i in early]))
-    order = tokenizer.decode(torch.arange(len(bins), device=device))[:, 0].argsort()
+    order = tokenizer.decode(torch.arange(len(bins)))[:, 0].argsort().to(device)
     levels = (torch.arange(PROBES, device=device) + 0.5) / PROBES
     windows = [(i, j, min(j + half, b)) for i, (a, b) in enumerate(t.ranges) for j in range(a, b, half)]
     parts, at = [], 0
