@@ -12,7 +12,7 @@ The parallel form (forward, prefill) and the recurrence (step) are the same func
 
 Papers: linear attention as a recurrence, Katharopoulos et al., arXiv 2006.16236; without denominator, normed per head and
 chunked, Qin et al. arXiv 2210.10340, Sun et al. arXiv 2307.08621; rotary positions, Su et al., arXiv 2104.09864; linear
-biases, Press et al., arXiv 2108.12409; latent slots, Jaegle et al., arXiv 2103.03206; squared ReLU, So et al., arXiv 2109.08668.
+biases, Press et al., arXiv 2108.12409; latent slots, Jaegle et al., arXiv 2103.03206; RMSNorm, Zhang, Sennrich, arXiv 1910.07467.
 """
 
 import math
@@ -58,29 +58,26 @@ class ModelConfig:
         self.windows = tuple(self.windows)
         if self.linear_heads == -1:
             self.linear_heads = self.n_head // 2 if self.windows else self.n_head
-        limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(2, 16384), border=(1, 4096), block_size=(1, 2**31),
-                      linear_heads=(0, self.n_head), slots=(1, 1024), rounds=(1, 64), span=(1, 65536), aux_weight=(0, 100), unmoved=(0, 0.999))
-        for name, (low, high) in limits.items():
-            kind = (int, float) if name in ("aux_weight", "unmoved") else int
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        limits = dict(coarse_bits=14, fine_bits=14, n_layer=256, n_head=256, n_embd=16384, linear_heads=self.n_head, border=4096, slots=1024,
+                      rounds=64, span=2**16, aux_weight=100, block_size=2**31, unmoved=0.999)
+        for name, high in limits.items():
+            value, low = getattr(self, name), int(name not in ("linear_heads", "aux_weight", "unmoved"))
+            if not isinstance(value, (int, float) if name in ("aux_weight", "unmoved") else int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} must be within {low} and {high}, not {value!r}")
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
-        if not all(isinstance(w, int) and 1 <= w <= 65536 for w in self.windows):
-            raise ValueError(f"windows must be whole numbers from 1 to 65536, not {self.windows!r}")
-        if self.linear_heads < self.n_head and (not self.windows or (self.n_head - self.linear_heads) % len(self.windows)):
-            raise ValueError(f"{self.n_head - self.linear_heads} local heads cannot be shared among {len(self.windows)} windows")
-        if self.span % self.border or self.slots > self.border:
-            raise ValueError("span must be a multiple of border, and slots at most border")
-        if self.pos not in ("rope", "alibi", "both"):
-            raise ValueError(f"pos must be rope, alibi or both, not {self.pos!r}")
+        local = self.n_head - self.linear_heads
+        for right, rule in ((self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})"),
+                            (all(isinstance(w, int) and 1 <= w <= 2**16 for w in self.windows), f"windows must be 1 to 65536 bars, not {self.windows!r}"),
+                            (not local or self.windows and local % len(self.windows) == 0, f"{local} local heads cannot be shared among {len(self.windows)} windows"),
+                            (self.span % self.border == 0 and self.slots <= self.border, "span must be a multiple of border, and slots at most border"),
+                            (self.pos in ("rope", "alibi", "both"), f"pos must be rope, alibi or both, not {self.pos!r}")):
+            if not right:
+                raise ValueError(rule)
 
 
 # --- Attention: the parallel forms -----------------------------------------------------------------------------------
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2)), arXiv 1910.07467, without gain: a linear map follows. Its own backward, 3 times as fast as F.rms_norm's on a CPU."""
+    """x / sqrt(mean(x^2)), without gain: a linear map follows. Its own backward, 3 times as fast as F.rms_norm's on a CPU."""
 
     @staticmethod
     def forward(ctx, x):
@@ -397,7 +394,7 @@ class Model(nn.Module):
         self.fine_given = nn.Embedding(V1, C)
         self.fine_head = nn.Linear(C, V2, bias=False)
         self.register_buffer("offsets", offsets, persistent=False)
-        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that mean "up"
+        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that mean "up"; without a direction bit, set it to those that decode so
         self.mid = config.n_layer // 2
         self.grad_ckpt = False                          # recompute each layer in the backward pass instead of keeping it
         self.parts = {}
@@ -474,7 +471,8 @@ class Model(nn.Module):
         return {m: m.weight.detach().T.contiguous().T if dtype == torch.float32 else m.weight.detach().to(dtype) for m in maps}
 
     def step(self, coarse, fine, time, state):
-        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place."""
+        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients. Its matmuls run in the type
+        of the prefill, under autocast or not, its states in float32; call step itself outside of autocast."""
         state.gaps = torch.cat((state.gaps[:, 1:], (time - state.time)[:, None]), dim=1)
         state.time = time
         x, pos, W = self.embedding(coarse, fine, time, state.gaps), state.pos, state.bias.shape[1] // 2
