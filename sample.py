@@ -410,10 +410,11 @@ class Targets:
     """
 
     def __init__(self, series, lo, hi, horizon, stride, seed):
-        ranges = [data.targets_of(bars, "val", (lo, hi)) for bars in series]
-        self.series, self.ranges = zip(*[(b, r) for b, r in zip(series, ranges) if r[0] < r[1]]) if any(a < b for a, b in ranges) else ((), ())
-        if not self.series:
+        ranges = [(bars, data.targets_of(bars, "val", (lo, hi))) for bars in series]
+        ranges = [(bars, (first, last)) for bars, (first, last) in ranges if first < last]
+        if not ranges:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start (the first {data.CONTEXT} bars are context)")
+        self.series, self.ranges = zip(*ranges)
         longest = max(b - a for a, b in self.ranges)
         self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
@@ -460,22 +461,19 @@ def span_of(metas, split, start, end):
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
     borders = {tuple(meta.get("splits") or ()) for meta in metas}
-    times = [None if date is None else data._stamp(str(date)) for date in (start, end)]
-    for name, date, time in zip(("start", "end"), (start, end), times):
+    lo, hi = (None if date is None else data._stamp(str(date)) for date in (start, end))
+    for name, date, time in (("start", start, lo), ("end", end, hi)):
         if time is not None and math.isnan(time):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
     if start is None and (len(borders) > 1 or () in borders):
         raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
     test = max((b[1] for b in borders if b), default=math.inf)
-    lo, hi = times[0], times[1]
+    hi = 2**62 if hi is None else hi
     if lo is None:
         lo, latest = next(iter(borders)) if split == "val" else (test, 2**62)
-        hi = latest if hi is None else min(hi, latest)
-    elif lo < test or () in borders:
-        split = "in-sample"
+        hi = min(hi, latest)
     else:
-        split = "test"
-    hi = 2**62 if hi is None else hi
+        split = "in-sample" if lo < test or () in borders else "test"
     if hi <= lo:
         raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; targets before it are in-sample and need --start")
     return split, int(lo), int(hi)
@@ -917,7 +915,7 @@ SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 10
 def print_backtest(result, horizon, cost_bps):
     """Metrics as rows, forecasters as columns of 8; under each value half its interval."""
     columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
-    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-7:] for entry in result["checkpoints"]] + ["persist", "up", "ar1", "logit", "gauss20", "fhs"]
+    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-8:] for entry in result["checkpoints"]] + ["persist", "up", "ar1", "logit", "gauss20", "fhs"]
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
     print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100")
     print(" " * 14 + "".join(f"{head:>9}" for head in heads))
@@ -946,7 +944,8 @@ def print_backtest(result, horizon, cost_bps):
         if score:
             print(f"{metric:20} {what:10} {show(score, 4):26} {os.path.basename(pair['a'])} to {os.path.basename(pair['b'])}")
     for row in result.get("by", ()):
-        print(f"{row['group']:10} {row['bars']:>8,} bars  " + "  ".join(f"{m} {show(row[m], 4)}" for m in ("da", "mae", "crps", "coverage90") if row.get(m)))
+        whose = f"  {os.path.basename(row['ckpt'])}" if len(own) > 1 else ""
+        print(f"{row['group']:10} {row['bars']:>8,} bars{whose}  " + "  ".join(f"{m} {show(row[m], 4)}" for m in ("da", "mae", "crps", "coverage90") if row.get(m)))
     for key, row in result.get("correlations", {}).items():
         print(f"correlation of {key} with right calls: " + ", ".join(f"{kind} {show(s, 2) if s else '.'}" for kind, s in row.items()))
 
