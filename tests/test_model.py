@@ -248,7 +248,7 @@ def test_no_lookahead_bit_for_bit(name, phase):
             c, f, s = coarse.clone(), fine.clone(), time.clone()
             c[0, t] ^= 33
             f[0, t] ^= 7
-            s[0, t] += 40
+            s[0, t] += 100_000          # another minute, hour and day
             after = model(c, f, s, phase=phase)[:2]
             for a, b in zip(after, before):
                 assert torch.equal(a[:, :t], b[:, :t]), t
@@ -364,7 +364,8 @@ def test_memory_of_generation_does_not_grow():
             "    state = model.prefill(coarse, fine, time)\n"
             "    for t in range(20000):\n"
             "        if t == 1000: first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "        coarse, fine = model.sample(state.h); h, state = model.step(coarse, fine, state.time + 60, state)\n"
+            "        if t % 8 == 0: coarse, fine = model.sample(state.h)\n"
+            "        h, state = model.step(coarse, fine, state.time + 60, state)\n"
             "assert torch.isfinite(h).all(); print(first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     run = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, cwd=os.path.dirname(__file__))
     assert run.returncode == 0, run.stderr
