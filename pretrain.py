@@ -45,13 +45,14 @@ class Config:
     batch_size: int = 16              # windows per update, over all processes
     block_size: int = 256             # bars in a window
     micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: all at once
-    lr: float = 2e-3                  # peak learning rate; warms up, then falls in one cosine to a tenth
+    lr: float = 1e-3                  # peak learning rate; warms up, then falls in one cosine to a tenth
     warmup: int = 50                  # updates of warm-up
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
+    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many, in the calendar
     n_layer: int = 4                  # layers
     n_head: int = 8                   # heads: half linear attention, half local
-    n_embd: int = 192                 # width
+    n_embd: int = 128                 # width
     windows: tuple[int, ...] = (16, 64)  # bars that the local heads see
     pos: str = "rope"                 # position: rope or alibi
     reasoner: bool = True             # latent slots at mid depth
@@ -77,7 +78,7 @@ MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
 def check(config):
     positive = ("steps", "tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows", "save_every")
-    for name in positive + ("micro_batch", "warmup", "weight_decay", "eval_every", "seed"):
+    for name in positive + ("micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"):
         value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
             raise UserError(f"--{name} {value}: must be {least}")
@@ -292,7 +293,11 @@ def main():
     from_step, train_loss, n_losses, eval_seconds = step, 0.0, 0, 0.0
     while step < config.steps:
         coarse, fine, when, target = data.get_batch(train, config.seed, step, rank, world)
-        phase = int(np.random.default_rng([config.seed, step, 1]).integers(model.config.border))
+        chance = np.random.default_rng([config.seed, step, 1])
+        phase = int(chance.integers(model.config.border))
+        # symbols of one day move together: a model that can tell the date learns the days by heart
+        weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))[rank::world]
+        when = when + torch.from_numpy(weeks * 7 * data.DAY)
         n_rows = len(coarse)
         micro = config.micro_batch or max(1, n_rows)
         for group in optimizer.param_groups:
@@ -351,8 +356,8 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
-    last = metrics[-1]
-    say(f"\n{'nats per bar, val':<28}{'model':>9}{'unigram':>9}")
+    last = min((m for m in metrics if "val" in m), key=lambda m: m["val"])  # the weights that forecasts use
+    say(f"\n{'nats per bar, val, best':<28}{'model':>9}{'unigram':>9}")
     say(f"{'  coarse token':<28}{last['coarse']:>9.4f}{marks[0]:>9.4f}")
     say(f"{'  fine token':<28}{last['fine']:>9.4f}{marks[1]:>9.4f}")
     say(f"{'direction accuracy, val':<28}{last['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
