@@ -228,9 +228,11 @@ def print_report(rows, horizon, breadth, mean_p_up):
         print(f"{r['symbol'][:8]:8} {r['last_close']:>9.6g} {r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
               f"{r['expected_return'] * 100:>+7.2f} {r['q05']:>9.6g} {r['q50']:>9.6g} {r['q95']:>9.6g} "
               f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>5.1f}{r['rank']:>5}{flag}")
-    print(f"breadth {breadth:.1%} of {len(rows)} symbols lean up, mean P(up) {mean_p_up:.1%}.  ! more than 1 % chance of a move beyond 3 sigma")
+    print(f"breadth: {breadth:.1%} of {len(rows)} symbols lean up, mean P(up) {mean_p_up:.1%}")
+    if any(r["p_extreme"] > 0.01 for r in rows):
+        print("! more than 1 % chance of a move beyond 3 sigma of the last 20 bars")
     if rows[0]["options"]:
-        print(f"\n{'symbol':8} {'strike':>10} {'years':>7} {'call':>10} {'put':>10}   drift corrected to the forward; volatility is the model's own")
+        print(f"\n{'symbol':8} {'strike':>10} {'years':>7} {'call':>10} {'put':>10}   (drift: the forward's; volatility: the model's own)")
         for r in rows:
             for o in r["options"]:
                 print(f"{r['symbol'][:8]:8} {o['strike']:>10.6g} {o['years']:>7.4f} {o['call']:>10.4g} {o['put']:>10.4g}")
