@@ -221,13 +221,14 @@ def option(close, spot, strike, years, rate):
 
 
 def print_report(rows, horizon, breadth, mean_p_up):
-    print(f"{'':8} {'':>9} {'P(up) %':>11} {'return':>7} {'close in ' + str(horizon) + ' bars':^29} {'95 % risk':>11}")
-    print(f"{'symbol':8} {'close':>9} {'next':>5} {'in ' + str(horizon):>5} {'%':>7} {'5 %':>9} {'50 %':>9} {'95 %':>9} {'VaR':>5} {'ES':>5}{'rank':>5}")
+    ahead = f"in {horizon}"
+    print(f"{'':7} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
+    print(f"{'symbol':7} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} {'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda r: r["rank"]):
         flag = " !" if r["p_extreme"] > 0.01 else ""
-        print(f"{r['symbol'][:8]:8} {r['last_close']:>9.6g} {r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
-              f"{r['expected_return'] * 100:>+7.2f} {r['q05']:>9.6g} {r['q50']:>9.6g} {r['q95']:>9.6g} "
-              f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>5.1f}{r['rank']:>5}{flag}")
+        print(f"{r['symbol'][:7]:7} {r['last_close']:>8.6g} {r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
+              f"{r['expected_return'] * 100:>+6.2f} {r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} "
+              f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>4.1f}{r['rank']:>5}{flag}")
     print(f"breadth: {breadth:.1%} of {len(rows)} symbols lean up, mean P(up) {mean_p_up:.1%}")
     if any(r["p_extreme"] > 0.01 for r in rows):
         print("! more than 1 % chance of a move beyond 3 sigma of the last 20 bars")

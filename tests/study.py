@@ -110,6 +110,8 @@ def one_run(args):
             group["lr"] = args.lr * min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         coarse, fine, stamp, target = data.get_batch(streams, args.seed, step)
         phase = int(np.random.default_rng([args.seed, step, 1]).integers(32))
+        weeks = np.random.default_rng([args.seed, step, 2]).integers(-104, 105, (len(stamp), 1))
+        stamp = stamp + torch.from_numpy(weeks * 7 * data.DAY)      # as pretrain.py does: no learning of dates by heart
         start = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(coarse, fine, stamp, target, phase)[2]
