@@ -40,7 +40,7 @@ class Config:
     tokenizer: str | None = None      # checkpoint whose tokenizer is used as it is
     val_start: str | None = None      # first date of val; train is before it
     test_start: str | None = None     # first date of test; val is before it
-    steps: int = 600                  # updates of the model
+    steps: int = 0                    # updates of the model; 0: four passes over the training bars, but from 100 to 600 updates
     tok_steps: int = 3000             # updates of the tokenizer
     batch_size: int = 16              # windows per update, over all processes
     block_size: int = 256             # bars in a window
@@ -77,8 +77,8 @@ MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
 
 def check(config):
-    positive = ("steps", "tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows", "save_every")
-    for name in positive + ("micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"):
+    positive = ("tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows", "save_every")
+    for name in positive + ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"):
         value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
             raise UserError(f"--{name} {value}: must be {least}")
@@ -183,6 +183,8 @@ def main():
         say(f"{len(series) - sum(enough)} of {len(series)} symbols are too short for a window of {block_size} bars and are skipped")
         series = [bars for bars, keep in zip(series, enough) if keep]
     n_train = sum(max(0, last - first) for first, last in (data.targets_of(bars, "train", borders) for bars in series))
+    if config.steps == 0:
+        config.steps = int(np.clip(4 * n_train // (config.batch_size * block_size), 100, 600))
     say(f"{len(series)} symbols, {sum(map(len, series)):,} bars, {n_train:,} to train on; "
         f"val from {data.iso(borders[0])}, test from {data.iso(borders[1])}")
 

@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(market, tmp_path, checkpoin
 
 
 @pytest.mark.parametrize("flag, value, why", [
-    ("--steps", -5, "--steps -5"), ("--steps", 0, "--steps 0"), ("--lr", "nan", "--lr nan"), ("--batch_size", 0, "--batch_size 0"), ("--steps", "many", "invalid int"),
+    ("--steps", -5, "--steps -5"), ("--tok_steps", 0, "--tok_steps 0"), ("--lr", "nan", "--lr nan"), ("--batch_size", 0, "--batch_size 0"), ("--steps", "many", "invalid int"),
     ("--stepz", 3, "unrecognized"), ("--n_embd", 30, "n_embd"), ("--device", "cuda:7", "--device"), ("--dtype", "fp8", "--dtype"), ("--windows", "a,b", "--windows"),
     ("--data", "none.csv", "no such file"), ("--out", "no/such/folder/a.pt", "folder"), ("--out", "/proc/a.pt", "cannot be written"), ("--out", ".", "cannot be written"), ("--tokenizer", "none.pt", "none.pt"), ("--init_from", "none.pt", "none.pt"),
     ("--val_start", "soon", "--val_start soon"), ("--block_size", -1, "--block_size"),
