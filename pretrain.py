@@ -342,6 +342,7 @@ def main():
             line = dict(stage="pretrain", step=step, train=train_loss / max(1, n_losses), val=val_loss, coarse=val_coarse, fine=val_fine, da=da,
                         lr=optimizer.param_groups[0]["lr"], grad_norm=norm, bars_per_s=speed)
             metrics.append(line)
+            data.progress("")
             say(f"{step:>7} {line['train']:>8.4f} {val_loss:>8.4f} {val_coarse:>8.4f} {val_fine:>8.4f} {da:>8.2%} {line['lr']:>8.1e} {norm:>7.2f} "
                 f"{speed:>8,.0f} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
             train_loss, n_losses = 0.0, 0
@@ -405,6 +406,7 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
         nonlocal saved_at
         if step % max(1, config.tok_steps // 5) == 0:
             left = (time.time() - started) * (config.tok_steps / step - 1)
+            data.progress("")
             print(f"{step:>7} {loss:>8.4f} {'':>53} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
         else:
             data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
@@ -419,6 +421,8 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
                                 steps=config.tok_steps, device=device, progress=after, resume=entry and entry["tokenizer"]["training"])
     scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
     metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
+    print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; codes used {scores['coarse_used']:.1%}, "
+          f"{scores['fine_used']:.1%}; perplexity {scores['coarse_perplexity']:.0f}, {scores['fine_perplexity']:.0f}")
     return tokenizer
 
 
