@@ -204,6 +204,11 @@ class Tokenizer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
+def look_up(table, tokens):
+    """table[tokens], whose gradient is summed in one order: that of indexing depends on how several threads take turns."""
+    return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
+
+
 def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None, resume=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
@@ -275,8 +280,8 @@ def annealed_loss(tokenizer, x, sharp):
     d1, mix, g = tokenizer.decode_tables()
     distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
     coarse = nearest(distance)
-    residual = (z - d1[coarse]).detach() * present                                               # (B, 6)
-    fine_distance = tokenizer.fine_distance(residual, present, mix[coarse], g)                   # (B, 2^k2)
+    residual = (z - look_up(d1, coarse)).detach() * present                                             # (B, 6)
+    fine_distance = tokenizer.fine_distance(residual, present, look_up(mix, coarse), g)             # (B, 2^k2)
     return level_loss(distance, z, present, sharp, tokenizer.config) + level_loss(fine_distance, residual, present, sharp, tokenizer.config)
 
 
@@ -299,9 +304,9 @@ def nearest_loss(tokenizer, x):
     d1, mix, g = tokenizer.decode_tables()
     with torch.no_grad():
         coarse, fine = tokenizer.search(z, present, x[:, 0] > 0, (d1, mix, g))                   # (B,)
-    left = (z - d1[coarse]) * present                                                            # (B, 6)
+    left = (z - look_up(d1, coarse)) * present                                                      # (B, 6)
     residual = left.detach()
-    fine_left = (residual - (mix[coarse] @ g[fine][..., None]).squeeze(-1)) * present
+    fine_left = (residual - (look_up(mix, coarse) @ look_up(g, fine)[..., None]).squeeze(-1)) * present
     return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
 
 
