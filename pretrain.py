@@ -230,7 +230,7 @@ def main():
         sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
         torch.manual_seed(config.seed)  # here, since what came before took chance in other amounts on other ranks
         try:
-            model = Model(ModelConfig(**sizes | dict(coarse_bits=k1, fine_bits=k2, unmoved=1 - int(n_moved) / max(1, n_train))))
+            model = Model(ModelConfig(**sizes | dict(coarse_bits=k1, fine_bits=k2, block_size=block_size, unmoved=1 - int(n_moved) / max(1, n_train))))
         except ValueError as e:
             raise UserError(f"the model's sizes do not fit: {e}")
     model.to(device).train()

@@ -58,6 +58,7 @@ def test_a_short_csv_shrinks_window_and_bits(tmp_path, call):
     status, out, err = call("pretrain", "--data", path, "--out", tmp_path / "a.pt", "--steps", 2, "--tok_steps", 20, "--n_layer", 1, "--n_head", 4, "--n_embd", 16)
     assert status == 0, err
     assert "the window shrinks from 256 to 64" in out and "the tokens shrink to 6 + 6 bits" in out
+    assert load_checkpoint(str(tmp_path / "a.pt"))[0].config.block_size == 64
     status, out, err = call("sample", "--ckpt", tmp_path / "a.pt", "--paths", 5, "--horizon", 3)
     assert status == 0 and "short" in out
 
@@ -259,6 +260,16 @@ def test_forecast_interface_gives_valid_candles_and_repeats(loaded, market):
     assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and (out[..., :4] > 0).all() and (v >= 0).all()
     np.testing.assert_array_equal(out, sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=3))
     assert (out != sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=4)).any()
+
+
+def test_a_forecast_starts_from_the_last_bar_with_a_window_of_context(loaded, market):
+    model, tokenizer = loaded
+    bars = data.load(str(market))[0]
+    _, [p_up] = sample.simulate(model, tokenizer, [bars], 1, 1)
+    tokens = torch.from_numpy(data.tokenize(bars, tokenizer).astype(np.int64))[-64:]
+    logits = model(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0][0, -1]
+    expected = logits.softmax(-1)[32:].sum().item() / (1 - model.config.unmoved)  # the upper half of the codes says up
+    assert model.config.block_size == 64 and p_up == pytest.approx(expected, abs=1e-5)
 
 
 def test_g1_no_forecast_sees_a_later_bar(loaded, market):
