@@ -54,6 +54,8 @@ def main():
                 run.wait(chance.uniform(2.0, 5.0 + 1.5 * each) if left > 0 else max(1.0, args.seconds - (time.time() - began)))
                 if run.returncode:
                     sys.exit(f"a resumed run failed with status {run.returncode}")
+                if left > 0:
+                    sys.exit(f"finished after {args.kills - left} kills; on a machine so fast give RUN more steps")
                 break
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
