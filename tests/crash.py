@@ -22,7 +22,7 @@ import torch
 
 import data
 
-RUN = ("--tok_steps 1200 --steps 600 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 64 --coarse_bits 7 --fine_bits 6 "
+RUN = ("--tok_steps 4000 --steps 2000 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 64 --coarse_bits 7 --fine_bits 6 "
        "--eval_every 200 --save_every 2").split()
 
 
