@@ -51,7 +51,7 @@ def main():
             left = args.kills - sum(kills.values())
             try:
                 # the start alone takes seconds; while kills are owed, no run may come to its end
-                run.wait(chance.uniform(2.0, 5.0 + 1.5 * each) if left > 0 else max(1.0, args.seconds - (time.time() - began)))
+                run.wait(chance.uniform(2.0, 3.5 + each) if left > 0 else max(1.0, args.seconds - (time.time() - began)))
                 if run.returncode:
                     sys.exit(f"a resumed run failed with status {run.returncode}")
                 if left > 0:
