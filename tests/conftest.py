@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests may share the proce
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import numpy as np
 import pytest
 
 import data

@@ -14,7 +14,7 @@ import torch
 
 import data
 import sample
-from conftest import ROOT, TINY, complaint, script, write_csv
+from conftest import ROOT, TINY, complaint, write_csv
 from model import load_checkpoint
 
 
