@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -623,10 +624,15 @@ def _cache_path(bars, tokenizer):
     name = getattr(bars.ohlcva, "filename", None)
     if name is None or len(np.load(name, mmap_mode="r")) != len(bars):
         return None
+    return f"{os.fspath(name).removesuffix('.ohlcva.npy')}.tokens-{weights_hash(tokenizer.state_dict())}.npy"
+
+
+def weights_hash(weights) -> str:
+    """A hash of named tensors."""
     digest = hashlib.sha256()
-    for key, value in sorted(tokenizer.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
-    return f"{os.fspath(name).removesuffix('.ohlcva.npy')}.tokens-{digest.hexdigest()[:12]}.npy"
+    for key, value in sorted(weights.items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def fingerprint(series) -> str:
@@ -790,6 +796,26 @@ def pick_device(name, local_rank=0):
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
+
+
+def pick_dtype(name, device):
+    """The name and torch.dtype of --dtype; auto takes bf16 where the hardware has it, else fp16 on a GPU, else fp32."""
+    if name == "auto":
+        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def check_numbers(config, positive, others):
+    """UserError for a number in a training's config that cannot be, or switches that exclude each other."""
+    for name in (*positive, *others):
+        value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            raise UserError(f"--{name} {value}: must be {least}")
+    if config.resume and config.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
+    if config.dtype not in ("auto", "bf16", "fp16", "fp32"):
+        raise UserError(f"--dtype {config.dtype}: choose auto, bf16, fp16 or fp32")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -638,3 +638,34 @@ def load_checkpoint(path, device="cpu", weights="best"):
         raise data.UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew") from None
     meta = {key: value for key, value in entry.items() if key not in ("model", "best", "tokenizer")}
     return model.to(device).eval(), tokenizer, meta
+
+
+# --- What every training loop needs ----------------------------------------------------------------------------------
+
+def resumed(given, config_class, free, stages):
+    """(config, checkpoint) of --resume: settings from the file --out, refused by name where a flag, unless in `free`, says otherwise."""
+    path = given.get("out", config_class.out)
+    entry = read_checkpoint(path)
+    if entry["stage"] not in stages or "run" not in entry:
+        raise data.UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
+    for name, value in given.items():
+        saved = entry["run"].get(name)
+        if name not in free and value != (tuple(saved) if isinstance(value, tuple) and isinstance(saved, list) else saved):
+            raise data.UserError(f"--{name} {value}: the run in {path} has {saved}; drop the flag to go on, or choose another --out")
+    return config_class(**{**entry["run"], **given}), entry
+
+
+def adamw(model, lr, weight_decay):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weights decay, gains and offsets do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95),
+                             fused=matrices[0].device.type in ("cpu", "cuda"))
+
+
+def learning_rate(step, config):
+    """Rises over config.warmup updates to config.lr, then falls in one cosine to a tenth of it at config.steps."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    along = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))

@@ -10,8 +10,7 @@
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
 token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of a
 step, its border phase and all other chance come from (seed, step) alone, so that a resumed run, or one on another number
-of processes, sees the same data. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
-"""
+of processes, sees the same data. """
 import contextlib
 import datetime
 import math
@@ -26,7 +25,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError
-from model import Model, ModelConfig, load_checkpoint, read_checkpoint, save_checkpoint
+from model import Model, ModelConfig, adamw, learning_rate, load_checkpoint, read_checkpoint, resumed, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -78,29 +77,9 @@ MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
 def check(config):
     positive = ("tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows", "save_every")
-    for name in positive + ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"):
-        value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
-        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-            raise UserError(f"--{name} {value}: must be {least}")
-    if config.resume and config.overwrite:
-        raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
+    data.check_numbers(config, positive, ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"))
     if config.init_from and config.tokenizer:
         raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
-    if config.dtype not in ("auto", "bf16", "fp16", "fp32"):
-        raise UserError(f"--dtype {config.dtype}: choose auto, bf16, fp16 or fp32")
-
-
-def resumed(given):
-    """(Config, checkpoint) of --resume: settings from the file, refused by name where a flag says otherwise."""
-    entry = read_checkpoint(given.get("out", Config.out))
-    if entry["stage"] not in ("tokenizer", "pretrain") or "run" not in entry:
-        raise UserError(f"{given.get('out', Config.out)}: written by stage {entry['stage']!r}; resume it with that script")
-    for name, value in given.items():
-        saved = entry["run"].get(name)
-        if name not in FREE and value != (tuple(saved) if isinstance(saved, list) and name == "windows" else saved):
-            raise UserError(f"--{name} {value}: the run in {given.get('out', Config.out)} has {saved}; "
-                            f"drop the flag to go on, or choose another --out")
-    return Config(**{**entry["run"], **given}), entry
 
 
 def compiled(model, device, say):
@@ -116,20 +95,6 @@ def compiled(model, device, say):
         return model
 
 
-def pick_dtype(name, device):
-    if name == "auto":
-        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-
-
-def learning_rate(step, config):
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    along = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))
-
-
 def unigram(streams, targets, column, n_codes):
     """Cross-entropy, nats, of val targets under the frequencies of the train targets, add-one: what a model must beat."""
     count = np.ones(n_codes)
@@ -141,7 +106,7 @@ def unigram(streams, targets, column, n_codes):
 
 def main():
     given = data.cli(Config, __doc__)
-    config, entry = resumed(given) if given.get("resume") else (Config(**given), None)
+    config, entry = resumed(given, Config, FREE, ("tokenizer", "pretrain")) if given.get("resume") else (Config(**given), None)
     check(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = data.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -235,11 +200,8 @@ def main():
             raise UserError(f"the model's sizes do not fit: {e}")
     model.to(device).train()
     model.grad_ckpt = config.grad_ckpt
-    dtype_name, dtype = pick_dtype(config.dtype, device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
-                                  lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    dtype_name, dtype = data.pick_dtype(config.dtype, device)
+    optimizer = adamw(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
     step, bad_steps, best, best_val = 0, 0, None, math.inf
     if entry and entry["stage"] == "pretrain":

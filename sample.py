@@ -400,6 +400,7 @@ def plot_loss(path, metrics):
 
 METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps",
            "coverage50", "coverage80", "coverage90", "path_mape", "path_crps")
+RATIOS = ("mae", "crps", "path_mape", "path_crps")  # compared as ratios too
 KEYS = ("split", "start", "end", "blocks", "checkpoints", "baselines", "paired")
 BINS, PROBES = 512, 32           # of the next bar's close; coarse tokens of each bar whose fine tokens are looked at
 REPLICATES = 2000               # of the bootstrap
@@ -423,6 +424,7 @@ class Targets:
         if not ranges:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start (the first {data.CONTEXT} bars are context)")
         self.series, self.ranges = zip(*ranges)
+        self.tokenized = {}
         longest = max(b - a for a, b in self.ranges)
         self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
@@ -447,6 +449,13 @@ class Targets:
         draw = np.random.default_rng([seed, 1])
         self.weights, self.path_weights = (draw.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
                                            for n in (self.n_blocks, self.n_path_blocks))
+
+    def tokens(self, tokenizer):
+        """The series' tokens, made once for each tokenizer."""
+        key = data.weights_hash(tokenizer.state_dict())
+        if key not in self.tokenized:
+            self.tokenized[key] = [data.tokenize(bars, tokenizer) for bars in self.series]
+        return self.tokenized[key]
 
     def take(self, which):
         part = copy.copy(self)
@@ -515,16 +524,16 @@ def joined(parts):
 # ---- forecasters
 
 @torch.no_grad()
-def next_bars(model, tokenizer, t):
+def next_bars(model, tokenizer, t, probes=PROBES):
     """Forecast every target from the bars before it, teacher-forced: windows advance by half their length, so that each target
     has half a window of context where there is history. P(up) is exact.
 
     The close is counted in BINS: P(bin) = sum_c P(c) P(bin | c). All 2^20 pairs would take hours, so P(bin | c) is a mean over some
-    contexts before the first target, put right by PROBES coarse tokens of each bar's own (stratified by close; control variates):
+    contexts before the first target, put right by `probes` coarse tokens of each bar's own (stratified by close; control variates):
     against the exact form of model.next_bar the CRPS is 0.02 % off, a bar's percentile 0.002 (root mean square).
     """
     n, device = model.config.block_size, next(model.parameters()).device
-    half, tokens = max(1, n // 2), [data.tokenize(bars, tokenizer) for bars in t.series]
+    half, tokens = max(1, n // 2), t.tokens(tokenizer)
 
     def read(windows):
         """h [m, C] that forecast the targets [j, end) of windows (symbol, j, end), one after the other."""
@@ -540,15 +549,15 @@ def next_bars(model, tokenizer, t):
     early = early[np.linspace(0, len(early) - 1, min(32, len(early))).astype(int)]
     bins, values, share = close_bins(model, tokenizer, read([(i, t.ranges[i][0], t.ranges[i][0] + 1) for i in early]))
     order = tokenizer.decode(torch.arange(len(bins)))[:, 0].argsort().to(device)
-    levels = (torch.arange(PROBES, device=device) + 0.5) / PROBES
+    levels = (torch.arange(probes, device=device) + 0.5) / probes
     windows = [(i, j, min(j + half, b)) for i, (a, b) in enumerate(t.ranges) for j in range(a, b, half)]
     parts, at = [], 0
     for k in range(0, len(windows), 16):
         for h in read(windows[k:k + 16]).split(64):
             coarse = model.coarse_logits(h).float().softmax(-1)  # (m, 2^k1)
             c = coarse[:, order].cumsum(-1)
-            probe = order[torch.searchsorted(c, levels * c[:, -1:]).clamp(max=len(order) - 1)]  # (m, PROBES)
-            fine = model.fine_logits(h[:, None], probe).float().softmax(-1) / PROBES  # (m, PROBES, 2^k2)
+            probe = order[torch.searchsorted(c, levels * c[:, -1:]).clamp(max=len(order) - 1)]  # (m, probes)
+            fine = model.fine_logits(h[:, None], probe).float().softmax(-1) / probes  # (m, probes, 2^k2)
             p = coarse @ share - share[probe].mean(1)
             p.scatter_add_(1, bins[probe].flatten(1), fine.flatten(1))  # (m, BINS)
             now = slice(at, at + len(h))
@@ -596,7 +605,7 @@ def from_paths(r, y):
 
 
 def along(scores):
-    return {f"path_{key}": scores[key] for key in ("point", "crps")}
+    return {f"path_{key}": scores[key] for key in ("point", "crps", "pit")}
 
 
 def baselines(t, paths):
@@ -683,6 +692,7 @@ def block_sums(f, t):
         out["auc"] = by_bin(ordered_bins(p), block, t.n_blocks, up, ~up), area
         with np.errstate(divide="ignore"):  # always_up: infinite
             out["logloss"] = total(-np.log(np.where(up, p, 1 - p)), 1.0, block=block), ratio
+        out["up_share"] = total(p > 0.5, 1.0, block=block), ratio
         out["ece"] = by_bin(np.minimum(p * 10, 9).astype(int), block, t.n_blocks, p - up, np.ones(len(p))), \
             lambda s: np.abs(s[..., 0, :]).sum(-1) / s[..., 1, :].sum(-1)
     signal = f.get("mean", f.get("p_up"))
@@ -701,9 +711,12 @@ def block_sums(f, t):
     if "pit" in f:
         out |= {f"coverage{q}": (total(np.abs(f["pit"] - 0.5) <= q / 200, 1.0), ratio) for q in (50, 80, 90)}
     if len(f.get("path_point", ())):
-        for name, error in (("path_mape", np.abs(np.expm1(f["path_point"] - t.path_r))), ("path_crps", f["path_crps"])):
+        values = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
+        if "path_pit" in f:
+            values["path_coverage90"] = np.abs(f["path_pit"] - 0.5) <= 0.45
+        for name, value in values.items():
             sums = np.zeros((t.n_path_blocks, t.horizon, 2))
-            np.add.at(sums, t.path_block, np.stack([100 * error, np.ones_like(error)], -1))
+            np.add.at(sums, t.path_block, np.stack([value, np.ones(value.shape)], -1))
             out[name] = sums, ratio
     return out
 
@@ -807,14 +820,14 @@ def paired(name_a, a, name_b, b, t, only=METRICS):
             n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
             (va, da), (vb, db) = a[metric], b[metric]
             with np.errstate(all="ignore"):
-                quotient = scored(va / vb, da / db, n) if metric in ("mae", "crps", "path_crps") else None
+                quotient = scored(va / vb, da / db, n) if metric in RATIOS else None
             out.append(dict(a=name_a, b=name_b, metric=metric, difference=scored(va - vb, da - db, n), ratio=quotient))
     return out
 
 
 def token_use(tokenizer, t):
     """How much of the codebooks the targets use."""
-    tokens = np.concatenate([np.asarray(data.tokenize(bars, tokenizer)[a:b]) for bars, (a, b) in zip(t.series, t.ranges)]).astype(np.int64)
+    tokens = np.concatenate([np.asarray(tokens[a:b]) for tokens, (a, b) in zip(t.tokens(tokenizer), t.ranges)]).astype(np.int64)
     out = dict(pairs=len(np.unique(tokens[:, 0] << 16 | tokens[:, 1])))
     for column, (level, k) in enumerate((("coarse", tokenizer.config.coarse_bits), ("fine", tokenizer.config.fine_bits))):
         share = np.bincount(tokens[:, column], minlength=2**k) / len(tokens)
@@ -912,6 +925,63 @@ def grouped(f, t, mask):
     return {m: scored(*v, blocks) for m, v in drawn.items()}
 
 
+# ---- what post-training asks: is it better than the reference, at no cost?
+
+NO_WORSE = 1.005                # a ratio to the reference whose interval ends below this
+VAL_BARS, VAL_PROBES = 12_000, 8
+
+
+def val_targets(series, borders, horizon=1, stride=None, seed=0, most=VAL_BARS):
+    """Targets for checks in training: of val, evenly chosen symbols, and so many dates from its beginning, that about `most` bars are left."""
+    spans = [(bars, *data.targets_of(bars, "val", borders)) for bars in series]
+    spans = [span for span in spans if span[2] > span[1]]
+    if not spans:
+        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; give --data that reach into val")
+    n = max(8, most // max(last - first for _, first, last in spans))
+    if n < len(spans):
+        spans = [spans[i] for i in np.linspace(0, len(spans) - 1, n).round().astype(int)]
+    stamps = np.sort(np.concatenate([bars.time[first:last] for bars, first, last in spans]))
+    end = borders[1] if len(stamps) <= most else int(stamps[most])
+    return Targets([bars for bars, *_ in spans], borders[0], end, horizon, stride, seed)
+
+
+def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
+    """{score: (value, replicates)} of a model on targets t; with `paths` of the paths from t's origins too."""
+    f = next_bars(model, tokenizer, t, probes)
+    return bootstrap(block_sums(f | (simulated(model, tokenizer, t, paths) if paths else {}), t), t)
+
+
+def against(a, b, metric, t):
+    """The score a less b, paired: as a ratio {value, lo, hi} for the metrics of RATIOS, else as a difference; of path scores that of the last step."""
+    (va, da), (vb, db) = (tuple(np.asarray(v)[..., -1] if metric.startswith("path") else v for v in s[metric]) for s in (a, b))
+    n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
+    with np.errstate(all="ignore"):
+        return scored(va / vb, da / db, n) if metric in RATIOS else scored(va - vb, da - db, n)
+
+
+def upper(score):
+    """The upper end of an interval; the value itself where there are too few blocks for one."""
+    return score["value"] if score["hi"] is None else score["hi"]
+
+
+def print_versus(columns, t, rows):
+    """Scores of forecasters {name: drawn_scores} side by side, and the last one paired with the first, with its interval."""
+    names, every = list(columns), list(columns.values())
+    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks of time; {t.path_r.shape[0]:,} origins")
+    print(f"{'':20}" + "".join(f"{name[-9:]:>10}" for name in names) + f"   {names[-1][-9:]} to {names[0][-9:]}, 95 %")
+    for metric, label, scale, digits in rows:
+        if metric not in every[0]:
+            continue
+        last = f" bar {t.horizon}" if metric.startswith("path") else ""
+        value = lambda s: "." if metric not in s else f"{np.ravel(s[metric][0])[-1] * scale:.{digits}f}"
+        pair = against(every[-1], every[0], metric, t)
+        kind, by = ("x", 1) if metric in RATIOS else ("", scale)
+        show = "" if pair is None else f"{pair['value'] * by:{'' if kind else '+'}.{max(digits, 3) if kind else digits}f}{kind}"
+        if pair and pair["lo"] is not None:
+            show += f" [{pair['lo'] * by:.{max(digits, 3) if kind else digits}f}, {pair['hi'] * by:.{max(digits, 3) if kind else digits}f}]"
+        print(f"{label + last:20}" + "".join(f"{value(s):>10}" for s in every) + f"   {show}")
+
+
 # ---- the table
 
 SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2), ("auc", "AUC", 1, 4), ("logloss", "log loss", 1, 4),
@@ -978,21 +1048,21 @@ def check(config):
             data.check_out(path, config.overwrite)
 
 
-def load_series(config, meta):
-    """The bars to look at: --data, else what the checkpoint was trained on; only --symbols where given."""
-    sources = config.data or meta["data"]["sources"]
-    series = data.synthetic(seed=meta["seed"])[0] if sources == ["synthetic"] else data.load(sources)
-    if config.symbols:
+def load_series(sources, meta, symbols=None):
+    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
+    sources = sources or meta["data"]["sources"]
+    series = data.synthetic(seed=meta["data"].get("seed", meta["seed"]))[0] if sources == ["synthetic"] else data.load(sources)
+    if symbols:
         known = {bars.symbol: bars for bars in series}
-        missing = [s for s in config.symbols if s not in known]
+        missing = [s for s in symbols if s not in known]
         if missing:
             raise UserError(f"--symbols {missing[0]}: not in the data, which has {', '.join(sorted(known)[:8])}{' ...' * (len(known) > 8)}")
-        series = [known[s] for s in config.symbols]
+        series = [known[s] for s in symbols]
     return series
 
 
 def backtest_main(config):
-    series = load_series(config, load_checkpoint(config.ckpt[0])[2])
+    series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
     result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths, config.stride, config.seed,
                       config.parallel, config.by, config.cost_bps, config.device)
     if config.json:
@@ -1012,7 +1082,7 @@ def main():
     model, tokenizer, meta = load_checkpoint(config.ckpt[0], data.pick_device(config.device))
     if config.plot_loss:
         plot_loss(config.plot_loss, meta["metrics"])
-    series = load_series(config, meta)
+    series = load_series(config.data, meta, config.symbols)
     if config.plot_codebook:
         plot_codebook(config.plot_codebook, tokenizer, series)
     histories = [bars for bars in series if len(bars) > data.CONTEXT]

@@ -85,6 +85,10 @@ def mlp(n_in, n_hidden, n_out):
     return nn.Sequential(nn.Linear(n_in, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_out))
 
 
+def exact(x):  # a bar's tokens are the same under a caller's autocast
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def has_data(x):  # bool [..., 6]: False where a channel is missing
     present = x != 0
     present[..., :PRICES] = True
@@ -117,7 +121,7 @@ class Tokenizer(nn.Module):
 
     def frozen_tables(self):
         if self.tables is None or self.tables[0].device != self.mean.device:
-            with torch.no_grad():
+            with torch.no_grad(), exact(self.mean):
                 self.tables = self.decode_tables()
         return self.tables
 
@@ -166,7 +170,8 @@ class Tokenizer(nn.Module):
         for i in range(0, len(rows), BLOCK):
             part = rows[i:i + BLOCK]
             padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                                # (BLOCK, 6)
-            found = self.search(*self.standardize(padded), padded[:, 0] > 0, tables)
+            with exact(x):
+                found = self.search(*self.standardize(padded), padded[:, 0] > 0, tables)
             tokens[:, i:i + BLOCK] = torch.stack(found)[:, :len(part)]
         return tokens[0].view(x.shape[:-1]), tokens[1].view(x.shape[:-1])
 
