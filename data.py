@@ -350,6 +350,11 @@ class State:
     def start(cls):
         return cls(np.float64(np.nan), np.float64(np.nan), *(np.float64(0.0) for _ in range(8)), np.float64(np.nan), np.float64(np.nan))
 
+    @classmethod
+    def stack(cls, states):
+        """n single states as one of shape [n, 1], to be broadcast over paths."""
+        return cls(*(np.array([getattr(s, k.name) for s in states])[:, None] for k in fields(cls)))
+
     def scales(self):
         """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
         s, d = np.maximum(_mean(self.s, self.s_w), S_FLOOR), np.maximum(_mean(self.d, self.d_w), D_FLOOR)
@@ -389,6 +394,18 @@ def feature_blocks(bars, state=None):
     for i in range(0, len(bars), BLOCK):
         x, state = _features_block(np.asarray(bars.ohlcva[i:i + BLOCK], np.float64), state)
         yield x, state
+
+
+def states_at(bars, origins):
+    """The States after bars `origins` (rising), as `features` of the bars up to each gives them, in one pass."""
+    state, found = State.start(), []
+    for i in range(0, len(bars), BLOCK):
+        block = np.asarray(bars.ohlcva[i:i + BLOCK], np.float64)
+        found += [_features_block(block[:o + 1 - i], state)[1] for o in origins if i <= o < i + BLOCK]
+        if len(found) == len(origins):
+            break
+        state = _features_block(block, state)[1]
+    return found
 
 
 def features(bars) -> tuple[np.ndarray, State]:
@@ -566,16 +583,21 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
     return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
 
 
+def draw_windows(streams, seed, step, rank=0, world=1):
+    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each: a pure function of (seed, step), even over all windows."""
+    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+    which = np.searchsorted(streams.windows, draws, side="right")
+    before = np.append(0, streams.windows)[which]
+    return which, streams.first_end[which] + draws - before
+
+
 def get_batch(streams, seed, step, rank=0, world=1):
     """Rows rank::world of the global batch, a pure function of (seed, step).
 
     Returns coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each; a target that does not
-    count (context, another split) is -1. Windows are drawn evenly over all possible ones.
+    count (context, another split) is -1.
     """
-    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
-    which = np.searchsorted(streams.windows, draws, side="right")
-    before = np.append(0, streams.windows)[which]
-    return gather(streams, which, streams.first_end[which] + draws - before)
+    return gather(streams, *draw_windows(streams, seed, step, rank, world))
 
 
 def tiles(streams, at_most):

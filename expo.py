@@ -67,9 +67,10 @@ class Config:
 FREE = {"out", "resume", "overwrite", "device", "backtest", "horizon", "paths", "eval_every", "save_every"}  # may differ on --resume
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10
+VAL_BARS, ORIGINS = 12_000, 1000  # about so many bars of val looked at in training, origins of paths on test
 PIECE = 4            # labelled bars whose candidates are drawn at a time: 2^k2 logits each, which then stay in the cache
 SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1), ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
-         ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("path_mape", "path MAPE %", 1, 3), ("path_crps", "path CRPS", 1, 3))
+         ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("path_mape", "path MAPE %, last bar", 1, 3), ("path_crps", "path CRPS, last bar", 1, 3))
 
 
 def check(config):
@@ -211,7 +212,7 @@ def main():
         raise UserError(f"no symbol has more than {block_size} bars before val starts ({data.iso(borders[0])}); lower --block_size or give other --data")
     tokens = [data.tokenize(bars, tokenizer) for bars in series]
     train = data.make_streams(series, tokens, "train", borders, block_size, config.batch_size)
-    t = sample.val_targets(series, borders, seed=config.seed)
+    t = sample.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)
     table = close_table(tokenizer).to(device)
 
     # ---- the model in training
@@ -308,7 +309,7 @@ def main():
         print(f"{config.out}: the weights of log loss {best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")
     if config.backtest:
         result, _, _ = load_checkpoint(config.out, device)
-        final = sample.Targets(series, borders[1], 2**62, config.horizon, None, config.seed)
+        final = sample.some_targets(series, "test", borders, config.horizon, ORIGINS, config.seed)
         print("\ntest, which nothing above has seen")
         sample.print_versus({name: sample.drawn_scores(m, tokenizer, final, config.paths) for name, m in (("reference", reference), ("result", result))}, final, SHOWN)
     print(f"{time.time() - began:.0f} s")

@@ -128,13 +128,34 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0):
     return torch.stack(tokens, dim=-1).unbind(0)
 
 
-@torch.no_grad()
+@dataclass
+class Origin:
+    """Where futures begin: the last bars as tokens int64 [L, 2], all stamps up to there int64 [T], and the State that decodes the next bar."""
+    symbol: str
+    tokens: torch.Tensor
+    time: np.ndarray
+    state: data.State
+
+
 def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
     """Futures of many histories at once. histories: Bars that end at the origin each.
 
     Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
     (seed, symbol, last stamp) and its bars, not on what else is in the batch. Raises UserError where a future cannot be.
     """
+    origins = []
+    for bars in histories:
+        if len(bars) < 2:
+            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+        x, state = data.features(bars)
+        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
+        origins.append(Origin(bars.symbol, tokens, bars.time, state))
+    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel)
+
+
+@torch.no_grad()
+def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
+    """As simulate, of Origins."""
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
@@ -142,27 +163,21 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     if parallel and model.config.reasoner and horizon > model.config.slots:
         raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; lower --horizon or forecast step by step")
     device = next(model.parameters()).device
-    contexts, states = [], []
-    for bars in histories:
-        if len(bars) < 2:
-            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
-        x, state = data.features(bars)
-        contexts.append(torch.from_numpy(x[-model.config.block_size:]))
-        states.append(state.anchored())
-    ohlcva = np.empty((len(histories), paths, horizon, 6))
-    p_up = np.empty(len(histories))
+    ohlcva = np.empty((len(origins), paths, horizon, 6))
+    p_up = np.empty(len(origins))
     groups = {}  # rows of a batch share their length
-    for i, x in enumerate(contexts):
-        groups.setdefault(len(x), []).append(i)
+    for i, origin in enumerate(origins):
+        groups.setdefault(len(origin.tokens), []).append(i)
     per_batch = max(1, MAX_ROWS // paths)
     batches = [group[i:i + per_batch] for group in groups.values() for i in range(0, len(group), per_batch)]
     for rows in batches:
-        coarse, fine = tokenizer.encode(torch.stack([contexts[i] for i in rows]).to(device))  # (n, T)
-        time = torch.from_numpy(np.stack([histories[i].time[-coarse.shape[1]:] for i in rows])).to(device)
-        times = np.stack([future_times(histories[i].time, horizon) for i in rows])
+        part = [origins[i] for i in rows]
+        coarse, fine = torch.stack([o.tokens for o in part]).to(device).unbind(-1)  # (n, L)
+        time = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in part])).to(device)
+        times = np.stack([future_times(o.time, horizon) for o in part])
         times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
-        uniform = np.concatenate([np.random.default_rng([seed, zlib.crc32(histories[i].symbol.encode()), int(abs(histories[i].time[-1]))])
-                                  .random((paths, horizon, 2), np.float32) for i in rows])
+        uniform = np.concatenate([np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))])
+                                  .random((paths, horizon, 2), np.float32) for o in part])
         uniform = torch.from_numpy(uniform).to(device)
         state = model.prefill(coarse, fine, time)
         p_up[rows] = model.p_up(state.h).cpu().numpy()
@@ -172,8 +187,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         else:
             tokens = generate(model, state.repeat(paths), times, uniform, temperature, top_p)
         x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
-        origin = data.State(*(np.array([getattr(states[i], k) for i in rows])[:, None] for k in data.State.__dataclass_fields__))
-        ohlcva[rows] = data.inverse(x, origin)[0]
+        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up
 
 
@@ -424,7 +438,7 @@ class Targets:
         if not ranges:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start (the first {data.CONTEXT} bars are context)")
         self.series, self.ranges = zip(*ranges)
-        self.tokenized = {}
+        self.tokenized, self.origin_states = {}, None
         longest = max(b - a for a, b in self.ranges)
         self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
@@ -456,6 +470,12 @@ class Targets:
         if key not in self.tokenized:
             self.tokenized[key] = [data.tokenize(bars, tokenizer) for bars in self.series]
         return self.tokenized[key]
+
+    def states(self):
+        """Of each series the States at its origins, made once."""
+        if self.origin_states is None:
+            self.origin_states = [data.states_at(bars, origins) for bars, origins in zip(self.series, self.origins)]
+        return self.origin_states
 
     def take(self, which):
         part = copy.copy(self)
@@ -585,16 +605,19 @@ def close_bins(model, tokenizer, h):
     return bins, (total(p * table.double().sinh()) / total(p)).cpu().numpy(), share / share.sum(-1, keepdim=True)
 
 
-def simulated(model, tokenizer, t, paths, parallel=False):
+def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
     """Forecast the log return since the origin over the horizon, from every origin."""
-    histories = [bars[:o + 1] for bars, origins in zip(t.series, t.origins) for o in origins]
+    n, origins = model.config.block_size, []
+    for bars, tokens, at, states in zip(t.series, t.tokens(tokenizer), t.origins, t.states()):
+        origins += [Origin(bars.symbol, torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64)), bars.time[:o + 1], state)
+                    for o, state in zip(at, states)]
     parts = []
-    for i in range(0, len(histories), 256):
-        part = histories[i:i + 256]
-        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel)
-        close = np.array([bars.ohlcva[-1, 3] for bars in part])
+    for i in range(0, len(origins), 256):
+        part = origins[i:i + 256]
+        ohlcva, _ = simulate_from(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
+        close = np.array([o.state.seen for o in part])
         parts.append(from_paths(np.log(ohlcva[..., 3] / close[:, None, None]), t.path_r[i:i + 256]))
-        data.progress(f"paths: {i + len(part):,} of {len(histories):,} origins")
+        data.progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
     return joined(parts) if parts else {}
 
 
@@ -928,32 +951,43 @@ def grouped(f, t, mask):
 # ---- what post-training asks: is it better than the reference, at no cost?
 
 NO_WORSE = 1.005                # a ratio to the reference whose interval ends below this
-VAL_BARS, VAL_PROBES = 12_000, 8
+VAL_PROBES = 8
 
 
-def val_targets(series, borders, horizon=1, stride=None, seed=0, most=VAL_BARS):
-    """Targets for checks in training: of val, evenly chosen symbols, and so many dates from its beginning, that about `most` bars are left."""
-    spans = [(bars, *data.targets_of(bars, "val", borders)) for bars in series]
+def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
+    """Targets in a split, with about so many origins of paths; where `most` is given, of evenly chosen symbols and from the beginning only so
+    many dates that about `most` bars are left."""
+    spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
     spans = [span for span in spans if span[2] > span[1]]
     if not spans:
-        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; give --data that reach into val")
-    n = max(8, most // max(last - first for _, first, last in spans))
+        raise UserError(f"no symbol has a bar in {split} (val from {data.iso(borders[0])}, test from {data.iso(borders[1])}); give --data that reach there")
+    n = max(8, (most or 2**62) // max(last - first for _, first, last in spans))
     if n < len(spans):
         spans = [spans[i] for i in np.linspace(0, len(spans) - 1, n).round().astype(int)]
     stamps = np.sort(np.concatenate([bars.time[first:last] for bars, first, last in spans]))
-    end = borders[1] if len(stamps) <= most else int(stamps[most])
-    return Targets([bars for bars, *_ in spans], borders[0], end, horizon, stride, seed)
+    low, end = (borders[0], borders[1]) if split == "val" else (borders[1], 2**62)
+    if most and len(stamps) > most:
+        stamps, end = stamps[:most], int(stamps[most])
+    return Targets([bars for bars, *_ in spans], low, end, horizon, max(1, len(stamps) // origins), seed)
 
 
 def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
-    """{score: (value, replicates)} of a model on targets t; with `paths` of the paths from t's origins too."""
-    f = next_bars(model, tokenizer, t, probes)
-    return bootstrap(block_sums(f | (simulated(model, tokenizer, t, paths) if paths else {}), t), t)
+    """{score: (value, replicates)} of a model on targets t; of the next bar unless probes is 0, of `paths` paths from each origin unless that is."""
+    f = (next_bars(model, tokenizer, t, probes) if probes else {}) | (simulated(model, tokenizer, t, paths) if paths else {})
+    return bootstrap(block_sums(f, t), t)
 
 
-def against(a, b, metric, t):
-    """The score a less b, paired: as a ratio {value, lo, hi} for the metrics of RATIOS, else as a difference; of path scores that of the last step."""
-    (va, da), (vb, db) = (tuple(np.asarray(v)[..., -1] if metric.startswith("path") else v for v in s[metric]) for s in (a, b))
+def at_step(drawn, metric, step):
+    """(value, replicates) of a score; of a path's at `step` (-1: the last), or its mean over the steps where that is None."""
+    value, replicates = drawn[metric]
+    if not metric.startswith("path"):
+        return value, replicates
+    return (value.mean(), replicates.mean(-1)) if step is None else (value[step], replicates[..., step])
+
+
+def against(a, b, metric, t, step=-1):
+    """The score a beside b, paired {value, lo, hi}: as a ratio for the metrics of RATIOS, else as a difference; step as in at_step."""
+    (va, da), (vb, db) = at_step(a, metric, step), at_step(b, metric, step)
     n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
     with np.errstate(all="ignore"):
         return scored(va / vb, da / db, n) if metric in RATIOS else scored(va - vb, da - db, n)
@@ -964,22 +998,33 @@ def upper(score):
     return score["value"] if score["hi"] is None else score["hi"]
 
 
-def print_versus(columns, t, rows):
-    """Scores of forecasters {name: drawn_scores} side by side, and the last one paired with the first, with its interval."""
+def print_versus(columns, t, rows, versus=(-1, 0)):
+    """Scores of forecasters {name: drawn_scores} side by side, and one of them paired with another (by place), with its interval.
+
+    rows: (metric, label, scale, digits), of path scores (metric, step or None for their mean) in the first place.
+    """
     names, every = list(columns), list(columns.values())
-    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks of time; {t.path_r.shape[0]:,} origins")
-    print(f"{'':20}" + "".join(f"{name[-9:]:>10}" for name in names) + f"   {names[-1][-9:]} to {names[0][-9:]}, 95 %")
+    a, b = (every[i] for i in versus)
+    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}: {len(t.r):,} bars, {t.n_blocks} blocks of time; {t.path_r.shape[0]:,} origins")
+    print(f"{'':22}" + "".join(f"{name[-9:]:>10}" for name in names) + f"   {names[versus[0]]} to {names[versus[1]]}, 95 %")
     for metric, label, scale, digits in rows:
-        if metric not in every[0]:
+        metric, step = metric if isinstance(metric, tuple) else (metric, -1)
+        if metric not in a:
             continue
-        last = f" bar {t.horizon}" if metric.startswith("path") else ""
-        value = lambda s: "." if metric not in s else f"{np.ravel(s[metric][0])[-1] * scale:.{digits}f}"
-        pair = against(every[-1], every[0], metric, t)
-        kind, by = ("x", 1) if metric in RATIOS else ("", scale)
-        show = "" if pair is None else f"{pair['value'] * by:{'' if kind else '+'}.{max(digits, 3) if kind else digits}f}{kind}"
-        if pair and pair["lo"] is not None:
-            show += f" [{pair['lo'] * by:.{max(digits, 3) if kind else digits}f}, {pair['hi'] * by:.{max(digits, 3) if kind else digits}f}]"
-        print(f"{label + last:20}" + "".join(f"{value(s):>10}" for s in every) + f"   {show}")
+        line = f"{label:22}" + "".join(f"{at_step(s, metric, step)[0] * scale:>10.{digits}f}" if metric in s else f"{'.':>10}" for s in every)
+        if metric in b:
+            pair, sign = against(a, b, metric, t, step), "" if metric in RATIOS else "+"
+            scale, digits = (1, 4) if metric in RATIOS else (scale, digits)
+            line += "   " + ("x " if metric in RATIOS else "  ") + show(pair, scale, digits, sign)
+        print(line)
+
+
+def show(score, scale, digits, sign=""):
+    """A score with its interval, as text."""
+    if score is None:
+        return "."
+    text = f"{score['value'] * scale:{sign}.{digits}f}"
+    return text if score["lo"] is None else f"{text} [{score['lo'] * scale:{sign}.{digits}f}, {score['hi'] * scale:{sign}.{digits}f}]"
 
 
 # ---- the table
@@ -1009,7 +1054,6 @@ def print_backtest(result, horizon, cost_bps):
             half = [f"±{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
             print(" " * 14 + "".join(f"{h:>9}" for h in half))
     # ratios to the two baselines that know volatility, and between checkpoints
-    show = lambda s, digits: f"{s['value']:.{digits}f}" + (f" [{s['lo']:.{digits}f}, {s['hi']:.{digits}f}]" if s["lo"] is not None else "")
     own = [entry["ckpt"] for entry in result["checkpoints"]]
     print("\npaired, the same blocks drawn for both")
     for pair in result["paired"]:
@@ -1020,12 +1064,12 @@ def print_backtest(result, horizon, cost_bps):
         if isinstance(score, list):
             score, metric = score[-1], f"{metric} at bar {len(score)}"
         if score:
-            print(f"{metric:20} {what:10} {show(score, 4):26} {os.path.basename(pair['a'])} to {os.path.basename(pair['b'])}")
+            print(f"{metric:20} {what:10} {show(score, 1, 4):26} {os.path.basename(pair['a'])} to {os.path.basename(pair['b'])}")
     for row in result.get("by", ()):
         whose = f"  {os.path.basename(row['ckpt'])}" if len(own) > 1 else ""
-        print(f"{row['group']:10} {row['bars']:>8,} bars{whose}  " + "  ".join(f"{m} {show(row[m], 4)}" for m in ("da", "mae", "crps", "coverage90") if row.get(m)))
+        print(f"{row['group']:10} {row['bars']:>8,} bars{whose}  " + "  ".join(f"{m} {show(row[m], 1, 4)}" for m in ("da", "mae", "crps", "coverage90") if row.get(m)))
     for key, row in result.get("correlations", {}).items():
-        print(f"correlation of {key} with right calls: " + ", ".join(f"{kind} {show(s, 2) if s else '.'}" for kind, s in row.items()))
+        print(f"correlation of {key} with right calls: " + ", ".join(f"{kind} {show(s, 1, 2)}" for kind, s in row.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from tokenizer import TokenizerConfig, train_tokenizer
 BITS = dict(coarse_bits=5, fine_bits=4)
 KEYS = ["split", "start", "end", "blocks", "checkpoints", "baselines", "paired"]
 SCORES = ["da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps", "coverage50", "coverage80",
-          "coverage90", "path_mape", "path_crps"]
+          "coverage90", "path_mape", "path_crps"]          # of the interface; EXTRA: what post-training looks at besides
+EXTRA = ["path_coverage90", "up_share"]
 
 
 def daily(n_bars, n_symbols, seed=0, common=0.0):
@@ -107,7 +108,7 @@ def random_forecaster(t, seed=0):
     rng = np.random.default_rng(seed)
     n, shape = len(t.r), t.path_r.shape
     return dict(p_up=rng.integers(1, 40, n) / 40, mean=rng.normal(0, 0.01, n), point=rng.normal(0, 0.01, n), pit=rng.random(n),  # ties in P(up)
-                crps=rng.random(n), path_point=rng.normal(0, 0.02, shape), path_crps=rng.random(shape))
+                crps=rng.random(n), path_point=rng.normal(0, 0.02, shape), path_crps=rng.random(shape), path_pit=rng.random(shape))
 
 
 def stub(seed=0, n_stamps=40, n_symbols=9, still=0.1):
@@ -147,6 +148,8 @@ def naive_scores(f, r, stamp, path_r):
     out |= {f"coverage{q}": np.mean([50 - q / 2 <= 100 * x <= 50 + q / 2 for x in f["pit"]]) for q in (50, 80, 90)}
     out["path_mape"] = (100 * np.abs(np.exp(f["path_point"]) / np.exp(path_r) - 1)).mean(0)
     out["path_crps"] = 100 * f["path_crps"].mean(0)
+    out["path_coverage90"] = ((f["path_pit"] >= 0.05) & (f["path_pit"] <= 0.95)).mean(0)
+    out["up_share"] = (p > 0.5).mean()
     return out
 
 
@@ -155,10 +158,10 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     t = stub()
     f = random_forecaster(t)
     sums = sample.block_sums(f, t)
-    assert sorted(sums) == sorted(SCORES)
+    assert sorted(sums) == sorted(SCORES + EXTRA)
     want = naive_scores(f, t.r, t.stamp, t.path_r)
     got = sample.bootstrap(sums, t)
-    for name in SCORES:
+    for name in SCORES + EXTRA:
         np.testing.assert_allclose(got[name][0], want[name], rtol=1e-9, err_msg=name)
     drawn = {name: score(np.tensordot(t.weights, s, 1)) for name, (s, score) in sums.items()}
     for k in range(3):
@@ -171,7 +174,7 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
         bars, origins = np.concatenate(bars), np.concatenate(origins)
         part = {key: v[origins if key.startswith("path") else bars] for key, v in f.items()}
         want = naive_scores(part, t.r[bars], np.concatenate(stamps), t.path_r[origins])
-        for name in SCORES:
+        for name in SCORES + EXTRA:
             np.testing.assert_allclose(drawn[name][k], want[name], rtol=1e-9, err_msg=name)
     for name in SCORES:  # replicates are centred on the score
         np.testing.assert_allclose(got[name][1].mean(0), got[name][0], rtol=1e-9, err_msg=name)
@@ -192,7 +195,7 @@ def test_auc_of_many_distinct_values_is_binned_closely():
 def test_what_a_forecaster_does_not_say_has_no_score():
     t = stub()
     f = random_forecaster(t)
-    assert set(sample.block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic"}
+    assert set(sample.block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
     t.stamp = np.arange(len(t.r))  # one symbol a date: no rank IC
     t.block = t.stamp * 20 // len(t.r)
     got = sample.bootstrap(sample.block_sums(f, t), t)
@@ -296,7 +299,7 @@ def test_no_forecast_sees_the_future(triple):
                         sample.next_bars(model, tokenizer, u) | sample.simulated(model, tokenizer, u, 3))] + \
                       [(name, f, sample.baselines(u, 3)[name]) for name, f in sample.baselines(t, 3).items()]:
         for key in f:
-            rows = {"path_point": known, "path_crps": done, "crps": row < cut, "pit": row < cut}.get(key, row <= cut)  # crps, pit: scores
+            rows = {"path_point": known, "path_crps": done, "path_pit": done, "crps": row < cut, "pit": row < cut}.get(key, row <= cut)  # crps, pit: scores
             assert np.array_equal(f[key][rows], g[key][rows]), (name, key)
     assert not np.array_equal(sample.next_bars(model, tokenizer, t)["p_up"], sample.next_bars(model, tokenizer, u)["p_up"])
 
