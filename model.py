@@ -533,10 +533,15 @@ class Model(nn.Module):
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
         return (p / (1 - self.config.unmoved)).clamp(max=1)
 
-    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None):
-        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C]; from uniform numbers u [..., 2] if they are given."""
+    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
+        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C]; from uniform numbers u [..., 2] if they are given.
+
+        order int64 [2^k1]: the coarse tokens in the order in which u runs through them (by rising close, say: then two models that
+        hardly differ draw bars that hardly differ)."""
         u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator) if u is None else u
-        coarse = draw(self.coarse_logits(h), temperature, top_p, u[..., :1])
+        logits = self.coarse_logits(h)
+        coarse = draw(logits if order is None else logits[..., order], temperature, top_p, u[..., :1])
+        coarse = coarse if order is None else order[coarse]
         return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:])
 
 

@@ -11,7 +11,7 @@ symbol share it, and each path then costs one recurrent step a bar. Token pairs 
 (`data.inverse`), so that every bar forecast is a valid candle. The next bar's P(up) is exact, no sampling in it.
 
 The backtest scores the next bars in one teacher-forced pass, and paths from some origins, beside baselines on the same bars, with
-95 % intervals from a bootstrap over blocks of time. CRPS: Gneiting and Raftery, JASA 2007; its fair form for draws: Ferro, QJRMS 2014;
+95 % intervals from a bootstrap over blocks of time. CRPS: Gneiting and Raftery, JASA 2007; its unbiased form for draws after Ferro, QJRMS 2014;
 blocks: Hall, Horowitz and Jing, Biometrika 1995; intervals from few blocks: Hesterberg, arXiv 1411.5279; filtered historical
 simulation: Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999.
 """
@@ -114,18 +114,29 @@ def future_times(time, horizon):
 # Simulation
 
 @torch.no_grad()
-def generate(model, state, times, uniform, temperature=1.0, top_p=1.0):
+def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`; it is used up. The last bar is drawn, not read.
+    state: of N rows, from `Model.prefill(...).repeat`; it is used up. The last bar is drawn, not read. order: as in Model.sample.
     """
     tokens = []
     for k in range(times.shape[1]):
-        coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k])
+        coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order)
         tokens.append(torch.stack((coarse, fine)))
         if k + 1 < times.shape[1]:
             _, state = model.step(coarse, fine, times[:, k], state)
     return torch.stack(tokens, dim=-1).unbind(0)
+
+
+def stratified(random, paths, horizon):
+    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other, each a Latin hypercube (McKay, Beckman
+    and Conover, Technometrics 1979). A path's numbers are independent and uniform, so it is a fair draw of the model; but at each step a half's n
+    paths fall one into each n-th of the distribution, and means, medians and shares of the paths vary less."""
+    halves = []
+    for n in (paths // 2, paths - paths // 2):
+        place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
+        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
+    return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
 @dataclass
@@ -163,6 +174,7 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     if parallel and model.config.reasoner and horizon > model.config.slots:
         raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; lower --horizon or forecast step by step")
     device = next(model.parameters()).device
+    order = tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort().to(device)  # by close: see Model.sample
     ohlcva = np.empty((len(origins), paths, horizon, 6))
     p_up = np.empty(len(origins))
     groups = {}  # rows of a batch share their length
@@ -176,16 +188,15 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
         time = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in part])).to(device)
         times = np.stack([future_times(o.time, horizon) for o in part])
         times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
-        uniform = np.concatenate([np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))])
-                                  .random((paths, horizon, 2), np.float32) for o in part])
+        uniform = np.concatenate([stratified(np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))]), paths, horizon) for o in part])
         uniform = torch.from_numpy(uniform).to(device)
         state = model.prefill(coarse, fine, time)
         p_up[rows] = model.p_up(state.h).cpu().numpy()
         if parallel:
             _, h = model.parallel(coarse, fine, time)  # (n, slots, C)
-            tokens = model.sample(h[:, :horizon].repeat_interleave(paths, 0), temperature, top_p, u=uniform)
+            tokens = model.sample(h[:, :horizon].repeat_interleave(paths, 0), temperature, top_p, u=uniform, order=order)
         else:
-            tokens = generate(model, state.repeat(paths), times, uniform, temperature, top_p)
+            tokens = generate(model, state.repeat(paths), times, uniform, temperature, top_p, order)
         x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
         ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up
@@ -516,18 +527,33 @@ def span_of(metas, split, start, end):
     return split, int(lo), int(hi)
 
 
-def judge(r, p, y, fair=False):
+def judge(r, p, y):
     """Scores of distributions for what happened. r [..., K] log returns in order, p [..., K] their probabilities, y [...].
 
-    CRPS = E|X - y| - E|X - X'| / 2, the last as the integral of F (1 - F). fair: r are K draws and stand for what they were
-    drawn from (unbiased, Ferro 2014), else they are the distribution itself.
+    CRPS = E|X - y| - E|X - X'| / 2, the last as the integral of F (1 - F).
     """
-    F = p.cumsum(-1)
-    spread = (F[..., :-1] * (1 - F[..., :-1]) * np.diff(r)).sum(-1)
-    K, y = r.shape[-1], y[..., None]
-    middle = [np.take_along_axis(r, (F < 0.5 + e).sum(-1, keepdims=True).clip(max=K - 1), -1)[..., 0] for e in (-1e-9, 1e-9)]
+    F, y = p.cumsum(-1), y[..., None]
+    middle = [np.take_along_axis(r, (F < 0.5 + e).sum(-1, keepdims=True).clip(max=r.shape[-1] - 1), -1)[..., 0] for e in (-1e-9, 1e-9)]
     return dict(mean=(p * r).sum(-1), point=(middle[0] + middle[1]) / 2, pit=(p * ((r < y) + 0.5 * (r == y))).sum(-1),
-                crps=(p * np.abs(r - y)).sum(-1) - spread * (K / (K - 1) if fair and K > 1 else 1))
+                crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
+
+
+def spread(r, F):
+    """E|X - X'| / 2 of values r [..., K] in order, F [..., K] their cumulative probabilities."""
+    return (F[..., :-1] * (1 - F[..., :-1]) * np.diff(r)).sum(-1)
+
+
+def judge_draws(r, y):
+    """The same for K draws r [..., K], in any order, of which the first K // 2 are independent of the others: they stand for what they were drawn
+    from, so E|X - X'| counts pairs across the halves alone (unbiased, as Ferro's 2014 fair form is for independent draws)."""
+    K = r.shape[-1]
+    even = lambda r: spread(np.sort(r, -1), np.arange(1, r.shape[-1] + 1) / r.shape[-1]) if r.shape[-1] else 0.0
+    every, a = even(r), K // 2 / K
+    scores = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y)
+    if K > 1:       # every = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
+        across = (every - a**2 * even(r[..., :K // 2]) - (1 - a)**2 * even(r[..., K // 2:])) / (2 * a * (1 - a))
+        scores["crps"] = scores["crps"] + every - across
+    return scores
 
 
 def judge_normal(mean, sigma, y):
@@ -623,8 +649,7 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
 
 def from_paths(r, y):
     """r [n, paths, H] log returns since the origin, y [n, H]."""
-    r = np.sort(np.moveaxis(r, 1, -1), -1)
-    return along(judge(r, np.full(r.shape, 1 / r.shape[-1]), y, fair=True))
+    return along(judge_draws(np.moveaxis(r, 1, -1), y))
 
 
 def along(scores):

@@ -64,25 +64,28 @@ def targets(series, first, horizon=5, **options):
 
 # ---- single scores
 
-def naive_crps(r, p, y, fair):
-    spread = sum(a * b * abs(u - v) for u, a in zip(r, p) for v, b in zip(r, p)) / 2
-    return sum(a * abs(u - y) for u, a in zip(r, p)) - spread * (len(r) / (len(r) - 1) if fair else 1)
+def naive_crps(r, p, y, halves=False):
+    """halves: of all pairs only those of a draw of the first half and one of the second, of which len(r) // 2 are first."""
+    half, n = len(r) // 2, len(r)
+    pairs = [(i, j, 1 / (half * (n - half))) for i in range(half) for j in range(half, n)] if halves else [(i, j, p[i] * p[j]) for i in range(n) for j in range(n)]
+    return sum(a * abs(u - y) for u, a in zip(r, p)) - sum(w * abs(r[i] - r[j]) for i, j, w in pairs) / 2
 
 
-@pytest.mark.parametrize("fair", [False, True])
-def test_judge_is_the_double_sum(fair):
+@pytest.mark.parametrize("draws", [False, True])
+def test_judge_is_the_double_sum(draws):
     rng = np.random.default_rng(0)
-    r = np.sort(rng.standard_t(3, (7, 12)), -1)
+    r = rng.standard_t(3, (7, 13))
     r[3, 4:7] = r[3, 4]  # equal draws
-    p = np.full((7, 12), 1 / 12) if fair else rng.dirichlet(np.ones(12), 7)
+    r = r if draws else np.sort(r, -1)
+    p = np.full((7, 13), 1 / 13) if draws else rng.dirichlet(np.ones(13), 7)
     y = rng.normal(size=7)
     y[2] = r[2, 5]
-    got = sample.judge(r, p, y, fair)
+    got = sample.judge_draws(r, y) if draws else sample.judge(r, p, y)
     for i in range(7):
-        assert got["crps"][i] == pytest.approx(naive_crps(r[i], p[i], y[i], fair), abs=1e-12)
+        assert got["crps"][i] == pytest.approx(naive_crps(r[i], p[i], y[i], draws), abs=1e-12)
         assert got["mean"][i] == pytest.approx((p[i] * r[i]).sum())
         assert got["pit"][i] == pytest.approx(p[i][r[i] < y[i]].sum() + p[i][r[i] == y[i]].sum() / 2)
-    if fair:
+    if draws:
         np.testing.assert_allclose(got["point"], np.median(r, -1))
     else:
         assert all(p[i][r[i] < got["point"][i]].sum() <= 0.5 <= p[i][r[i] <= got["point"][i]].sum() for i in range(7))
@@ -99,9 +102,27 @@ def test_crps_of_a_gaussian_is_its_closed_form():
     np.testing.assert_allclose([((cdf - (grid >= v))**2).sum() * 0.001 for v in y], want, rtol=2e-3)
     r = mu + sigma * np.array([sample.NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
     np.testing.assert_allclose(sample.judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
-    draws = np.sort(np.random.default_rng(0).normal(mu, sigma, (40_000, 5)), -1)  # five draws each: only the fair form is right
-    few = [sample.judge(draws, np.full(draws.shape, 0.2), np.full(40_000, v), fair=True)["crps"].mean() for v in y]
-    np.testing.assert_allclose(few, want, rtol=0.02)
+    # five or six draws each, independent or stratified: only pairs across the halves give the right spread
+    rng = np.random.default_rng(0)
+    inverse = np.vectorize(sample.NORMAL.inv_cdf)
+    for draws in (rng.normal(mu, sigma, (40_000, 5)),
+                  mu + sigma * inverse(np.stack([sample.stratified(rng, 6, 1)[:, 0, 0] for _ in range(20_000)]).astype(float).clip(1e-9, 1 - 1e-9))):
+        few = [sample.judge_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
+        np.testing.assert_allclose(few, want, rtol=0.02)
+
+
+def test_stratified_numbers_are_uniform_and_spread_evenly():
+    u = np.stack([sample.stratified(np.random.default_rng(k), 9, 3) for k in range(2000)])       # [2000, 9, 3, 2]
+    assert u.shape == (2000, 9, 3, 2) and 0 <= u.min() and u.max() <= 1
+    assert np.abs(u.mean(0) - 0.5).max() < 5 * math.sqrt(1 / 12 / 2000)
+    for first, n in ((0, 4), (4, 5)):       # each half: one number in each n-th, at every step
+        assert (np.sort(np.floor(u[:, first:first + n] * n).clip(max=n - 1), 1) == np.arange(n)[:, None, None]).all()
+    flat = u[:, :, :, 0].reshape(2000, 27)
+    across = np.corrcoef(flat.T)
+    steps = [across[3 * i + a, 3 * j + b] for i in range(9) for j in range(9) for a in range(3) for b in range(3) if a != b]
+    assert np.abs(steps).max() < 5 / math.sqrt(2000)                                            # steps know nothing of each other
+    halves = [across[3 * i, 3 * j] for i in range(4) for j in range(4, 9)]
+    assert np.abs(halves).max() < 5 / math.sqrt(2000)                                           # nor the halves
 
 
 def random_forecaster(t, seed=0):
