@@ -49,7 +49,7 @@ class Config:
     steps: int = 480                  # updates
     batch_size: int = 16              # windows per update
     block_size: int = 0               # real bars before a walk; 0: as the checkpoint was trained
-    lr: float = 1e-4                  # peak learning rate
+    lr: float = 3e-4                  # peak learning rate
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm

@@ -2,6 +2,7 @@
 
     python tests/study.py model --data bars.csv.gz      # variants of the model, equal parameters and equal processor time, and the context's worth
     python tests/study.py tokenizer --data bars.csv.gz  # tokenizers of 5 to 12 bits a level, with and without the entropy term; a table and a plot
+    python tests/study.py stages --data bars.csv.gz     # expo.py and rollout.py in all forms and orders, beside their controls; an hour and more
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Figures are validation
 losses in nats per bar. A run has one thread and ends with its processor time, which, other than wall time, does not depend on what else
@@ -271,7 +272,117 @@ def plot_tokenizers(path, names, result):
     sample.write_svg(path, 3 * (w + 50) + 50, h + 86, parts)
 
 
-SECTIONS = {"model": model_study, "tokenizer": tokenizer_study}
+# ----------------------------------------------------------------------------------------------------------------------
+# Post-training: what each stage, each form of it, and their order are worth, beside as many plain next-token updates
+
+EXPO = ["--steps=150", "--eval_every=50", "--no-backtest"]
+ROLLOUT = ["--steps=150", "--eval_every=50", "--no-backtest"]
+ARMS = {    # name: (script, the arm it starts from, flags)
+    "expo, set": ("expo", "base", EXPO),
+    "expo, matched": ("expo", "base", [*EXPO, "--pairs=matched"]),
+    "expo, extreme": ("expo", "base", [*EXPO, "--pairs=extreme"]),
+    "plain updates, as expo": ("expo", "base", [*EXPO, "--pairs=plain"]),
+    "rollout, oracle": ("rollout", "base", ROLLOUT),
+    "rollout, expert": ("rollout", "base", [*ROLLOUT, "--mode=expert"]),
+    "rollout, random": ("rollout", "base", [*ROLLOUT, "--mode=random"]),
+    "plain updates, as rollout": ("rollout", "base", [*ROLLOUT, "--mode=plain"]),
+    "expo, then rollout": ("rollout", "expo, set", ROLLOUT),
+    "rollout, then expo": ("expo", "rollout, oracle", EXPO),
+}
+HORIZON = 10
+
+
+def stages_study(argv):
+    """Each arm from several seeds, paired with its base on the test bars; means over the seeds. Stop and start at will, as above."""
+    parser = argparse.ArgumentParser(prog="study.py stages")
+    parser.add_argument("--data", nargs="+", help="none: the synthetic market")
+    parser.add_argument("--out", default="study_stages", help="folder of checkpoints and scores; what is there is not made again")
+    parser.add_argument("--val_start")
+    parser.add_argument("--test_start")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=0, help="of the base model's pretraining; 0: pretrain.py's default")
+    parser.add_argument("--tok_steps", type=int, default=1000)
+    parser.add_argument("--bars", type=int, default=24_000, help="test bars, about")
+    parser.add_argument("--origins", type=int, default=800)
+    parser.add_argument("--paths", type=int, default=64)
+    args = parser.parse_args(argv)
+    import sample
+    from model import load_checkpoint
+    data_flags = ["--data", *args.data] if args.data else []
+    dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
+    os.makedirs(args.out, exist_ok=True)
+    file = lambda arm, seed, end=".pt": os.path.join(args.out, arm.replace(", ", "-").replace(" ", "-") + f"_{seed}{end}")
+    t, spent = None, {}
+    for seed in range(args.seeds):
+        for arm in ("base", *args.arms):
+            path, log = file(arm, seed), file(arm, seed, ".txt")
+            script, start, flags = ARMS.get(arm, ("pretrain", None, [*dates, f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", "--n_layer=3", "--n_head=4", "--n_embd=64"]))
+            if script == "pretrain" and seed:
+                flags = [*flags, "--tokenizer", file("base", 0)]       # one tokenizer, so that scores differ by the model alone
+            flags = [*flags, *data_flags] if start is None else [*flags, "--ckpt", file(start, seed), *data_flags]
+            if not os.path.exists(file(arm, seed, ".done")):
+                if script == "pretrain" and not args.data and seed:
+                    raise SystemExit("the synthetic market's seed is the run's: write it by data.py --synthetic and give it as --data")
+                with open(log, "a") as out:
+                    began = time.time()
+                    command = [sys.executable, os.path.join(ROOT, script + ".py"), "--out", path]
+                    subprocess.run(command + (["--resume"] if os.path.exists(path) else [*flags, f"--seed={seed}"]), check=True, stdout=out, stderr=out)
+                with open(file(arm, seed, ".done"), "w") as out:
+                    out.write(f"{time.time() - began:.0f}")
+            spent.setdefault(arm, []).append(float(open(file(arm, seed, ".done")).read()))
+            if t is None:
+                _, _, meta = load_checkpoint(path)
+                series = sample.load_series(args.data, meta)
+                t = sample.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.bars)
+                still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
+                still = sample.bootstrap(sample.block_sums(still, t), t)
+            if not os.path.exists(file(arm, seed, ".scores.pt")):
+                model, tokenizer, _ = load_checkpoint(path)
+                drawn = sample.drawn_scores(model, tokenizer, t, args.paths)
+                data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, file(arm, seed, ".scores.pt"))
+            print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
+    print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; paths of {HORIZON} bars from {len(t.path_r):,} origins, "
+          f"{t.n_path_blocks} blocks; {args.seeds} seeds")
+    load = lambda arm, seed: {k: tuple(a.numpy() for a in v) for k, v in data.load_safe(file(arm, seed, ".scores.pt")).items()}
+    scores = {arm: [load(arm, seed) for seed in range(args.seeds)] for arm in ("base", *args.arms)}
+
+    def mean(arm, metric, step, other):
+        """Mean over seeds of the arm beside `other` (its base, seed by seed, or one forecaster for all), and the seeds apart."""
+        each = []
+        for seed, drawn in enumerate(scores[arm]):
+            (v, r), (w, s) = sample.at_step(drawn, metric, step), sample.at_step(other[seed], metric, step) if other else (0.0, 0.0)
+            each.append((v / w, r / s) if other and metric in sample.RATIOS else (v - w, r - s))
+        n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
+        return sample.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
+
+    def table(title, columns):
+        print(f"\n{title}\n\n| | " + " | ".join(label for _, _, label, *_ in columns) + " | s |")
+        print("| --- |" + " --- |" * (len(columns) + 1))
+        for arm in ("base", *args.arms):
+            cells = []
+            for metric, step, _, scale, digits, other in columns:
+                if arm == "base" and other == "base":
+                    score, each = mean(arm, metric, step, None)
+                    cells.append(sample.show(score, scale, digits).split(" ")[0])
+                    continue
+                score, each = mean(arm, metric, step, scores["base"] if other == "base" else [still] * args.seeds if other else None)
+                scale = 1 if other and metric in sample.RATIOS else scale
+                digits = 4 if other and metric in sample.RATIOS else digits
+                sign = "+" if other and metric not in sample.RATIOS else ""
+                cells.append(f"{sample.show(score, scale, digits, sign)} ({', '.join(f'{v * scale:{sign}.{digits}f}' for v in each)})" if score else ".")
+            print(f"| {arm} | " + " | ".join(cells) + f" | {statistics.mean(spent[arm]):.0f} |")
+
+    table("Next bar: the base's score, and of each arm the difference or ratio to its own base [95 % interval] (each seed); seconds of a run",
+          [("da", None, "right calls, %", 100, 2, "base"), ("up_share", None, "called up, %", 100, 1, "base"), ("logloss", None, "log loss of P(up)", 1, 5, "base"),
+           ("ece", None, "calibration, %", 100, 2, "base"), ("mae", None, "MAE", 1, 4, "base"), ("crps", None, "CRPS", 1, 4, "base")])
+    table(f"Paths: means over {HORIZON} bars", [("path_mape", None, "MAPE, %", 1, 4, "base"), ("path_mape", None, "MAPE to persistence", 1, 4, "still"),
+          ("path_crps", None, "CRPS", 1, 4, "base"), ("path_coverage90", None, "in 90 % band, %", 100, 1, "base")])
+    steps = (1, 3, 5, 10)
+    table("Paths: MAPE bar by bar", [("path_mape", k - 1, f"bar {k}", 1, 4, "base") for k in steps])
+
+
+SECTIONS = {"model": model_study, "tokenizer": tokenizer_study, "stages": stages_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
