@@ -67,13 +67,14 @@ class Bars:
         return Bars(self.symbol, self.time[rows], self.ohlcva[rows])
 
 
-HEADERS = {  # column -> names it goes by, best first
-    "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time"),
-    "open": ("open",), "high": ("high",), "low": ("low",), "close": ("close",),
-    "volume": ("volume", "vol"),
-    "amount": ("amount", "turnover", "quote_volume", "value"),
-    "symbol": ("symbol", "ticker", "ts_code", "code", "name"),
+HEADERS = {  # column -> names it goes by, best first; pandas, yfinance, TradingView, Stooq, MetaTrader, Binance, Tushare, AkShare
+    "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time", "trade_time", "trade_date", "时间", "日期"),
+    "open": ("open", "开盘", "开盘价"), "high": ("high", "最高", "最高价"), "low": ("low", "最低", "最低价"), "close": ("close", "收盘", "收盘价"),
+    "volume": ("volume", "vol", "成交量", "tickvol"),
+    "amount": ("amount", "turnover", "quote_volume", "value", "成交额"),
+    "symbol": ("symbol", "ticker", "ts_code", "code", "name", "股票代码", "代码", "名称"),
 }
+CLOCK = re.compile(r"(\d{1,2}):?(\d\d)(?::?(\d\d))?")  # a time of day in a column of its own, beside a date
 BINANCE = ("open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume") + ("",) * 4
 MAX_BAD = 0.05  # share of bad rows above which a file is refused
 EXTENSIONS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
@@ -144,6 +145,8 @@ def _columns(path, names):
     columns = {c: next((names.index(n) for n in known if n in names), None) for c, known in HEADERS.items()}
     if columns["time"] is None and names[0] == "":
         columns["time"] = 0  # pandas writes its index without a name
+    if "tickvol" in names and "vol" in names:
+        columns["volume"] = names.index("tickvol")  # MetaTrader: no broker of currencies fills in vol
     missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
     if missing:
         raise UserError(f"{path}:1: no column {missing[0]!r} in the header; name it one of {', '.join(HEADERS[missing[0]])}")
@@ -169,7 +172,7 @@ def _is_number(text):
 
 def _read_numeric(path, names, columns, delimiter, has_header):
     """Bars of a plain numeric file without a bad row, at the speed of numpy.loadtxt; None for any other."""
-    if columns["symbol"] is not None:
+    if columns["symbol"] is not None or {"date", "time"} <= set(names):
         return None
     try:
         table = np.loadtxt(path, delimiter=delimiter, skiprows=int(has_header), comments=None, ndmin=2)
@@ -189,11 +192,13 @@ def _read_numeric(path, names, columns, delimiter, has_header):
 
 def _read_text(path, delimiter):
     """Rows with symbols, dates, holes or faults, through the csv module."""
-    raw = _bytes(path)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
+    text, raw = None, _bytes(path)
+    for encoding in ("utf-8-sig", "gb18030", "latin-1"):  # the last takes anything
+        try:
+            text = raw.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            pass
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     rows, line, reasons, n_columns = [], [], {}, 0
     gc.disable()  # it would look through millions of small lists, again and again, and find nothing
@@ -201,6 +206,8 @@ def _read_text(path, delimiter):
         for row in reader:
             if not any(cell.strip() for cell in row):
                 continue
+            if not n_columns and row[0].strip().lower() == "price":
+                return _read_wide(path, row, reader)
             if not n_columns:
                 names, has_header = _header(path, row)
                 columns, n_columns = _columns(path, names), len(names)
@@ -211,14 +218,42 @@ def _read_text(path, delimiter):
                 row = [""] * n_columns
             rows.append(row)
             line.append(reader.line_num)
-        cells = list(zip(*rows)) if rows else [()] * n_columns
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
     finally:
         gc.enable()
+    if rows and {"date", "time"} <= set(names) and CLOCK.fullmatch(rows[0][names.index("time")].strip()):
+        columns["time"] = names.index("date")
+        for row in rows:
+            clock = CLOCK.fullmatch(row[names.index("time")].strip())
+            row[columns["time"]] += " " + ":".join((clock[1].zfill(2), clock[2], clock[3] or "00")) if clock else "?"
+    cells = list(zip(*rows)) if rows else [()] * n_columns
+    return _bars_of(path, cells, columns, line, reasons)
+
+
+def _read_wide(path, first, reader):
+    """What yfinance exports: a column for each price and symbol, in three lines of header: Price, Ticker, Date."""
+    rows = [row for row in reader if any(cell.strip() for cell in row)]
+    if len(rows) < 3 or rows[0][0].strip().lower() != "ticker" or any(len(row) != len(first) for row in rows):
+        raise UserError(f"{path}:2: a first column 'Price' needs lines 'Ticker' and 'Date' after it, and as many cells in each row, as yfinance writes them")
+    names, tickers, found = [c.strip().lower() for c in first], [c.strip() for c in rows[0]], []
+    for ticker in dict.fromkeys(tickers[1:]):
+        at = [0] + [i for i, t in enumerate(tickers) if i and t == ticker]
+        columns = _columns(path, ["time"] + [names[i] for i in at[1:]])
+        part = [([row[i] for i in at], n + 4) for n, row in enumerate(rows[2:]) if any(row[i].strip() for i in at[1:])]  # a day of the others: no row
+        if part:
+            [bars] = _bars_of(path, list(zip(*(row for row, _ in part))), columns, [n for _, n in part], {})
+            found.append(Bars(ticker, bars.time, bars.ohlcva))
+    if not found:
+        raise UserError(f"{path}:4: no rows after the header; there is no bar to read: check the columns")
+    return found
+
+
+def _bars_of(path, cells, columns, line, reasons):
+    """Bars from columns of text. line: of each row; reasons: {row: why it is bad}, as far as known."""
     stamps = {s: _stamp(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
     time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
-    ohlcva = np.full((6, len(rows)), np.nan)
+    ohlcva = np.full((6, len(line)), np.nan)
     for i, c in enumerate(COLUMNS):
         if columns[c] is None:
             continue
@@ -231,7 +266,7 @@ def _read_text(path, delimiter):
                 except ValueError:
                     reasons.setdefault(r, f"{c} {cell!r} is not a number")
     for r in np.flatnonzero(np.isnan(time)):
-        reasons.setdefault(int(r), f"time {rows[r][columns['time']]!r} is no date")
+        reasons.setdefault(int(r), f"time {cells[columns['time']][r]!r} is no date")
     good = _good(path, line, _faults(time, ohlcva), reasons)
     time, ohlcva = time[good].astype(np.int64), ohlcva.T[good]
     if columns["symbol"] is None:

@@ -63,6 +63,45 @@ def test_headers_and_times(tmp_path, header, row):
     assert bars.ohlcva[0, 5] == 9 if has_amount else np.isnan(bars.ohlcva[0, 5])
 
 
+LAYOUTS = {  # as people have them: name -> (text, symbol, time of the first bar, its bar); the second bar is not looked at
+    "yfinance": ("Date,Open,High,Low,Close,Adj Close,Volume\n2020-01-02,1,3,0.5,2,1.9,7\n2020-01-03,2,3,1,2,1.9,8\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
+    "yfinance, history": ("Date,Open,High,Low,Close,Volume,Dividends,Stock Splits\n2020-01-02 00:00:00-05:00,1,3,0.5,2,7,0.0,0.0\n", "a", 1577941200, [1, 3, 0.5, 2, 7, None]),
+    "yfinance, three lines": ("Price,Close,High,Low,Open,Volume\nTicker,MSFT,MSFT,MSFT,MSFT,MSFT\nDate,,,,,\n2020-01-02,2,3,0.5,1,7\n2020-01-03,2,3,1,2,8\n",
+                              "MSFT", 1577923200, [1, 3, 0.5, 2, 7, None]),
+    "Binance": ("1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n1577923260000,2,3,1,2,8,1577923319999,9,5,1,1,0\n", "a", 1577923200, [1, 3, 0.5, 2, 7, 9]),
+    "Binance, header": ("open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore\n"
+                        "1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n", "a", 1577923200, [1, 3, 0.5, 2, 7, 9]),
+    "TradingView": ("time,open,high,low,close,Volume,Volume MA\n1577923200,1,3,0.5,2,7,6.5\n1577926800,2,3,1,2,8,\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
+    "TradingView, ISO": ("time,open,high,low,close,Volume\n2020-01-02T00:00:00Z,1,3,0.5,2,7\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
+    "Stooq": ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
+    "Stooq, bulk": ("<TICKER>,<PER>,<DATE>,<TIME>,<OPEN>,<HIGH>,<LOW>,<CLOSE>,<VOL>,<OPENINT>\nAAPL.US,5,20200102,153500,1,3,0.5,2,7,0\n", "AAPL.US", 1577979300, [1, 3, 0.5, 2, 7, None]),
+    "Tushare": ("ts_code,trade_date,open,high,low,close,pre_close,change,pct_chg,vol,amount\n000001.SZ,20200103,2,3,1,2,2,0,0,8,16\n000001.SZ,20200102,1,3,0.5,2,1,1,100,7,9\n",
+                "000001.SZ", 1577923200, [1, 3, 0.5, 2, 7, 9]),
+    "AkShare": ("日期,股票代码,开盘,收盘,最高,最低,成交量,成交额,振幅,涨跌幅,涨跌额,换手率\n2020-01-02,000001,1,2,3,0.5,7,9,1,1,1,1\n", "000001", 1577923200, [1, 3, 0.5, 2, 7, 9]),
+    "MetaTrader": ("<DATE>\t<TIME>\t<OPEN>\t<HIGH>\t<LOW>\t<CLOSE>\t<TICKVOL>\t<VOL>\t<SPREAD>\n2020.01.02\t00:05:00\t1\t3\t0.5\t2\t7\t0\t1\n", "a", 1577923500, [1, 3, 0.5, 2, 7, None]),
+    "MetaTrader, daily": ("<DATE>\t<OPEN>\t<HIGH>\t<LOW>\t<CLOSE>\t<TICKVOL>\t<VOL>\t<SPREAD>\n2020.01.02\t1\t3\t0.5\t2\t7\t0\t1\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
+    "Kronos": ("timestamps,open,high,low,close,volume,amount\n2020-01-02 00:00:00,1,3,0.5,2,7,9\n", "a", 1577923200, [1, 3, 0.5, 2, 7, 9]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+def test_layouts_that_people_have_are_read_as_they_are(tmp_path, layout, encoding):
+    text, symbol, time, bar = LAYOUTS[layout]
+    [bars] = read(tmp_path, text.encode(encoding))
+    assert bars.symbol == symbol and bars.time[0] == time
+    assert [None if np.isnan(v) else v for v in bars.ohlcva[0]] == bar
+
+
+def test_yfinance_with_several_symbols(tmp_path):
+    text = ("Price,Close,Close,High,High,Low,Low,Open,Open,Volume,Volume\nTicker,A,B,A,B,A,B,A,B,A,B\nDate,,,,,,,,,,\n"
+            "2020-01-02,2,20,3,30,1,10,2,20,7,70\n2020-01-03,2,,3,,1,,2,,8,\n")
+    a, b = read(tmp_path, text)
+    assert (a.symbol, len(a), b.symbol, len(b)) == ("A", 2, "B", 1) and b.ohlcva[0, :5].tolist() == [20, 30, 10, 20, 70]
+    with pytest.raises(UserError, match="a.csv:2: .*Ticker"):
+        read(tmp_path, "Price,Close\n2020-01-02,1\n")
+
+
 def test_symbol_column_and_its_order_of_preference(tmp_path):
     text = "date,name,ticker,open,high,low,close\n2020-01-01,Long Name,B,1,1,1,1\n2020-01-02,Long Name,B,1,1,1,1\n2020-01-01,Other,A,2,2,2,2\n"
     assert {b.symbol: len(b) for b in read(tmp_path, text)} == {"A": 1, "B": 2}
