@@ -2,6 +2,7 @@
 
     python data.py --data 'csv/*.csv' --out folder       # CSV -> a folder of memory-mapped arrays that --data takes
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
+    python data.py --leak_demo                           # how scaling over a whole window shows skill on a random walk
 
 The way of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
@@ -787,6 +788,28 @@ def _synthetic(seed, signal, n_symbols, n_bars):
         yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
 
 
+def leak_demo(seed=0, n_windows=4000):
+    """Right calls of the last bar of each window of a random walk, by minus the sum of the values before it: [(what, window, variance kept, share, half
+    its 95 % interval)]. Over a whole window z-scores add up to zero, so those before the last bar tell it; causal features tell nothing."""
+    found = []
+    for window, step in ((1024, 0.0), (1024, 0.6), (101, 0.0), (101, 0.92)):
+        rng = np.random.default_rng([seed, window])
+        r = 0.01 * rng.standard_t(4, (n_windows, window))
+        close = 100 * np.exp(np.cumsum(r, axis=1))  # each window a walk of its own
+        before = np.append(np.full((n_windows, 1), 100.0), close[:, :-1], axis=1)
+        bars = np.stack([before, np.maximum(before, close), np.minimum(before, close), close, *np.full((2, *r.shape), np.nan)], -1)
+        causal = np.stack([features(Bars("WALK", np.arange(window), b))[0][:, 0] for b in bars])
+        whole = (r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True)
+        for name, x in (("z-scores over the whole window", whole), ("causal features", causal.astype(np.float64))):
+            unit = x / x.std()
+            token = np.round(unit / step) * step if step else unit  # rounded as a tokenizer rounds
+            kept = 1 - (token - unit).var()
+            guess, moved = -token[:, :-1].sum(1), r[:, -1] != 0
+            share = np.mean((guess > 0) == (r[:, -1] > 0), where=moved)
+            found.append((name, window, kept, share, 1.96 * np.sqrt(share * (1 - share) / moved.sum())))
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that survive a kill, and what every script's command line shares
 
@@ -954,10 +977,17 @@ class Config:
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
     out: str = "bars"              # folder to write
+    leak_demo: bool = False        # instead: show how scaling over a whole window tells the target
 
 
 def main():
     config = Config(**cli(Config, __doc__))
+    if config.leak_demo:
+        print("random walks with fat tails, whose next move no one can call; the rule: minus the sum of the values so far")
+        print(f"{'values':32}{'window':>8}{'variance kept':>15}{'right calls':>16}")
+        for name, window, kept, share, half in leak_demo(config.seed):
+            print(f"{name:32}{window:>8,}{kept:>15.1%}{share:>9.1%} ±{half:>5.1%}")
+        return
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:

@@ -82,17 +82,21 @@ def check(config):
         raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
 
 
-def compiled(model, device, say):
-    """torch.compile, or the model as it is with a line that says why not."""
+def compile_blocks(model, shape, device, autocast, say):
+    """torch.compile for each layer, or not at all, with a line that says why. Layers alone: they are alike, so one compilation serves all,
+    while the whole model would be compiled anew for each border phase, which changes its shapes. shape: of the tokens in a forward pass."""
     try:
-        compiled = torch.compile(model, dynamic=False)
-        tokens = torch.zeros(1, 64, dtype=torch.int64, device=device)
-        compiled(tokens, tokens, tokens, targets=(tokens, tokens))[2].backward()
-        model.zero_grad(set_to_none=True)
-        return compiled
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        with autocast():
+            loss = model(tokens, tokens, tokens, targets=(tokens, tokens))[2]
+        loss.backward()
     except Exception as e:  # a missing compiler, an unsupported platform: many kinds
+        for block in model.blocks:
+            block._compiled_call_impl = None  # what Module.compile sets
         say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); going on without")
-        return model
+    model.zero_grad(set_to_none=True)
 
 
 def unigram(streams, targets, column, n_codes):
@@ -211,12 +215,14 @@ def main():
         if (entry["world"], entry["threads"]) != (world, torch.get_num_threads()):
             say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of {torch.get_num_threads()} now: "
                 f"the weights will agree to rounding, not to the bit")
-    forward = model
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
     if config.compile:
-        forward = compiled(model, device, say)
+        rows = -(-config.batch_size // world)
+        say("compiling the layers, which takes a minute or two", flush=True)
+        compile_blocks(model, (min(rows, config.micro_batch or rows), block_size), device, autocast, say)
+    forward = model
     if world > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size * block_size:,} bars a step, {config.steps} steps; {device}, {dtype_name}, "
         f"{world} process{'es' * (world > 1)} of {torch.get_num_threads()} threads")
@@ -231,7 +237,7 @@ def main():
         model.eval()
         total, right = np.zeros(3), np.zeros(2)
         n_rows = max(1, 8192 // block_size)
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
             for i in range(rank * n_rows, len(tiles), world * n_rows):
                 which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
                 coarse, fine, when, target = [a.to(device) if torch.is_tensor(a) else tuple(t.to(device) for t in a)

@@ -164,6 +164,15 @@ def test_ten_bad_steps_in_a_row_stop_the_run(market, tmp_path, call, monkeypatch
     assert all(torch.isfinite(v).all() for v in last_weights(tmp_path / "a.pt").values())
 
 
+def test_compile_goes_on_without_where_it_does_not_work(market, tmp_path, checkpoint, call, monkeypatch):
+    def broken(self, *args, **kwargs):
+        self._compiled_call_impl = lambda *a, **k: 1 / 0
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    status, out, err = call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY, "--compile")
+    assert status == 0 and "--compile does not work here (ZeroDivisionError" in out, err
+    assert same(last_weights(tmp_path / "a.pt"), last_weights(checkpoint))
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(market, tmp_path, checkpoint):
     path = shutil.copy(checkpoint, tmp_path / "a.pt")
     before = open(path, "rb").read()

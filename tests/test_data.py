@@ -512,3 +512,18 @@ def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
             data.load_safe(name)
         assert "\n" not in str(e.value)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_scale_over_the_whole_window_shows_skill_on_a_random_walk_and_a_causal_one_does_not():
+    """On z-scores the rule is exact: they add up to zero, so what is right is that the last move's sign is that of its distance from the mean."""
+    rows = data.leak_demo(n_windows=1000)
+    for name, window, kept, share, half in rows:
+        if name == "causal features":
+            assert abs(share - 0.5) < 1.5 * half
+        else:
+            assert share - half > 0.53
+    exact = [row for row in rows if row[2] > 0.9999 and row[0] != "causal features"]
+    for _, window, _, share, _ in exact:
+        rng = np.random.default_rng([0, window])
+        r = rng.standard_t(4, (1000, window))
+        assert share == pytest.approx(np.mean((r[:, -1] > r.mean(1)) == (r[:, -1] > 0)), abs=1e-9)
