@@ -394,5 +394,16 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
     return tokenizer
 
 
+def alone_or_together():
+    """main; where another process of the run has died, one line in place of the collective's own error."""
+    try:
+        main()
+    except RuntimeError as e:
+        if not dist.is_initialized():
+            raise
+        raise UserError(f"process {os.environ['RANK']} lost another process of this run ({str(e).splitlines()[0][:80]}); "
+                        f"start the same command again with --resume, on any number of processes")
+
+
 if __name__ == "__main__":
-    data.run(main)
+    data.run(alone_or_together)

@@ -6,16 +6,19 @@ Each section prints a table; without --data it runs on the synthetic market.
 """
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
 import numpy as np
 import torch
 
 import data
+from model import read_checkpoint
 
 SECTIONS = {}
 
@@ -283,6 +286,125 @@ def model_(args):
         own[n] = n * steps / a
         other = f"{min(n, 16) / b:>16,.0f}{own[n] / (min(n, 16) / b):>8.1f}{must:>7}" if must else " " * 31
         print(f"{str(n) + ' paths':>12}{own[n]:>16,.0f}{other}{own[n] / own[1]:>11.1f}   {'bfloat16' if half else 'float32'}")
+
+
+SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
+
+
+def pretrained(folder, name, *flags):
+    """Runs pretrain.py and returns its checkpoint's metrics of the model."""
+    path = os.path.join(folder, name)
+    subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", path, *flags], check=True, stdout=subprocess.DEVNULL)
+    return [m for m in read_checkpoint(path)["metrics"] if m["stage"] == "pretrain"]
+
+
+@section
+def training(args):
+    """What the loop adds to the bare step; what activation checkpointing saves; how near bf16 ends to float32."""
+    from model import Model, ModelConfig, adamw
+    B, T = 16, 256
+    tokens = torch.randint(0, 1024, (2, B, T + 1))
+    stamp = (1_500_000_000 + 86400 * torch.arange(T)).expand(B, -1)
+    model = Model(ModelConfig(n_embd=128))
+    optimizer = adamw(model, 1e-3, 0.1)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens[0, :, :-1], tokens[1, :, :-1], stamp, (tokens[0, :, 1:], tokens[1, :, 1:]))[2]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def bare(n=40):
+        began = time.perf_counter()
+        for _ in range(n):
+            step()
+        return n * B * T / (time.perf_counter() - began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        data.write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
+        flags = ["--data", os.path.join(folder, "bars"), "--tok_steps=50", "--device=cpu", "--dtype=bf16"]
+        step()
+        rates = []
+        for k in range(args.rounds):    # in turns, since the machine's speed drifts
+            rates.append((bare(), pretrained(folder, f"{k}.pt", *flags, "--steps=80", "--eval_every=40")[0]["bars_per_s"]))
+        least, loop = (max(r) for r in zip(*rates))
+        print(f"{'bare step':44}{least:>10,.0f} bars/s\n{'in the loop of pretrain.py':44}{loop:>10,.0f} bars/s   {least / loop - 1:+.1%} time, at most +5 %")
+
+        model.zero_grad()
+        tokens, T = torch.randint(0, 1024, (2, 4, 2049)), 2048
+        stamp = (1_500_000_000 + 86400 * torch.arange(T)).expand(4, -1)
+        held = {}
+        for model.grad_ckpt in (False, True):
+            storages = {}
+
+            def pack(a):
+                storages[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
+                return a
+            own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a), torch.autocast("cpu", torch.bfloat16):
+                loss = model(tokens[0, :, :-1], tokens[1, :, :-1], stamp, (tokens[0, :, 1:], tokens[1, :, 1:]))[2]
+            held[model.grad_ckpt] = sum(n for p, n in storages.items() if p not in own)
+        print(f"{'activations held at T = 2,048, 4 windows':44}{held[False] / 2**20:>10,.0f} MiB\n{'  with --grad_ckpt':44}{held[True] / 2**20:>10,.0f} MiB   "
+              f"{1 - held[True] / held[False]:.0%} less, at least 40 %")
+
+        last = {dtype: pretrained(folder, f"{dtype}.pt", *flags[:-1], f"--dtype={dtype}", "--steps=300", "--eval_every=300", *SMALL)[-1]["val"] for dtype in ("fp32", "bf16")}
+        print(f"{'val loss after 300 steps, float32':44}{last['fp32']:>10.4f}\n{'  bfloat16':44}{last['bf16']:>10.4f}   {last['bf16'] / last['fp32'] - 1:+.2%}, within 1 %")
+
+
+@section
+def tuning(args):
+    """expo.py: bars/s with candidates and the share that drawing them takes; rollout.py: simulated bars/s and updates a second."""
+    import expo
+    import rollout
+    from model import close_table, load_checkpoint
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.pt")
+        pretrained(folder, "a.pt", "--steps=5", "--tok_steps=50")
+        model, tokenizer, meta = load_checkpoint(path)
+        reference, table = load_checkpoint(path)[0], close_table(tokenizer)
+    series = [bars[:20_000] for bars in data.synthetic(seed=0)[0]]
+    tokens = [data.tokenize(bars, tokenizer) for bars in series]
+    streams = data.make_streams(series, tokens, "train", meta["splits"], 256, 16)
+    coarse, fine, when, target = data.get_batch(streams, 0, 0)
+    drawing = [0.0]
+    draw_pairs = expo.draw_pairs
+
+    def timed(*a):
+        began = time.perf_counter()
+        out = draw_pairs(*a)
+        drawing[0] += time.perf_counter() - began
+        return out
+    expo.draw_pairs = timed
+    print(f"{'expo.py':40}{'s a step':>10}{'bars/s':>10}{'drawing':>10}{'S&P epoch, min':>16}   (335,000 bars, 192 candidates for each labelled bar)")
+    for pairs, labels in (("set", 0), ("extreme", 0), ("matched", 0), ("matched", 32)):
+        config, drawing[0], took = expo.Config(pairs=pairs, labels=labels), 0.0, []
+        for k in range(args.rounds):
+            began = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = expo.loss_of(model, reference, table, [coarse, fine, when, *target], 0, np.random.default_rng(k), config)[0]
+            loss.backward()
+            took.append(time.perf_counter() - began)
+        rate = 16 * 256 / min(took)
+        name = pairs + (f", {labels} labels a window" if labels else "")
+        print(f"{name:40}{min(took):>10.2f}{rate:>10,.0f}{drawing[0] / sum(took):>10.0%}{335_000 / rate / 60:>16.1f}")
+    streams = data.make_streams(series, tokens, "train", meta["splits"], 256 + 9, 16)
+    print(f"{'rollout.py, 10 bars':40}{'s a step':>10}{'walked/s':>10}{'walking':>10}{'480 updates, min':>18}")
+    for mode in ("oracle", "expert"):
+        config, took, walking = rollout.Config(mode=mode), [], []
+        for k in range(args.rounds):
+            began = time.perf_counter()
+            origins = rollout.origins_of(streams, series, *data.draw_windows(streams, 0, k), 10, 10)
+            uniform = torch.rand(16, 8, 10, 2)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                state = model.prefill(*origins.context[:3])
+            walks = rollout.walk(model, tokenizer, state, origins, mode, uniform, 1.5)
+            walking.append(time.perf_counter() - began)
+            with torch.autocast("cpu", torch.bfloat16):
+                rollout.loss_of(model, reference, origins, walks, 0, config)[0].backward()
+            took.append(time.perf_counter() - began)
+        print(f"{mode:40}{min(took):>10.2f}{16 * 8 * 10 / min(walking):>10,.0f}{sum(walking) / sum(took):>10.0%}{480 * min(took) / 60:>18.1f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tests/study.py model --data bars.csv.gz      # variants of the model, equal parameters and equal processor time, and the context's worth
     python tests/study.py tokenizer --data bars.csv.gz  # tokenizers of 5 to 12 bits a level, with and without the entropy term; a table and a plot
+    python tests/study.py null                          # twenty null markets: how often an interval of right calls misses one half
     python tests/study.py stages --data bars.csv.gz     # expo.py and rollout.py in all forms and orders, beside their controls; an hour and more
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Figures are validation
@@ -382,7 +383,38 @@ def stages_study(argv):
     table("Paths: MAPE bar by bar", [("path_mape", k - 1, f"bar {k}", 1, 4, "base") for k in steps])
 
 
-SECTIONS = {"model": model_study, "tokenizer": tokenizer_study, "stages": stages_study}
+# ----------------------------------------------------------------------------------------------------------------------
+# The null market: no model can call it, so no interval may often say that one did
+
+def null_study(argv):
+    """Small models trained on null markets, each from a seed of its own, and then post-trained for direction: does the interval of their right calls
+    on test hold one half?"""
+    parser = argparse.ArgumentParser(prog="study.py null")
+    parser.add_argument("--out", default="study_null", help="folder of markets and checkpoints; what is there is not made again")
+    parser.add_argument("--seeds", type=int, default=20)
+    args = parser.parse_args(argv)
+    import sample
+    os.makedirs(args.out, exist_ok=True)
+    held = {"pretrain": 0, "expo": 0}
+    for seed in range(args.seeds):
+        market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
+        if not os.path.exists(os.path.join(market, "symbols.json")):
+            data.write_folder(data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=6000)[0], market)
+        for command, path in ((["pretrain.py", "--data", market, "--tok_steps=200", "--steps=150", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64", "--lr=3e-3"], base),
+                              (["expo.py", "--ckpt", base, "--steps=60", "--no-backtest"], tuned)):
+            if not os.path.exists(path):
+                subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:], f"--seed={seed}", "--out", path], check=True, stdout=subprocess.DEVNULL)
+        result = sample.evaluate([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
+        line = f"seed {seed:>2}"
+        for name, entry in zip(held, result["checkpoints"]):
+            da = entry["da"]
+            held[name] += da["lo"] <= 0.5 <= da["hi"]
+            line += f"   {name}: right calls {da['value']:.2%} [{da['lo']:.2%}, {da['hi']:.2%}] {'' if da['lo'] <= 0.5 <= da['hi'] else 'NOT one half'}"
+        print(line, flush=True)
+    print(f"intervals that hold one half, of {args.seeds}: " + ", ".join(f"{name} {n}" for name, n in held.items()))
+
+
+SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "stages": stages_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:

@@ -138,6 +138,30 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(market, tmp_pa
     assert all((a - b).abs().max() <= 1e-5 * size for other in (parts, two) for a, b in zip(one, other))
 
 
+def test_a_process_that_dies_ends_the_run_and_it_resumes_on_another_number(market, tmp_path):
+    out = tmp_path / "a.pt"
+    args = ["--data", str(market), "--out", str(out), *TINY, "--steps", "3000", "--eval_every", "1000", "--save_every", "1"]
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(ROOT, "pretrain.py"), *args],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not out.exists() or torch.load(out, weights_only=True)["stage"] != "pretrain":
+        time.sleep(0.1)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command, environment = (open(f"/proc/{pid}/{name}", "rb").read().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if str(out).encode() in command and b"RANK=1" in environment:
+            os.kill(int(pid), signal.SIGKILL)
+    err = run.communicate(timeout=120)[1]
+    assert run.returncode != 0 and "error: process 0 lost another process of this run" in err and "--resume" in err, err
+    step = torch.load(out, weights_only=True)["step"]
+    one = subprocess.Popen([sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", str(out), "--resume"], stdout=subprocess.PIPE, text=True)
+    while torch.load(out, weights_only=True)["step"] == step:
+        time.sleep(0.1)
+    one.send_signal(signal.SIGTERM)
+    assert "2 processes of 1 threads before, 1 of" in one.communicate(timeout=120)[0] and one.returncode == 143
+
+
 def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, checkpoint, call):
     base, base_tokenizer, base_meta = load_checkpoint(checkpoint, weights="best")
     args = ["--data", market, "--init_from", checkpoint, "--steps", 1, "--lr", 1e-9, "--batch_size", 2, "--block_size", 64]

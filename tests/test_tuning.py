@@ -14,18 +14,12 @@ import data
 import expo
 import rollout
 import sample
-from conftest import ROOT, script
+from conftest import ROOT, complaint, script
 from model import Model, close_table, load_checkpoint, read_checkpoint
 
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
 
 
-def complaint(result):
-    """The one line that a mistake gets."""
-    status, out, err = result
-    lines = err.strip().splitlines()
-    assert status == 2 and lines and lines[-1].startswith("error: ") and "Traceback" not in err, (status, err)
-    return lines[-1]
 
 
 @pytest.fixture(scope="module")
