@@ -671,6 +671,8 @@ def tokenize(bars, tokenizer) -> np.ndarray:
         coarse, fine = tokenizer.encode(torch.from_numpy(x))
         tokens[at:at + len(x)] = np.stack([coarse.cpu().numpy(), fine.cpu().numpy()], axis=1)
         at += len(x)
+        if at % (256 * BLOCK) == 0:
+            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
     if cache:
         tokens.flush()
         os.replace(cache + ".tmp", cache)

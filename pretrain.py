@@ -194,6 +194,7 @@ def main():
         model, _, _ = load_checkpoint(config.out, weights="last")
     elif base:
         model = base[0]
+        model.config.block_size = block_size
     else:
         n_moved = sum(np.count_nonzero(np.diff(bars.ohlcva[first - 1:last, 3])) for bars, (first, last) in zip(series, train.targets))
         sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}

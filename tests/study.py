@@ -267,7 +267,7 @@ def plot_tokenizers(path, names, result):
                 parts.append(f'<line class="g" x1="{X(v):.1f}" x2="{X(v):.1f}" y1="{Y(s["lo"]):.1f}" y2="{Y(s["hi"]):.1f}"/>')
             parts.append(f'<circle class="{"dn" if "no" in name else "up"}" cx="{X(v):.1f}" cy="{Y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
         for v, anchor in ((min(x), "start"), (max(x), "end")):
-            parts.append(sample.label(X(v), h + 58, f"{math.exp(v):.3g}", anchor))
+            parts.append(sample.label(X(v), h + 58, f"{math.exp(v):,.0f}" if v > math.log(10) else f"{math.exp(v):.3g}", anchor))
         parts.append(sample.label(x0 + w / 2, h + 74, title + ", log scale", "middle"))
     parts.append(sample.label(3 * (w + 50) + 40, 16, "green: with the entropy term, red: without", "end"))
     sample.write_svg(path, 3 * (w + 50) + 50, h + 86, parts)

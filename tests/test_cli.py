@@ -164,11 +164,12 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes_on_another_number(marke
 
 def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, checkpoint, call):
     base, base_tokenizer, base_meta = load_checkpoint(checkpoint, weights="best")
-    args = ["--data", market, "--init_from", checkpoint, "--steps", 1, "--lr", 1e-9, "--batch_size", 2, "--block_size", 64]
+    args = ["--data", market, "--init_from", checkpoint, "--steps", 1, "--lr", 1e-9, "--batch_size", 2, "--block_size", 48]
     status, out, err = call("pretrain", *args, "--out", tmp_path / "b.pt")
     assert status == 0, err
     tuned, tokenizer, meta = load_checkpoint(str(tmp_path / "b.pt"))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(base.parameters(), tuned.parameters()))
+    assert (base.config.block_size, tuned.config.block_size) == (64, 48)  # the context of forecasts, too
     assert same(base_tokenizer.state_dict(), tokenizer.state_dict()) and tuple(meta["splits"]) == tuple(base_meta["splits"])
     assert "no score" in complaint(call("pretrain", *args, "--out", tmp_path / "c.pt", "--val_start", data.iso(base_meta["splits"][0] - 3600).replace(" ", "T")))
 
@@ -333,6 +334,28 @@ def test_a_generation_of_20_000_bars_stays_finite(loaded, market):
     codes[0][2] = torch.where(codes[0][2] < 32, wildest, codes[0][2])
     for out in (data.inverse(tokenizer.decode(*codes).numpy(), state.anchored())[0], sample.forecast(model, tokenizer, bars, horizon=1000, paths=1)):
         assert np.isfinite(out).all() and (out[..., :4] > 0).all() and (out[..., 4:] >= 0).all()
+
+
+def test_memory_does_not_grow_with_the_bars_generated(checkpoint, market):
+    """Peak memory of a process after 1,000 bars and after 20,000."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {ROOT!r})
+import torch
+from model import load_checkpoint
+torch.set_num_threads(1)
+model, tokenizer, _ = load_checkpoint({checkpoint!r})
+token = torch.zeros(1, 64, dtype=torch.int64)
+with torch.inference_mode():
+    state = model.prefill(token, token, 60 * torch.arange(64)[None])
+    for n in range(20_000):
+        model.step(*model.sample(state.h), state.time + 60, state)
+        if n in (999, 19_999):
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    short, long = map(int, done.stdout.split())
+    assert long <= 1.02 * short, (short, long)
 
 
 def test_parallel_forecast_samples_the_slots(loaded, market):

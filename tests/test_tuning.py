@@ -20,8 +20,6 @@ from model import Model, close_table, load_checkpoint, read_checkpoint
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
 
 
-
-
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     return load_checkpoint(checkpoint)
