@@ -456,6 +456,16 @@ def features(bars) -> tuple[np.ndarray, State]:
     return np.concatenate([x for x, _ in blocks]), blocks[-1][1]
 
 
+def scales(bars):
+    """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
+    o, h, l, c = bars.ohlcva[:, :4].T
+    previous = np.append(c[0], c[:-1])
+    begun = np.arange(len(c)) > 0
+    total, weight = (np.append(0.0, _decayed_sum(u, np.float64(0.0)))[:-1]
+                     for u in (np.log(np.maximum(h, previous) / np.minimum(l, previous)) * begun, begun.astype(float)))
+    return np.maximum(total / np.where(weight > 0, weight, 1.0), S_FLOOR)
+
+
 def _features_block(ohlcva, state):
     o, h, l, c, v, a = ohlcva.T
     n = len(c)

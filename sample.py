@@ -454,7 +454,7 @@ class Targets:
         self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
-        self.time, self.r, self.s = flat([bars.time for bars in self.series]), flat(self.returns), flat([scales(bars) for bars in self.series])
+        self.time, self.r, self.s = flat([bars.time for bars in self.series]), flat(self.returns), flat([data.scales(bars) for bars in self.series])
         self.symbol = np.repeat(np.arange(len(self.series)), [b - a for a, b in self.ranges])
         self.stamp = np.unique(self.time, return_inverse=True)[1]
         # origins spread over the dates: each symbol begins at an offset of its own
@@ -492,16 +492,6 @@ class Targets:
         part = copy.copy(self)
         part.r, part.stamp, part.block, part.symbol = self.r[which], self.stamp[which], self.block[which], self.symbol[which]
         return part
-
-
-def scales(bars):
-    """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
-    o, h, l, c = bars.ohlcva[:, :4].T
-    previous = np.append(c[0], c[:-1])
-    begun = np.arange(len(c)) > 0
-    total, weight = (np.append(0.0, data._decayed_sum(u, np.float64(0.0)))[:-1]
-                     for u in (np.log(np.maximum(h, previous) / np.minimum(l, previous)) * begun, begun.astype(float)))
-    return np.maximum(total / np.where(weight > 0, weight, 1.0), data.S_FLOOR)
 
 
 def span_of(metas, split, start, end):
@@ -1030,7 +1020,7 @@ def print_versus(columns, t, rows, versus=(-1, 0)):
     """
     names, every = list(columns), list(columns.values())
     a, b = (every[i] for i in versus)
-    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}: {len(t.r):,} bars, {t.n_blocks} blocks of time; {t.path_r.shape[0]:,} origins")
+    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}: {len(t.r):,} bars, {t.n_blocks} blocks; {len(t.path_r):,} origins")
     print(f"{'':22}" + "".join(f"{name[-9:]:>10}" for name in names) + f"   {names[versus[0]]} to {names[versus[1]]}, 95 %")
     for metric, label, scale, digits in rows:
         metric, step = metric if isinstance(metric, tuple) else (metric, -1)

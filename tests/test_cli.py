@@ -1,6 +1,8 @@
 """The scripts as users call them: the main job end to end, kills and resumes, and what bad input gets."""
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -413,3 +415,28 @@ def test_report_row_against_naive_numbers():
     assert row["var95"] == pytest.approx(-r[49], abs=2e-4) and row["es95"] == pytest.approx(-r[:50].mean(), abs=1e-4)
     sigma = np.diff(np.log(bars.ohlcva[-21:, 3])).std() * 2 ** 0.5
     assert row["p_extreme"] == (np.abs(np.log1p(r)) > 3 * sigma).mean()
+
+
+# ---- what is written down
+
+def commands():
+    """Every command of the README and of the scripts' own headers, [script, its arguments]."""
+    found = []
+    for name in ["README.md"] + sorted(n for n in os.listdir(ROOT) if n.endswith(".py")):
+        text = open(os.path.join(ROOT, name), encoding="utf-8").read()
+        text = text if name == "README.md" else text.split('"""')[1]
+        for line in text.splitlines():
+            for part in re.split(r"&&|`", line.split(" #")[0]):
+                words = re.search(r"(?:python|torchrun(?: --\S+)*) ((?:data|tokenizer|pretrain|expo|rollout|sample)\.py)(?: (.*))?$", part.strip())
+                if words:
+                    found.append((words[1], words[2] or ""))
+    return found
+
+
+def test_every_command_that_is_written_down_has_flags_that_exist():
+    """The commands themselves run, with fewer steps, in the tests above and in .ci/run."""
+    found = commands()
+    assert len(found) > 30 and {script for script, _ in found} == {"data.py", "tokenizer.py", "pretrain.py", "expo.py", "rollout.py", "sample.py"}
+    for script, words in found:
+        config = __import__(script[:-3]).Config
+        data.cli(config, "", shlex.split(words))
