@@ -393,27 +393,34 @@ def plot_codebook(path, tokenizer, series, shown=40):
     write_svg(path, W, 2 * H, parts)
 
 
+PANELS = (("pretrain: loss, nats per bar", (("train", "m", "train"), ("val", "m2", "val"))),  # title, (key in a report, css, label)
+          ("expo: log loss of P(up)", (("val_logloss", "m2", "val"),)), ("rollout: path CRPS, log return x 100", (("path_crps", "m2", "val"),)))
+
+
 def plot_loss(path, metrics):
-    """Train and val loss of every report in the checkpoint's metrics."""
-    rows = [m for m in metrics if "val" in m and "train" in m]
-    if len(rows) < 2:
+    """The reports in a checkpoint's metrics, a panel for each stage that made any."""
+    panels = [(title, rows, lines) for title, lines in PANELS if len(rows := [m for m in metrics if all(key in m for key, *_ in lines)]) > 1]
+    if not panels:
         raise UserError("the checkpoint holds fewer than two reports of losses: nothing to draw")
-    W, H, x0, y0, w, h = 640, 340, 50, 30, 520, 260
-    steps = [m["step"] for m in rows]
-    values = np.array([[m["train"], m["val"]] for m in rows])
-    low, high = values.min(), values.max() + 1e-9
-    X = lambda s: x0 + (s - steps[0]) / max(1, steps[-1] - steps[0]) * w
-    Y = lambda v: y0 + (high - v) / (high - low) * h
-    parts = [label(x0, 18, "loss, nats per bar", css="t")]
-    for tick in round_ticks(low, high):
-        parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
-    for tick in round_ticks(steps[0], steps[-1]):
-        parts.append(label(X(tick), y0 + h + 18, f"{tick:.0f}", "middle"))
-    for column, css, name in ((0, "m", "train"), (1, "m2", "val")):
-        parts.append(line([(X(s), Y(v)) for s, v in zip(steps, values[:, column])], css))
-        parts.append(label(x0 + w + 6, Y(values[-1, column]) + (4 if column else -6), name))
-    parts.append(label(x0 + w / 2, H - 8, "step", "middle"))
-    write_svg(path, W, H, parts)
+    W, H, x0, w, h = 640, 340, 60, 510, 260
+    parts = []
+    for n, (title, rows, lines) in enumerate(panels):
+        y0 = 30 + n * H
+        steps = [m["step"] for m in rows]
+        values = np.array([[m[key] for key, *_ in lines] for m in rows])
+        low, high = values.min(), values.max() + 1e-9
+        X = lambda s: x0 + (s - steps[0]) / max(1, steps[-1] - steps[0]) * w
+        Y = lambda v: y0 + (high - v) / (high - low) * h
+        parts.append(label(x0, y0 - 12, title, css="t"))
+        for tick in round_ticks(low, high):
+            parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + label(x0 - 5, Y(tick) + 4, f"{tick:.6g}", "end"))
+        for tick in round_ticks(steps[0], steps[-1]):
+            parts.append(label(X(tick), y0 + h + 18, f"{tick:.0f}", "middle"))
+        for column, (_, css, name) in enumerate(lines):
+            parts.append(line([(X(s), Y(v)) for s, v in zip(steps, values[:, column])], css))
+            parts.append(label(x0 + w + 6, Y(values[-1, column]) + (4 if column else -6), name))
+        parts.append(label(x0 + w / 2, y0 + h + 34, "step", "middle"))
+    write_svg(path, W, H * len(panels), parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
