@@ -338,28 +338,6 @@ def test_a_generation_of_20_000_bars_stays_finite(loaded, market):
         assert np.isfinite(out).all() and (out[..., :4] > 0).all() and (out[..., 4:] >= 0).all()
 
 
-def test_memory_does_not_grow_with_the_bars_generated(checkpoint, market):
-    """Peak memory of a process after 1,000 bars and after 20,000."""
-    code = f"""
-import resource, sys
-sys.path.insert(0, {ROOT!r})
-import torch
-from model import load_checkpoint
-torch.set_num_threads(1)
-model, tokenizer, _ = load_checkpoint({checkpoint!r})
-token = torch.zeros(1, 64, dtype=torch.int64)
-with torch.inference_mode():
-    state = model.prefill(token, token, 60 * torch.arange(64)[None])
-    for n in range(20_000):
-        model.step(*model.sample(state.h), state.time + 60, state)
-        if n in (999, 19_999):
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    short, long = map(int, done.stdout.split())
-    assert long <= 1.02 * short, (short, long)
-
-
 def test_parallel_forecast_samples_the_slots(loaded, market):
     model, tokenizer = loaded
     out, _ = sample.simulate(model, tokenizer, data.load(str(market)), 16, 5, parallel=True)

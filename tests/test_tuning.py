@@ -154,7 +154,7 @@ def test_log_odds_of_a_pair_and_of_the_sets(loaded):
     up = expo.logit_up(model, model.coarse_logits(h).log_softmax(-1)).sigmoid()
     for n in range(5):
         p = model.coarse_logits(h[n]).softmax(-1)
-        both = [p[c] * model.fine_logits(h[n], c).softmax(-1)[f] for c, f in pair[n]]
+        both = [(p[c] * model.fine_logits(h[n], c).softmax(-1)[f]).item() for c, f in pair[n]]
         assert got[n].item() == pytest.approx(math.log(both[0] / both[1]), abs=1e-4)
         assert up[n].item() == pytest.approx(p[model.up_mask].sum().item(), abs=1e-5)
 
