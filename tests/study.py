@@ -339,12 +339,14 @@ def stages_study(argv):
                 still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
                 still = sample.bootstrap(sample.block_sums(still, t), t)
             if not os.path.exists(file(arm, seed, ".scores.pt")):
-                model, tokenizer, _ = load_checkpoint(path)
+                # the last weights, before the choice on val: where nothing is better that takes the base, and would show a 1 for all arms
+                model, tokenizer, _ = load_checkpoint(path, weights="best" if arm == "base" else "last")
                 drawn = sample.drawn_scores(model, tokenizer, t, args.paths)
                 data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, file(arm, seed, ".scores.pt"))
             print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
     print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; paths of {HORIZON} bars from {len(t.path_r):,} origins, "
           f"{t.n_path_blocks} blocks; {args.seeds} seeds")
+    kept = {arm: sum(math.isfinite(load_checkpoint(file(arm, seed))[2]["best_val"]) for seed in range(args.seeds)) for arm in args.arms}
     load = lambda arm, seed: {k: tuple(a.numpy() for a in v) for k, v in data.load_safe(file(arm, seed, ".scores.pt")).items()}
     scores = {arm: [load(arm, seed) for seed in range(args.seeds)] for arm in ("base", *args.arms)}
 
@@ -358,8 +360,8 @@ def stages_study(argv):
         return sample.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
 
     def table(title, columns):
-        print(f"\n{title}\n\n| | " + " | ".join(label for _, _, label, *_ in columns) + " | s |")
-        print("| --- |" + " --- |" * (len(columns) + 1))
+        print(f"\n{title}\n\n| | " + " | ".join(label for _, _, label, *_ in columns) + " |")
+        print("| --- |" + " --- |" * len(columns))
         for arm in ("base", *args.arms):
             cells = []
             for metric, step, _, scale, digits, other in columns:
@@ -372,9 +374,11 @@ def stages_study(argv):
                 digits = 4 if other and metric in sample.RATIOS else digits
                 sign = "+" if other and metric not in sample.RATIOS else ""
                 cells.append(f"{sample.show(score, scale, digits, sign)} ({', '.join(f'{v * scale:{sign}.{digits}f}' for v in each)})" if score else ".")
-            print(f"| {arm} | " + " | ".join(cells) + f" | {statistics.mean(spent[arm]):.0f} |")
+            print(f"| {arm} | " + " | ".join(cells) + " |")
 
-    table("Next bar: the base's score, and of each arm the difference or ratio to its own base [95 % interval] (each seed); seconds of a run",
+    print("kept on val, of the seeds: " + ", ".join(f"{arm} {n}" for arm, n in kept.items()))
+    print("seconds of a run: " + ", ".join(f"{arm} {statistics.mean(s):.0f}" for arm, s in spent.items()))
+    table("Next bar: the base's score, and of each arm the difference or ratio to its own base [95 % interval] (each seed)",
           [("da", None, "right calls, %", 100, 2, "base"), ("up_share", None, "called up, %", 100, 1, "base"), ("logloss", None, "log loss of P(up)", 1, 5, "base"),
            ("ece", None, "calibration, %", 100, 2, "base"), ("mae", None, "MAE", 1, 4, "base"), ("crps", None, "CRPS", 1, 4, "base")])
     table(f"Paths: means over {HORIZON} bars", [("path_mape", None, "MAPE, %", 1, 4, "base"), ("path_mape", None, "MAPE to persistence", 1, 4, "still"),
