@@ -377,7 +377,7 @@ def stages_study(argv):
             print(f"| {arm} | " + " | ".join(cells) + " |")
 
     print("kept on val, of the seeds: " + ", ".join(f"{arm} {n}" for arm, n in kept.items()))
-    print("seconds of a run: " + ", ".join(f"{arm} {statistics.mean(s):.0f}" for arm, s in spent.items()))
+    print("seconds of the longest run: " + ", ".join(f"{arm} {max(s):.0f}" for arm, s in spent.items()))
     table("Next bar: the base's score, and of each arm the difference or ratio to its own base [95 % interval] (each seed)",
           [("da", None, "right calls, %", 100, 2, "base"), ("up_share", None, "called up, %", 100, 1, "base"), ("logloss", None, "log loss of P(up)", 1, 5, "base"),
            ("ece", None, "calibration, %", 100, 2, "base"), ("mae", None, "MAE", 1, 4, "base"), ("crps", None, "CRPS", 1, 4, "base")])
@@ -399,7 +399,7 @@ def null_study(argv):
     args = parser.parse_args(argv)
     import sample
     os.makedirs(args.out, exist_ok=True)
-    held = {"pretrain": 0, "expo": 0}
+    held, harmed = {"pretrain": 0, "expo": 0}, 0
     for seed in range(args.seeds):
         market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
         if not os.path.exists(os.path.join(market, "symbols.json")):
@@ -409,12 +409,16 @@ def null_study(argv):
             if not os.path.exists(path):
                 subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:], f"--seed={seed}", "--out", path], check=True, stdout=subprocess.DEVNULL)
         result = sample.evaluate([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
+        pair = {p["metric"]: p["difference"] for p in result["paired"] if (p["a"], p["b"]) == (base, tuned)}
         line = f"seed {seed:>2}"
         for name, entry in zip(held, result["checkpoints"]):
             da = entry["da"]
             held[name] += da["lo"] <= 0.5 <= da["hi"]
             line += f"   {name}: right calls {da['value']:.2%} [{da['lo']:.2%}, {da['hi']:.2%}] {'' if da['lo'] <= 0.5 <= da['hi'] else 'NOT one half'}"
-        print(line, flush=True)
+        worse = [m for m in ("logloss", "ece") if pair[m]["hi"] < 0]       # pretrain less expo: wholly below 0 says that expo did harm
+        harmed += bool(worse)
+        print(line + (f"   expo worse in {', '.join(worse)}" if worse else ""), flush=True)
+    print(f"markets on which expo's log loss or calibration is worse, interval clear of 0: {harmed}")
     print(f"intervals that hold one half, of {args.seeds}: " + ", ".join(f"{name} {n}" for name, n in held.items()))
 
 
