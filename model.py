@@ -394,7 +394,7 @@ class Model(nn.Module):
         self.fine_given = nn.Embedding(V1, C)
         self.fine_head = nn.Linear(C, V2, bias=False)
         self.register_buffer("offsets", offsets, persistent=False)
-        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that mean "up"; without a direction bit, set it to those that decode so
+        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that mean "up"; pretrain.py sets them from the tokenizer
         self.mid = config.n_layer // 2
         self.grad_ckpt = False                          # recompute each layer in the backward pass instead of keeping it
         self.parts = {}

@@ -203,6 +203,7 @@ def main():
             model = Model(ModelConfig(**sizes | dict(coarse_bits=k1, fine_bits=k2, block_size=block_size, unmoved=1 - int(n_moved) / max(1, n_train))))
         except ValueError as e:
             raise UserError(f"the model's sizes do not fit: {e}")
+        model.up_mask.copy_(tokenizer.decode(torch.arange(2**k1))[:, 0] > 0)  # with a direction bit the upper half; without, those that decode so
     model.to(device).train()
     model.grad_ckpt = config.grad_ckpt
     dtype_name, dtype = data.pick_dtype(config.dtype, device)

@@ -44,6 +44,14 @@ def test_training_reports_and_writes_one_file(market, tmp_path, call):
     assert tuple(meta["splits"]) == borders
 
 
+def test_without_a_direction_bit_up_is_what_decodes_so(market, tmp_path, checkpoint, call):
+    assert call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY, "--no-direction_bit")[0] == 0
+    for path, upper in ((tmp_path / "a.pt", False), (checkpoint, True)):
+        model, tokenizer, _ = load_checkpoint(str(path))
+        assert torch.equal(model.up_mask, tokenizer.decode(torch.arange(64))[:, 0] > 0)
+        assert torch.equal(model.up_mask, torch.arange(64) >= 32) == upper
+
+
 def test_training_learns_a_plain_rule(tmp_path, call):
     for bars in data.synthetic(signal=0.45, n_symbols=2, n_bars=3000)[0]:
         write_csv(tmp_path / f"{bars.symbol}.csv", bars)
