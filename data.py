@@ -915,6 +915,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
+def _integers(text):
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,6,10")
+
+
 def cli(config_class, doc, argv=None) -> dict:
     """The flags given, as {field: value}; there is a flag for each field of the dataclass, and no other.
 
@@ -933,7 +940,7 @@ def cli(config_class, doc, argv=None) -> dict:
         elif typing.get_origin(kind) is list:
             how |= dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
         elif typing.get_origin(kind) is tuple:
-            how |= dict(type=lambda text: tuple(int(n) for n in text.split(",")), metavar="N,N")
+            how |= dict(type=_integers, metavar="N,N")
         else:
             how |= dict(type=kind)
         parser.add_argument(f"--{field.name}", **how)

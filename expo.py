@@ -209,7 +209,8 @@ def main():
     borders, block_size = tuple(base["splits"]), config.block_size or reference.config.block_size
     series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > block_size]
     if not series:
-        raise UserError(f"no symbol has more than {block_size} bars before val starts ({data.iso(borders[0])}); lower --block_size or give other --data")
+        raise UserError(f"no symbol has more than {block_size} bars before val starts ({data.iso(borders[0])}, the checkpoint's date); "
+                        f"lower --block_size, or fine-tune on these bars first: pretrain.py --init_from {config.ckpt}")
     tokens = [data.tokenize(bars, tokenizer) for bars in series]
     train = data.make_streams(series, tokens, "train", borders, block_size, config.batch_size)
     t = sample.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)

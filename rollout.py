@@ -197,7 +197,8 @@ def main():
     window = block_size + longest - 1
     series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
     if not series:
-        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}); lower --block_size or give other --data")
+        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}, the checkpoint's date); "
+                        f"lower --block_size, or fine-tune on these bars first: pretrain.py --init_from {config.ckpt}")
     tokens = [data.tokenize(bars, tokenizer) for bars in series]
     train = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
     t = sample.some_targets(series, "val", borders, longest, VAL_ORIGINS, config.seed, most=VAL_BARS)
