@@ -320,9 +320,10 @@ def test_ends_with_the_paired_backtest(checkpoint, tmp_path, call, name, metric)
 def test_the_base_is_kept_where_nothing_is_better(checkpoint, tmp_path, call, monkeypatch, name):
     real, calls = sample.drawn_scores, []
 
-    def ever_worse(*args, **kwargs):        # of the rollouts' paths; for expo no ratio can be fair
+    def ever_worse(*args, **kwargs):        # paths, MAE and CRPS; a better log loss must not make up for them
         calls.append(1)
-        return {k: (v * len(calls), r * len(calls)) for k, (v, r) in real(*args, **kwargs).items()}
+        scale = lambda k: 1 / len(calls) if k == "logloss" else len(calls)
+        return {k: (v * scale(k), r * scale(k)) for k, (v, r) in real(*args, **kwargs).items()}
     monkeypatch.setattr(sample, "drawn_scores", ever_worse)
     status, out, err = call(name, "--ckpt", checkpoint, "--out", tmp_path / "a.pt", *FAST)
     assert status == 0 and "holds the" in out, err
