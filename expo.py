@@ -179,7 +179,7 @@ def loss_of(model, reference, table, batch, phase, chance, config):
         w_right, l_wrong = ((up[:, i] == (rising ^ bool(i))).float().mean().item() for i in (0, 1))
     each = expo_loss(odds, ref_odds, config.lam)
     sides = [each[side].mean() for side in (rising, ~rising) if side.any()]                                     # rises and falls weigh the same
-    expo, away = sum(sides) / max(1, len(sides)), away.mean()
+    expo, away = torch.stack(sides).mean() if sides else each.sum(), away.mean()                                # without a label: 0
     median = ref_odds.median().item() if len(ref_odds) else math.nan
     return expo + config.beta * away, dict(loss=expo.item(), kl=away.item(), odds=median, w_right=w_right, l_wrong=l_wrong)
 

@@ -110,6 +110,14 @@ def test_the_set_loss_is_the_naive_one(loaded, batch):
     assert len(up[True]) != len(up[False])
 
 
+@pytest.mark.parametrize("pairs", ["set", "matched"])
+def test_a_batch_without_a_label_costs_only_its_kl(loaded, batch, pairs):
+    reference, tokenizer, _ = loaded
+    loss, told = expo.loss_of(moved(reference), reference, close_table(tokenizer), batch, 0, np.random.default_rng(0), expo.Config(pairs=pairs, noise=1e9, beta=0.5))
+    loss.backward()
+    assert told["loss"] == 0 and loss.item() == pytest.approx(0.5 * told["kl"]) and told["kl"] > 0
+
+
 @pytest.mark.parametrize("kind", ["extreme", "matched"])
 def test_pairs_are_the_naive_ones(loaded, kind):
     model, tokenizer, _ = loaded
