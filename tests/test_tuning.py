@@ -38,7 +38,7 @@ def moved(model, seed=0):
     """A copy of the model with other weights."""
     other = Model(model.config)
     g = torch.Generator().manual_seed(seed)
-    other.load_state_dict({k: v + 0.05 * torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    other.load_state_dict({k: v + 0.3 * torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in model.state_dict().items()})
     return other
 
 
