@@ -417,6 +417,24 @@ def test_loss_is_the_cross_entropy_of_what_counts():
     assert model(coarse[:, :-1], fine[:, :-1], time[:, :-1], nothing)[2] == 0
 
 
+def test_an_order_of_the_codes_changes_which_number_draws_which_and_nothing_else():
+    model = make()
+    h, n = torch.randn(1, 32, generator=torch.Generator().manual_seed(1)), 100_000
+    V = 2**model.config.coarse_bits
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(2))
+    u = torch.stack(((torch.arange(n) + 0.5) / n, torch.rand(n, generator=torch.Generator().manual_seed(3))), -1)
+    with torch.no_grad():
+        coarse, fine = model.sample(h.expand(n, -1), u=u, order=order)
+        p = model.coarse_logits(h)[0].softmax(-1)
+    assert (torch.bincount(coarse, minlength=V) / n - p).abs().max() < 2 / n + 1e-6
+    assert (order.argsort()[coarse].diff() >= 0).all()
+    for c in coarse.unique()[:5]:       # the fine token is drawn given the coarse one that came out
+        rows = coarse == c
+        with torch.no_grad():
+            given = M.draw(model.fine_logits(h.expand(int(rows.sum()), -1), c.expand(int(rows.sum()))), 1.0, 1.0, u[rows, 1:])
+        assert torch.equal(fine[rows], given)
+
+
 def test_sampling_follows_the_distribution():
     model = make()
     h = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
