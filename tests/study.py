@@ -403,7 +403,7 @@ def null_study(argv):
     for seed in range(args.seeds):
         market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
         if not os.path.exists(os.path.join(market, "symbols.json")):
-            data.write_folder(data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=6000)[0], market)
+            data.write_folder(data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=8000)[0], market)
         for command, path in ((["pretrain.py", "--data", market, "--tok_steps=200", "--steps=150", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64", "--lr=3e-3"], base),
                               (["expo.py", "--ckpt", base, "--steps=60", "--no-backtest"], tuned)):
             if not os.path.exists(path):
