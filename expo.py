@@ -202,8 +202,8 @@ def main():
     reference, tokenizer, base = load_checkpoint(config.ckpt, device)
     reference.requires_grad_(False)
     series = sample.load_series(config.data, base)
-    source = dict(base["data"] if config.data is None else {}, sources=config.data or base["data"]["sources"], fingerprint=data.fingerprint(series),
-                  reference=data.weights_hash(reference.state_dict()), seed=base["data"].get("seed", base["seed"]))
+    source = dict(sources=config.data or base["data"]["sources"], fingerprint=data.fingerprint(series), reference=data.weights_hash(reference.state_dict()),
+                  seed=base["data"].get("seed", base["seed"]))
     if entry and entry["data"] != source:
         raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; give it those, or another --out")
     borders, block_size = tuple(base["splits"]), config.block_size or reference.config.block_size
@@ -304,7 +304,7 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
-    if best is None:
+    if math.isinf(best_val):  # a resumed run has the first weights as its best until some qualify
         print(f"no weights had a better log loss at no worse MAE and CRPS: {config.out} holds the reference")
     else:
         print(f"{config.out}: the weights of log loss {best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")

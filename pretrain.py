@@ -401,7 +401,7 @@ def alone_or_together():
     try:
         main()
     except RuntimeError as e:
-        if not dist.is_initialized():
+        if not dist.is_initialized() or isinstance(e, torch.OutOfMemoryError):
             raise
         raise UserError(f"process {os.environ['RANK']} lost another process of this run ({str(e).splitlines()[0][:80]}); "
                         f"start the same command again with --resume, on any number of processes")

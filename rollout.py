@@ -153,12 +153,14 @@ def loss_of(model, base, origins, tokens, phase, config):
         when = torch.cat((when, origins.times.repeat_interleave(kept, 0)[:, :-1]), 1)
     x, slots = model.trunk(coarse, fine, when, phase)
     h = norm(x)
-    real = h[:, :n]
-    loss = mean_nats(model.coarse_logits(real), target[0]) + mean_nats(model.fine_logits(real, target[0].clamp(min=0)), target[1])
-    if slots is not None and config.plain:
-        loss = loss + model.config.aux_weight * model.slot_loss(slots, [torch.nn.functional.pad(a, (0, h.shape[1] - n), value=-1) for a in target], phase)
+    plain = 0.0
+    if config.plain or tokens is None:
+        real = h[:, :n]
+        plain = mean_nats(model.coarse_logits(real), target[0]) + mean_nats(model.fine_logits(real, target[0].clamp(min=0)), target[1])
+        if slots is not None:
+            plain = plain + model.config.aux_weight * model.slot_loss(slots, [torch.nn.functional.pad(a, (0, h.shape[1] - n), value=-1) for a in target], phase)
     if tokens is None:
-        return loss, dict(loss=loss.item(), kl=math.nan)
+        return plain, dict(loss=plain.item(), kl=math.nan)
     with torch.no_grad():
         h_base = norm(base.trunk(coarse, fine, when, phase)[0])[:, n - 1:]
     own = h[:, n - 1:]
@@ -168,7 +170,7 @@ def loss_of(model, base, origins, tokens, phase, config):
     away = sum((p.exp() * (p - q)).sum(-1) for p, q in zip(pi, ref)).mean()
     weight = torch.arange(1.0, H + 1, device=each.device)
     own = (each * weight).sum(-1).mean() / weight.sum()
-    return own + config.kl * away + config.plain * loss, dict(loss=own.item(), kl=away.item())
+    return own + config.kl * away + config.plain * plain, dict(loss=own.item(), kl=away.item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
-    if best is None:
+    if math.isinf(best_val):  # a resumed run has the first weights as its best until some qualify
         print(f"no weights had a better path CRPS on val: {config.out} holds the base")
     else:
         print(f"{config.out}: the weights of path CRPS {best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")

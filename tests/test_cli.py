@@ -154,6 +154,7 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes_on_another_number(marke
     run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(ROOT, "pretrain.py"), *args],
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     while not out.exists() or torch.load(out, weights_only=True)["stage"] != "pretrain":
+        assert run.poll() is None
         time.sleep(0.1)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -167,6 +168,7 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes_on_another_number(marke
     step = torch.load(out, weights_only=True)["step"]
     one = subprocess.Popen([sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", str(out), "--resume"], stdout=subprocess.PIPE, text=True)
     while torch.load(out, weights_only=True)["step"] == step:
+        assert one.poll() is None
         time.sleep(0.1)
     one.send_signal(signal.SIGTERM)
     assert "2 processes of 1 threads before, 1 of" in one.communicate(timeout=120)[0] and one.returncode == 143

@@ -335,6 +335,10 @@ def test_the_base_is_kept_where_nothing_is_better(checkpoint, tmp_path, call, mo
     monkeypatch.setattr(sample, "drawn_scores", ever_worse)
     status, out, err = call(name, "--ckpt", checkpoint, "--out", tmp_path / "a.pt", *FAST)
     assert status == 0 and "holds the" in out, err
+    entry = torch.load(tmp_path / "a.pt", weights_only=True)  # and a resumed run says so too
+    torch.save(entry | dict(step=2), tmp_path / "a.pt")
+    status, out, err = call(name, "--out", tmp_path / "a.pt", "--resume", "--no-backtest")
+    assert status == 0 and "holds the" in out, (out, err)
     kept, base = read_checkpoint(str(tmp_path / "a.pt"))["best"], read_checkpoint(checkpoint)["best"]
     assert all(torch.equal(kept[k], base[k]) for k in base)
 
@@ -345,6 +349,7 @@ def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, 
     assert script(name + ".py", *args, "--out", tmp_path / "whole.pt").returncode == 0
     run = subprocess.Popen([sys.executable, os.path.join(ROOT, name + ".py"), *map(str, args), "--out", str(tmp_path / "broken.pt")], stdout=subprocess.DEVNULL)
     while not os.path.exists(tmp_path / "broken.pt"):
+        assert run.poll() is None
         time.sleep(0.01)
     run.kill()
     run.wait()
@@ -363,6 +368,7 @@ def test_sigterm_saves_and_exits_143(checkpoint, tmp_path, name):
     run = subprocess.Popen([sys.executable, os.path.join(ROOT, name + ".py"), "--ckpt", checkpoint, "--out", str(out), "--steps", "5000", "--batch_size", "2",
                             "--save_every", "1", "--no-backtest"], stdout=subprocess.PIPE, text=True)
     while not out.exists():
+        assert run.poll() is None
         time.sleep(0.01)
     run.send_signal(signal.SIGTERM)
     text = run.communicate(timeout=120)[0]
