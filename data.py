@@ -2,11 +2,14 @@
 
     python data.py --data 'csv/*.csv' --out folder       # CSV -> a folder of memory-mapped arrays that --data takes
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
-    python data.py --leak_demo                           # how scaling over a whole window shows skill on a random walk
+    python data.py --leak_demo                           # scaling over a whole window shows skill on a random walk
 
 The way of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
+
+Two sittings. The market: bars, features and their inverse, splits and batches, the synthetic market. Then the files:
+reading CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
 """
 import argparse
 import csv
@@ -48,7 +51,7 @@ class UserError(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bars from files
+# Bars
 
 @dataclass
 class Bars:
@@ -68,9 +71,411 @@ class Bars:
         return Bars(self.symbol, self.time[rows], self.ohlcva[rows])
 
 
-HEADERS = {  # column -> names it goes by, best first; pandas, yfinance, TradingView, Stooq, MetaTrader, Binance, Tushare, AkShare
+# ----------------------------------------------------------------------------------------------------------------------
+# Causal features and their inverse
+#
+# For a sequence u and its weights w (0 where bar i has no u) the running mean over bars < t is
+#     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
+# kept as its two sums. Sums start with bar 1, the first that has a previous close.
+
+@dataclass
+class State:
+    """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
+
+    close: last close, as `inverse` rebuilds it (NaN before the first bar); seen: as it was.
+    s, m, d, g: decayed sums of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
+    s_w, m_w, d_w, g_w: the sums of their weights.
+    origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
+    """
+    close: np.ndarray
+    seen: np.ndarray
+    s: np.ndarray
+    s_w: np.ndarray
+    m: np.ndarray
+    m_w: np.ndarray
+    d: np.ndarray
+    d_w: np.ndarray
+    g: np.ndarray
+    g_w: np.ndarray
+    origin_s: np.ndarray
+    origin_d: np.ndarray
+
+    @classmethod
+    def start(cls):
+        return cls(np.float64(np.nan), np.float64(np.nan), *np.zeros(8), np.float64(np.nan), np.float64(np.nan))
+
+    @classmethod
+    def stack(cls, states):
+        """n single states as one of shape [n, 1], to be broadcast over paths."""
+        return cls(*(np.array([getattr(s, k.name) for s in states])[:, None] for k in fields(cls)))
+
+    def scales(self):
+        """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
+        s, d = np.maximum(_mean(self.s, self.s_w), S_FLOOR), np.maximum(_mean(self.d, self.d_w), D_FLOOR)
+        s = np.fmin(np.fmax(s, self.origin_s / 8), self.origin_s * 8)  # fmin, fmax: a NaN bound does not bind
+        d = np.fmin(np.fmax(d, self.origin_d / 8), self.origin_d * 8)
+        return s, _mean(self.m, self.m_w), d, _mean(self.g, self.g_w)
+
+    def anchored(self):
+        """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
+        s, _, d, _ = self.scales()
+        return replace(self, origin_s=s, origin_d=d)
+
+    def map(self, f):
+        """f on every field: to index, repeat or stack states."""
+        return State(*(f(getattr(self, k.name)) for k in fields(self)))
+
+
+def features(bars) -> tuple[np.ndarray, State]:
+    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it. ValueError for no bars.
+
+        close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
+        open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
+        volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
+
+    then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
+    log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
+    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0.
+    """
+    blocks = list(feature_blocks(bars))
+    if not blocks:
+        raise ValueError("features of no bars")
+    return np.concatenate([x for x, _ in blocks]), blocks[-1][1]
+
+
+BLOCK = 512  # bars of one pass: keeps the arrays in cache, memory bounded on mapped data, and rounding in check
+
+
+def feature_blocks(bars, state=None):
+    """Yield (x float32 [n, 6], State after them) block by block; see `features`."""
+    state = state or State.start()
+    for i in range(0, len(bars), BLOCK):
+        x, state = _features_block(np.asarray(bars.ohlcva[i:i + BLOCK], np.float64), state)
+        yield x, state
+
+
+def _features_block(ohlcva, state):
+    o, h, l, c, v, a = ohlcva.T
+    first = np.isnan(state.close)
+    prev = np.append(c[0] if first else state.close, c[:-1])
+    begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
+    begun[0] = 0.0 if first else 1.0
+
+    has_v = np.where(v > 0, begun, 0.0)
+    has_a = np.where((v > 0) & (a > 0), begun, 0.0)
+    volume = np.log1p(np.where(v > 0, v, 0.0))
+    vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
+    true_range = _true_range(h, l, prev)
+    s, s_w, m, m_w, g, g_w = _running([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a],
+                                      [state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
+    level = _mean(m, m_w)[:-1]
+    deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
+    d, d_w = _running([np.abs(volume - level) * deviates, deviates], [state.d, state.d_w])
+    s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
+
+    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
+    step = c / prev
+    step[0] = 1.0 if c[0] == state.seen else step[0]  # a bar that did not move says so, whatever rounding did to prev
+    price = np.arcsinh(np.log(np.stack([step, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
+    if first:
+        price[:, 0] = 0.0
+    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
+    x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
+    close, total = _rebuilt(price, c[0] if first else state.close, state.s, s_w, begun)
+    ends = [np.float64(u[-1]) for u in (s_w, m, m_w, d, d_w, g, g_w)]
+    after = State(np.float64(close), c[-1], np.float64(total), *ends, state.origin_s, state.origin_d)
+    return np.ascontiguousarray(x.T), after
+
+
+def _rebuilt(price, close, total, weight, begun):
+    """The close and the sum of true ranges that `inverse` comes to over a block of price channels, float32 [4, n].
+
+    Rounding is carried on from here, so that the next block makes it good: over a chain of any length the error stays
+    that of one block. A true range is k_t s_t, so with s_t = S_t / w_t the sum grows as S_{t+1} = S_t (a + k_t / w_t).
+    """
+    c, o, upper, lower = np.sinh(price.astype(np.float64))
+    k = (np.maximum(np.maximum(c, o) + upper, 0) - np.minimum(np.minimum(c, o) - lower, 0)) * begun
+    w = weight[:-1]
+    sums = total * np.append(1.0, np.cumprod(DECAY + k / np.where(w > 0, w, np.inf)))
+    if (sums[:-1] < S_FLOOR * w).any() or (w == 0).any():  # where the floor holds, s_t is no multiple of S_t
+        for t in range(len(k)):
+            s_t = max(sums[t] / w[t], S_FLOOR) if w[t] > 0 else S_FLOOR
+            sums[t + 1] = DECAY * sums[t] + k[t] * s_t
+    s_t = np.maximum(_mean(sums[:-1], w), S_FLOOR)
+    return close * np.exp((c * s_t).sum()), sums[-1]
+
+
+def _true_range(high, low, previous):
+    return np.log(np.maximum(high, previous) / np.minimum(low, previous))
+
+
+def _running(rows, carry):
+    """Of each of k sequences the decayed sums before each bar and after the last, [k, n + 1]."""
+    carry = np.array(carry)
+    return np.concatenate([carry[:, None], decayed_sum(np.stack(rows), carry)], axis=1)
+
+
+def _mean(total, weight):
+    return total / np.where(weight > 0, weight, 1.0)
+
+
+def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
+    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T) elementwise passes.
+
+    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no later bar, to the bit.
+    """
+    y = u.copy()
+    n, shift = y.shape[-1], 1
+    while shift < n and decay ** shift > 1e-18:  # weights below the last bit add nothing
+        y[..., shift:] += decay ** shift * y[..., :-shift]
+        shift *= 2
+    return y + carry[..., None] * decay ** np.arange(1, n + 1)
+
+
+def inverse(x, state) -> tuple[np.ndarray, State]:
+    """Bars from features: the exact inverse of `features`, from the State before the first of them.
+
+    x: [..., T, 6], finite (ValueError if not).  state: fields of shape [...] or broadcast to it.
+    Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
+    become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
+    amounts, amount is volume times close.
+    """
+    x = np.asarray(x, np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("a feature is not finite")
+    batch, n = x.shape[:-2], x.shape[-2]
+    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch).copy())
+    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
+    out = np.empty((n, 6) + batch)
+    for t in range(n):
+        close, open_, upper, lower, volume, vwap = y[t]
+        s, m, d, g = st.scales()
+        c = np.clip(st.close * np.exp(np.clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
+        o = np.clip(st.close * np.exp(np.clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
+        h = np.maximum(o, c) * np.exp(np.clip(upper * s, 0.0, MAX_MOVE))
+        l = np.minimum(o, c) * np.exp(-np.clip(lower * s, 0.0, MAX_MOVE))
+        fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
+        has_v = ((volume != 0) & ((st.m_w > 0) | fresh)).astype(np.float64)
+        has_a = ((vwap != 0) & ((st.g_w > 0) | fresh)).astype(np.float64) * has_v
+        log_v = np.clip(m + volume * d, 0.0, 80.0) * has_v
+        rel = np.clip(g + vwap * s * has_a, -80.0, 80.0)
+        v = np.expm1(log_v)
+        out[t] = o, h, l, c, v, v * c * np.exp(rel)
+        deviates = has_v * (st.m_w > 0)
+        st = State(c, c, DECAY * st.s + _true_range(h, l, st.close), DECAY * st.s_w + 1.0,
+                   DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
+                   DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
+                   DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
+    return np.moveaxis(out, (0, 1), (-2, -1)), st
+
+
+def scales(bars):
+    """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
+    _, h, l, c = bars.ohlcva[:, :4].T
+    previous = np.append(c[0], c[:-1])
+    begun = np.arange(len(c)) > 0  # bar 0 enters no mean
+    true_range = _true_range(h, l, previous) * begun
+    total, weight = (np.append(0.0, decayed_sum(u))[:-1] for u in (true_range, begun.astype(float)))
+    return np.maximum(total / np.where(weight > 0, weight, 1.0), S_FLOOR)
+
+
+def states_at(bars, origins):
+    """The States after bars `origins` (rising), as `features` of the bars up to each gives them, in one pass."""
+    state, found = State.start(), []
+    for i in range(0, len(bars), BLOCK):
+        block = np.asarray(bars.ohlcva[i:i + BLOCK], np.float64)
+        found += [_features_block(block[:o + 1 - i], state)[1] for o in origins if i <= o < i + BLOCK]
+        if len(found) == len(origins):
+            break
+        state = _features_block(block, state)[1]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits, token streams, batches
+
+def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
+    """(val_start, test_start) in UTC seconds: train < val_start <= val < test_start <= test, over all symbols at once.
+
+    Given as dates, or None: 80/10/10 % of the distinct time stamps.
+    """
+    stamps = series[0].time
+    for bars in series[1:]:
+        if not np.array_equal(stamps, bars.time):
+            stamps = np.union1d(stamps, bars.time)
+    borders = []
+    for name, date, share in (("val_start", val_start, 0.8), ("test_start", test_start, 0.9)):
+        by_share = stamps[min(int(share * len(stamps)), len(stamps) - 1)]
+        border = float(by_share) if date is None else parse_time(str(date))
+        if np.isnan(border):
+            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
+        borders.append(int(border))
+    if not stamps[0] < borders[0] < borders[1]:
+        raise UserError(f"the split leaves no room: bars begin {iso(stamps[0])}, val {iso(borders[0])}, "
+                        f"test {iso(borders[1])}; set --val_start and --test_start in this order")
+    return borders[0], borders[1]
+
+
+def iso(seconds):
+    """UTC seconds as text: a date, with the time of day where it has one."""
+    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
+
+
+def targets_of(bars, split, borders):
+    """[first, last) of the bars that are targets in "train", "val" or "test"; context may reach back before first."""
+    val, test = np.searchsorted(bars.time, borders)
+    first, last = {"train": (0, val), "val": (val, test), "test": (test, len(bars))}[split]
+    return max(int(first), CONTEXT), int(last)
+
+
+@dataclass
+class Streams:
+    """Token series of many symbols, which of their bars are targets, and the shape of a batch."""
+    tokens: list          # per symbol int16 [T, 2]: coarse, fine; may be memory-mapped
+    time: list            # per symbol int64 [T]
+    targets: np.ndarray   # int64 [symbols, 2]: first target, one past the last
+    block_size: int       # bars of context in a window
+    batch_size: int       # windows in the global batch
+    whole: bool = False   # only windows in which every bar is a target
+
+    def __post_init__(self):
+        # a window is named by its last target e; its inputs are the block_size bars before e
+        self.first_end = np.maximum(self.targets[:, 0] + (self.block_size - 1) * self.whole, self.block_size)
+        self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
+
+
+def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
+    """Streams whose targets lie in one split.
+
+    Windows of training hold targets only, so that all weigh the same; unless no series is long enough for one.
+    """
+    targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
+    whole = split == "train" and bool((targets[:, 1] - targets[:, 0] >= block_size).any())
+    return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
+
+
+def draw_windows(streams, seed, step, rank=0, world=1):
+    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; all windows are equally likely.
+
+    A pure function of (seed, step): what came before, and who else draws, change nothing.
+    """
+    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+    which = np.searchsorted(streams.windows, draws, side="right")
+    before = np.append(0, streams.windows)[which]
+    return which, streams.first_end[which] + draws - before
+
+
+def get_batch(streams, seed, step, rank=0, world=1):
+    """Rows rank::world of the global batch, a pure function of (seed, step).
+
+    Returns coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each; a target that does not
+    count (context, another split) is -1.
+    """
+    return gather(streams, *draw_windows(streams, seed, step, rank, world))
+
+
+def tiles(streams, at_most):
+    """Windows (symbol, last target) that hold each target once, evenly thinned to at_most: what a loss is measured on."""
+    found = [(i, end) for i, (first, last) in enumerate(streams.targets)
+             for end in range(int(last) - 1, int(streams.first_end[i]) - 1, -streams.block_size)]
+    keep = np.linspace(0, len(found) - 1, min(at_most, len(found))).round().astype(int)
+    return [found[k] for k in keep]
+
+
+def gather(streams, which, ends):
+    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
+    n = streams.block_size
+    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)]).astype(np.int64)  # (B, n + 1, 2)
+    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])                            # (B, n)
+    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                                # (B, n)
+    target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
+    to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
+    return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic market
+
+def synthetic(seed=0, signal=0.1, n_symbols=8, n_bars=100_000) -> tuple[list[Bars], float]:
+    """A market with a planted edge: minute bars in weekday sessions, [n_bars] for each symbol; and its best accuracy.
+
+    Volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap, volume moves with volatility,
+    symbols move together, one bar in a hundred does not move. Of each bar one wick is long: the lower one says that the
+    next bar closes up with probability 0.5 + signal, the upper one down. Nothing else tells the direction, so the best
+    reachable direction accuracy (of bars that moved) is 0.5 + signal, returned beside the bars. signal=0: a null market.
+    """
+    if not 0 <= signal < 0.5:
+        raise UserError(f"signal {signal}: must be at least 0 and below 0.5")
+    return list(_synthetic(seed, signal, n_symbols, n_bars)), 0.5 + signal
+
+
+SESSION = 390  # minutes of a trading day, from 14:30 UTC
+
+
+def _synthetic(seed, signal, n_symbols, n_bars):
+    common = np.random.default_rng([seed, 0])
+    n = np.arange(n_bars)
+    day = n // SESSION
+    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + n % SESSION * 60  # from Monday 2020-01-06
+    common_vol = decayed_sum(common.normal(0, 0.06, n_bars), decay=0.98)
+    common_coin = common.standard_normal(n_bars)
+    for i in range(n_symbols):
+        rng = np.random.default_rng([seed, 1 + i])
+        log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
+        sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
+        size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
+        size[rng.random(n_bars) < 0.01] = 0.0
+        wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
+        edge = statistics.NormalDist().inv_cdf(0.5 + signal)
+        told = np.append(0, wick[:-1]) * edge
+        up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
+        close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
+        gap = rng.standard_normal(n_bars) * sigma * np.where(n % SESSION == 0, 1.5, 0.1)
+        open_ = np.append(close[0], close[:-1]) * np.exp(gap)
+        long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
+        high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
+        low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
+        volume = np.exp(rng.uniform(6, 9) + 0.7 * log_vol + 0.3 * size / sigma + rng.normal(0, 0.4, n_bars)).round() + 1
+        amount = volume * (high + low + close) / 3
+        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
+
+
+def leak_demo(seed=0, n_windows=4000):
+    """Calls the last bar of windows of a random walk by one rule: minus the sum of the values before it.
+
+    Over a whole window z-scores add up to zero, so those before the last bar tell it; causal features tell nothing.
+    Returns rows (what the values are, window, share of variance kept, share of right calls, half its 95 % interval).
+    """
+    found = []
+    for window, step in ((1024, 0.0), (1024, 0.6), (101, 0.0), (101, 0.92)):
+        rng = np.random.default_rng([seed, window])
+        r = 0.01 * rng.standard_t(4, (n_windows, window))
+        close = 100 * np.exp(np.cumsum(r, axis=1))  # each window a walk of its own
+        before = np.append(np.full((n_windows, 1), 100.0), close[:, :-1], axis=1)
+        no_data = np.full(r.shape, np.nan)
+        bars = np.stack([before, np.maximum(before, close), np.minimum(before, close), close, no_data, no_data], -1)
+        causal = np.stack([features(Bars("WALK", np.arange(window), b))[0][:, 0] for b in bars])
+        whole = (r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True)
+        for name, x in (("z-scores over the whole window", whole), ("causal features", causal.astype(np.float64))):
+            unit = x / x.std()
+            token = np.round(unit / step) * step if step else unit  # rounded as a tokenizer rounds
+            kept = 1 - (token - unit).var()
+            guess, moved = -token[:, :-1].sum(1), r[:, -1] != 0
+            share = np.mean((guess > 0) == (r[:, -1] > 0), where=moved)
+            found.append((name, window, kept, share, 1.96 * np.sqrt(share * (1 - share) / moved.sum())))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bars from files: CSV as people have it
+
+HEADERS = {  # column -> names it goes by, best first, in the files of those whom `load` names
     "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time", "trade_time", "trade_date", "时间", "日期"),
-    "open": ("open", "开盘", "开盘价"), "high": ("high", "最高", "最高价"), "low": ("low", "最低", "最低价"), "close": ("close", "收盘", "收盘价"),
+    "open": ("open", "开盘", "开盘价"),
+    "high": ("high", "最高", "最高价"),
+    "low": ("low", "最低", "最低价"),
+    "close": ("close", "收盘", "收盘价"),
     "volume": ("volume", "vol", "成交量", "tickvol"),
     "amount": ("amount", "turnover", "quote_volume", "value", "成交额"),
     "symbol": ("symbol", "ticker", "ts_code", "code", "name", "股票代码", "代码", "名称"),
@@ -85,7 +490,8 @@ def load(paths) -> list[Bars]:
     """Read bars from CSV files, folders, globs (`.gz` too), or folders that `python data.py --out` wrote.
 
     paths: a string or a list of them. Raises UserError, naming file, line and remedy, when nothing usable is there.
-    Rows of one symbol that stand in several files become one series; of equal times the last read wins.
+    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Known by their
+    headers: pandas, yfinance, Binance (with and without), TradingView, Stooq, MetaTrader, Tushare, AkShare, Kronos.
     """
     found: dict[str, list[Bars]] = {}
     for bars in read_files(paths):
@@ -150,7 +556,8 @@ def _columns(path, names):
         columns["volume"] = names.index("tickvol")  # MetaTrader: no broker of currencies fills in vol
     missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
     if missing:
-        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; name it one of {', '.join(HEADERS[missing[0]])}")
+        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; "
+                        f"name it one of {', '.join(HEADERS[missing[0]])}")
     return columns
 
 
@@ -236,14 +643,16 @@ def _read_wide(path, first, reader):
     """What yfinance exports: a column for each price and symbol, in three lines of header: Price, Ticker, Date."""
     rows = [row for row in reader if any(cell.strip() for cell in row)]
     if len(rows) < 3 or rows[0][0].strip().lower() != "ticker" or any(len(row) != len(first) for row in rows):
-        raise UserError(f"{path}:2: a first column 'Price' needs lines 'Ticker' and 'Date' after it, and as many cells in each row, as yfinance writes them")
+        raise UserError(f"{path}:2: a first column 'Price' needs lines 'Ticker' and 'Date' after it, "
+                        f"and as many cells in each row, as yfinance writes them")
     names, tickers, found = [c.strip().lower() for c in first], [c.strip() for c in rows[0]], []
     for ticker in dict.fromkeys(tickers[1:]):
-        at = [0] + [i for i, t in enumerate(tickers) if i and t == ticker]
-        columns = _columns(path, ["time"] + [names[i] for i in at[1:]])
-        part = [([row[i] for i in at], n + 4) for n, row in enumerate(rows[2:]) if any(row[i].strip() for i in at[1:])]  # a day of the others: no row
-        if part:
-            [bars] = _bars_of(path, list(zip(*(row for row, _ in part))), columns, [n for _, n in part], {})
+        at = [i for i, t in enumerate(tickers) if i and t == ticker]
+        columns = _columns(path, ["time"] + [names[i] for i in at])
+        has_bar = [any(row[i].strip() for i in at) for row in rows[2:]]  # other tickers may have days of their own
+        cells = [[row[0], *(row[i] for i in at)] for row, has in zip(rows[2:], has_bar) if has]
+        if cells:
+            [bars] = _bars_of(path, list(zip(*cells)), columns, [n + 4 for n, has in enumerate(has_bar) if has], {})
             found.append(Bars(ticker, bars.time, bars.ohlcva))
     if not found:
         raise UserError(f"{path}:4: no rows after the header; there is no bar to read: check the columns")
@@ -252,7 +661,7 @@ def _read_wide(path, first, reader):
 
 def _bars_of(path, cells, columns, line, reasons):
     """Bars from columns of text. line: of each row; reasons: {row: why it is bad}, as far as known."""
-    stamps = {s: _stamp(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
+    stamps = {s: parse_time(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
     time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
     ohlcva = np.full((6, len(line)), np.nan)
     for i, c in enumerate(COLUMNS):
@@ -333,13 +742,15 @@ def _date8(text):
         return np.nan
 
 
-def _stamp(text):
+def parse_time(text):
     """One time stamp as UTC seconds (float; NaN if it is none). Naive means UTC."""
     text = text.strip()
     if _is_number(text):
         return float(_epoch_seconds(np.array([float(text)]))[0])
+    if text[4:5] in ("/", "."):
+        text = text.replace("/", "-").replace(".", "-", 2)
     try:
-        when = datetime.datetime.fromisoformat(text.replace("/", "-").replace(".", "-", 2) if text[4:5] in "/." else text)
+        when = datetime.datetime.fromisoformat(text)
     except ValueError:
         return np.nan
     return float(np.floor((when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()))
@@ -354,316 +765,44 @@ def _sorted(symbol, time, ohlcva):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Causal features and their inverse
-#
-# For a sequence u and its weights w (0 where bar i has no u) the running mean over bars < t is
-#     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
-# kept as its two sums. Sums start with bar 1, the first that has a previous close.
+# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy (and cached tokens)
 
-@dataclass
-class State:
-    """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
-
-    close: last close, as `inverse` rebuilds it (NaN before the first bar); seen: as it was.
-    s, m, d, g: decayed sums of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
-    s_w, m_w, d_w, g_w: the sums of their weights.
-    origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
-    """
-    close: np.ndarray
-    seen: np.ndarray
-    s: np.ndarray
-    s_w: np.ndarray
-    m: np.ndarray
-    m_w: np.ndarray
-    d: np.ndarray
-    d_w: np.ndarray
-    g: np.ndarray
-    g_w: np.ndarray
-    origin_s: np.ndarray
-    origin_d: np.ndarray
-
-    @classmethod
-    def start(cls):
-        return cls(np.float64(np.nan), np.float64(np.nan), *(np.float64(0.0) for _ in range(8)), np.float64(np.nan), np.float64(np.nan))
-
-    @classmethod
-    def stack(cls, states):
-        """n single states as one of shape [n, 1], to be broadcast over paths."""
-        return cls(*(np.array([getattr(s, k.name) for s in states])[:, None] for k in fields(cls)))
-
-    def scales(self):
-        """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
-        s, d = np.maximum(_mean(self.s, self.s_w), S_FLOOR), np.maximum(_mean(self.d, self.d_w), D_FLOOR)
-        s = np.fmin(np.fmax(s, self.origin_s / 8), self.origin_s * 8)  # fmin, fmax: a NaN bound does not bind
-        d = np.fmin(np.fmax(d, self.origin_d / 8), self.origin_d * 8)
-        return s, _mean(self.m, self.m_w), d, _mean(self.g, self.g_w)
-
-    def anchored(self):
-        """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
-        s, _, d, _ = self.scales()
-        return replace(self, origin_s=s, origin_d=d)
-
-    def map(self, f):
-        """f on every field: to index, repeat or stack states."""
-        return State(*(f(getattr(self, k.name)) for k in fields(self)))
+def write_folder(series, out):
+    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
+    if os.path.exists(os.path.join(out, "symbols.json")):
+        raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
+    names = {}
+    try:
+        os.makedirs(out, exist_ok=True)
+        for bars in series:
+            seen = bars.symbol in names
+            stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
+            if seen:  # the symbol goes on in another file
+                old = _open_series(stem, bars.symbol)
+                bars = _sorted(bars.symbol, np.append(old.time, bars.time), np.append(old.ohlcva, bars.ohlcva, axis=0))
+            np.save(stem + ".time.npy", bars.time)
+            np.save(stem + ".ohlcva.npy", bars.ohlcva)
+        with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
+            json.dump(list(names), f)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another --out")
 
 
-def _decayed_sum(u, carry, decay=DECAY):
-    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T) elementwise passes.
-
-    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no later bar, to the bit.
-    """
-    y = u.copy()
-    n, shift = y.shape[-1], 1
-    while shift < n and decay ** shift > 1e-18:  # weights below the last bit add nothing
-        y[..., shift:] += decay ** shift * y[..., :-shift]
-        shift *= 2
-    return y + carry[..., None] * decay ** np.arange(1, n + 1)
+def _open_series(stem, symbol):
+    return Bars(symbol, *(np.load(f"{stem}.{k}.npy", mmap_mode="r") for k in ("time", "ohlcva")))
 
 
-BLOCK = 512  # bars of one pass: keeps the arrays in cache, memory bounded on mapped data, and rounding in check
-
-
-def feature_blocks(bars, state=None):
-    """Yield (x float32 [n, 6], State after them) block by block; see `features`."""
-    state = state or State.start()
-    for i in range(0, len(bars), BLOCK):
-        x, state = _features_block(np.asarray(bars.ohlcva[i:i + BLOCK], np.float64), state)
-        yield x, state
-
-
-def states_at(bars, origins):
-    """The States after bars `origins` (rising), as `features` of the bars up to each gives them, in one pass."""
-    state, found = State.start(), []
-    for i in range(0, len(bars), BLOCK):
-        block = np.asarray(bars.ohlcva[i:i + BLOCK], np.float64)
-        found += [_features_block(block[:o + 1 - i], state)[1] for o in origins if i <= o < i + BLOCK]
-        if len(found) == len(origins):
-            break
-        state = _features_block(block, state)[1]
-    return found
-
-
-def features(bars) -> tuple[np.ndarray, State]:
-    """Causal features of a series: x float32 [T, 6] (close, open, upper, lower, volume, vwap), and the State after it.
-
-    Row t depends on bars <= t alone and is scaled by bars < t (the design of the scale: decayed mean true range).
-    Row 0 is zero. A channel without data is exactly 0. asinh shrinks tails and clips nothing.
-    """
-    blocks = list(feature_blocks(bars))
-    if not blocks:
-        raise ValueError("features of no bars")
-    return np.concatenate([x for x, _ in blocks]), blocks[-1][1]
-
-
-def scales(bars):
-    """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
-    o, h, l, c = bars.ohlcva[:, :4].T
-    previous = np.append(c[0], c[:-1])
-    begun = np.arange(len(c)) > 0
-    total, weight = (np.append(0.0, _decayed_sum(u, np.float64(0.0)))[:-1]
-                     for u in (np.log(np.maximum(h, previous) / np.minimum(l, previous)) * begun, begun.astype(float)))
-    return np.maximum(total / np.where(weight > 0, weight, 1.0), S_FLOOR)
-
-
-def _features_block(ohlcva, state):
-    o, h, l, c, v, a = ohlcva.T
-    n = len(c)
-    first = np.isnan(state.close)
-    prev = np.append(c[0] if first else state.close, c[:-1])
-    begun = np.ones(n)
-    begun[0] = 0.0 if first else 1.0  # bar 0 enters no mean
-
-    has_v = np.where(v > 0, begun, 0.0)
-    has_a = np.where((v > 0) & (a > 0), begun, 0.0)
-    volume = np.log1p(np.where(v > 0, v, 0.0))
-    vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-    true_range = np.log(np.maximum(h, prev) / np.minimum(l, prev))
-    s, s_w, m, m_w, g, g_w = _running([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a],
-                                      [state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
-    level = _mean(m, m_w)[:-1]
-    deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
-    d, d_w = _running([np.abs(volume - level) * deviates, deviates], [state.d, state.d_w])
-    s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
-
-    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    step = c / prev
-    step[0] = 1.0 if c[0] == state.seen else step[0]  # a bar that did not move says so, whatever rounding did to prev
-    price = np.arcsinh(np.log(np.stack([step, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
-    if first:
-        price[:, 0] = 0.0
-    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
-    x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
-    close, total = _rebuilt(price, c[0] if first else state.close, state.s, s_w, begun)
-    ends = [np.float64(u[-1]) for u in (s_w, m, m_w, d, d_w, g, g_w)]
-    return np.ascontiguousarray(x.T), State(np.float64(close), c[-1], np.float64(total), *ends, state.origin_s, state.origin_d)
-
-
-def _rebuilt(price, close, total, weight, begun):
-    """The close and the sum of true ranges that `inverse` comes to over a block of price channels, float32 [4, n].
-
-    Rounding is carried on from here, so that the next block makes it good: over a chain of any length the error stays
-    that of one block. A true range is k_t s_t, so with s_t = S_t / w_t the sum grows as S_{t+1} = S_t (a + k_t / w_t).
-    """
-    c, o, upper, lower = np.sinh(price.astype(np.float64))
-    k = (np.maximum(np.maximum(c, o) + upper, 0) - np.minimum(np.minimum(c, o) - lower, 0)) * begun
-    w = weight[:-1]
-    sums = total * np.append(1.0, np.cumprod(DECAY + k / np.where(w > 0, w, np.inf)))
-    if (sums[:-1] < S_FLOOR * w).any() or (w == 0).any():  # where the floor holds, s_t is no multiple of S_t
-        for t in range(len(k)):
-            s_t = max(sums[t] / w[t], S_FLOOR) if w[t] > 0 else S_FLOOR
-            sums[t + 1] = DECAY * sums[t] + k[t] * s_t
-    s_t = np.maximum(_mean(sums[:-1], w), S_FLOOR)
-    return close * np.exp((c * s_t).sum()), sums[-1]
-
-
-def _running(rows, carry):
-    """Of each of k sequences the decayed sums before each bar and after the last, [k, n + 1]."""
-    carry = np.array(carry)
-    return np.concatenate([carry[:, None], _decayed_sum(np.stack(rows), carry)], axis=1)
-
-
-def _mean(total, weight):
-    return total / np.where(weight > 0, weight, 1.0)
-
-
-def inverse(x, state) -> tuple[np.ndarray, State]:
-    """Bars from features: the exact inverse of `features`, from the State before the first of them.
-
-    x: [..., T, 6], finite (ValueError if not).  state: fields of shape [...] or broadcast to it.
-    Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
-    become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
-    amounts, amount is volume times close.
-    """
-    x = np.asarray(x, np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError("a feature is not finite")
-    batch, n = x.shape[:-2], x.shape[-2]
-    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch).copy())
-    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
-    out = np.empty((n, 6) + batch)
-    for t in range(n):
-        close, open_, upper, lower, volume, vwap = y[t]
-        s, m, d, g = st.scales()
-        c = np.clip(st.close * np.exp(np.clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        o = np.clip(st.close * np.exp(np.clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        h = np.maximum(o, c) * np.exp(np.clip(upper * s, 0.0, MAX_MOVE))
-        l = np.minimum(o, c) * np.exp(-np.clip(lower * s, 0.0, MAX_MOVE))
-        fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
-        has_v = ((volume != 0) & ((st.m_w > 0) | fresh)).astype(np.float64)
-        has_a = ((vwap != 0) & ((st.g_w > 0) | fresh)).astype(np.float64) * has_v
-        log_v = np.clip(m + volume * d, 0.0, 80.0) * has_v
-        rel = np.clip(g + vwap * s * has_a, -80.0, 80.0)
-        v = np.expm1(log_v)
-        out[t] = o, h, l, c, v, v * c * np.exp(rel)
-        deviates = has_v * (st.m_w > 0)
-        true_range = np.log(np.maximum(h, st.close) / np.minimum(l, st.close))
-        st = State(c, c, DECAY * st.s + true_range, DECAY * st.s_w + 1.0,
-                   DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
-                   DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
-                   DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
-    return np.moveaxis(out, (0, 1), (-2, -1)), st
+def _open_folder(folder):
+    try:
+        with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
+            names = json.load(f)
+        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}: not a whole data set ({e}); write it again with python data.py --out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Splits, token streams, batches
-
-def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
-    """(val_start, test_start) in UTC seconds: train < val_start <= val < test_start <= test, over all symbols at once.
-
-    Given as dates, or None: 80/10/10 % of the distinct time stamps.
-    """
-    stamps = series[0].time
-    for bars in series[1:]:
-        if not np.array_equal(stamps, bars.time):
-            stamps = np.union1d(stamps, bars.time)
-    borders = []
-    for name, date, share in (("val_start", val_start, 0.8), ("test_start", test_start, 0.9)):
-        border = float(stamps[min(int(share * len(stamps)), len(stamps) - 1)]) if date is None else _stamp(str(date))
-        if np.isnan(border):
-            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
-        borders.append(int(border))
-    if not stamps[0] < borders[0] < borders[1]:
-        raise UserError(f"the split leaves no room: bars begin {iso(stamps[0])}, val {iso(borders[0])}, "
-                        f"test {iso(borders[1])}; set --val_start and --test_start in this order")
-    return borders[0], borders[1]
-
-
-def iso(seconds):
-    """UTC seconds as text: a date, with the time of day where it has one."""
-    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
-    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
-
-
-def targets_of(bars, split, borders):
-    """[first, last) of the bars that are targets in "train", "val" or "test"; context may reach back before first."""
-    val, test = np.searchsorted(bars.time, borders)
-    first, last = {"train": (0, val), "val": (val, test), "test": (test, len(bars))}[split]
-    return max(int(first), CONTEXT), int(last)
-
-
-@dataclass
-class Streams:
-    """Token series of many symbols, which of their bars are targets, and the shape of a batch."""
-    tokens: list          # per symbol int16 [T, 2]: coarse, fine; may be memory-mapped
-    time: list            # per symbol int64 [T]
-    targets: np.ndarray   # int64 [symbols, 2]: first target, one past the last
-    block_size: int       # bars of context in a window
-    batch_size: int       # windows in the global batch
-
-    whole: bool = False   # only windows in which every bar is a target
-
-    def __post_init__(self):
-        # a window is named by its last target e; its inputs are the block_size bars before e
-        self.first_end = np.maximum(self.targets[:, 0] + (self.block_size - 1) * self.whole, self.block_size)
-        self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
-
-
-def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
-    """Streams whose targets lie in one split.
-
-    Windows of training hold targets only, so that all weigh the same; unless no series is long enough for one.
-    """
-    targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
-    whole = split == "train" and bool((targets[:, 1] - targets[:, 0] >= block_size).any())
-    return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
-
-
-def draw_windows(streams, seed, step, rank=0, world=1):
-    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each: a pure function of (seed, step), even over all windows."""
-    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
-    which = np.searchsorted(streams.windows, draws, side="right")
-    before = np.append(0, streams.windows)[which]
-    return which, streams.first_end[which] + draws - before
-
-
-def get_batch(streams, seed, step, rank=0, world=1):
-    """Rows rank::world of the global batch, a pure function of (seed, step).
-
-    Returns coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each; a target that does not
-    count (context, another split) is -1.
-    """
-    return gather(streams, *draw_windows(streams, seed, step, rank, world))
-
-
-def tiles(streams, at_most):
-    """Windows (symbol, last target) that hold each target once, evenly thinned to at_most: what a loss is measured on."""
-    found = [(i, end) for i, (first, last) in enumerate(streams.targets)
-             for end in range(int(last) - 1, int(streams.first_end[i]) - 1, -streams.block_size)]
-    keep = np.linspace(0, len(found) - 1, min(at_most, len(found))).round().astype(int)
-    return [found[k] for k in keep]
-
-
-def gather(streams, which, ends):
-    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
-    n = streams.block_size
-    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)]).astype(np.int64)  # (B, n + 1, 2)
-    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])                            # (B, n)
-    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                                # (B, n)
-    target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
-    to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
-    return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
-
+# Tokens of a series, and what tells two data sets or two sets of weights apart
 
 def tokenize(bars, tokenizer) -> np.ndarray:
     """Tokens of a series, int16 [T, 2]; of a memory-mapped one made once and kept beside it, mapped too."""
@@ -714,112 +853,6 @@ def fingerprint(series) -> str:
             digest.update(np.ascontiguousarray(bars.time[i:i + (1 << 16)]).tobytes())
             digest.update(np.ascontiguousarray(bars.ohlcva[i:i + (1 << 16)]).tobytes())
     return digest.hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy (and cached tokens)
-
-def write_folder(series, out):
-    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
-    if os.path.exists(os.path.join(out, "symbols.json")):
-        raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
-    names = {}
-    try:
-        os.makedirs(out, exist_ok=True)
-        for bars in series:
-            seen = bars.symbol in names
-            stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
-            if seen:  # the symbol goes on in another file
-                old = _open_series(stem, bars.symbol)
-                bars = _sorted(bars.symbol, np.append(old.time, bars.time), np.append(old.ohlcva, bars.ohlcva, axis=0))
-            np.save(stem + ".time.npy", bars.time)
-            np.save(stem + ".ohlcva.npy", bars.ohlcva)
-        with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
-            json.dump(list(names), f)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another --out")
-
-
-def _open_series(stem, symbol):
-    return Bars(symbol, *(np.load(f"{stem}.{k}.npy", mmap_mode="r") for k in ("time", "ohlcva")))
-
-
-def _open_folder(folder):
-    try:
-        with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
-            names = json.load(f)
-        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: not a whole data set ({e}); write it again with python data.py --out")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Synthetic market
-
-def synthetic(seed=0, signal=0.1, n_symbols=8, n_bars=100_000) -> tuple[list[Bars], float]:
-    """A market with a planted edge: minute bars in weekday sessions, [n_bars] for each symbol; and its best accuracy.
-
-    Volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap, volume moves with volatility,
-    symbols move together, one bar in a hundred does not move. Of each bar one wick is long: the lower one says that the
-    next bar closes up with probability 0.5 + signal, the upper one down. Nothing else tells the direction, so the best
-    reachable direction accuracy (of bars that moved) is 0.5 + signal, returned beside the bars. signal=0: a null market.
-    """
-    if not 0 <= signal < 0.5:
-        raise UserError(f"signal {signal}: must be at least 0 and below 0.5")
-    return list(_synthetic(seed, signal, n_symbols, n_bars)), 0.5 + signal
-
-
-SESSION = 390  # minutes of a trading day, from 14:30 UTC
-
-
-def _synthetic(seed, signal, n_symbols, n_bars):
-    common = np.random.default_rng([seed, 0])
-    n = np.arange(n_bars)
-    day = n // SESSION
-    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + n % SESSION * 60  # from Monday 2020-01-06
-    common_vol = _decayed_sum(common.normal(0, 0.06, n_bars), np.float64(0), 0.98)
-    common_coin = common.standard_normal(n_bars)
-    for i in range(n_symbols):
-        rng = np.random.default_rng([seed, 1 + i])
-        log_vol = common_vol + _decayed_sum(rng.normal(0, 0.1, n_bars), np.float64(0), 0.95)
-        sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
-        size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
-        size[rng.random(n_bars) < 0.01] = 0.0
-        wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
-        edge = statistics.NormalDist().inv_cdf(0.5 + signal)
-        told = np.append(0, wick[:-1]) * edge
-        up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
-        close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
-        gap = rng.standard_normal(n_bars) * sigma * np.where(n % SESSION == 0, 1.5, 0.1)
-        open_ = np.append(close[0], close[:-1]) * np.exp(gap)
-        long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
-        high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
-        low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
-        volume = np.exp(rng.uniform(6, 9) + 0.7 * log_vol + 0.3 * size / sigma + rng.normal(0, 0.4, n_bars)).round() + 1
-        amount = volume * (high + low + close) / 3
-        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
-
-
-def leak_demo(seed=0, n_windows=4000):
-    """Right calls of the last bar of each window of a random walk, by minus the sum of the values before it: [(what, window, variance kept, share, half
-    its 95 % interval)]. Over a whole window z-scores add up to zero, so those before the last bar tell it; causal features tell nothing."""
-    found = []
-    for window, step in ((1024, 0.0), (1024, 0.6), (101, 0.0), (101, 0.92)):
-        rng = np.random.default_rng([seed, window])
-        r = 0.01 * rng.standard_t(4, (n_windows, window))
-        close = 100 * np.exp(np.cumsum(r, axis=1))  # each window a walk of its own
-        before = np.append(np.full((n_windows, 1), 100.0), close[:, :-1], axis=1)
-        bars = np.stack([before, np.maximum(before, close), np.minimum(before, close), close, *np.full((2, *r.shape), np.nan)], -1)
-        causal = np.stack([features(Bars("WALK", np.arange(window), b))[0][:, 0] for b in bars])
-        whole = (r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True)
-        for name, x in (("z-scores over the whole window", whole), ("causal features", causal.astype(np.float64))):
-            unit = x / x.std()
-            token = np.round(unit / step) * step if step else unit  # rounded as a tokenizer rounds
-            kept = 1 - (token - unit).var()
-            guess, moved = -token[:, :-1].sum(1), r[:, -1] != 0
-            share = np.mean((guess > 0) == (r[:, -1] > 0), where=moved)
-            found.append((name, window, kept, share, 1.96 * np.sqrt(share * (1 - share) / moved.sum())))
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -893,8 +926,9 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """The name and torch.dtype of --dtype; auto takes bf16 where the hardware has it, else fp16 on a GPU, else fp32."""
     if name == "auto":
-        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+        on_gpu = device.type == "cuda"
+        bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        name = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
@@ -934,7 +968,7 @@ def cli(config_class, doc, argv=None) -> dict:
         if typing.get_origin(kind) is types.UnionType:  # X | None
             kind = typing.get_args(kind)[0]
         default = "" if field.default in (None, dataclasses.MISSING) else f" (default {field.default})"
-        how = dict(help=comments[field.name].replace("%", "%%") + default.replace("%", "%%"), default=argparse.SUPPRESS)
+        how = dict(help=(comments[field.name] + default).replace("%", "%%"), default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:

@@ -506,7 +506,7 @@ def span_of(metas, split, start, end):
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
     borders = {tuple(meta.get("splits") or ()) for meta in metas}
-    lo, hi = (None if date is None else data._stamp(str(date)) for date in (start, end))
+    lo, hi = (None if date is None else data.parse_time(str(date)) for date in (start, end))
     for name, date, time in (("start", start, lo), ("end", end, hi)):
         if time is not None and math.isnan(time):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
@@ -675,7 +675,7 @@ def baselines(t, paths):
         parts["gaussian20"].append(judge_normal(np.zeros(len(y)), rms[rows - 20], y) | along(many))
 
         begun = (np.arange(len(r)) > 0).astype(float)
-        sums = [data._decayed_sum(u, np.float64(0.0), LAMBDA) for u in (r**2, begun)]
+        sums = [data.decayed_sum(u, decay=LAMBDA) for u in (r**2, begun)]
         vol = np.sqrt(sums[0] / np.maximum(sums[1], 1e-9)).clip(1e-9)  # known after each bar
         z = np.append(0.0, r[1:] / vol[:-1])
         n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
