@@ -34,6 +34,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 import data
 from data import DAY, UserError
 from model import close_table, load_checkpoint, norm
+from tokenizer import code_use
 
 
 @dataclass
@@ -872,13 +873,9 @@ def paired(name_a, a, name_b, b, t, only=METRICS):
 
 def token_use(tokenizer, t):
     """How much of the codebooks the targets use."""
-    tokens = np.concatenate([np.asarray(tokens[a:b]) for tokens, (a, b) in zip(t.tokens(tokenizer), t.ranges)]).astype(np.int64)
-    out = dict(pairs=len(np.unique(tokens[:, 0] << 16 | tokens[:, 1])))
-    for column, (level, k) in enumerate((("coarse", tokenizer.config.coarse_bits), ("fine", tokenizer.config.fine_bits))):
-        share = np.bincount(tokens[:, column], minlength=2**k) / len(tokens)
-        out[f"{level}_used"] = float((share > 0).mean())
-        out[f"{level}_perplexity"] = float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
-    return out
+    tokens = np.concatenate([tokens[a:b] for tokens, (a, b) in zip(t.tokens(tokenizer), t.ranges)]).astype(np.int64)
+    use, _ = code_use(tokenizer, *torch.from_numpy(tokens.T))
+    return use | dict(pairs=int(use["pairs"]))
 
 
 def token_correlations(tokens, accuracies, t):

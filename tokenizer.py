@@ -3,20 +3,21 @@
     python tokenizer.py --data bars.csv --out tok.pt     # trains, prints a report on the test bars, writes tok.pt
     python pretrain.py --data bars.csv --tokenizer tok.pt
 
-Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of the
-cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A decoder D makes a
-candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes the corner nearest to u, sign(u) / sqrt(k), or softly
-q(c|u) ~ exp(2 tau u . c). Here it is the corner whose *candle* is nearest to the bar, or softly q(c|x) ~ exp(-sharp |x - D(c)|^2).
+Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of
+the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A
+decoder D makes a candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes the corner nearest to
+u, sign(u) / sqrt(k), or softly q(c|u) ~ exp(2 tau u . c). Here a bar takes the corner whose *candle* is nearest to it,
+or softly q(c|x) ~ exp(-sharp |x - D(c)|^2).
 
-For a linear D with orthonormal columns, D(c) = A c, the two are one: |x - A c|^2 = const - 2 u . c with u = A^T x. For a curved D
-the signs of a learned u miss the nearest corner half of the time, and with k <= 12 all corners can be looked at, in no more time
-than an encoder takes. So there is no encoder, and no gradient has to go straight through sampled bits: the error and the joint
-entropy are exact sums over the 2^k codes. Training sharpens q from a blur, in which every code learns from every bar, to the
-nearest code alone (deterministic annealing: Rose 1998, Proc. IEEE 86). Held-out error of daily US stocks, signs -> nearest candle
-(k-means, stored centroids): coarse 0.106 -> 0.0735 (0.0740), full 0.0175 -> 0.0064 (0.0090), codes used 70 % -> 99 % (100 %).
+For a linear D with orthonormal columns, D(c) = A c, the two are one: |x - A c|^2 = const - 2 u . c with u = A^T x. For a
+curved D the signs of a learned u often miss the nearest corner, and with k <= 12 all corners can be looked at, in no
+more time than an encoder takes. So there is no encoder, and no gradient has to go straight through sampled bits: the
+error and the joint entropy are exact sums over the 2^k codes. Training sharpens q from a blur, in which every code
+learns from every bar, to the nearest code alone (deterministic annealing: Rose 1998, Proc. IEEE 86). How close that
+comes to k-means with as many stored centroids: `python tests/bench.py tokenizer`.
 
-Two levels: `coarse` carries the bar's shape, `fine` the residual given coarse. The top bit of coarse is not searched: it is set
-where close rose, and the decoder honours it, so a coarse token always says up or not up.
+Two levels: `coarse` carries the bar's shape, `fine` the residual given coarse. The top bit of coarse is not searched:
+it is set where close rose, and the decoder honours it, so a coarse token always says up or not up.
 """
 import copy
 import math
@@ -32,7 +33,7 @@ from data import CHANNELS, UserError
 
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
-MARGIN = 1e-4     # least |close| that a decode with a direction bit gives: survives float32, and `inverse` at its least scale
+MARGIN = 1e-4     # least |close| that a decode with a direction bit gives: outlives float32, and `inverse` at least scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
 FAR = 1e9         # distance of the codes on the other side of the direction bit
@@ -52,8 +53,8 @@ class TokenizerConfig:
     annealed: float = 0.2       # share of the training that anneals; the rest takes the nearest code
 
     def __post_init__(self):
-        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), entropy=(0, 100), gamma=(0, 100),
-                      sharp_start=(1e-3, 1e6), sharp_end=(1e-3, 1e6), annealed=(0, 1))
+        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), entropy=(0, 100),
+                      gamma=(0, 100), sharp_start=(1e-3, 1e6), sharp_end=(1e-3, 1e6), annealed=(0, 1))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)}: must lie in {least:g}..{most:g}")
@@ -63,14 +64,16 @@ class TokenizerConfig:
 # Corners and their choice
 
 def corners(k, device=None):
-    """The codebook as +-1, float32 [2^k, k]; row i is token i, the first bit its highest. (1 / sqrt(k) is left to the decoder.)"""
+    """The codebook as +-1, float32 [2^k, k]; row i is token i, the first bit its highest. (The decoder scales it.)"""
     tokens = torch.arange(2 ** k, device=device)
     return 2.0 * (tokens[:, None] >> torch.arange(k - 1, -1, -1, device=device) & 1) - 1.0
 
 
 def nearest(distance):
-    """Index of the least along the last axis, the first of equals: [..., K] -> int64 [...]. On the CPU numpy's: nine times as fast."""
-    return distance.argmin(-1) if distance.is_cuda else torch.from_numpy(distance.detach().numpy().argmin(-1))
+    """Index of the least along the last axis, the first of equals: [..., K] -> int64 [...]."""
+    if distance.is_cuda:
+        return distance.argmin(-1)
+    return torch.from_numpy(distance.detach().numpy().argmin(-1))  # numpy's is several times as fast on a CPU
 
 
 def entropy(p):
@@ -81,15 +84,17 @@ def entropy(p):
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
-def mlp(n_in, n_hidden, n_out):
-    return nn.Sequential(nn.Linear(n_in, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_out))
+def mlp(n_in, n, n_out):
+    return nn.Sequential(nn.Linear(n_in, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n_out))
 
 
-def exact(x):  # a bar's tokens are the same under a caller's autocast
+def exact(x):
+    """No autocast, whatever the caller has: a bar's tokens are always the same."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def has_data(x):  # bool [..., 6]: False where a channel is missing
+def has_data(x):
+    """bool [..., 6] of features x [..., 6]: False where a channel is missing."""
     present = x != 0
     present[..., :PRICES] = True
     return present
@@ -99,7 +104,7 @@ class Tokenizer(nn.Module):
     """Bars' features <-> token pairs, a single bar at a time: a token pair is a candle.
 
     Decode: D(coarse, fine) = D1(coarse) + M(coarse) g(fine), networks of the bits. A fine code is a pattern g, [6], and the
-    coarse one turns and scales it by M, [6, 6]. On first use all codes are evaluated, and then looked up: 2^k rows a level.
+    coarse one turns and scales it by M, [6, 6]. On first use all codes are evaluated, then looked up: 2^k rows a level.
     """
 
     def __init__(self, config):
@@ -130,12 +135,13 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def standardize(self, x):
-        """x [..., 6] -> z, present [..., 6]: channels of unit variance, 0 where one is missing; 1.0 where it is present."""
+        """x [..., 6] -> z, present [..., 6]: channels of unit variance, 0 where one is missing; 1.0 where it is there."""
         present = has_data(x) & (self.std > 0)
-        return torch.where(present, (x - self.mean) / torch.where(self.std > 0, self.std, 1.0), 0.0), present.to(x.dtype)
+        z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
+        return torch.where(present, z, 0.0), present.to(x.dtype)
 
     def coarse_distance(self, z, present, up, d1):
-        """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR on the other side of the direction bit."""
+        """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR where the direction bit is wrong."""
         bars, codes = [present, z], [d1 ** 2, -2 * d1]
         if self.config.direction_bit:
             says_up = torch.arange(len(d1), device=d1.device) >= len(d1) // 2
@@ -161,7 +167,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, x):
-        """Features x [..., 6] -> coarse, fine: int64 [...]; a bar's tokens do not depend on its batch. ValueError if not finite."""
+        """Features x [..., 6] -> coarse, fine: int64 [...]; a bar's tokens do not depend on its batch.
+
+        ValueError where a feature is not finite.
+        """
         x = torch.as_tensor(x, dtype=torch.float32, device=self.mean.device)
         if not torch.isfinite(x).all():
             raise ValueError("a feature is not finite")
@@ -177,9 +186,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, coarse, fine=None):
-        """Tokens int64 [...] -> features float32 [..., 6]; without fine, what coarse alone says. ValueError if there is no such token.
+        """Tokens int64 [...] -> features float32 [..., 6]; without fine, what coarse alone says.
 
-        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other.
+        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError where there
+        is no such token.
         """
         d1, mix, g = self.frozen_tables()
         coarse = torch.as_tensor(coarse, device=d1.device)
@@ -196,11 +206,13 @@ class Tokenizer(nn.Module):
             x[..., 0] = torch.where(up, x[..., 0].clamp(min=MARGIN), x[..., 0].clamp(max=-MARGIN))
         return x
 
-    def dump(self):  # a plain dict for a checkpoint
+    def dump(self):
+        """A plain dict, for a checkpoint."""
         return {"config": asdict(self.config), "state": {k: v.cpu() for k, v in self.state_dict().items()}}
 
     @classmethod
-    def load(cls, entry):  # what `dump` made
+    def load(cls, entry):
+        """The tokenizer of what `dump` made, in eval mode."""
         tokenizer = cls(entry["config"])
         tokenizer.load_state_dict(entry["state"])
         return tokenizer.eval()
@@ -210,16 +222,16 @@ class Tokenizer(nn.Module):
 # Training
 
 def look_up(table, tokens):
-    """table[tokens], whose gradient is summed in one order: that of indexing depends on how several threads take turns."""
+    """table[tokens], with a gradient that is summed in one order (that of indexing depends on the threads' turns)."""
     return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
 
 
 def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None, resume=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
-    progress(step, loss, snapshot) is called after each step; snapshot() is a plain dict from which `resume` goes on bit
-    for bit. The randomness of a step comes from (seed, step) alone. Raises UserError for bars that cannot be learned
-    from, and when training turns non-finite.
+    steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss, snapshot) is called after each
+    step; snapshot() is a plain dict from which `resume` goes on bit for bit. The randomness of a step comes from (seed,
+    step) alone. Raises UserError for bars that cannot be learned from, and when training turns non-finite.
     """
     config = TokenizerConfig(**config) if isinstance(config, dict) else config
     x = torch.as_tensor(x, dtype=torch.float32)
@@ -255,12 +267,12 @@ def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, dev
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         for what, value in (("loss", loss.item()), ("gradient", norm.item())):
             if not math.isfinite(value):
-                raise UserError(f"tokenizer training stopped at step {step + 1}: its {what} is {value}; lower the learning rate ({lr:g}) "
-                                f"or look for extreme values among the bars")
+                raise UserError(f"tokenizer training stopped at step {step + 1}: its {what} is {value}; "
+                                f"lower the learning rate ({lr:g}) or look for extreme values among the bars")
         optimizer.step()
         if progress is not None:
-            progress(step + 1, loss.item(), lambda: copy.deepcopy(dict(step=step + 1, model=dict(tokenizer.state_dict()),
-                                                                       optimizer=optimizer.state_dict())))
+            progress(step + 1, loss.item(), lambda: copy.deepcopy(
+                dict(step=step + 1, model=dict(tokenizer.state_dict()), optimizer=optimizer.state_dict())))
     return tokenizer.eval()
 
 
@@ -268,26 +280,29 @@ def check_bars(x, config):
     """UserError for bars that no tokenizer can be trained on."""
     least = 2 ** max(config.coarse_bits, config.fine_bits)
     if len(x) < least:
-        raise UserError(f"the tokenizer has {least} codes a level and only {len(x)} bars to train on; give more data, or fewer bits")
+        raise UserError(f"the tokenizer has {least} codes a level and only {len(x)} bars to train on; "
+                        f"give more data, or fewer bits")
     bad = ~torch.isfinite(x)
     if bad.any():
         row, channel = bad.nonzero()[0].tolist()
-        raise UserError(f"feature {CHANNELS[channel]!r} of bar {row} is {x[row, channel].item()}; the tokenizer needs finite bars: mend the data")
+        raise UserError(f"feature {CHANNELS[channel]!r} of bar {row} is {x[row, channel].item()}; "
+                        f"the tokenizer needs finite bars: mend the data")
     for i, channel in enumerate(CHANNELS):
         if (x[:, i] == x[0, i]).all() and (i < PRICES or x[0, i] != 0):
-            raise UserError(f"channel {channel!r} never changes in the training bars, there is nothing to learn from a constant series: "
-                            f"give bars with a close, open, high and low of their own")
+            raise UserError(f"channel {channel!r} never changes in the training bars, there is nothing to learn from a "
+                            f"constant series: give bars with a close, open, high and low of their own")
 
 
 def annealed_loss(tokenizer, x, sharp):
-    """Of both levels, over all codes softly, for bars x [B, 6]; fine is trained on what the nearest coarse code leaves."""
+    """Of both levels, over all codes softly, for bars x [B, 6]; fine learns what the nearest coarse code leaves."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
     coarse = nearest(distance)
-    residual = (z - look_up(d1, coarse)).detach() * present                                             # (B, 6)
-    fine_distance = tokenizer.fine_distance(residual, present, look_up(mix, coarse), g)             # (B, 2^k2)
-    return level_loss(distance, z, present, sharp, tokenizer.config) + level_loss(fine_distance, residual, present, sharp, tokenizer.config)
+    residual = (z - look_up(d1, coarse)).detach() * present                                      # (B, 6)
+    fine_distance = tokenizer.fine_distance(residual, present, look_up(mix, coarse), g)          # (B, 2^k2)
+    return sum(level_loss(d, source, present, sharp, tokenizer.config)
+               for d, source in ((distance, z), (fine_distance, residual)))
 
 
 def level_loss(distance, source, present, sharp, config):
@@ -309,7 +324,7 @@ def nearest_loss(tokenizer, x):
     d1, mix, g = tokenizer.decode_tables()
     with torch.no_grad():
         coarse, fine = tokenizer.search(z, present, x[:, 0] > 0, (d1, mix, g))                   # (B,)
-    left = (z - look_up(d1, coarse)) * present                                                      # (B, 6)
+    left = (z - look_up(d1, coarse)) * present                                                   # (B, 6)
     residual = left.detach()
     fine_left = (residual - (look_up(mix, coarse) @ look_up(g, fine)[..., None]).squeeze(-1)) * present
     return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
@@ -321,9 +336,10 @@ def nearest_loss(tokenizer, x):
 def report(tokenizer, x):
     """Scores of features x [N, 6], a flat dict of floats. `coarse_` is the coarse token alone, `full_` both.
 
-    {coarse,full}_{error,r2}[_channel]: R^2 = 1 - error, error = mean square / variance over the bars that have the channel, or the mean over
-    channels. {coarse,full}_sign: share of decodes on close's side, where it moved. {coarse,fine}_{used,perplexity}: share of codes met, exp
-    of their entropy; _bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least of them. pairs: distinct ones.
+    {coarse,full}_{error,r2}[_channel]: R^2 = 1 - error, error = mean square / variance over the bars that have the
+    channel, or the mean over channels. {coarse,full}_sign: share of decodes on close's side, where it moved.
+    {coarse,fine}_{used,perplexity}: see code_use; _bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least
+    of them. pairs: distinct ones.
     """
     x = torch.as_tensor(x, dtype=torch.float32)
     coarse, fine = (t.cpu() for t in tokenizer.encode(x))
@@ -337,17 +353,28 @@ def report(tokenizer, x):
             if len(true) > 1 and true.var() > 0:
                 errors[channel] = ((true - got).square().mean() / true.var(correction=0)).item()
         errors = {f"_{c}": e for c, e in errors.items()} | {"": sum(errors.values()) / max(1, len(errors))}
-        out |= {f"{level}_error{c}": e for c, e in errors.items()} | {f"{level}_r2{c}": 1 - e for c, e in errors.items()}
+        for channel, error in errors.items():
+            out |= {f"{level}_error{channel}": error, f"{level}_r2{channel}": 1 - error}
         out[f"{level}_sign"] = ((y[:, 0] > 0) == (x[:, 0] > 0))[moved].double().mean().item() if moved.any() else 1.0
-    for level, token, k in (("coarse", coarse, tokenizer.config.coarse_bits), ("fine", fine, tokenizer.config.fine_bits)):
-        share = torch.bincount(token, minlength=2 ** k).double() / max(1, len(token))
-        out[f"{level}_used"] = (share > 0).double().mean().item()
-        out[f"{level}_perplexity"] = entropy(share).exp().item()
-        ones = (corners(k) > 0).double().T @ share                                               # (k,)
+    use, shares = code_use(tokenizer, coarse, fine)
+    for level, share in shares.items():
+        ones = (corners(int(math.log2(len(share)))) > 0).double().T @ share                      # (k,)
         bits = [entropy(torch.stack([p, 1 - p])).item() / math.log(2) for p in ones]
         out |= {f"{level}_bit_entropy_{i}": b for i, b in enumerate(bits)} | {f"{level}_bit_entropy": min(bits)}
-    out["pairs"] = float(len(torch.unique(coarse << tokenizer.config.fine_bits | fine)))
-    return out
+    return out | use
+
+
+def code_use(tokenizer, coarse, fine):
+    """How much of the codebooks tokens int64 [N] use: a flat dict of floats, and each code's share {level: [2^k]}.
+
+    {coarse,fine}_used: share of codes met. {coarse,fine}_perplexity: exp of their entropy. pairs: distinct ones.
+    """
+    config, use, shares = tokenizer.config, {}, {}
+    for level, tokens, k in (("coarse", coarse, config.coarse_bits), ("fine", fine, config.fine_bits)):
+        shares[level] = share = torch.bincount(tokens, minlength=2 ** k).double() / max(1, len(tokens))
+        use[f"{level}_used"] = (share > 0).double().mean().item()
+        use[f"{level}_perplexity"] = entropy(share).exp().item()
+    return use | dict(pairs=float(len(torch.unique(coarse << config.fine_bits | fine)))), shares
 
 
 def print_report(scores):
@@ -392,13 +419,13 @@ def main():
     series = data.load(config.data) if config.data else data.synthetic(config.seed)[0]
     borders = data.split_borders(series, config.val_start, config.test_start)
     features = [data.features(bars)[0] for bars in series]
-    rows = {split: np.concatenate([x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)])
-            for split in ("train", "test")}
-    print(f"tokenizer: {len(rows['train']):,} bars to train on, {len(rows['test']):,} to test, {config.steps} steps", flush=True)
+    train, test = (np.concatenate([x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)])
+                   for split in ("train", "test"))
+    print(f"tokenizer: {len(train):,} bars to train on, {len(test):,} to test, {config.steps} steps", flush=True)
 
-    tokenizer = train_tokenizer(rows["train"], sizes, config.seed, config.steps, config.batch_size, config.lr, config.device,
-                                lambda step, loss, _: data.progress(f"step {step}/{config.steps}  loss {loss:.4f}"))
-    scores = report(tokenizer, rows["test"])
+    show = lambda step, loss, _: data.progress(f"step {step}/{config.steps}  loss {loss:.4f}")
+    tokenizer = train_tokenizer(train, sizes, config.seed, config.steps, config.batch_size, config.lr, config.device, show)
+    scores = report(tokenizer, test)
     print_report(scores)
     from model import save_checkpoint  # the schema lives there; model.py imports this file, so not at the top
     save_checkpoint(config.out, None, tokenizer, stage="tokenizer", step=config.steps, seed=config.seed, splits=borders,
