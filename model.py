@@ -6,13 +6,13 @@
     coarse, fine = model.sample(state.h)                   # then one step a bar, at constant cost
     h, state = model.step(coarse, fine, time, state)
 
-Each layer's heads look back over several ranges: linear attention over the whole past, local softmax attention over short
-windows. At mid depth a latent reasoner refines a few slots at every 32nd bar, all borders at once, from the bars before it.
-The parallel form (forward, prefill) and the recurrence (step) are the same function. Writes: checkpoints, by save_checkpoint.
+Each layer's heads look back over several ranges: linear attention over the whole past, local softmax attention over
+short windows. At mid depth a latent reasoner refines a few slots at every 32nd bar, all borders at once, from the bars
+before it. The parallel form (forward, prefill) and the recurrence (step) are the same function.
 
-Papers: linear attention as a recurrence, Katharopoulos et al., arXiv 2006.16236; without denominator, normed per head and
-chunked, Qin et al. arXiv 2210.10340, Sun et al. arXiv 2307.08621; rotary positions, Su et al., arXiv 2104.09864; linear
-biases, Press et al., arXiv 2108.12409; latent slots, Jaegle et al., arXiv 2103.03206; RMSNorm, Zhang, Sennrich, arXiv 1910.07467.
+In this order: attention, the reasoner, the model, the checkpoint, what every training loop needs. H, B, T, D in the
+comments: heads, rows of the batch, bars, channels of a head; C = H D. Heads come first, since each kind of attention
+takes some of them: its share is then one piece of memory.
 """
 
 import math
@@ -27,11 +27,12 @@ import data
 from tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-CHUNK, GROUP = 64, 32   # linear attention: bars a chunk (work within a chunk balances work on the state), chunks a group
-EPS = 1e-6
+CHUNK = 64          # bars a chunk of linear attention: work within a chunk balances work on the state
+GROUP = 32          # chunks whose states are made in one product
+EPS = 1e-6          # of RMSNorm
 GAPS = 7            # spacings whose median tells the bars' interval
 NO_GAP = 2**62      # stands for a spacing that does not exist (before the first bar)
-CALENDAR = (24, 60, 7, 31, 12, 32)      # hour, minute, weekday, day, month, log2 of the spacing: rows of the embedding
+CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of the embedding
 
 
 @dataclass
@@ -42,8 +43,8 @@ class ModelConfig:
     n_head: int = 8
     n_embd: int = 192
     linear_heads: int = -1           # heads with linear attention over the whole past; -1 is half of them
-    windows: tuple = (16, 64)        # the other heads' windows in bars, the bar itself included; each gets an equal share
-    pos: str = "rope"                # rope: rotated q and k; alibi: linear bias, in linear attention a decay
+    windows: tuple = (16, 64)        # the other heads' windows in bars, the bar itself included; equal shares of heads
+    pos: str = "rope"                # rope: rotated q and k; alibi: linear bias, in linear attention a decay; both
     reasoner: bool = True            # the latent reasoner at mid depth
     border: int = 32                 # a border every so many bars
     slots: int = 16                  # latent slots at a border = bars that the parallel forecast reaches
@@ -58,30 +59,42 @@ class ModelConfig:
         self.windows = tuple(self.windows)
         if self.linear_heads == -1:
             self.linear_heads = self.n_head // 2 if self.windows else self.n_head
-        limits = dict(coarse_bits=14, fine_bits=14, n_layer=256, n_head=256, n_embd=16384, linear_heads=self.n_head, border=4096, slots=1024,
-                      rounds=64, span=2**16, aux_weight=100, block_size=2**31, unmoved=0.999)
+        limits = dict(coarse_bits=14, fine_bits=14, n_layer=256, n_head=256, n_embd=16384, linear_heads=self.n_head,
+                      border=4096, slots=1024, rounds=64, span=2**16, aux_weight=100, block_size=2**31, unmoved=0.999)
         for name, high in limits.items():
-            value, low = getattr(self, name), int(name not in ("linear_heads", "aux_weight", "unmoved"))
-            if not isinstance(value, (int, float) if name in ("aux_weight", "unmoved") else int) or isinstance(value, bool) or not low <= value <= high:
+            value, kind = getattr(self, name), (int, float) if name in ("aux_weight", "unmoved") else int
+            low = 0 if name in ("linear_heads", "aux_weight", "unmoved") else 1
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} must be within {low} and {high}, not {value!r}")
-        local = self.n_head - self.linear_heads
-        for right, rule in ((self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})"),
-                            (all(isinstance(w, int) and 1 <= w <= 2**16 for w in self.windows), f"windows must be 1 to 65536 bars, not {self.windows!r}"),
-                            (not local or self.windows and local % len(self.windows) == 0, f"{local} local heads cannot be shared among {len(self.windows)} windows"),
-                            (self.span % self.border == 0 and self.slots <= self.border, "span must be a multiple of border, and slots at most border"),
-                            (self.pos in ("rope", "alibi", "both"), f"pos must be rope, alibi or both, not {self.pos!r}")):
-            if not right:
-                raise ValueError(rule)
+
+        def rule(holds, text):
+            if not holds:
+                raise ValueError(text)
+
+        n_local, n_windows = self.n_head - self.linear_heads, len(self.windows)
+        rule(self.n_embd % (2 * self.n_head) == 0,
+             f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
+        rule(all(isinstance(w, int) and 1 <= w <= 2**16 for w in self.windows),
+             f"windows must be 1 to 65536 bars, not {self.windows!r}")
+        rule(not n_local or n_windows and n_local % n_windows == 0,
+             f"{n_local} local heads cannot be shared among {n_windows} windows")
+        rule(self.span % self.border == 0 and self.slots <= self.border,
+             "span must be a multiple of border, and slots at most border")
+        rule(self.pos in ("rope", "alibi", "both"), f"pos must be rope, alibi or both, not {self.pos!r}")
 
 
 # --- Attention: the parallel forms -----------------------------------------------------------------------------------
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2)), without gain: a linear map follows. Its own backward, 3 times as fast as F.rms_norm's on a CPU."""
+    """x / sqrt(mean(x^2)) (Zhang and Sennrich, arXiv 1910.07467), without gain: a linear map follows.
+
+    With a backward of its own, since that of F.rms_norm takes three times as long on a CPU.
+    """
 
     @staticmethod
     def forward(ctx, x):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square().div(x.shape[-1]).add(EPS).rsqrt()
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = length.square().div(x.shape[-1]).add(EPS).rsqrt()
         y = x * r.to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
@@ -98,13 +111,16 @@ def norm(x):
 
 
 def linear(weights, module, x):
-    """A linear map in generation: by the copy of its weights that suits few rows (see Model.prefill), result in x's type."""
+    """A linear map in generation, by the copy of its weights that suits few rows (Model.step_weights); in x's type."""
     w = weights[module]
     return F.linear(x.to(w.dtype), w).to(x.dtype)
 
 
 def rotation(pos, dim):
-    """cos and signed sin of pos * theta, each [T, dim]. In float64: at bar 20,000 a float32 angle is off by 1e-3."""
+    """cos and signed sin of pos * theta, each [T, dim] (rotary positions: Su et al., arXiv 2104.09864).
+
+    In float64: at bar 20,000 a float32 angle is off by 1e-3.
+    """
     theta = 10000.0 ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float64) / dim)
     angle = pos.double()[:, None] * theta                                       # [T, dim / 2]
     sin = angle.sin()
@@ -125,14 +141,16 @@ def decay(slope, d):
 def linear_attention(q, k, v, slope):
     """o_i = sum_{j <= i} exp(-slope (i - j)) (q_i . k_j) v_j / sqrt(D), for q, k, v [H, B, T, D] and slope [H].
 
-    Returns o and, in float32, the state S_T = sum_j exp(-slope (T - 1 - j)) k_j v_j^T [H, B, D, D].
+    Returns o and, in float32, the state S_T = sum_j exp(-slope (T - 1 - j)) k_j v_j^T [H, B, D, D], from which the sum
+    goes on bar by bar: attention as a recurrence (Katharopoulos et al., arXiv 2006.16236), without its denominator and
+    normed per head instead (Qin et al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621).
 
-    Why chunks. With m = slope, cut the bars into chunks n of L bars, let i and j count within a chunk, and split the sum into the bars
-    of the own chunk and all those before it:
-        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j     =  (A * M) V       A = Q K^T [L, L],  M_ij = exp(-m (i - j)), 0 for j > i
-            + exp(-m (i + 1)) q_i S_{n-1}                                         S_n [D, D]: the state after chunk n
-        S_n = exp(-m L) S_{n-1} + U_n,         U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
-    so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n',  one product with a small triangular matrix W for a group of chunks.
+    Why chunks. With m = slope, cut the bars into chunks n of L bars, let i and j count within a chunk, and split the
+    sum into the bars of the own chunk and all those before it:
+        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    =  (A * M) V,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
+            + exp(-m (i + 1)) q_i S_{n-1}                        S_n [D, D]: the state after chunk n
+        S_n = exp(-m L) S_{n-1} + U_n                            U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
+    so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n', one product with a small triangular matrix W for a group of chunks.
     All is matmuls, the work is T L D + T D D, and no exponent is above 0: nothing can overflow.
     """
     H, B, T, D = q.shape
@@ -160,7 +178,10 @@ def linear_attention(q, k, v, slope):
 
 
 def spans(a, w, back):
-    """Cuts a [H, B, N * w, D] into N blocks, each with the `back` blocks before it (zeros before the first): [H, B, N, (back + 1) * w, D]."""
+    """Cuts a [H, B, N * w, D] into N blocks, each with the `back` blocks before it: [H, B, N, (back + 1) * w, D].
+
+    Before the first block there are zeros.
+    """
     N = a.shape[2] // w
     a = F.pad(a, (0, 0, back * w, 0)).unflatten(2, (N + back, w))
     return torch.cat([a[:, :, n:n + N] for n in range(back + 1)], dim=3)
@@ -175,9 +196,11 @@ def softmax_attention(q, k, v, bias=None):
 
 
 def local_attention(q, k, v, window, slope):
-    """Softmax attention of bar i over bars i - window + 1 .. i with bias -slope (i - j), for q, k, v [H, B, T, D] and slope [H].
+    """Softmax attention of bar i over bars j = i - window + 1 .. i, for q, k, v [H, B, T, D] -> [H, B, T, D].
 
-    In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it, nothing else."""
+    The score has the bias -slope (i - j), slope [H] (linear biases: Press et al., arXiv 2108.12409; 0 switches it off).
+    In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it, no others.
+    """
     T = q.shape[2]
     w, back = min(window, T), int(T > window)
     if T % w:
@@ -185,8 +208,8 @@ def local_attention(q, k, v, window, slope):
     N = q.shape[2] // w
     n, i, j = (torch.arange(*a, device=q.device) for a in ((N,), (w,), (-w * back, w)))
     d = i[:, None] - j                                                          # [w, 2w]
-    bias = (-slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)       # each row sees w keys
-    bias = bias[:, None].masked_fill(n[:, None, None] * w + j < 0, -math.inf)           # [H, N, w, 2w]: those that exist
+    bias = (-slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)   # each row sees w keys
+    bias = bias[:, None].masked_fill(n[:, None, None] * w + j < 0, -math.inf)   # [H, N, w, 2w]: those that exist
     o = softmax_attention(q.unflatten(2, (N, w)), spans(k, w, back), spans(v, w, back), bias[:, None].to(q.dtype))
     return o.flatten(2, 3)[:, :, :T]
 
@@ -203,15 +226,16 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.rope, self.decays = config.pos != "alibi", config.pos != "rope"
         place = torch.cat([torch.arange(n) / max(1, n - 1) for n in self.shares])       # 0 .. 1 within each kind
-        slope = torch.where(torch.arange(H) < HL, 2.0 ** (-4 - 6 * place), 2.0 ** (-1 - 6 * place))     # linear: half is left after 11 .. 710 bars
+        # of a linear head half is left after 11 .. 710 bars
+        slope = torch.where(torch.arange(H) < HL, 2.0 ** (-4 - 6 * place), 2.0 ** (-1 - 6 * place))
         self.register_buffer("slope", slope * self.decays, persistent=False)        # [H]
 
     def forward(self, x, rot, keep=None):
-        """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs to go on: the linear state and the last keys and values."""
+        """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs: the linear state, the last keys and values."""
         B, T, C = x.shape
-        # heads first: each kind's heads are one piece of memory
-        qk, v = (a.view(B, T, -1, self.H, C // self.H).permute(2, 3, 0, 1, 4).contiguous() for a in self.qkv(norm(x)).split((2 * C, C), -1))
-        q, k, v = *(rotate(qk, rot) if self.rope else qk).unbind(), v[0]                # [H, B, T, D]
+        heads_first = lambda a: a.view(B, T, -1, self.H, C // self.H).permute(2, 3, 0, 1, 4).contiguous()
+        qk, v = map(heads_first, self.qkv(norm(x)).split((2 * C, C), -1))
+        q, k, v = *(rotate(qk, rot) if self.rope else qk).unbind(), v[0]        # [H, B, T, D]
         groups = list(zip(*(a.split(self.shares) for a in (q, k, v, self.slope))))
         o, S = [], None
         if self.HL:
@@ -231,13 +255,13 @@ class Block(nn.Module):
         kv = torch.stack((k[:, :, -W:], v[:, :, -W:])).float()
         if T <= W:
             return F.pad(kv, (0, 0, 0, W - T))
-        return kv.roll(T % W, dims=3)                                           # the first is bar T - W, whose place is T % W
+        return kv.roll(T % W, dims=3)   # the first is bar T - W, whose place is T % W
 
     def step(self, x, rot, pos, memory, bias, weights):
-        """x [B, C] -> [B, C]: one bar more; updates memory in place. bias [HW, 1, 1, bars in the ring] masks and biases them."""
+        """x [B, C] -> [B, C]: one bar more; updates memory in place. bias [HW, 1, 1, bars in the ring]: see ring_bias."""
         B, C = x.shape
         (S, ring), HL = memory, self.HL
-        qkv = linear(weights, self.qkv, norm(x)).view(B, 3, self.H, 1, -1).permute(1, 2, 0, 3, 4)       # [3, H, B, 1, D]
+        qkv = linear(weights, self.qkv, norm(x)).view(B, 3, self.H, 1, -1).permute(1, 2, 0, 3, 4)  # [3, H, B, 1, D]
         q, k, v = *(rotate(qkv[:2], rot) if self.rope else qkv[:2]).unbind(), qkv[2]
         o = []
         if HL:
@@ -253,7 +277,10 @@ class Block(nn.Module):
         return x + linear(weights, self.down, F.gelu(linear(weights, self.up, norm(x))))
 
     def ring_bias(self):
-        """[HW, 2 W]: from place W - 1 - p % W on, W numbers for the W places of the ring at bar p: -slope * distance, or -inf."""
+        """[HW, 2 W]: from place W - 1 - p % W on, what to add to the scores of the ring's W places at bar p.
+
+        That is -slope * distance, or -inf outside of the head's window.
+        """
         W = max(self.windows, default=1)
         d = torch.arange(W, device=self.slope.device)
         window = torch.cat([d.new_full((n,), w) for n, w in zip(self.shares[1:], self.windows)] + [d[:0]])
@@ -267,7 +294,9 @@ class Reasoner(nn.Module):
     """Slots [16, C] at each border, refined from the `span` bars before it; read by the bars from the border on.
 
     The bars lie on a grid of blocks, one from each border to the next. The slots at the start of block m + 1 look at
-    blocks m, m - 1, ..., and the bars of block m + 1 look at those slots: shifts by whole blocks, all borders side by side."""
+    blocks m, m - 1, ..., and the bars of block m + 1 look at those slots: shifts by whole blocks, all borders side by
+    side. Slots that attend to many inputs: Jaegle et al., arXiv 2103.03206.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -275,10 +304,11 @@ class Reasoner(nn.Module):
         self.latent = nn.Parameter(torch.randn(config.slots, C))
         self.offset = nn.Parameter(torch.zeros(config.border, C))   # tells a bar how far it is from its border
         self.gate = nn.Parameter(torch.full((C,), 0.1))
-        self.look_q, self.look_kv, self.look_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))     # slots look at bars
+        # slots look at bars, then at each other; bars read slots
+        self.look_q, self.look_kv, self.look_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))
         self.self_qkv, self.self_out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(2 * C, C, bias=False)
-        self.read_q, self.read_kv, self.read_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))     # bars read slots
+        self.read_q, self.read_kv, self.read_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))
         slope = 2.0 ** (-1 - 8 * torch.arange(self.H) / self.H)
         distance = torch.arange(config.span, 0, -1)
         self.register_buffer("near", -slope[:, None] * distance, persistent=False)      # [H, span]
@@ -293,7 +323,7 @@ class Reasoner(nn.Module):
         return x.permute(*range(1, x.dim() - 1), 0, -1).flatten(-2)
 
     def think(self, k, v, count):
-        """k, v [H, B, M, span, D] of the bars before M borders, count [M]: how many of them exist -> slots [B, M, 16, C]."""
+        """Slots [B, M, 16, C] from k, v [H, B, M, span, D] of the bars before M borders; count [M] of them exist."""
         missing = torch.arange(k.shape[3], 0, -1, device=k.device) > count[:, None]                 # [M, span]
         bias = self.near[:, None].masked_fill(missing, -math.inf)[:, None, :, None].to(k.dtype)     # [H, 1, M, 1, span]
         s = self.latent.to(k.dtype).expand(*k.shape[1:3], -1, -1)                                   # [B, M, 16, C]
@@ -308,7 +338,7 @@ class Reasoner(nn.Module):
         return self.heads(self.read_kv(norm(slots)))
 
     def read(self, x, kv, offset):
-        """What bars x [B, M, n, C], `offset` [n, C] tells how far after the border, take from the slots' keys and values."""
+        """What bars x [B, M, n, C] take from the slots' keys and values; offset [n, C]: how far after the border."""
         q, = self.heads(self.read_q(norm(x)) + offset.to(x.dtype))
         return self.gate.to(x.dtype) * self.read_out(self.join(softmax_attention(q, *kv)))
 
@@ -328,7 +358,8 @@ class Reasoner(nn.Module):
         count = first + W * torch.arange(M, device=x.device)
         slots = self.think(*(spans(a[:, :, :M * W], W, back - 1) for a in (k, v)), count)
         bars = grid[:, W:].unflatten(1, (M, W))
-        read = F.pad(self.read(bars, self.keys(slots), self.offset).flatten(1, 2), (0, 0, W, 0))       # nothing before the first border
+        read = self.read(bars, self.keys(slots), self.offset).flatten(1, 2)
+        read = F.pad(read, (0, 0, W, 0))                                        # nothing before the first border
         return x + read[:, left:left + T], slots
 
 
@@ -337,7 +368,8 @@ class Reasoner(nn.Module):
 def calendar(time):
     """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
 
-    The civil date from the day's number, counted in years from March on, whose leap day comes last: whole-number arithmetic."""
+    The civil date from the day's number in whole numbers, with years that begin in March, so that a leap day comes last.
+    """
     days = time // 86400
     second = time - days * 86400
     z = days + 719468                                   # days since 0000-03-01
@@ -360,12 +392,15 @@ def gap_bucket(gaps):
 
 
 class State:
-    """What generation carries from bar to bar; its size does not depend on how many bars there were. All rows are at the same bar.
+    """What generation carries from bar to bar; its size does not depend on how many bars there were.
 
-    pos: bars seen. h [B, C]: hidden state of the last bar. layers: per layer the linear state S [HL, B, D, D] and the ring [2, HW, B, W, D]
-    of keys and values. time [B], gaps [B, GAPS]: for the spacing. Reasoner: pending [B, border, C], the hidden states since the last border;
-    past [2, H, B, span, D], keys and values before it; slots [2, H, B, 1, 16, D], the keys and values of the slots of the last border, None
-    before the first. A border's slots are made right after the bar before it: paths that begin there share them."""
+    pos: bars seen, the same of all rows. h [B, C]: hidden state of the last bar. layers: per layer the linear state S
+    [HL, B, D, D] and the ring [2, HW, B, W, D] of keys and values. time [B], gaps [B, GAPS]: for the spacing. bias,
+    weights: see Block.ring_bias and Model.step_weights. Of the reasoner: phase; pending [B, border, C], the hidden
+    states since the last border; past [2, H, B, span, D], keys and values before it; slots [2, H, B, 1, 16, D], keys and
+    values of the last border's slots, None before the first. A border's slots are made right after the bar before it:
+    paths that begin there share them.
+    """
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
@@ -374,29 +409,36 @@ class State:
         """Each row n times, as copies of its own: many paths go on from one prefill."""
         def rows(a, dim=0):
             return None if a is None else a.repeat_interleave(n, dim=dim)
-        layers = [[rows(S, 1), rows(ring, 2)] for S, ring in self.layers]
-        slots = {name: rows(getattr(self, name)) for name in ("h", "time", "gaps", "pending")} | dict(past=rows(self.past, 2), slots=rows(self.slots, 2))
-        return State(pos=self.pos, phase=self.phase, bias=self.bias, weights=self.weights, layers=layers, **slots)
+        return State(pos=self.pos, phase=self.phase, bias=self.bias, weights=self.weights,
+                     layers=[[rows(S, 1), rows(ring, 2)] for S, ring in self.layers],
+                     h=rows(self.h), time=rows(self.time), gaps=rows(self.gaps), pending=rows(self.pending),
+                     past=rows(self.past, 2), slots=rows(self.slots, 2))
 
 
 class Model(nn.Module):
+    """Bars' tokens and stamps -> the next bar's tokens. `forward` for many bars at once, `prefill` and `step` one by one.
+
+    config: a ModelConfig, or a dict of its fields; ValueError for sizes that do not fit.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
         C, V1, V2 = config.n_embd, 2**config.coarse_bits, 2**config.fine_bits
         sizes = (V1, V2) + CALENDAR
         offsets = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-        self.embed = nn.Embedding(sum(sizes), C)        # one table, of which a bar takes eight rows: coarse, fine, calendar, spacing
+        self.embed = nn.Embedding(sum(sizes), C)        # a bar takes eight rows: coarse, fine, calendar, spacing
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.reasoner = Reasoner(config) if config.reasoner else None
         self.coarse_head = nn.Linear(C, V1, bias=False)
-        self.fine_mix = nn.Linear(C, C, bias=False)     # fine logits = W gelu(A h + e(coarse)): the coarse token turns what h says
+        self.fine_mix = nn.Linear(C, C, bias=False)     # fine logits = W gelu(A h + e(coarse))
         self.fine_given = nn.Embedding(V1, C)
         self.fine_head = nn.Linear(C, V2, bias=False)
         self.register_buffer("offsets", offsets, persistent=False)
-        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that mean "up"; pretrain.py sets them from the tokenizer
+        # coarse tokens that say "up"; without a direction bit pretrain.py asks the tokenizer
+        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)
         self.mid = config.n_layer // 2
-        self.grad_ckpt = False                          # recompute each layer in the backward pass instead of keeping it
+        self.grad_ckpt = False                          # see run
         self.parts = {}
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -406,30 +448,37 @@ class Model(nn.Module):
 
     def embedding(self, coarse, fine, time, gaps):
         rows = torch.cat((coarse[..., None], fine[..., None], calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets
-        x = norm(F.embedding_bag(rows.flatten(0, -2), self.embed.weight, mode="sum")).view(*coarse.shape, -1)       # [..., C]
+        x = norm(F.embedding_bag(rows.flatten(0, -2), self.embed.weight, mode="sum"))
+        x = x.view(*coarse.shape, -1)                                           # [..., C]
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
     def trunk(self, coarse, fine, time, phase, keep=None, depth=None):
-        """Hidden states [B, T, C] after `depth` layers (all of them), and the slots of the borders."""
+        """Hidden states [B, T, C] after `depth` layers (all of them), and the slots of the borders [B, M, 16, C]."""
         gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
         x, slots = self.embedding(coarse, fine, time, gaps.unfold(1, GAPS, 1)), None
         rot = rotation(torch.arange(x.shape[1], device=x.device), self.config.n_embd // self.config.n_head)
         rot = [a.to(x.dtype) for a in rot]
         if keep is not None:
             keep.update(layers=[], gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone())
-        save = self.grad_ckpt and torch.is_grad_enabled() and keep is None
         for n, block in enumerate(self.blocks[:depth]):
             if n == self.mid and self.reasoner:
-                x, slots = checkpoint(self.reasoner, x, phase, use_reentrant=False) if save else self.reasoner(x, phase, keep)
-            x = checkpoint(block, x, rot, use_reentrant=False) if save else block(x, rot, keep and keep["layers"])
+                x, slots = self.run(self.reasoner, x, phase, keep)
+            x = self.run(block, x, rot, keep and keep["layers"])
         return x, slots
+
+    def run(self, part, x, given, keep):
+        """part(x, given, keep); with grad_ckpt its activations are made again in the backward pass, not kept."""
+        if self.grad_ckpt and torch.is_grad_enabled() and keep is None:
+            return checkpoint(part, x, given, use_reentrant=False)
+        return part(x, given, keep)
 
     def forward(self, coarse, fine, time, targets=None, phase=0):
         """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count.
 
-        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest), and the loss
-        in nats per bar, None without targets. Its parts stay in self.parts: coarse, fine, aux."""
+        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest),
+        and the loss in nats per bar, None without targets. Its parts stay in self.parts: coarse, fine, aux.
+        """
         x, slots = self.trunk(coarse, fine, time, phase)
         h = norm(x)
         coarse_logits = self.coarse_logits(h)
@@ -448,31 +497,37 @@ class Model(nn.Module):
     def slot_loss(self, slots, targets, phase):
         """Slot m at border p predicts bar p + m, which is the target at p + m - 1."""
         W, (B, M, n, _) = self.config.border, slots.shape
-        at = W - phase % W - 1 + W * torch.arange(M, device=slots.device)[:, None] + torch.arange(n, device=slots.device)   # [M, 16]
-        coarse, fine = (F.pad(target, (0, n), value=-1)[:, at] for target in targets)                                      # [B, M, 16]
+        m, i = torch.arange(M, device=slots.device), torch.arange(n, device=slots.device)
+        at = W - phase % W - 1 + W * m[:, None] + i                             # [M, 16]
+        coarse, fine = (F.pad(target, (0, n), value=-1)[:, at] for target in targets)  # [B, M, 16]
         h = norm(slots)
         return mean_nats(self.coarse_logits(h), coarse) + mean_nats(self.fine_logits(h, coarse.clamp(min=0)), fine)
 
     def prefill(self, coarse, fine, time, phase=0):
-        """The state after coarse, fine, time int64 [B, T], from which step goes on."""
-        keep = {}
+        """The State after coarse, fine, time int64 [B, T], from which step goes on."""
+        keep = dict(slots=None, pending=None, past=None)
         x, slots = self.trunk(coarse, fine, time, phase, keep)
-        keep["slots"] = torch.stack(self.reasoner.keys(slots[:, -1:])).float() if slots is not None and slots.shape[1] else None
-        for name in ("pending", "past"):
-            keep.setdefault(name, None)
-        state = State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(), weights=self.step_weights(x.dtype), **keep)
+        if slots is not None and slots.shape[1]:
+            keep["slots"] = torch.stack(self.reasoner.keys(slots[:, -1:])).float()
+        state = State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(),
+                      weights=self.step_weights(x.dtype), **keep)
         if self.reasoner:
             self.reason_border(state)
         return state
 
     def step_weights(self, dtype):
-        """Copies of the linear maps' weights for a few rows at a time: in float32 by columns, 3 times as fast for one row."""
-        maps = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)] + ([self.reasoner.read_q, self.reasoner.read_out] if self.reasoner else [])
-        return {m: m.weight.detach().T.contiguous().T if dtype == torch.float32 else m.weight.detach().to(dtype) for m in maps}
+        """Copies of the linear maps' weights for a few rows at a time: in float32 by columns, 3 times as fast for one."""
+        maps = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        if self.reasoner:
+            maps += [self.reasoner.read_q, self.reasoner.read_out]
+        by_columns = lambda w: w.T.contiguous().T
+        return {m: by_columns(m.weight.detach()) if dtype == torch.float32 else m.weight.detach().to(dtype) for m in maps}
 
     def step(self, coarse, fine, time, state):
-        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients. Its matmuls run in the type
-        of the prefill, under autocast or not, its states in float32; call step itself outside of autocast."""
+        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients.
+
+        Its matmuls run in the type of the prefill, its states in float32; call step itself outside of autocast.
+        """
         state.gaps = torch.cat((state.gaps[:, 1:], (time - state.time)[:, None]), dim=1)
         state.time = time
         x, pos, W = self.embedding(coarse, fine, time, state.gaps), state.pos, state.bias.shape[1] // 2
@@ -494,7 +549,8 @@ class Model(nn.Module):
         state.pending[:, offset] = x
         if state.slots is None:
             return x
-        q = (linear(state.weights, r.read_q, norm(x)) + r.offset[offset]).view(len(x), r.H, -1).transpose(0, 1)[:, :, None]         # [H, B, 1, D]
+        q = linear(state.weights, r.read_q, norm(x)) + r.offset[offset]
+        q = q.view(len(x), r.H, 1, -1).transpose(0, 1)                          # [H, B, 1, D]
         o = F.scaled_dot_product_attention(q, *state.slots[:, :, :, 0])
         return torch.addcmul(x, r.gate, linear(state.weights, r.read_out, r.join(o[:, :, 0])))
 
@@ -507,13 +563,17 @@ class Model(nn.Module):
         with torch.autocast(kind, half, enabled=half != torch.float32):
             new = torch.stack(r.heads(r.look_kv(norm(state.pending)))).float()  # [2, H, B, border, D]
             state.past = torch.cat((state.past[:, :, :, W:], new), dim=3)
-            state.slots = torch.stack(r.keys(r.think(*state.past[:, :, :, None], torch.tensor([state.pos], device=new.device)))).float()
+            slots = r.think(*state.past[:, :, :, None], torch.tensor([state.pos], device=new.device))
+            state.slots = torch.stack(r.keys(slots)).float()
 
     def parallel(self, coarse, fine, time):
-        """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C], from which fine_logits,
-        p_up and sample take the rest. Raises UserError if the model has no reasoner."""
+        """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C].
+
+        fine_logits, p_up and sample take the rest from h. Raises UserError if the model has no reasoner.
+        """
         if not self.reasoner:
-            raise data.UserError("the model has no latent reasoner: parallel forecasts need one; train it with the reasoner, or forecast step by step")
+            raise data.UserError("the model has no latent reasoner: parallel forecasts need one; "
+                                 "train it with the reasoner, or forecast step by step")
         span, r = self.config.span, self.reasoner
         x, _ = self.trunk(coarse, fine, time, 0, depth=self.mid)
         x = F.pad(x[:, -span:], (0, 0, max(0, span - x.shape[1]), 0))           # [B, span, C]
@@ -534,31 +594,42 @@ class Model(nn.Module):
         return (p / (1 - self.config.unmoved)).clamp(max=1)
 
     def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
-        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C]; from uniform numbers u [..., 2] if they are given.
+        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
 
-        order int64 [2^k1]: the coarse tokens in the order in which u runs through them (by rising close, say: then two models that
-        hardly differ draw bars that hardly differ)."""
+        u [..., 2]: uniform numbers to draw by, else from `generator`; temperature, top_p: see draw. order int64 [2^k1]:
+        the coarse tokens in the order in which u runs through them (by rising close, say: then two models that hardly
+        differ draw bars that hardly differ).
+        """
         u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator) if u is None else u
         logits = self.coarse_logits(h)
-        coarse = draw(logits if order is None else logits[..., order], temperature, top_p, u[..., :1])
+        coarse = draw(logits if order is None else logits[..., order], temperature, top_p, u[..., :1]).squeeze(-1)
         coarse = coarse if order is None else order[coarse]
-        return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:])
+        return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:]).squeeze(-1)
 
 
 def mean_nats(logits, target):
-    """Mean cross-entropy over the targets that count (>= 0); 0 if none does."""
-    rows = zip(logits.flatten(0, -2).split(1024), target.flatten().split(1024))         # so many rows in float32 stay in the cache
-    return sum(F.cross_entropy(a.float(), b, ignore_index=-1, reduction="sum") for a, b in rows) / (target >= 0).sum().clamp(min=1)
+    """Mean cross-entropy of logits [..., V] over the targets int64 [...] that count (>= 0); 0 if none does."""
+    rows = zip(logits.flatten(0, -2).split(1024), target.flatten().split(1024))  # so many stay in the cache in float32
+    total = sum(F.cross_entropy(a.float(), b, ignore_index=-1, reduction="sum") for a, b in rows)
+    return total / (target >= 0).sum().clamp(min=1)
+
+
+def kl(log_p, log_q):
+    """KL(p || q), nats [...], of log-probabilities [..., V]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def draw(logits, temperature, top_p, u):
-    """One token for each row of logits [..., V], by the inverse of the cumulative distribution at u [..., 1], uniform in [0, 1)."""
+    """Tokens int64 [..., n] from logits [..., V]: where uniform numbers u [..., n] fall in the cumulative distribution.
+
+    temperature divides the logits; top_p keeps the likeliest tokens of that total probability.
+    """
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:       # keep the likeliest tokens up to a mass of top_p, the one that crosses it included
         value, order = p.sort(dim=-1, descending=True)
         p = torch.zeros_like(p).scatter(-1, order, value.masked_fill(value.cumsum(-1) - value >= top_p, 0))
     c = p.cumsum(-1)
-    return torch.searchsorted(c, u * c[..., -1:], right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+    return torch.searchsorted(c, u * c[..., -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -571,21 +642,23 @@ def close_table(tokenizer):
 
 @torch.no_grad()
 def next_bar(model, table, h, scale, quantiles=(0.05, 0.5, 0.95)):
-    """The next bar in closed form, without sampling noise: P(up) [B], expected return E[C'/C] - 1 [B], quantiles of the log return [B, Q].
+    """The next bar in closed form, without sampling noise, from h [B, C] of `prefill` or `step`.
 
-    For h [B, C] and scale [B], the s_t that made the features: log return = sinh(close feature) * s_t, at most log 10 either way.
-    table from close_table. Row by row, since the 2^20 probabilities of a row are 4 MB."""
+    scale [B]: the s_t that makes the close feature a log return, sinh(feature) * s_t (data.State.scales), at most log 10
+    either way; table: from close_table. Returns P(up) [B], the expected return E[C'/C] - 1 [B], and quantiles of the log
+    return [B, Q]. Row by row, since the 2^20 probabilities of a row are 4 MB.
+    """
     value, order = table.flatten().double().sort()
     V1 = table.shape[0]
     every = torch.arange(V1, device=h.device)
     p_up, mean, quantile = [], [], []
     for row, s in zip(h, scale.double()):
-        pc = model.coarse_logits(row).double().softmax(-1)                                              # [2^k1]
-        pf = model.fine_logits(row.expand(V1, -1), every).double().softmax(-1)                          # [2^k1, 2^k2]
+        pc = model.coarse_logits(row).double().softmax(-1)                      # [2^k1]
+        pf = model.fine_logits(row.expand(V1, -1), every).double().softmax(-1)  # [2^k1, 2^k2]
         p = (pc[:, None] * pf).flatten()[order]
         log_return = (torch.sinh(value) * s).clamp(-math.log(10), math.log(10))
-        c = p.cumsum(0)
-        at = torch.searchsorted(c, torch.tensor(quantiles, dtype=c.dtype, device=c.device) * c[-1]).clamp(max=len(c) - 1)
+        c, q = p.cumsum(0), torch.tensor(quantiles, dtype=p.dtype, device=p.device)
+        at = torch.searchsorted(c, q * c[-1]).clamp(max=len(c) - 1)
         p_up.append(pc[model.up_mask].sum())
         mean.append((p * torch.expm1(log_return)).sum())
         quantile.append(log_return[at])
@@ -594,11 +667,15 @@ def next_bar(model, table, h, scale, quantiles=(0.05, 0.5, 0.95)):
 
 # --- The checkpoint --------------------------------------------------------------------------------------------------
 
+FIELDS = ("stage", "best", "features", "optimizer", "scaler", "step", "bad_steps", "seed", "data", "splits", "metrics")
+
+
 def save_checkpoint(path, model, tokenizer, **meta):
     """Writes one self-contained file. model may be None while the tokenizer is in training, and tokenizer a plain dict.
-    meta: stage, best (weights), features, optimizer, scaler, step, bad_steps, seed, data, splits, metrics, and what else a stage needs."""
-    entry = dict.fromkeys(("stage", "best", "features", "optimizer", "scaler", "step", "bad_steps", "seed", "data", "splits"))
-    entry |= dict(metrics=[]) | meta | dict(format_version=FORMAT_VERSION, config=None, model=None)
+
+    meta: of FIELDS what there is, and what else a stage needs. Raises UserError when the disk refuses.
+    """
+    entry = dict.fromkeys(FIELDS) | dict(metrics=[]) | meta | dict(format_version=FORMAT_VERSION, config=None, model=None)
     if model is not None:
         entry |= dict(config=asdict(model.config), model=model.state_dict())
     entry["tokenizer"] = tokenizer.dump() if hasattr(tokenizer, "dump") else tokenizer
@@ -611,15 +688,20 @@ def read_checkpoint(path):
     if not isinstance(entry, dict) or "format_version" not in entry:
         raise data.UserError(f"{path}: not a Kronos-R checkpoint; give a file that pretrain.py wrote")
     if entry["format_version"] != FORMAT_VERSION:
-        raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, this version reads {FORMAT_VERSION}; train it anew")
+        raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, this version reads {FORMAT_VERSION}; "
+                             f"train it anew")
     for key in ("stage", "config", "model", "best", "tokenizer", "metrics"):
         if key not in entry:
-            raise data.UserError(f"{path}: damaged checkpoint, {key!r} is missing; restore it from a copy or train it anew")
+            raise data.UserError(f"{path}: damaged checkpoint, {key!r} is missing; "
+                                 f"restore it from a copy or train it anew")
     return entry
 
 
 def load_checkpoint(path, device="cpu", weights="best"):
-    """-> model (in eval mode), tokenizer, meta (all else in the file). weights: "best" on val (the last if there is none) or "last"."""
+    """-> model (in eval mode), tokenizer, meta (all else in the file). Raises UserError for a file that is none.
+
+    weights: "best", those with the best val score (the last if there is none), or "last".
+    """
     entry = read_checkpoint(path)
     if entry["model"] is None:
         raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
@@ -640,7 +722,8 @@ def load_checkpoint(path, device="cpu", weights="best"):
         tokenizer = Tokenizer.load(entry["tokenizer"])
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise data.UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew") from None
+        message = f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew"
+        raise data.UserError(message) from None
     meta = {key: value for key, value in entry.items() if key not in ("model", "best", "tokenizer")}
     return model.to(device).eval(), tokenizer, meta
 
@@ -648,15 +731,19 @@ def load_checkpoint(path, device="cpu", weights="best"):
 # --- What every training loop needs ----------------------------------------------------------------------------------
 
 def resumed(given, config_class, free, stages):
-    """(config, checkpoint) of --resume: settings from the file --out, refused by name where a flag, unless in `free`, says otherwise."""
+    """(config, checkpoint) of --resume: the settings of the file --out.
+
+    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
+    """
     path = given.get("out", config_class.out)
     entry = read_checkpoint(path)
     if entry["stage"] not in stages or "run" not in entry:
         raise data.UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
     for name, value in given.items():
         saved = entry["run"].get(name)
-        if name not in free and value != (tuple(saved) if isinstance(value, tuple) and isinstance(saved, list) else saved):
-            raise data.UserError(f"--{name} {value}: the run in {path} has {saved}; drop the flag to go on, or choose another --out")
+        if name not in free and value != saved:
+            raise data.UserError(f"--{name} {value}: the run in {path} has {saved}; "
+                                 f"drop the flag to go on, or choose another --out")
     return config_class(**{**entry["run"], **given}), entry
 
 
@@ -664,8 +751,8 @@ def adamw(model, lr, weight_decay):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weights decay, gains and offsets do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95),
-                             fused=matrices[0].device.type in ("cpu", "cuda"))
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=matrices[0].device.type in ("cpu", "cuda"))
 
 
 def learning_rate(step, config):

@@ -431,7 +431,7 @@ def test_an_order_of_the_codes_changes_which_number_draws_which_and_nothing_else
     for c in coarse.unique()[:5]:       # the fine token is drawn given the coarse one that came out
         rows = coarse == c
         with torch.no_grad():
-            given = M.draw(model.fine_logits(h.expand(int(rows.sum()), -1), c.expand(int(rows.sum()))), 1.0, 1.0, u[rows, 1:])
+            given = M.draw(model.fine_logits(h.expand(int(rows.sum()), -1), c.expand(int(rows.sum()))), 1.0, 1.0, u[rows, 1:])[:, 0]
         assert torch.equal(fine[rows], given)
 
 
