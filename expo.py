@@ -4,18 +4,20 @@
     python expo.py --ckpt out.pt --data bars.csv --pairs matched --out expo.pt
     python expo.py --ckpt out.pt --out expo.pt --resume            # go on after a kill, to the same weights bit for bit
 
-Next-token training weighs every code alike; whether the close rises is one bit of twenty. Regression EXPO (Hu, Kong, He and Wipf 2025, arXiv
-2506.07492) learns from pairs, w better than l, beside a frozen copy `ref` of the model:
+Next-token training weighs every code alike; whether the close rises is one bit of twenty. Regression EXPO (Hu, Kong, He
+and Wipf 2025, arXiv 2506.07492) learns from pairs, w better than l, beside a frozen copy `ref` of the model:
 
     loss = (sigmoid(log pi(w) / pi(l)) - y)^2,    y = lam sigmoid(log ref(w) / ref(l)) + (1 - lam)
 
-Its optimum for one pair is known: sigmoid(log pi(w)/pi(l)) = lam (the reference's own) + (1 - lam) (the share of times that w was the better
-one). Three ways to a pair: `extreme` and `matched` draw candidates for the next bar from the reference and score them; `set` takes all up tokens
-against all down tokens, log pi(w)/pi(l) = logit P(up), in closed form, so that nothing is drawn. `plain` is the control: next-token training
-with the same batches, schedule and choice of weights.
+Its optimum for one pair is known: sigmoid(log pi(w)/pi(l)) = lam (the reference's own) + (1 - lam) (the share of times
+that w was the better one). Three ways to a pair: `extreme` and `matched` draw candidates for the next bar from the
+reference and score them; `set` takes all up tokens against all down tokens, log pi(w)/pi(l) = logit P(up), in closed
+form, so that nothing is drawn. `plain` is the control: next-token training with the same batches, schedule and choice
+of weights.
 
-Bars that hardly moved carry no label. Rising and falling bars weigh the same, so that a drifting market does not teach "always up". Kept are the
-weights with the best log loss of P(up) on val among those whose MAE and CRPS there are no worse than the reference's.
+Bars that hardly moved carry no label. Rising and falling bars weigh the same, so that a drifting market does not teach
+"always up". Kept are the weights with the best log loss of P(up) on val among those whose MAE and CRPS there are no
+worse than the reference's.
 """
 import datetime
 import math
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 import data
 import sample
 from data import UserError
-from model import adamw, close_table, draw, learning_rate, load_checkpoint, mean_nats, norm, resumed, save_checkpoint
+from model import close_table, draw, kl, learning_rate, load_checkpoint, norm, resumed, save_checkpoint
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Config:
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm
-    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many, in the calendar
+    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
     backtest: bool = True             # at the end, reference beside result on the test bars
     horizon: int = 10                 # bars ahead, in that backtest
     paths: int = 50                   # sampled futures of each origin, in that backtest
@@ -64,18 +66,22 @@ class Config:
     save_every: int = 50              # updates between saves (and at least each 30 s)
 
 
-FREE = {"out", "resume", "overwrite", "device", "backtest", "horizon", "paths", "eval_every", "save_every"}  # may differ on --resume
+# flags that may differ on --resume
+FREE = {"out", "resume", "overwrite", "device", "backtest", "horizon", "paths", "eval_every", "save_every"}
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10
-VAL_BARS, ORIGINS = 12_000, 1000  # about so many bars of val looked at in training, origins of paths on test
-PIECE = 4            # labelled bars whose candidates are drawn at a time: 2^k2 logits each, which then stay in the cache
-SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1), ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
-         ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("path_mape", "path MAPE %, last bar", 1, 3), ("path_crps", "path CRPS, last bar", 1, 3))
+VAL_BARS = 12_000    # bars of val looked at in training, about
+ORIGINS = 1000       # origins of paths on test, about
+PIECE = 4           # labelled bars whose candidates are drawn at a time: 2^k2 logits each, which then stay in the cache
+SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),  # score, label, factor, digits
+         ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4),
+         ("path_mape", "path MAPE %, last bar", 1, 3), ("path_crps", "path CRPS, last bar", 1, 3))
 
 
 def check(config):
-    data.check_numbers(config, ("candidates", "steps", "batch_size", "lr", "clip", "horizon", "paths", "save_every"),
-                       ("lam", "beta", "labels", "noise", "block_size", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"))
+    positive = ("candidates", "steps", "batch_size", "lr", "clip", "horizon", "paths", "save_every")
+    data.check_numbers(config, positive, ("lam", "beta", "labels", "noise", "block_size", "warmup", "weight_decay",
+                                          "shift_weeks", "eval_every", "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     if config.lam > 1:
@@ -90,7 +96,7 @@ def check(config):
 # The loss, and the pairs it is fed
 
 def expo_loss(log_ratio, ref_log_ratio, lam):
-    """Regression EXPO, element by element: log_ratio = log pi(w)/pi(l) of the model, ref_log_ratio of the reference, same shape."""
+    """Regression EXPO, element by element, same shapes: log_ratio is log pi(w)/pi(l) of the model, or of the reference."""
     return (log_ratio.sigmoid() - (lam * ref_log_ratio.sigmoid() + 1 - lam)).square()
 
 
@@ -98,16 +104,16 @@ def expo_loss(log_ratio, ref_log_ratio, lam):
 def draw_pairs(reference, table, h, move, uniform, kind):
     """A better and a worse candidate for the next bar, drawn from the reference.
 
-    h [N, C]: its hidden states; table [2^k1, 2^k2]: every pair's close feature; move [N]: log return / s_t of the bar that came;
-    uniform [N, candidates, 2]: the chance. Returns the tokens (coarse, fine) of w and of l, int64 [N, 2, 2], and whether there is such a pair [N].
+    h [N, C]: its hidden states; table [2^k1, 2^k2]: every pair's close feature; move [N]: log return / s_t of the bar
+    that came; uniform [N, candidates, 2]: the chance; kind: extreme or matched. Returns the tokens (coarse, fine) of w
+    and of l, int64 [N, 2, 2], and whether there is such a pair [N].
     """
-    below = reference.coarse_logits(h).float().softmax(-1).cumsum(-1)                                           # [N, 2^k1]
-    coarse = torch.searchsorted(below, uniform[..., 0] * below[:, -1:], right=True).clamp(max=below.shape[-1] - 1)
+    coarse = draw(reference.coarse_logits(h), 1.0, 1.0, uniform[..., 0].contiguous())                  # [N, candidates]
     out, found = [], []
     for h, move, coarse, u in zip(*(a.split(PIECE) for a in (h, move, coarse, uniform[..., 1:]))):
-        fine = draw(reference.fine_logits(h[:, None], coarse), 1.0, 1.0, u)
-        tokens = torch.stack((coarse, fine), -1)                                                               # [n, candidates, 2]
-        told = table[tokens[..., 0], tokens[..., 1]].sinh()                                                    # [n, candidates], log return / s_t
+        fine = draw(reference.fine_logits(h[:, None], coarse), 1.0, 1.0, u)[..., 0]
+        tokens = torch.stack((coarse, fine), -1)                                                    # [n, candidates, 2]
+        told = table[tokens[..., 0], tokens[..., 1]].sinh()                                            # [n, candidates]
         right = (told > 0) == (move[:, None] > 0)
         score = right.float() - 0.25 * (told - move[:, None]).abs()
         w = score.argmax(1, keepdim=True)
@@ -124,8 +130,8 @@ def draw_pairs(reference, table, h, move, uniform, kind):
 
 def log_odds(model, h, log_coarse, pair):
     """log pi(w) / pi(l) [N] of pairs of tokens [N, 2, 2], from h [N, C] and the coarse log-probabilities [N, 2^k1]."""
-    coarse, fine = pair.unbind(-1)                                                                              # [N, 2]
-    log_fine = model.fine_logits(h[:, None].expand(-1, 2, -1), coarse).float().log_softmax(-1)                  # [N, 2, 2^k2]
+    coarse, fine = pair.unbind(-1)                                                                      # [N, 2]
+    log_fine = model.fine_logits(h[:, None].expand(-1, 2, -1), coarse).float().log_softmax(-1)          # [N, 2, 2^k2]
     both = log_coarse.gather(1, coarse) + log_fine.gather(2, fine[..., None])[..., 0]
     return both[:, 0] - both[:, 1]
 
@@ -133,11 +139,6 @@ def log_odds(model, h, log_coarse, pair):
 def logit_up(model, log_coarse):
     """log P(up) / P(not up) [...] from the coarse log-probabilities [..., 2^k1]."""
     return log_coarse[..., model.up_mask].logsumexp(-1) - log_coarse[..., ~model.up_mask].logsumexp(-1)
-
-
-def kl(log_p, log_q):
-    """KL(p || q), nats [...], of log-probabilities [..., V]."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def loss_of(model, reference, table, batch, phase, chance, config):
@@ -148,17 +149,20 @@ def loss_of(model, reference, table, batch, phase, chance, config):
     coarse, fine, when, *target = batch
     if config.pairs == "plain":
         loss = model(coarse, fine, when, tuple(target), phase)[2]
-        return loss, dict(loss=(model.parts["coarse"] + model.parts["fine"]).item(), kl=math.nan, odds=math.nan, w_right=math.nan, l_wrong=math.nan)
+        nats = (model.parts["coarse"] + model.parts["fine"]).item()
+        return loss, dict(loss=nats, kl=math.nan, odds=math.nan, w_right=math.nan, l_wrong=math.nan)
     counts = target[0] >= 0
-    h = norm(model.trunk(coarse, fine, when, phase)[0])[counts]                                                 # [N, C]
+    came = target[0][counts], target[1][counts]                                                         # [N]
+    h = norm(model.trunk(coarse, fine, when, phase)[0])[counts]                                         # [N, C]
+    log_coarse = model.coarse_logits(h).float().log_softmax(-1)                                         # [N, 2^k1]
+    log_fine = model.fine_logits(h, came[0]).float().log_softmax(-1)                                    # [N, 2^k2]
     with torch.no_grad():
         h_ref = norm(reference.trunk(coarse, fine, when, phase)[0])[counts]
         ref_coarse = reference.coarse_logits(h_ref).float().log_softmax(-1)
-        ref_fine = reference.fine_logits(h_ref, target[0][counts]).float().log_softmax(-1)
-    log_coarse = model.coarse_logits(h).float().log_softmax(-1)
-    move = table[target[0][counts], target[1][counts]].sinh()                                                   # [N], log return / s_t
-    away = kl(log_coarse, ref_coarse) + kl(model.fine_logits(h, target[0][counts]).float().log_softmax(-1), ref_fine)
-    rows = (move.abs() > config.noise).nonzero()[:, 0]
+        ref_fine = reference.fine_logits(h_ref, came[0]).float().log_softmax(-1)
+    away = (kl(log_coarse, ref_coarse) + kl(log_fine, ref_fine)).mean()
+    move = table[came].sinh()                                                                    # [N], log return / s_t
+    rows = (move.abs() > config.noise).nonzero()[:, 0]                                              # that carry a label
     if config.pairs == "set":
         rising = move[rows] > 0
         sign = torch.where(rising, 1.0, -1.0)
@@ -175,16 +179,17 @@ def loss_of(model, reference, table, batch, phase, chance, config):
         odds = log_odds(model, h[rows], log_coarse[rows], pair)
         with torch.no_grad():
             ref_odds = log_odds(reference, h_ref[rows], ref_coarse[rows], pair)
-        up = table[pair[..., 0], pair[..., 1]] > 0                                                              # [N, 2]
+        up = table[pair[..., 0], pair[..., 1]] > 0                                                      # [N, 2]
         w_right, l_wrong = ((up[:, i] == (rising ^ bool(i))).float().mean().item() for i in (0, 1))
     each = expo_loss(odds, ref_odds, config.lam)
-    sides = [each[side].mean() for side in (rising, ~rising) if side.any()]                                     # rises and falls weigh the same
-    expo, away = torch.stack(sides).mean() if sides else each.sum(), away.mean()                                # without a label: 0
+    sides = [each[side].mean() for side in (rising, ~rising) if side.any()]  # rises and falls weigh the same
+    expo = torch.stack(sides).mean() if sides else each.sum()  # without a label: 0
     median = ref_odds.median().item() if len(ref_odds) else math.nan
     return expo + config.beta * away, dict(loss=expo.item(), kl=away.item(), odds=median, w_right=w_right, l_wrong=l_wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The run
 
 def main():
     given = data.cli(Config, __doc__)
@@ -197,37 +202,15 @@ def main():
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = data.StopSignal()
 
-    # ---- the reference, its bars and their tokens
+    # ---- the reference and its bars, the model in training
     began = time.time()
-    reference, tokenizer, base = load_checkpoint(config.ckpt, device)
-    reference.requires_grad_(False)
-    series = sample.load_series(config.data, base)
-    source = dict(sources=config.data or base["data"]["sources"], fingerprint=data.fingerprint(series), reference=data.weights_hash(reference.state_dict()),
-                  seed=base["data"].get("seed", base["seed"]))
-    if entry and entry["data"] != source:
-        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; give it those, or another --out")
-    borders, block_size = tuple(base["splits"]), config.block_size or reference.config.block_size
-    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > block_size]
-    if not series:
-        raise UserError(f"no symbol has more than {block_size} bars before val starts ({data.iso(borders[0])}, the checkpoint's date); "
-                        f"lower --block_size, or fine-tune on these bars first: pretrain.py --init_from {config.ckpt}")
-    tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    train = data.make_streams(series, tokens, "train", borders, block_size, config.batch_size)
+    reference, tokenizer, meta, series, train = sample.reference_of(config, entry, device)
+    borders = meta["splits"]
     t = sample.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)
     table = close_table(tokenizer).to(device)
-
-    # ---- the model in training
-    model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
-    model.train()
-    model.grad_ckpt = config.grad_ckpt
-    dtype_name, dtype = data.pick_dtype(config.dtype, device)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
-    optimizer = adamw(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
-    step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, base["metrics"]
+    model, optimizer, scaler, autocast, dtype_name = sample.learner_of(config, entry, device)
+    step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
     if entry:
-        optimizer.load_state_dict(entry["optimizer"])
-        scaler.load_state_dict(entry["scaler"])
         step, bad_steps, best, best_val, metrics = (entry[k] for k in ("step", "bad_steps", "best", "best_val", "metrics"))
 
     def scores(model):
@@ -239,30 +222,34 @@ def main():
 
     def save():
         # until some weights qualify, the reference's are those that forecasts use
-        save_checkpoint(config.out, model, tokenizer, stage="expo", run=asdict(config), features=base["features"], data=source, splits=borders, seed=config.seed,
-                        best=best or reference.state_dict(), best_val=best_val, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                        bad_steps=bad_steps, metrics=metrics)
+        save_checkpoint(config.out, model, tokenizer, stage="expo", run=asdict(config), seed=config.seed,
+                        features=meta["features"], data=meta["data"], splits=borders,
+                        best=best or reference.state_dict(), best_val=best_val, step=step, bad_steps=bad_steps,
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), metrics=metrics)
 
     ref_scores = scores(reference)
-    print(f"{config.pairs}: {len(series)} symbols, {int(train.windows[-1]):,} windows of {block_size} bars, {config.batch_size} a step, {config.steps} steps; {device}, {dtype_name}")
-    print(f"checked on {len(t.r):,} bars of val; the reference: log loss {ref_scores['logloss'][0]:.4f}, right calls {ref_scores['da'][0]:.2%}, "
-          f"called up {ref_scores['up_share'][0]:.1%}")
+    print(f"{config.pairs}: {len(series)} symbols, {int(train.windows[-1]):,} windows of {train.block_size} bars, "
+          f"{config.batch_size} a step, {config.steps} steps; {device}, {dtype_name}")
+    print(f"checked on {len(t.r):,} bars of val; the reference: log loss {ref_scores['logloss'][0]:.4f}, "
+          f"right calls {ref_scores['da'][0]:.2%}, called up {ref_scores['up_share'][0]:.1%}")
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
     print(f"{'':>25}{'--- pairs ---':^21}{'':>8}{'------------- val -------------':>33}")
-    print(f"{'step':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'log odds':>9}{'w':>5}{'l':>5}{'lr':>8}{'log loss':>9}{'right':>7}{'MAE':>7}{'CRPS':>7}{'left':>8}")
+    print(f"{'step':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'log odds':>9}{'w':>5}{'l':>5}{'lr':>8}"
+          f"{'log loss':>9}{'right':>7}{'MAE':>7}{'CRPS':>7}{'left':>8}")
     loop_began = saved_at = time.time()
     from_step, seen = step, []
     while step < config.steps:
         coarse, fine, when, target = data.get_batch(train, config.seed, step)
         chance = np.random.default_rng([config.seed, step, 1])
         phase = int(chance.integers(model.config.border))
-        when = when + torch.from_numpy(chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1)) * 7 * data.DAY)
+        weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
+        batch = [a.to(device) for a in (coarse, fine, when + torch.from_numpy(weeks * 7 * data.DAY), *target)]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = lr = learning_rate(step, config)
         with autocast():
-            loss, told = loss_of(model, reference, table, [a.to(device) for a in (coarse, fine, when, *target)], phase, chance, config)
+            loss, told = loss_of(model, reference, table, batch, phase, chance, config)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
@@ -274,28 +261,30 @@ def main():
             bad_steps += 1
             print(f"{step + 1:>5} loss {loss.item()}, gradient norm {gradient}: not finite, step skipped")
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: lower --lr (now {config.lr}), or use --dtype fp32")
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: "
+                                f"lower --lr (now {config.lr}), or use --dtype fp32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        left = lambda: datetime.timedelta(seconds=round((time.time() - loop_began) / (step - from_step) * (config.steps - step)))
+        left = datetime.timedelta(seconds=round((time.time() - loop_began) / (step - from_step) * (config.steps - step)))
         if step % eval_every == 0 or step == config.steps:
             now = scores(model)
             mae, crps = (sample.against(now, ref_scores, m, t) for m in ("mae", "crps"))
             fair = max(sample.upper(mae), sample.upper(crps)) <= sample.NO_WORSE
-            mean = {k: float(np.mean([s[k] for s in seen])) if seen else math.nan for k in ("loss", "kl", "odds", "w_right", "l_wrong", "grad")}
-            metrics.append(dict(stage="expo", step=step, train=mean["loss"], kl=mean["kl"], log_odds=mean["odds"], winners_right=mean["w_right"], losers_wrong=mean["l_wrong"],
-                                grad_norm=mean["grad"], lr=optimizer.param_groups[0]["lr"], val_logloss=float(now["logloss"][0]), da=float(now["da"][0]),
-                                up_share=float(now["up_share"][0]), mae_ratio=mae, crps_ratio=crps))
+            mean = {k: float(np.mean([s[k] for s in seen])) if seen else math.nan for k in told | dict(grad=0)}
+            logloss, da, up_share = (float(now[m][0]) for m in ("logloss", "da", "up_share"))
+            metrics.append(dict(stage="expo", step=step, train=mean["loss"], kl=mean["kl"], log_odds=mean["odds"],
+                                winners_right=mean["w_right"], losers_wrong=mean["l_wrong"], grad_norm=mean["grad"], lr=lr,
+                                val_logloss=logloss, da=da, up_share=up_share, mae_ratio=mae, crps_ratio=crps))
             seen = []
             data.progress("")
-            print(f"{step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{mean['odds']:>9.2f}{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}"
-                  f"{optimizer.param_groups[0]['lr']:>8.0e}{now['logloss'][0]:>9.4f}{now['da'][0]:>7.1%}{mae['value']:>7.4f}{crps['value']:>7.4f}{left()!s:>8}"
-                  f"{'' if fair else '  worse'}", flush=True)
-            if fair and now["logloss"][0] < min(best_val, ref_scores["logloss"][0]):
-                best_val, best = float(now["logloss"][0]), {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            print(f"{step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{mean['odds']:>9.2f}"
+                  f"{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}{lr:>8.0e}{logloss:>9.4f}{da:>7.1%}"
+                  f"{mae['value']:>7.4f}{crps['value']:>7.4f}{left!s:>8}{'' if fair else '  worse'}", flush=True)
+            if fair and logloss < min(best_val, ref_scores["logloss"][0]):
+                best_val, best = logloss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         else:
-            data.progress(f"step {step}/{config.steps}  loss {told['loss']:.4f}  {left()} left")
+            data.progress(f"step {step}/{config.steps}  loss {told['loss']:.4f}  {left} left")
         if step == config.steps or step % config.save_every == 0 or stop.signum or time.time() - saved_at > SAVE_SECONDS:
             save()
             saved_at = time.time()
@@ -311,8 +300,10 @@ def main():
     if config.backtest:
         result, _, _ = load_checkpoint(config.out, device)
         final = sample.some_targets(series, "test", borders, config.horizon, ORIGINS, config.seed)
+        columns = {name: sample.drawn_scores(m, tokenizer, final, config.paths)
+                   for name, m in (("reference", reference), ("result", result))}
         print("\ntest, which nothing above has seen")
-        sample.print_versus({name: sample.drawn_scores(m, tokenizer, final, config.paths) for name, m in (("reference", reference), ("result", result))}, final, SHOWN)
+        sample.print_versus(columns, final, SHOWN)
     print(f"{time.time() - began:.0f} s")
 
 

@@ -1,23 +1,25 @@
 """Stage 3: teach the model to go on from its own output, with the truth as its guide.
 
-    python rollout.py --ckpt out.pt --out rollout.pt                  # oracle-guided, on the bars that out.pt was trained on
-    python rollout.py --ckpt out.pt --mode expert --out rollout.pt    # expert iteration: whole trajectories, the best quarter
-    python rollout.py --ckpt out.pt --out rollout.pt --resume         # go on after a kill, to the same weights bit for bit
+    python rollout.py --ckpt out.pt --out rollout.pt             # oracle-guided, on the bars that out.pt was trained on
+    python rollout.py --ckpt out.pt --mode expert --out rollout.pt  # expert iteration: whole trajectories, the best quarter
+    python rollout.py --ckpt out.pt --out rollout.pt --resume      # go on after a kill, to the same weights bit for bit
 
-In pretraining every bar of the context is real; in a forecast all but the first step follow the model's own bars, and errors pile up. Here the
-model walks into the future of a training window on its own bars, guided, and is trained on the walk, from the context that it really had:
+In pretraining every bar of the context is real; in a forecast all but the first step follow the model's own bars, and
+errors pile up. Here the model walks into the future of a training window on its own bars, guided, and is trained on the
+walk, from the context that it really had:
 
     oracle   at each step K candidates; the one whose decoded close is nearest to the true close goes on
-    expert   K whole trajectories; the best quarter by path error is kept (expert iteration: the walkers are the weights in training)
+    expert   K whole trajectories; the best quarter by path error is kept
     random   at each step one candidate by chance: the control that shows what the oracle is worth
     plain    no walk, next-token training with the same batches, schedule and choice of weights: the other control
 
     loss = sum_k k CE(walk_k) / sum_k k  +  kl KL(pi || base) at the steps  +  plain CE(the real bars of the context)
 
-The truth chooses which of the model's own candidates is the target, and the bar that follows it; no feature of an earlier bar comes from it, and in
-a forecast there is no oracle. Hindsight narrows what the model dares to say: KL and the plain share hold against it, and the end of the run
-shows the coverage. Kept are the weights with the best path CRPS on val. Learning from one's own rollouts under an expert: Ross, Gordon and
-Bagnell, arXiv 1011.0686; expert iteration: Anthony, Tian and Barber, arXiv 1705.08439.
+The truth chooses which of the model's own candidates is the target, and the bar that follows it; no feature of an
+earlier bar comes from it, and in a forecast there is no oracle. Hindsight narrows what the model dares to say: KL and the
+plain share hold against it, and the end of the run shows the coverage. Kept are the weights with the best path CRPS on
+val. Learning from one's own rollouts under an expert: Ross, Gordon and Bagnell, arXiv 1011.0686; from the best of them,
+again and again: expert iteration, Anthony, Tian and Barber, arXiv 1705.08439.
 """
 import datetime
 import math
@@ -30,7 +32,7 @@ import torch
 import data
 import sample
 from data import UserError
-from model import adamw, learning_rate, load_checkpoint, mean_nats, norm, resumed, save_checkpoint
+from model import kl, learning_rate, load_checkpoint, mean_nats, norm, resumed, save_checkpoint
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Config:
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm
-    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many, in the calendar
+    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
     backtest: bool = True             # at the end, base beside result on the test bars
     paths: int = 200                  # sampled futures of each origin, in that backtest
     device: str = "auto"              # cpu, cuda, cuda:1, mps; auto takes a GPU where there is one
@@ -64,23 +66,27 @@ class Config:
     save_every: int = 50              # updates between saves (and at least each 30 s)
 
 
-FREE = {"out", "resume", "overwrite", "device", "backtest", "paths", "eval_every", "save_every"}  # may differ on --resume
+# flags that may differ on --resume
+FREE = {"out", "resume", "overwrite", "device", "backtest", "paths", "eval_every", "save_every"}
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10
 HISTORY = 512        # bars that a walk's scale is made from: 16 half-lives, so that what is older weighs 1e-5
-VAL_BARS, VAL_ORIGINS, VAL_PATHS = 12_000, 400, 50
+VAL_BARS, VAL_ORIGINS = 12_000, 400  # of val, looked at in training, about
+VAL_PATHS = 50       # from each of these origins
 ORIGINS = 1000       # of paths on test, about
 
 
 def check(config):
-    data.check_numbers(config, ("candidates", "temperature", "steps", "batch_size", "lr", "clip", "paths", "save_every"),
-                       ("kl", "plain", "block_size", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"))
+    positive = ("candidates", "temperature", "steps", "batch_size", "lr", "clip", "paths", "save_every")
+    data.check_numbers(config, positive, ("kl", "plain", "block_size", "warmup", "weight_decay", "shift_weeks",
+                                          "eval_every", "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     if config.mode not in ("oracle", "expert", "random", "plain"):
         raise UserError(f"--mode {config.mode}: choose oracle, expert, random or plain")
     if not config.horizons or min(config.horizons) < 1 or list(config.horizons) != sorted(config.horizons):
-        raise UserError(f"--horizons {','.join(map(str, config.horizons))}: bars of a walk, at least 1, growing, such as 3,6,10")
+        raise UserError(f"--horizons {','.join(map(str, config.horizons))}: bars of a walk, at least 1, growing, "
+                        f"such as 3,6,10")
     if config.paths < 2:
         raise UserError(f"--paths {config.paths}: at least 2")
 
@@ -91,7 +97,7 @@ def check(config):
 @dataclass
 class Origins:
     """Where the walks of a batch begin, and where the market really went."""
-    context: tuple       # coarse, fine, time int64 [B, L] of the real bars up to the origin, and (coarse, fine) of their next bars, -1 the last
+    context: tuple   # coarse, fine, time int64 [B, L] of the real bars up to the origin, and their targets as get_batch
     times: torch.Tensor  # int64 [B, H]: stamps of the next bars, as a forecast would guess them
     state: data.State    # of shape [B, 1]: what decodes the next bar
     truth: np.ndarray    # float64 [B, H]: log(C_{origin + k} / C_origin)
@@ -100,17 +106,18 @@ class Origins:
 def origins_of(streams, series, which, ends, horizon, longest):
     """The walks in the windows (symbol, last target) of `streams`, whose windows leave room for `longest` bars after the origin."""
     coarse, fine, when, target = data.gather(streams, which, ends)
-    n = coarse.shape[1] - longest + 1                                           # real bars of a window up to the origin
+    n = coarse.shape[1] - longest + 1  # real bars of a window up to the origin
     target = [a[:, :n].clone() for a in target]
     for a in target:
-        a[:, -1] = -1                                                           # the walk's first bar, which the walk itself teaches
+        a[:, -1] = -1  # the walk's first bar, which the walk itself teaches
     times, states, truth = [], [], []
     for i, e in zip(which, ends):
         bars, o = series[i], e - longest
         times.append(sample.future_times(bars.time[:o + 1], horizon))
         states.append(data.features(bars[max(0, o + 1 - HISTORY):o + 1])[1].anchored())
         truth.append(np.log(bars.ohlcva[o + 1:o + 1 + horizon, 3] / bars.ohlcva[o, 3]))
-    return Origins((coarse[:, :n], fine[:, :n], when[:, :n], target), torch.from_numpy(np.stack(times)), data.State.stack(states), np.stack(truth))
+    context = coarse[:, :n], fine[:, :n], when[:, :n], target
+    return Origins(context, torch.from_numpy(np.stack(times)), data.State.stack(states), np.stack(truth))
 
 
 @torch.no_grad()
@@ -123,15 +130,16 @@ def walk(model, tokenizer, state, origins, mode, uniform, temperature):
     if mode == "expert":
         times, flat = origins.times.repeat_interleave(K, 0), uniform.flatten(0, 1)
         tokens = torch.stack(sample.generate(model, state.repeat(K), times, flat, temperature), -1).view(B, K, H, 2)
-        close = data.inverse(tokenizer.decode(*tokens.unbind(-1)).cpu().numpy(), origins.state)[0][..., 3]          # [B, K, H]
+        close = data.inverse(tokenizer.decode(*tokens.unbind(-1)).cpu().numpy(), origins.state)[0][..., 3]  # [B, K, H]
         error = np.abs(np.log(close / origins.state.close[..., None]) - origins.truth[:, None]).mean(-1)
         best = torch.from_numpy(error.argsort(1, kind="stable")[:, :max(1, K // 4)]).to(tokens.device)
         return tokens.gather(1, best[..., None, None].expand(-1, -1, H, 2))
     chosen, scale, rows = [], origins.state, np.arange(B)
     for k in range(H):
-        tokens = torch.stack(model.sample(state.h[:, None].expand(-1, K, -1), temperature, u=uniform[:, :, k]), -1)     # [B, K, 2]
-        bars, after = data.inverse(tokenizer.decode(*tokens.unbind(-1)).cpu().numpy()[:, :, None], scale)
-        error = np.abs(np.log(bars[:, :, 0, 3] / origins.state.close) - origins.truth[:, k, None])                    # [B, K]
+        drawn = model.sample(state.h[:, None].expand(-1, K, -1), temperature, u=uniform[:, :, k])
+        tokens = torch.stack(drawn, -1)                                                                     # [B, K, 2]
+        bars, after = data.inverse(tokenizer.decode(*drawn).cpu().numpy()[:, :, None], scale)
+        error = np.abs(np.log(bars[:, :, 0, 3] / origins.state.close) - origins.truth[:, k, None])          # [B, K]
         pick = error.argmin(1) if mode == "oracle" else np.zeros(B, int)
         scale = after.map(lambda f: f[rows, pick][:, None])
         token = tokens[torch.from_numpy(rows), torch.from_numpy(pick)]
@@ -148,7 +156,7 @@ def loss_of(model, base, origins, tokens, phase, config):
     if tokens is not None:
         kept, H = tokens.shape[1:3]
         coarse, fine, when, *target = (a.repeat_interleave(kept, 0) for a in (coarse, fine, when, *target))
-        walked = tokens.flatten(0, 1)                                                                               # [B', H, 2]
+        walked = tokens.flatten(0, 1)                                                                       # [B', H, 2]
         coarse, fine = (torch.cat((a, walked[:, :-1, i]), 1) for i, a in enumerate((coarse, fine)))
         when = torch.cat((when, origins.times.repeat_interleave(kept, 0)[:, :-1]), 1)
     x, slots = model.trunk(coarse, fine, when, phase)
@@ -156,24 +164,26 @@ def loss_of(model, base, origins, tokens, phase, config):
     plain = 0.0
     if config.plain or tokens is None:
         real = h[:, :n]
-        plain = mean_nats(model.coarse_logits(real), target[0]) + mean_nats(model.fine_logits(real, target[0].clamp(min=0)), target[1])
+        plain = mean_nats(model.coarse_logits(real), target[0])
+        plain = plain + mean_nats(model.fine_logits(real, target[0].clamp(min=0)), target[1])
         if slots is not None:
-            plain = plain + model.config.aux_weight * model.slot_loss(slots, [torch.nn.functional.pad(a, (0, h.shape[1] - n), value=-1) for a in target], phase)
+            padded = [torch.nn.functional.pad(a, (0, h.shape[1] - n), value=-1) for a in target]
+            plain = plain + model.config.aux_weight * model.slot_loss(slots, padded, phase)
     if tokens is None:
         return plain, dict(loss=plain.item(), kl=math.nan)
     with torch.no_grad():
         h_base = norm(base.trunk(coarse, fine, when, phase)[0])[:, n - 1:]
-    own = h[:, n - 1:]
-    heads = lambda m, h: (m.coarse_logits(h).float().log_softmax(-1), m.fine_logits(h, walked[..., 0]).float().log_softmax(-1))
-    pi, ref = heads(model, own), heads(base, h_base)                                                                # [B', H, 2^k] each
-    each = -sum(p.gather(-1, walked[..., i, None])[..., 0] for i, p in enumerate(pi))                               # [B', H]
-    away = sum((p.exp() * (p - q)).sum(-1) for p, q in zip(pi, ref)).mean()
-    weight = torch.arange(1.0, H + 1, device=each.device)
+    heads = lambda m, h: [a.float().log_softmax(-1) for a in (m.coarse_logits(h), m.fine_logits(h, walked[..., 0]))]
+    pi, ref = heads(model, h[:, n - 1:]), heads(base, h_base)                                             # [B', H, 2^k]
+    each = -sum(p.gather(-1, walked[..., i, None])[..., 0] for i, p in enumerate(pi))                       # [B', H]
+    away = sum(kl(p, q) for p, q in zip(pi, ref)).mean()
+    weight = torch.arange(1.0, H + 1, device=each.device)  # later steps weigh more
     own = (each * weight).sum(-1).mean() / weight.sum()
     return own + config.kl * away + config.plain * plain, dict(loss=own.item(), kl=away.item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The run
 
 def main():
     given = data.cli(Config, __doc__)
@@ -186,44 +196,23 @@ def main():
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = data.StopSignal()
 
-    # ---- the base, its bars and their tokens
+    # ---- the base and its bars, the model in training
     began = time.time()
-    base, tokenizer, meta = load_checkpoint(config.ckpt, device)
-    base.requires_grad_(False)
-    series = sample.load_series(config.data, meta)
-    source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series), reference=data.weights_hash(base.state_dict()),
-                  seed=meta["data"].get("seed", meta["seed"]))
-    if entry and entry["data"] != source:
-        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; give it those, or another --out")
-    borders, block_size, longest = tuple(meta["splits"]), config.block_size or base.config.block_size, max(config.horizons)
-    window = block_size + longest - 1
-    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
-    if not series:
-        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}, the checkpoint's date); "
-                        f"lower --block_size, or fine-tune on these bars first: pretrain.py --init_from {config.ckpt}")
-    tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    train = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
+    longest = max(config.horizons)
+    base, tokenizer, meta, series, train = sample.reference_of(config, entry, device, room=longest - 1)
+    borders = meta["splits"]
     t = sample.some_targets(series, "val", borders, longest, VAL_ORIGINS, config.seed, most=VAL_BARS)
-
-    # ---- the model in training
-    model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
-    model.train()
-    model.grad_ckpt = config.grad_ckpt
-    dtype_name, dtype = data.pick_dtype(config.dtype, device)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
-    optimizer = adamw(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    model, optimizer, scaler, autocast, dtype_name = sample.learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
     if entry:
-        optimizer.load_state_dict(entry["optimizer"])
-        scaler.load_state_dict(entry["scaler"])
         step, bad_steps, best, best_val, metrics = (entry[k] for k in ("step", "bad_steps", "best", "best_val", "metrics"))
 
     def save():
         # until some weights qualify, the base's are those that forecasts use
-        save_checkpoint(config.out, model, tokenizer, stage="rollout", run=asdict(config), features=meta["features"], data=source, splits=borders, seed=config.seed,
-                        best=best or base.state_dict(), best_val=best_val, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                        bad_steps=bad_steps, metrics=metrics)
+        save_checkpoint(config.out, model, tokenizer, stage="rollout", run=asdict(config), seed=config.seed,
+                        features=meta["features"], data=meta["data"], splits=borders,
+                        best=best or base.state_dict(), best_val=best_val, step=step, bad_steps=bad_steps,
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), metrics=metrics)
 
     def scores(model):
         model.eval()
@@ -232,34 +221,39 @@ def main():
         return drawn
 
     base_scores = scores(base)
-    base_crps = sample.at_step(base_scores, "path_crps", None)[0]
-    print(f"{config.mode}: {len(series)} symbols, {int(train.windows[-1]):,} windows of {block_size} bars, {config.batch_size} a step, {config.steps} steps; {device}, {dtype_name}")
-    print(f"checked on {len(t.path_r):,} origins of val; the base: path CRPS {base_crps:.4f}, MAPE {sample.at_step(base_scores, 'path_mape', None)[0]:.4f}, means over {longest} bars")
+    base_crps, base_mape = (sample.at_step(base_scores, m, None)[0] for m in ("path_crps", "path_mape"))
+    print(f"{config.mode}: {len(series)} symbols, {int(train.windows[-1]):,} windows of {train.block_size - longest + 1} bars, "
+          f"{config.batch_size} a step, {config.steps} steps; {device}, {dtype_name}")
+    print(f"checked on {len(t.path_r):,} origins of val; the base: path CRPS {base_crps:.4f}, MAPE {base_mape:.4f}, "
+          f"means over {longest} bars")
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
-    print(f"{'step':>5}{'bars':>5}{'loss':>9}{'KL':>8}{'|grad|':>8}{'lr':>9}{'walked/s':>9}{'val CRPS':>9}{'to base':>8}{'MAPE':>8}{'in 90 %':>8}{'left':>9}")
+    print(f"{'step':>5}{'bars':>5}{'loss':>9}{'KL':>8}{'|grad|':>8}{'lr':>9}{'walked/s':>9}"
+          f"{'val CRPS':>9}{'to base':>8}{'MAPE':>8}{'in 90 %':>8}{'left':>9}")
     loop_began = saved_at = time.time()
     from_step, seen, walking = step, [], [0, 0.0]
     while step < config.steps:
         horizon = config.horizons[step * len(config.horizons) // config.steps]
         chance = np.random.default_rng([config.seed, step, 1])
         phase = int(chance.integers(model.config.border))
-        weeks = torch.from_numpy(chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1)) * 7 * data.DAY)
+        weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
+        later = torch.from_numpy(weeks * 7 * data.DAY)
         origins = origins_of(train, series, *data.draw_windows(train, config.seed, step), horizon, longest)
         coarse, fine, when, target = origins.context
-        origins.context = coarse.to(device), fine.to(device), (when + weeks).to(device), [a.to(device) for a in target]
-        origins.times = (origins.times + weeks).to(device)
+        origins.context = coarse.to(device), fine.to(device), (when + later).to(device), [a.to(device) for a in target]
+        origins.times = (origins.times + later).to(device)
         walks = None
         if config.mode != "plain":
             timed = time.time()
-            uniform = torch.from_numpy(chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)).to(device)
+            uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
+            uniform = torch.from_numpy(uniform).to(device)
             with torch.no_grad(), autocast():
                 state = model.prefill(*origins.context[:3], phase)
             walks = walk(model, tokenizer, state, origins, config.mode, uniform, config.temperature)
             walking = [walking[0] + uniform[..., 0].numel(), walking[1] + time.time() - timed]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = lr = learning_rate(step, config)
         with autocast():
             loss, told = loss_of(model, base, origins, walks, phase, config)
         scaler.scale(loss).backward()
@@ -273,26 +267,29 @@ def main():
             bad_steps += 1
             print(f"{step + 1:>5} loss {loss.item()}, gradient norm {gradient}: not finite, step skipped")
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: lower --lr (now {config.lr}), or use --dtype fp32")
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: "
+                                f"lower --lr (now {config.lr}), or use --dtype fp32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        left = lambda: datetime.timedelta(seconds=round((time.time() - loop_began) / (step - from_step) * (config.steps - step)))
+        left = datetime.timedelta(seconds=round((time.time() - loop_began) / (step - from_step) * (config.steps - step)))
         if step % eval_every == 0 or step == config.steps:
             now = scores(model)
-            crps, ratio = sample.at_step(now, "path_crps", None)[0], sample.against(now, base_scores, "path_crps", t, None)
-            mape, inside = (float(sample.at_step(now, m, None)[0]) for m in ("path_mape", "path_coverage90"))
+            crps, mape, inside = (float(sample.at_step(now, m, None)[0]) for m in ("path_crps", "path_mape", "path_coverage90"))
+            ratio = sample.against(now, base_scores, "path_crps", t, None)
             mean = {k: float(np.mean([s[k] for s in seen])) if seen else math.nan for k in ("loss", "kl", "grad")}
-            metrics.append(dict(stage="rollout", step=step, horizon=horizon, train=mean["loss"], kl=mean["kl"], grad_norm=mean["grad"], lr=optimizer.param_groups[0]["lr"],
-                                path_crps=float(crps), path_crps_ratio=ratio, path_mape=mape, path_coverage90=inside))
+            metrics.append(dict(stage="rollout", step=step, horizon=horizon, train=mean["loss"], kl=mean["kl"],
+                                grad_norm=mean["grad"], lr=lr, path_crps=crps, path_crps_ratio=ratio, path_mape=mape,
+                                path_coverage90=inside))
             seen = []
             data.progress("")
-            print(f"{step:>5}{horizon:>5}{mean['loss']:>9.4f}{mean['kl']:>8.4f}{mean['grad']:>8.3f}{optimizer.param_groups[0]['lr']:>9.1e}{walking[0] / max(walking[1], 1e-9):>9,.0f}"
-                  f"{crps:>9.4f}{ratio['value']:>8.4f}{mape:>8.4f}{inside:>8.1%}{left()!s:>9}", flush=True)
+            speed = walking[0] / max(walking[1], 1e-9)
+            print(f"{step:>5}{horizon:>5}{mean['loss']:>9.4f}{mean['kl']:>8.4f}{mean['grad']:>8.3f}{lr:>9.1e}{speed:>9,.0f}"
+                  f"{crps:>9.4f}{ratio['value']:>8.4f}{mape:>8.4f}{inside:>8.1%}{left!s:>9}", flush=True)
             if crps < min(best_val, base_crps):
-                best_val, best = float(crps), {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                best_val, best = crps, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         else:
-            data.progress(f"step {step}/{config.steps}  loss {told['loss']:.4f}  {left()} left")
+            data.progress(f"step {step}/{config.steps}  loss {told['loss']:.4f}  {left} left")
         if step == config.steps or step % config.save_every == 0 or stop.signum or time.time() - saved_at > SAVE_SECONDS:
             save()
             saved_at = time.time()
@@ -314,20 +311,23 @@ def main():
 
 
 def print_paths(models, tokenizer, t, paths):
-    """The first model beside the second, and persistence, bar by bar."""
+    """Two models {name: model} side by side, and persistence, bar by bar."""
     columns = {name: sample.drawn_scores(m, tokenizer, t, paths) for name, m in models.items()}
-    greedy = {name: sample.bootstrap(sample.block_sums(sample.simulated(m, tokenizer, t, 1, temperature=1e-6), t), t) for name, m in models.items()}
-    still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-    columns["still"] = sample.bootstrap(sample.block_sums(still, t), t)
+    scores = lambda f: sample.bootstrap(sample.block_sums(f, t), t)
+    greedy = {name: scores(sample.simulated(m, tokenizer, t, 1, temperature=1e-6)) for name, m in models.items()}
+    columns["still"] = scores(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)))
     steps = sorted({1, 2, (t.horizon + 1) // 2, t.horizon} & set(range(1, t.horizon + 1)))
-    rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("coverage90", "in 90 % band, %", 100, 1)]
-    for metric, label, scale, digits in (("path_mape", "path MAPE %", 1, 4), ("path_crps", "path CRPS", 1, 4), ("path_coverage90", "in 90 % band, %", 100, 1)):
+    rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4),
+            ("coverage90", "in 90 % band, %", 100, 1)]
+    for metric, label, scale, digits in (("path_mape", "path MAPE %", 1, 4), ("path_crps", "path CRPS", 1, 4),
+                                         ("path_coverage90", "in 90 % band, %", 100, 1)):
         rows += [((metric, None), label + ", mean", scale, digits)] + [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
     sample.print_versus(columns, t, rows, versus=(1, 0))
+    mape = [(("path_mape", None), "path MAPE %, mean", 1, 4)]
     print("and to persistence:")
-    sample.print_versus({k: columns[k] for k in (list(models)[1], "still")}, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)], versus=(0, 1))
+    sample.print_versus({k: columns[k] for k in (list(models)[1], "still")}, t, mape, versus=(0, 1))
     print("the greedy path (likeliest tokens):")
-    sample.print_versus(greedy, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])
+    sample.print_versus(greedy, t, mape)
 
 
 if __name__ == "__main__":

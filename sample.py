@@ -33,7 +33,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import data
 from data import DAY, UserError
-from model import close_table, load_checkpoint, norm
+from model import adamw, close_table, load_checkpoint, norm
 from tokenizer import code_use
 
 
@@ -967,10 +967,50 @@ def grouped(f, t, mask):
     return {m: scored(*v, blocks) for m, v in drawn.items()}
 
 
-# ---- what post-training asks: is it better than the reference, at no cost?
+# ---- what the later stages share: what they begin with, and whether they are better than it at no cost
 
 NO_WORSE = 1.005                # a ratio to the reference whose interval ends below this
-VAL_PROBES = 8
+VAL_PROBES = 8                  # in place of PROBES, for scores on val in the course of a training
+
+
+def reference_of(config, entry, device, room=0):
+    """What a later stage begins with: the frozen reference of --ckpt, its tokenizer, its meta with `data` for the new
+    checkpoint, the series long enough to train on, and their Streams, whose windows have `room` bars more than a block.
+
+    entry: the checkpoint that is resumed, or None; UserError where it began with another reference or other bars.
+    """
+    reference, tokenizer, meta = load_checkpoint(config.ckpt, device)
+    reference.requires_grad_(False)
+    series = load_series(config.data, meta)
+    source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
+                  reference=data.weights_hash(reference.state_dict()), seed=meta["data"].get("seed", meta["seed"]))
+    if entry and entry["data"] != source:
+        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; "
+                        f"give it those, or another --out")
+    borders, window = tuple(meta["splits"]), (config.block_size or reference.config.block_size) + room
+    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
+    if not series:
+        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}, the "
+                        f"checkpoint's date); lower --block_size, or fine-tune on these bars first: "
+                        f"pretrain.py --init_from {config.ckpt}")
+    tokens = [data.tokenize(bars, tokenizer) for bars in series]
+    streams = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
+    return reference, tokenizer, meta | dict(data=source, splits=borders), series, streams
+
+
+def learner_of(config, entry, device):
+    """The model in training of a later stage, from --ckpt or as `entry` left it: model, optimizer, scaler, autocast (to
+    be called), and the name of its type."""
+    model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
+    model.train()
+    model.grad_ckpt = config.grad_ckpt
+    dtype_name, dtype = data.pick_dtype(config.dtype, device)
+    optimizer = adamw(model, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    if entry:
+        optimizer.load_state_dict(entry["optimizer"])
+        scaler.load_state_dict(entry["scaler"])
+    return model, optimizer, scaler, lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32"), dtype_name
 
 
 def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):

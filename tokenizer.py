@@ -33,7 +33,7 @@ from data import CHANNELS, UserError
 
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
-MARGIN = 1e-4     # least |close| that a decode with a direction bit gives: outlives float32, and `inverse` at least scale
+MARGIN = 1e-4   # least |close| that a decode with a direction bit gives: outlives float32, and `inverse` at least scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
 FAR = 1e9         # distance of the codes on the other side of the direction bit
