@@ -10,7 +10,8 @@
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
 token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of a
 step, its border phase and all other chance come from (seed, step) alone, so that a resumed run, or one on another number
-of processes, sees the same data. """
+of processes, sees the same data. It writes one checkpoint, from the tokenizer's training on.
+"""
 import contextlib
 import datetime
 import math
@@ -39,7 +40,7 @@ class Config:
     tokenizer: str | None = None      # checkpoint whose tokenizer is used as it is
     val_start: str | None = None      # first date of val; train is before it
     test_start: str | None = None     # first date of test; val is before it
-    steps: int = 0                    # updates of the model; 0: four passes over the training bars, but from 100 to 600 updates
+    steps: int = 0                    # updates of the model; 0: four passes over the training bars, from 100 to 600 updates
     tok_steps: int = 3000             # updates of the tokenizer
     batch_size: int = 16              # windows per update, over all processes
     block_size: int = 256             # bars in a window
@@ -48,7 +49,7 @@ class Config:
     warmup: int = 50                  # updates of warm-up
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
-    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many, in the calendar
+    shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
     n_layer: int = 4                  # layers
     n_head: int = 8                   # heads: half linear attention, half local
     n_embd: int = 128                 # width
@@ -68,7 +69,8 @@ class Config:
     save_every: int = 100             # updates between saves (and at least each 30 s)
 
 
-FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}  # may differ on --resume
+# flags that may differ on --resume
+FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 SAVE_SECONDS = 30
@@ -76,15 +78,135 @@ MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
 
 def check(config):
-    positive = ("tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows", "save_every")
-    data.check_numbers(config, positive, ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed"))
+    positive = ("tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows",
+                "save_every")
+    data.check_numbers(config, positive, ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every",
+                                          "seed"))
     if config.init_from and config.tokenizer:
         raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Bars, splits, windows
+
+def split(config, series, base):
+    """The borders of the splits: as told, else those of the fine-tuned checkpoint where the bars allow, else 80/10/10 %."""
+    if base is None:
+        return data.split_borders(series, config.val_start, config.test_start)
+    theirs = tuple(base[2]["splits"])
+    if config.val_start is None and config.test_start is None:
+        starts, ends = min(bars.time[0] for bars in series), max(bars.time[-1] for bars in series)
+        if starts < theirs[0] and ends >= theirs[1]:
+            return theirs
+    borders = data.split_borders(series, config.val_start, config.test_start)
+    if borders[0] < theirs[0]:
+        raise UserError(f"val would start {data.iso(borders[0])}, but {config.init_from} was trained on bars up to "
+                        f"{data.iso(theirs[0])}: a score there is no score; set --val_start to that day or later")
+    return borders
+
+
+def fit_window(config, series, borders, sources, say):
+    """(bars in a window, the series that are long enough for one): --block_size, or less where no series has so many."""
+    longest = max(data.targets_of(bars, "train", borders)[1] for bars in series)
+    block_size = config.block_size
+    if block_size > longest - 1:
+        block_size = max(MIN_BLOCK, longest // 2)
+        if block_size > longest - 1:
+            raise UserError(f"{', '.join(sources)}: the longest series has {longest} bars before val starts "
+                            f"({data.iso(borders[0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
+        say(f"the longest series has {longest} training bars: the window shrinks from {config.block_size} to {block_size}")
+    enough = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > block_size]
+    if len(enough) < len(series):
+        say(f"{len(series) - len(enough)} of {len(series)} symbols are too short for a window of {block_size} bars "
+            f"and are skipped")
+    return block_size, enough
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer, and what the model must beat
+
+def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device):
+    """Train the tokenizer on the train bars, saving on the way; the report is on val bars."""
+    take = max(1, -(-n_train // TOK_BARS))
+    rows = {"train": [], "val": []}
+    for bars in series:
+        x = np.concatenate([x for x, _ in data.feature_blocks(bars)])
+        for part, chosen in rows.items():
+            first, last = data.targets_of(bars, part, borders)
+            chosen.append(x[first:last:take])
+    x = torch.from_numpy(np.concatenate(rows["train"]))  # (N, 6)
+    k1, k2 = (min(b, int(math.log2(max(1, len(x))))) for b in (config.coarse_bits, config.fine_bits))
+    if (k1, k2) != (config.coarse_bits, config.fine_bits):
+        print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: the tokens shrink to {k1} + {k2} bits")
+    print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
+    started = saved_at = time.time()
+
+    def after(step, loss, snapshot):
+        nonlocal saved_at
+        if step % max(1, config.tok_steps // 5) == 0:
+            left = (time.time() - started) * (config.tok_steps / step - 1)
+            data.progress("")
+            print(f"{step:>7} {loss:>8.4f} {'':>53} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
+        else:
+            data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
+        if stop.signum or time.time() - saved_at > SAVE_SECONDS or step % (10 * config.save_every) == 0:
+            snap = dict(training=snapshot())
+            save_checkpoint(config.out, None, snap, **meta, stage="tokenizer", step=step, metrics=metrics)
+            saved_at = time.time()
+        if stop.signum:
+            print(f"stopped at step {step} of the tokenizer; saved in {config.out}; go on with --resume")
+            raise SystemExit(stop.status)
+
+    sizes = TokenizerConfig(coarse_bits=k1, fine_bits=k2, direction_bit=config.direction_bit)
+    tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device, progress=after,
+                                resume=entry and entry["tokenizer"]["training"])
+    scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
+    metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
+    print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; "
+          f"codes used {scores['coarse_used']:.1%}, {scores['fine_used']:.1%}; "
+          f"perplexity {scores['coarse_perplexity']:.0f}, {scores['fine_perplexity']:.0f}")
+    return tokenizer
+
+
+def unigram(train, val, column, n_codes):
+    """Cross-entropy, nats, of val's targets under the frequencies of train's, add-one: what a model must beat."""
+    counts = []
+    for streams in (train, val):
+        count = np.zeros(n_codes)
+        for tokens, (first, last) in zip(streams.tokens, streams.targets):
+            for i in range(int(first), int(last), 1 << 20):  # mapped tokens: a piece at a time
+                count += np.bincount(tokens[i:min(i + (1 << 20), int(last)), column], minlength=n_codes)
+        counts.append(count)
+    share = (counts[0] + 1) / (counts[0] + 1).sum()
+    return float(-(counts[1] * np.log(share)).sum() / counts[1].sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+def new_model(config, tokenizer, series, train, block_size):
+    """A model of the config's sizes for these tokens."""
+    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
+    moves = [np.diff(bars.ohlcva[a - 1:b, 3]) for bars, (a, b) in zip(series, train.targets) if a < b]
+    n_bars, n_moved = sum(map(len, moves)), sum(map(np.count_nonzero, moves))
+    sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+    sizes |= dict(coarse_bits=k1, fine_bits=k2, block_size=block_size, unmoved=1 - int(n_moved) / max(1, n_bars))
+    torch.manual_seed(config.seed)  # here, since what came before took chance in other amounts on other ranks
+    try:
+        model = Model(ModelConfig(**sizes))
+    except ValueError as e:
+        raise UserError(f"the model's sizes do not fit: {e}")
+    # with a direction bit the upper half; without, the codes that decode so
+    model.up_mask.copy_(tokenizer.decode(torch.arange(2**k1))[:, 0] > 0)
+    return model
+
+
 def compile_blocks(model, shape, device, autocast, say):
-    """torch.compile for each layer, or not at all, with a line that says why. Layers alone: they are alike, so one compilation serves all,
-    while the whole model would be compiled anew for each border phase, which changes its shapes. shape: of the tokens in a forward pass."""
+    """torch.compile for each layer, or not at all, with a line that says why. shape: of the tokens in a forward pass.
+
+    Layers alone: they are alike, so one compilation serves all, while the whole model would be compiled anew for each
+    border phase, which changes its shapes.
+    """
     try:
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -99,30 +221,55 @@ def compile_blocks(model, shape, device, autocast, say):
     model.zero_grad(set_to_none=True)
 
 
-def unigram(streams, targets, column, n_codes):
-    """Cross-entropy, nats, of val targets under the frequencies of the train targets, add-one: what a model must beat."""
-    count = np.ones(n_codes)
-    for tokens, (first, last) in zip(streams.tokens, streams.targets):
-        for i in range(int(first), int(last), 1 << 20):
-            count += np.bincount(tokens[i:min(i + (1 << 20), int(last)), column], minlength=n_codes)
-    return float(-np.log(count / count.sum())[targets].mean())
+@torch.no_grad()
+def evaluate(model, val, tiles, series, autocast, rank, world):
+    """Over the targets in the tiles of val: coarse and fine CE, nats, and the share of right calls of bars that moved."""
+    model.eval()
+    device, n, n_rows = model.up_mask.device, val.block_size, max(1, 8192 // val.block_size)
+    sums = np.zeros(5)  # targets, coarse, fine; bars called right, bars that moved
+    for i in range(rank * n_rows, len(tiles), world * n_rows):
+        which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
+        coarse, fine, when, target = data.gather(val, which, ends)
+        target = tuple(t.to(device) for t in target)
+        with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
+            logits, _, _ = model(coarse.to(device), fine.to(device), when.to(device), target)
+        counts = target[0] >= 0
+        n_counts = counts.sum().item()
+        moved = np.stack([np.diff(series[s].ohlcva[e - n:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
+        up = logits.float().softmax(-1)[..., model.up_mask].sum(-1) / (1 - model.config.unmoved) > 0.5
+        scored = counts.cpu().numpy() & (moved != 0)
+        right = (up.cpu().numpy() == (moved > 0))[scored].sum()
+        sums += n_counts, *(model.parts[k].item() * n_counts for k in ("coarse", "fine")), right, scored.sum()
+    sums = torch.tensor(sums, device=device)
+    if world > 1:
+        dist.all_reduce(sums)
+    model.train()
+    n_targets, coarse, fine, right, n_moved = sums.tolist()
+    return coarse / n_targets, fine / n_targets, right / max(1, n_moved)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
 
 def main():
     given = data.cli(Config, __doc__)
-    config, entry = resumed(given, Config, FREE, ("tokenizer", "pretrain")) if given.get("resume") else (Config(**given), None)
+    config, entry = Config(**given), None
+    if config.resume:
+        config, entry = resumed(given, Config, FREE, ("tokenizer", "pretrain"))
     check(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = data.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch_size < world:
-        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; give at least one for each")
+        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
+                        f"give at least one for each")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     say = print if rank == 0 else lambda *a, **k: None
     if entry is None and rank == 0:
         data.check_out(config.out, config.overwrite)
-    if entry and entry["stage"] == "pretrain" and entry["step"] >= config.steps:
-        return say(f"{config.out}: finished at step {entry['step']}; nothing to do")
+    trained = entry if entry and entry["stage"] == "pretrain" else None  # the model's training has begun
+    if trained and trained["step"] >= config.steps:
+        return say(f"{config.out}: finished at step {trained['step']}; nothing to do")
     stop = data.StopSignal()
 
     # ---- bars, splits, sizes
@@ -136,21 +283,10 @@ def main():
         series = data.load(config.data)
     source = {"sources": config.data or ["synthetic"], "fingerprint": data.fingerprint(series)}
     if entry and entry["data"] != source:
-        raise UserError(f"{', '.join(source['sources'])}: not the bars that the run in {config.out} began with "
-                        f"(fingerprint {source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
+        raise UserError(f"{', '.join(source['sources'])}: not the bars that the run in {config.out} began with (fingerprint "
+                        f"{source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
     borders = entry["splits"] if entry else split(config, series, base)
-    longest = max(data.targets_of(bars, "train", borders)[1] for bars in series)
-    block_size = config.block_size
-    if block_size > longest - 1:
-        block_size = max(MIN_BLOCK, longest // 2)
-        if block_size > longest - 1:
-            raise UserError(f"{', '.join(source['sources'])}: the longest series has {longest} bars before val starts "
-                            f"({data.iso(borders[0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
-        say(f"the longest series has {longest} training bars: the window shrinks from {config.block_size} to {block_size}")
-    enough = [len(bars) > block_size and data.targets_of(bars, "train", borders)[1] > block_size for bars in series]
-    if not all(enough):
-        say(f"{len(series) - sum(enough)} of {len(series)} symbols are too short for a window of {block_size} bars and are skipped")
-        series = [bars for bars, keep in zip(series, enough) if keep]
+    block_size, series = fit_window(config, series, borders, source["sources"], say)
     n_train = sum(max(0, last - first) for first, last in (data.targets_of(bars, "train", borders) for bars in series))
     if config.steps == 0:
         config.steps = int(np.clip(4 * n_train // (config.batch_size * block_size), 100, 600))
@@ -159,13 +295,14 @@ def main():
 
     # ---- tokenizer
     metrics = entry["metrics"] if entry else []
-    meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config), features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
+    meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config),
+                features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
     if base:
         tokenizer = base[1]
     elif config.tokenizer:
         tokenizer = Tokenizer.load(read_checkpoint(config.tokenizer)["tokenizer"])
-    elif entry and entry["stage"] == "pretrain":
-        tokenizer = Tokenizer.load(entry["tokenizer"])
+    elif trained:
+        tokenizer = Tokenizer.load(trained["tokenizer"])
     elif rank == 0:
         tokenizer = tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device)
     if world > 1:
@@ -175,7 +312,7 @@ def main():
 
     # ---- tokens and batches
     if rank == 0:
-        tokens = [data.tokenize(bars, tokenizer) for bars in series]  # of mapped bars kept on disk, for the other ranks too
+        tokens = [data.tokenize(bars, tokenizer) for bars in series]  # of mapped bars kept on disk, for the others too
     if world > 1:
         dist.barrier()
         if rank > 0:
@@ -184,83 +321,54 @@ def main():
     val = data.make_streams(series, tokens, "val", borders, block_size, config.batch_size)
     tiles = data.tiles(val, config.eval_windows)
     if not tiles:
-        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; move --val_start, --test_start")
-    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
-    targets = np.concatenate([np.asarray(t[first:last]) for t, (first, last) in zip(tokens, val.targets)]).astype(np.int64)
-    marks = unigram(train, targets[:, 0], 0, 2**k1), unigram(train, targets[:, 1], 1, 2**k2)
+        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; "
+                        f"move --val_start, --test_start")
 
     # ---- model and optimizer
-    if entry and entry["stage"] == "pretrain":
+    if trained:
         model, _, _ = load_checkpoint(config.out, weights="last")
     elif base:
         model = base[0]
         model.config.block_size = block_size
     else:
-        n_moved = sum(np.count_nonzero(np.diff(bars.ohlcva[first - 1:last, 3])) for bars, (first, last) in zip(series, train.targets))
-        sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
-        torch.manual_seed(config.seed)  # here, since what came before took chance in other amounts on other ranks
-        try:
-            model = Model(ModelConfig(**sizes | dict(coarse_bits=k1, fine_bits=k2, block_size=block_size, unmoved=1 - int(n_moved) / max(1, n_train))))
-        except ValueError as e:
-            raise UserError(f"the model's sizes do not fit: {e}")
-        model.up_mask.copy_(tokenizer.decode(torch.arange(2**k1))[:, 0] > 0)  # with a direction bit the upper half; without, those that decode so
+        model = new_model(config, tokenizer, series, train, block_size)
     model.to(device).train()
     model.grad_ckpt = config.grad_ckpt
     dtype_name, dtype = data.pick_dtype(config.dtype, device)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
     optimizer = adamw(model, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    threads = torch.get_num_threads()
     step, bad_steps, best, best_val = 0, 0, None, math.inf
-    if entry and entry["stage"] == "pretrain":
-        optimizer.load_state_dict(entry["optimizer"])
-        scaler.load_state_dict(entry["scaler"])
-        step, bad_steps, best, best_val = entry["step"], entry["bad_steps"], entry["best"], entry["best_val"]
-        if (entry["world"], entry["threads"]) != (world, torch.get_num_threads()):
-            say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of {torch.get_num_threads()} now: "
+    if trained:
+        optimizer.load_state_dict(trained["optimizer"])
+        scaler.load_state_dict(trained["scaler"])
+        step, bad_steps, best, best_val = (trained[k] for k in ("step", "bad_steps", "best", "best_val"))
+        if (trained["world"], trained["threads"]) != (world, threads):
+            say(f"{trained['world']} processes of {trained['threads']} threads before, {world} of {threads} now: "
                 f"the weights will agree to rounding, not to the bit")
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
     if config.compile:
         rows = -(-config.batch_size // world)
         say("compiling the layers, which takes a minute or two", flush=True)
         compile_blocks(model, (min(rows, config.micro_batch or rows), block_size), device, autocast, say)
     forward = model
     if world > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+        on_gpu = [device.index] if device.type == "cuda" else None
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=on_gpu)
     n_params = sum(p.numel() for p in model.parameters())
-    say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size * block_size:,} bars a step, {config.steps} steps; {device}, {dtype_name}, "
-        f"{world} process{'es' * (world > 1)} of {torch.get_num_threads()} threads")
+    say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size * block_size:,} bars a step, {config.steps} steps; "
+        f"{device}, {dtype_name}, {world} process{'es' * (world > 1)} of {threads} threads")
 
     def save():
         if rank == 0:
-            save_checkpoint(config.out, model, tokenizer, **meta, stage="pretrain", best=best, best_val=best_val, optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), step=step, bad_steps=bad_steps, metrics=metrics, world=world, threads=torch.get_num_threads())
-
-    def evaluate():
-        """Mean loss, coarse and fine CE over the tiles of val, and the direction accuracy of the bars that moved."""
-        model.eval()
-        total, right = np.zeros(3), np.zeros(2)
-        n_rows = max(1, 8192 // block_size)
-        with torch.no_grad(), autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
-            for i in range(rank * n_rows, len(tiles), world * n_rows):
-                which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
-                coarse, fine, when, target = [a.to(device) if torch.is_tensor(a) else tuple(t.to(device) for t in a)
-                                              for a in data.gather(val, which, ends)]
-                logits, _, _ = model(coarse, fine, when, target)
-                counted = target[0] >= 0
-                total += np.array([counted.sum().item(), *(model.parts[k].item() * counted.sum().item() for k in ("coarse", "fine"))])
-                moved = np.stack([np.diff(series[s].ohlcva[e - block_size:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
-                up = logits.float().softmax(-1)[..., model.up_mask].sum(-1) / (1 - model.config.unmoved) > 0.5
-                scored = counted.cpu().numpy() & (moved != 0)
-                right += (up.cpu().numpy() == (moved > 0))[scored].sum(), scored.sum()
-        both = torch.tensor(np.concatenate([total, right]), device=device)
-        if world > 1:
-            dist.all_reduce(both)
-        model.train()
-        n, coarse, fine, correct, scored = both.tolist()
-        return (coarse + fine) / n, coarse / n, fine / n, correct / max(1, scored)
+            save_checkpoint(config.out, model, tokenizer, **meta, stage="pretrain", best=best, best_val=best_val,
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, bad_steps=bad_steps,
+                            metrics=metrics, world=world, threads=threads)
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 10)
-    say(f"{'step':>7} {'train':>8} {'val':>8} {'coarse':>8} {'fine':>8} {'up right':>8} {'lr':>8} {'|grad|':>7} {'bars/s':>8} {'left':>7}")
+    say(f"{'step':>7} {'train':>8} {'val':>8} {'coarse':>8} {'fine':>8} {'up right':>8} {'lr':>8} {'|grad|':>7} "
+        f"{'bars/s':>8} {'left':>7}")
     model_began = saved_at = time.time()
     from_step, train_loss, n_losses, eval_seconds = step, 0.0, 0, 0.0
     while step < config.steps:
@@ -273,7 +381,7 @@ def main():
         n_rows = len(coarse)
         micro = config.micro_batch or max(1, n_rows)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = lr = learning_rate(step, config)
         step_loss = 0.0
         for i in range(0, max(1, n_rows), micro):
             part = [a[i:i + micro].to(device, non_blocking=True) for a in (coarse, fine, when, *target)]
@@ -305,16 +413,17 @@ def main():
 
         if step % eval_every == 0 or step == config.steps:
             spent = time.time()
-            val_loss, val_coarse, val_fine, da = evaluate()
+            val_coarse, val_fine, da = evaluate(model, val, tiles, series, autocast, rank, world)
+            val_loss = val_coarse + val_fine
             eval_seconds += time.time() - spent
             speed = (step - from_step) * config.batch_size * block_size / (time.time() - model_began - eval_seconds)
             left = (time.time() - model_began) / (step - from_step) * (config.steps - step)
-            line = dict(stage="pretrain", step=step, train=train_loss / max(1, n_losses), val=val_loss, coarse=val_coarse, fine=val_fine, da=da,
-                        lr=optimizer.param_groups[0]["lr"], grad_norm=norm, bars_per_s=speed)
-            metrics.append(line)
+            train_loss = train_loss / max(1, n_losses)
+            metrics.append(dict(stage="pretrain", step=step, train=train_loss, val=val_loss, coarse=val_coarse,
+                                fine=val_fine, da=da, lr=lr, grad_norm=norm, bars_per_s=speed))
             data.progress("")
-            say(f"{step:>7} {line['train']:>8.4f} {val_loss:>8.4f} {val_coarse:>8.4f} {val_fine:>8.4f} {da:>8.2%} {line['lr']:>8.1e} {norm:>7.2f} "
-                f"{speed:>8,.0f} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
+            say(f"{step:>7} {train_loss:>8.4f} {val_loss:>8.4f} {val_coarse:>8.4f} {val_fine:>8.4f} {da:>8.2%} {lr:>8.1e} "
+                f"{norm:>7.2f} {speed:>8,.0f} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
             train_loss, n_losses = 0.0, 0
             if val_loss < best_val:
                 best_val, best = val_loss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
@@ -329,71 +438,17 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
-    last = min((m for m in metrics if "val" in m), key=lambda m: m["val"])  # the weights that forecasts use
+    told = min((m for m in metrics if "val" in m), key=lambda m: m["val"])  # of the weights that forecasts use
+    marks = unigram(train, val, 0, 2**tokenizer.config.coarse_bits), unigram(train, val, 1, 2**tokenizer.config.fine_bits)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     say(f"\n{'nats per bar, val, best':<28}{'model':>9}{'unigram':>9}")
-    say(f"{'  coarse token':<28}{last['coarse']:>9.4f}{marks[0]:>9.4f}")
-    say(f"{'  fine token':<28}{last['fine']:>9.4f}{marks[1]:>9.4f}")
-    say(f"{'direction accuracy, val':<28}{last['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
-    say(f"{'time, peak memory':<28}{time.time() - began:>8.0f}s{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:>8.2f}G")
+    say(f"{'  coarse token':<28}{told['coarse']:>9.4f}{marks[0]:>9.4f}")
+    say(f"{'  fine token':<28}{told['fine']:>9.4f}{marks[1]:>9.4f}")
+    say(f"{'direction accuracy, val':<28}{told['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
+    say(f"{'time, peak memory':<28}{time.time() - began:>8.0f}s{memory:>8.2f}G")
     say(f"{config.out}: step {step}, best val {best_val:.4f}; forecast with: python sample.py --ckpt {config.out}")
     if world > 1:
         dist.destroy_process_group()
-
-
-def split(config, series, base):
-    """The borders of the splits: as told, else those of the checkpoint that is fine-tuned where its bars allow, else 80/10/10 %."""
-    if base is None:
-        return data.split_borders(series, config.val_start, config.test_start)
-    theirs = tuple(base[2]["splits"])
-    if config.val_start is None and config.test_start is None:
-        starts, ends = min(bars.time[0] for bars in series), max(bars.time[-1] for bars in series)
-        if starts < theirs[0] and ends >= theirs[1]:
-            return theirs
-    borders = data.split_borders(series, config.val_start, config.test_start)
-    if borders[0] < theirs[0]:
-        raise UserError(f"val would start {data.iso(borders[0])}, but {config.init_from} was trained on bars up to {data.iso(theirs[0])}: "
-                        f"a score there is no score; set --val_start to that day or later")
-    return borders
-
-
-def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device):
-    """Train the tokenizer on the train bars, saving on the way; the report is on val bars."""
-    take = max(1, -(-n_train // TOK_BARS))
-    rows = {"train": [], "val": []}
-    for bars in series:
-        x = np.concatenate([x for x, _ in data.feature_blocks(bars)])
-        for part, chosen in rows.items():
-            first, last = data.targets_of(bars, part, borders)
-            chosen.append(x[first:last:take])
-    x = torch.from_numpy(np.concatenate(rows["train"]))  # (N, 6)
-    bits = [min(b, int(math.log2(max(1, len(x))))) for b in (config.coarse_bits, config.fine_bits)]
-    if bits != [config.coarse_bits, config.fine_bits]:
-        print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: the tokens shrink to {bits[0]} + {bits[1]} bits")
-    print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
-    started = saved_at = time.time()
-
-    def after(step, loss, snapshot):
-        nonlocal saved_at
-        if step % max(1, config.tok_steps // 5) == 0:
-            left = (time.time() - started) * (config.tok_steps / step - 1)
-            data.progress("")
-            print(f"{step:>7} {loss:>8.4f} {'':>53} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
-        else:
-            data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
-        if stop.signum or time.time() - saved_at > SAVE_SECONDS or step % (10 * config.save_every) == 0:
-            save_checkpoint(config.out, None, dict(training=snapshot()), **meta, stage="tokenizer", step=step, metrics=metrics)
-            saved_at = time.time()
-        if stop.signum:
-            print(f"stopped at step {step} of the tokenizer; saved in {config.out}; go on with --resume")
-            raise SystemExit(stop.status)
-
-    tokenizer = train_tokenizer(x, TokenizerConfig(coarse_bits=bits[0], fine_bits=bits[1], direction_bit=config.direction_bit), seed=config.seed,
-                                steps=config.tok_steps, device=device, progress=after, resume=entry and entry["tokenizer"]["training"])
-    scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
-    metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
-    print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; codes used {scores['coarse_used']:.1%}, "
-          f"{scores['fine_used']:.1%}; perplexity {scores['coarse_perplexity']:.0f}, {scores['fine_perplexity']:.0f}")
-    return tokenizer
 
 
 def alone_or_together():
