@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import data
 import sample
 from data import UserError
-from model import close_table, draw, kl, learning_rate, load_checkpoint, norm, resumed, save_checkpoint
+from model import adamw, close_table, draw, kl, learning_rate, load_checkpoint, norm, resumed, save_checkpoint
 
 
 @dataclass
@@ -189,6 +189,50 @@ def loss_of(model, reference, table, batch, phase, chance, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a later stage begins with, this one and rollout.py
+
+def reference_of(config, entry, device, room=0):
+    """What a later stage begins with: reference, tokenizer, meta, series, streams.
+
+    The frozen model of --ckpt; its tokenizer; its meta, with `data` for the new checkpoint; the series that are long
+    enough to train on; and their Streams, whose windows have `room` bars more than a block. entry: the checkpoint that
+    is resumed, or None; UserError where it began with another reference or other bars.
+    """
+    reference, tokenizer, meta = load_checkpoint(config.ckpt, device)
+    reference.requires_grad_(False)
+    series = sample.load_series(config.data, meta)
+    source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
+                  reference=data.weights_hash(reference.state_dict()), seed=meta["data"].get("seed", meta["seed"]))
+    if entry and entry["data"] != source:
+        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; "
+                        f"give it those, or another --out")
+    borders, window = tuple(meta["splits"]), (config.block_size or reference.config.block_size) + room
+    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
+    if not series:
+        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}, the "
+                        f"checkpoint's date); lower --block_size, or fine-tune on these bars first: "
+                        f"pretrain.py --init_from {config.ckpt}")
+    tokens = [data.tokenize(bars, tokenizer) for bars in series]
+    streams = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
+    return reference, tokenizer, meta | dict(data=source, splits=borders), series, streams
+
+
+def learner_of(config, entry, device):
+    """What a later stage trains, from --ckpt or as `entry` left it: model, optimizer, scaler, autocast, name of the type."""
+    model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
+    model.train()
+    model.grad_ckpt = config.grad_ckpt
+    dtype_name, dtype = data.pick_dtype(config.dtype, device)
+    optimizer = adamw(model, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    if entry:
+        optimizer.load_state_dict(entry["optimizer"])
+        scaler.load_state_dict(entry["scaler"])
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
+    return model, optimizer, scaler, autocast, dtype_name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 def main():
@@ -204,11 +248,11 @@ def main():
 
     # ---- the reference and its bars, the model in training
     began = time.time()
-    reference, tokenizer, meta, series, train = sample.reference_of(config, entry, device)
+    reference, tokenizer, meta, series, train = reference_of(config, entry, device)
     borders = meta["splits"]
     t = sample.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)
     table = close_table(tokenizer).to(device)
-    model, optimizer, scaler, autocast, dtype_name = sample.learner_of(config, entry, device)
+    model, optimizer, scaler, autocast, dtype_name = learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
     if entry:
         step, bad_steps, best, best_val, metrics = (entry[k] for k in ("step", "bad_steps", "best", "best_val", "metrics"))

@@ -32,6 +32,7 @@ import torch
 import data
 import sample
 from data import UserError
+from expo import learner_of, reference_of
 from model import kl, learning_rate, load_checkpoint, mean_nats, norm, resumed, save_checkpoint
 
 
@@ -199,10 +200,10 @@ def main():
     # ---- the base and its bars, the model in training
     began = time.time()
     longest = max(config.horizons)
-    base, tokenizer, meta, series, train = sample.reference_of(config, entry, device, room=longest - 1)
+    base, tokenizer, meta, series, train = reference_of(config, entry, device, room=longest - 1)
     borders = meta["splits"]
     t = sample.some_targets(series, "val", borders, longest, VAL_ORIGINS, config.seed, most=VAL_BARS)
-    model, optimizer, scaler, autocast, dtype_name = sample.learner_of(config, entry, device)
+    model, optimizer, scaler, autocast, dtype_name = learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
     if entry:
         step, bad_steps, best, best_val, metrics = (entry[k] for k in ("step", "bad_steps", "best", "best_val", "metrics"))

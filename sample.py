@@ -4,16 +4,17 @@
     python sample.py --ckpt out.pt --data other.csv --symbols AAPL MSFT --horizon 20 --paths 1000 --out forecast.csv
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
     python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
-    python sample.py --ckpt a.pt b.pt --backtest --data other.csv --json              # scores beside baselines, with intervals
+    python sample.py --ckpt a.pt b.pt --backtest --data other.csv --json              # scores beside baselines
 
 A forecast is a set of sampled futures. The context is tokenized once and read once (`Model.prefill`); all paths of a
 symbol share it, and each path then costs one recurrent step a bar. Token pairs decode to features, features to bars
 (`data.inverse`), so that every bar forecast is a valid candle. The next bar's P(up) is exact, no sampling in it.
 
-The backtest scores the next bars in one teacher-forced pass, and paths from some origins, beside baselines on the same bars, with
-95 % intervals from a bootstrap over blocks of time. CRPS: Gneiting and Raftery, JASA 2007; its unbiased form for draws after Ferro, QJRMS 2014;
-blocks: Hall, Horowitz and Jing, Biometrika 1995; intervals from few blocks: Hesterberg, arXiv 1411.5279; filtered historical
-simulation: Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999.
+The backtest scores the next bars in one teacher-forced pass, and paths from some origins, beside baselines on the same
+bars, with 95 % intervals from a bootstrap over blocks of time.
+
+Two sittings. Forecasts: simulation, the report, pictures. Then the backtest: targets, forecasters, scores and their
+intervals, the table; at its end, what the later stages ask of it.
 """
 import copy
 import csv
@@ -33,7 +34,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import data
 from data import DAY, UserError
-from model import adamw, close_table, load_checkpoint, norm
+from model import close_table, load_checkpoint, norm
 from tokenizer import code_use
 
 
@@ -73,6 +74,117 @@ MAX_ROWS = 1024  # paths simulated side by side: bounds memory, half a megabyte 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Simulation
+
+@torch.no_grad()
+def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
+    """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
+
+    state: of N rows, from `Model.prefill(...).repeat`; it is used up. The last bar is drawn, not read. temperature,
+    top_p, order: as in Model.sample.
+    """
+    tokens = []
+    for k in range(times.shape[1]):
+        coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order)
+        tokens.append(torch.stack((coarse, fine)))
+        if k + 1 < times.shape[1]:
+            _, state = model.step(coarse, fine, times[:, k], state)
+    return torch.stack(tokens, dim=-1).unbind(0)
+
+
+def stratified(random, paths, horizon):
+    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
+
+    Each half is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979). A path's numbers are independent and
+    uniform, so it is a fair draw of the model; but at each step a half's n paths fall one into each n-th of the
+    distribution, and means, medians and shares of the paths vary less.
+    """
+    halves = []
+    for n in (paths // 2, paths - paths // 2):
+        place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
+        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
+    return np.concatenate(halves).reshape(paths, horizon, 2)
+
+
+@dataclass
+class Origin:
+    """Where futures begin."""
+    symbol: str
+    tokens: torch.Tensor   # int64 [L, 2]: coarse, fine of the last bars, the context
+    time: np.ndarray       # int64 [T]: stamps of all bars up to there
+    state: data.State      # decodes the next bar
+
+
+def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
+    """Futures of many histories at once. histories: Bars that end at the origin each.
+
+    Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
+    (seed, symbol, last stamp) and its bars, not on what else is in the batch. Raises UserError where a future cannot be.
+    """
+    origins = []
+    for bars in histories:
+        if len(bars) < 2:
+            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+        x, state = data.features(bars)
+        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
+        origins.append(Origin(bars.symbol, tokens, bars.time, state))
+    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel)
+
+
+@torch.no_grad()
+def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
+    """As simulate, of Origins. Those with contexts of one length are simulated side by side, MAX_ROWS paths at a time."""
+    if horizon < 1 or paths < 1:
+        raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
+    if not (0 < temperature < math.inf and 0 < top_p <= 1):
+        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
+    if parallel and model.config.reasoner and horizon > model.config.slots:
+        raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
+                        f"lower --horizon or forecast step by step")
+    device = next(model.parameters()).device
+    order = by_close(tokenizer).to(device)
+    ohlcva = np.empty((len(origins), paths, horizon, 6))
+    p_up = np.empty(len(origins))
+    groups = {}  # rows of a batch share their length
+    for i, origin in enumerate(origins):
+        groups.setdefault(len(origin.tokens), []).append(i)
+    per_batch = max(1, MAX_ROWS // paths)
+    batches = [group[i:i + per_batch] for group in groups.values() for i in range(0, len(group), per_batch)]
+    for rows in batches:
+        part = [origins[i] for i in rows]
+        coarse, fine = torch.stack([o.tokens for o in part]).to(device).unbind(-1)  # (n, L)
+        time = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in part])).to(device)
+        times = np.stack([future_times(o.time, horizon) for o in part])
+        times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
+        randoms = [np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))]) for o in part]
+        uniform = torch.from_numpy(np.concatenate([stratified(r, paths, horizon) for r in randoms])).to(device)
+        state = model.prefill(coarse, fine, time)
+        p_up[rows] = model.p_up(state.h).cpu().numpy()
+        if parallel:
+            _, h = model.parallel(coarse, fine, time)  # (n, slots, C)
+            h = h[:, :horizon].repeat_interleave(paths, 0)
+            tokens = model.sample(h, temperature, top_p, u=uniform, order=order)
+        else:
+            tokens = generate(model, state.repeat(paths), times, uniform, temperature, top_p, order)
+        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
+        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
+    return ohlcva, p_up
+
+
+def by_close(tokenizer):
+    """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws them."""
+    return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
+
+
+def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
+    """Sample futures of one series from its end: float64 [paths, horizon, 6] (open, high, low, close, volume, amount).
+
+    Prices and volumes in the units of bars; each bar a valid candle. Raises UserError for a horizon or paths below 1.
+    """
+    return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The clock of the future
 
 def future_times(time, horizon):
@@ -89,7 +201,8 @@ def future_times(time, horizon):
         months = month + steps * max(1, round(gap / (YEAR / 12)))
         offset = last - month.astype("datetime64[s]").astype(np.int64)
         length = ((months + 1).astype("datetime64[s]") - months.astype("datetime64[s]")).astype(np.int64)
-        at_end = offset // DAY + 1 == ((month + 1).astype("datetime64[D]") - month.astype("datetime64[D]")).astype(np.int64)
+        days = ((month + 1).astype("datetime64[D]") - month.astype("datetime64[D]")).astype(np.int64)
+        at_end = offset // DAY + 1 == days  # the last day of a month: of the others too
         day = np.where(at_end, length // DAY - 1, np.minimum(offset // DAY, length // DAY - 1))
         return months.astype("datetime64[s]").astype(np.int64) + day * DAY + offset % DAY
     weekdays = np.bincount((recent // DAY + 3) % 7, minlength=7)  # Monday is 0
@@ -112,106 +225,6 @@ def future_times(time, horizon):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Simulation
-
-@torch.no_grad()
-def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
-    """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
-
-    state: of N rows, from `Model.prefill(...).repeat`; it is used up. The last bar is drawn, not read. order: as in Model.sample.
-    """
-    tokens = []
-    for k in range(times.shape[1]):
-        coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order)
-        tokens.append(torch.stack((coarse, fine)))
-        if k + 1 < times.shape[1]:
-            _, state = model.step(coarse, fine, times[:, k], state)
-    return torch.stack(tokens, dim=-1).unbind(0)
-
-
-def stratified(random, paths, horizon):
-    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other, each a Latin hypercube (McKay, Beckman
-    and Conover, Technometrics 1979). A path's numbers are independent and uniform, so it is a fair draw of the model; but at each step a half's n
-    paths fall one into each n-th of the distribution, and means, medians and shares of the paths vary less."""
-    halves = []
-    for n in (paths // 2, paths - paths // 2):
-        place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
-        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
-    return np.concatenate(halves).reshape(paths, horizon, 2)
-
-
-@dataclass
-class Origin:
-    """Where futures begin: the last bars as tokens int64 [L, 2], all stamps up to there int64 [T], and the State that decodes the next bar."""
-    symbol: str
-    tokens: torch.Tensor
-    time: np.ndarray
-    state: data.State
-
-
-def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
-    """Futures of many histories at once. histories: Bars that end at the origin each.
-
-    Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
-    (seed, symbol, last stamp) and its bars, not on what else is in the batch. Raises UserError where a future cannot be.
-    """
-    origins = []
-    for bars in histories:
-        if len(bars) < 2:
-            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
-        x, state = data.features(bars)
-        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-        origins.append(Origin(bars.symbol, tokens, bars.time, state))
-    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel)
-
-
-@torch.no_grad()
-def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
-    """As simulate, of Origins."""
-    if horizon < 1 or paths < 1:
-        raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
-    if not (0 < temperature < math.inf and 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
-    if parallel and model.config.reasoner and horizon > model.config.slots:
-        raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; lower --horizon or forecast step by step")
-    device = next(model.parameters()).device
-    order = tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort().to(device)  # by close: see Model.sample
-    ohlcva = np.empty((len(origins), paths, horizon, 6))
-    p_up = np.empty(len(origins))
-    groups = {}  # rows of a batch share their length
-    for i, origin in enumerate(origins):
-        groups.setdefault(len(origin.tokens), []).append(i)
-    per_batch = max(1, MAX_ROWS // paths)
-    batches = [group[i:i + per_batch] for group in groups.values() for i in range(0, len(group), per_batch)]
-    for rows in batches:
-        part = [origins[i] for i in rows]
-        coarse, fine = torch.stack([o.tokens for o in part]).to(device).unbind(-1)  # (n, L)
-        time = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in part])).to(device)
-        times = np.stack([future_times(o.time, horizon) for o in part])
-        times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
-        uniform = np.concatenate([stratified(np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))]), paths, horizon) for o in part])
-        uniform = torch.from_numpy(uniform).to(device)
-        state = model.prefill(coarse, fine, time)
-        p_up[rows] = model.p_up(state.h).cpu().numpy()
-        if parallel:
-            _, h = model.parallel(coarse, fine, time)  # (n, slots, C)
-            tokens = model.sample(h[:, :horizon].repeat_interleave(paths, 0), temperature, top_p, u=uniform, order=order)
-        else:
-            tokens = generate(model, state.repeat(paths), times, uniform, temperature, top_p, order)
-        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
-        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
-    return ohlcva, p_up
-
-
-def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
-    """Sample futures of one series from its end: float64 [paths, horizon, 6] (open, high, low, close, volume, amount).
-
-    Prices and volumes in the units of bars; each bar a valid candle. Raises UserError for a horizon or paths below 1.
-    """
-    return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The report
 
 def describe(bars, paths, p_up, strikes=(), rate=0.0):
@@ -225,7 +238,8 @@ def describe(bars, paths, p_up, strikes=(), rate=0.0):
     var95 = -np.quantile(ratio - 1, 0.05)
     tail = ratio - 1 <= -var95
     row = dict(symbol=bars.symbol, last_time=data.iso(bars.time[-1]), last_close=last, p_up=p_up,
-               p_up_horizon=(close > last).sum() / moved.sum() if moved.any() else math.nan, expected_return=ratio.mean() - 1)
+               p_up_horizon=(close > last).sum() / moved.sum() if moved.any() else math.nan,
+               expected_return=ratio.mean() - 1)
     row |= {f"q{q * 100:02.0f}": value for q, value in zip((0.05, 0.5, 0.95), np.quantile(close, (0.05, 0.5, 0.95)))}
     row |= dict(var95=var95, es95=-(ratio - 1)[tail].mean(),
                 p_extreme=(np.abs(np.log(ratio)) > 3 * sigma).mean() if sigma > 0 else math.nan)
@@ -243,13 +257,16 @@ def option(close, spot, strike, years, rate):
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
     terminal = close * (spot * math.exp(rate * years) / close.mean())
     discount = math.exp(-rate * years)
-    return dict(strike=k, years=years, call=discount * np.maximum(terminal - k, 0).mean(), put=discount * np.maximum(k - terminal, 0).mean())
+    call, put = (discount * np.maximum(sign * (terminal - k), 0).mean() for sign in (1, -1))
+    return dict(strike=k, years=years, call=call, put=put)
 
 
 def print_report(rows, horizon, breadth, mean_p_up):
+    """The rows of `describe` as a table of 80 columns, best rank first."""
     ahead = f"in {horizon}"
     print(f"{'':7} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
-    print(f"{'symbol':7} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} {'VaR':>5} {'ES':>4}{'rank':>5}")
+    print(f"{'symbol':7} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
+          f"{'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda r: r["rank"]):
         flag = " !" if r["p_extreme"] > 0.01 else ""
         print(f"{r['symbol'][:7]:7} {r['last_close']:>8.6g} {r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
@@ -259,7 +276,8 @@ def print_report(rows, horizon, breadth, mean_p_up):
     if any(r["p_extreme"] > 0.01 for r in rows):
         print("! more than 1 % chance of a move beyond 3 sigma of the last 20 bars")
     if rows[0]["options"]:
-        print(f"\n{'symbol':8} {'strike':>10} {'years':>7} {'call':>10} {'put':>10}   (drift: the forward's; volatility: the model's own)")
+        print("\noptions (drift: the forward's; volatility: the model's own)")
+        print(f"{'symbol':8} {'strike':>10} {'years':>7} {'call':>10} {'put':>10}")
         for r in rows:
             for o in r["options"]:
                 print(f"{r['symbol'][:8]:8} {o['strike']:>10.6g} {o['years']:>7.4f} {o['call']:>10.4g} {o['put']:>10.4g}")
@@ -297,19 +315,24 @@ def jsonable(value):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures: plain SVG, readable on light and dark
 
-STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{stroke:#8884}.up{fill:#2a9d6f;stroke:#2a9d6f}
-.dn{fill:#d1495b;stroke:#d1495b}.f1{fill:#4c78a833}.f2{fill:#4c78a855}.m{stroke:#4c78a8;stroke-width:2;fill:none}.m2{stroke:#e08e45;stroke-width:2;fill:none}
-.p{stroke:#8888;fill:none}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"""
+STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{stroke:#8884}.p{stroke:#8888;fill:none}
+.up{fill:#2a9d6f;stroke:#2a9d6f}.dn{fill:#d1495b;stroke:#d1495b}.f1{fill:#4c78a833}.f2{fill:#4c78a855}
+.m{stroke:#4c78a8;stroke-width:2;fill:none}.m2{stroke:#e08e45;stroke-width:2;fill:none}
+@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"""
 
 
 def write_svg(path, width, height, parts):
-    text = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">{STYLE}{"".join(parts)}</svg>\n'
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>\n')
 
 
 def label(x, y, text, anchor="start", css=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(str(text))}</text>'
+
+
+def grid_line(x1, x2, y):
+    return f'<line class="g" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
 def line(points, css):
@@ -352,9 +375,10 @@ def plot_forecast(path, histories, ohlcva, shown=60, drawn=3):
         Y = lambda price: y0 + (high - price) / (high - low) * h
         parts.append(label(x0, y0 - 10, f"{bars.symbol}, {horizon} bars ahead", css="t"))
         for tick in round_ticks(low, high):
-            parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + label(x0 + w + 4, Y(tick) + 4, f"{tick:.6g}"))
+            parts += [grid_line(x0, x0 + w, Y(tick)), label(x0 + w + 4, Y(tick) + 4, f"{tick:.6g}")]
         times = np.append(bars.time, future_times(histories[i].time, horizon))
-        parts += [label(X(0), y0 + h + 16, data.iso(times[0])), label(X(total - 1), y0 + h + 16, data.iso(times[-1]), "end")]
+        parts += [label(X(0), y0 + h + 16, data.iso(times[0])),
+                  label(X(total - 1), y0 + h + 16, data.iso(times[-1]), "end")]
         at = [X(len(bars) - 1 + k) for k in range(horizon + 1)]
         fan = np.concatenate([np.full((5, 1), bars.ohlcva[-1, 3]), fan], axis=1)
         for outer, css in ((0, "f1"), (1, "f2")):
@@ -381,12 +405,13 @@ def plot_codebook(path, tokenizer, series, shown=40):
         codes = [c for c in np.argsort(-count) if mask[c] and count[c]][:shown]
         share = count[mask].sum() / count.sum()
         y0 = row * H + 30
-        parts.append(label(10, y0 - 12, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; the {len(codes)} most used, share in %", css="t"))
+        parts.append(label(10, y0 - 12, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; "
+                                        f"the {len(codes)} most used, share in %", css="t"))
         close, open_, upper, lower = np.sinh(x[codes, :4]).T
         high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
         span = max(np.abs(high).max(), np.abs(low).max())
         Y = lambda v: y0 + 55 - v / span * 50
-        parts.append(f'<line class="g" x1="10" x2="{W - 10}" y1="{Y(0):.1f}" y2="{Y(0):.1f}"/>')
+        parts.append(grid_line(10, W - 10, Y(0)))
         for k, code in enumerate(codes):
             cx = 20 + k * gap
             parts.append(candle(cx, 10, Y(open_[k]), Y(high[k]), Y(low[k]), Y(close[k])))
@@ -394,13 +419,15 @@ def plot_codebook(path, tokenizer, series, shown=40):
     write_svg(path, W, 2 * H, parts)
 
 
-PANELS = (("pretrain: loss, nats per bar", (("train", "m", "train"), ("val", "m2", "val"))),  # title, (key in a report, css, label)
-          ("expo: log loss of P(up)", (("val_logloss", "m2", "val"),)), ("rollout: path CRPS, log return x 100", (("path_crps", "m2", "val"),)))
+PANELS = (("pretrain: loss, nats per bar", (("train", "m", "train"), ("val", "m2", "val"))),  # title, (key, css, label)
+          ("expo: log loss of P(up)", (("val_logloss", "m2", "val"),)),
+          ("rollout: path CRPS, log return x 100", (("path_crps", "m2", "val"),)))
 
 
 def plot_loss(path, metrics):
     """The reports in a checkpoint's metrics, a panel for each stage that made any."""
-    panels = [(title, rows, lines) for title, lines in PANELS if len(rows := [m for m in metrics if all(key in m for key, *_ in lines)]) > 1]
+    panels = [(title, [m for m in metrics if all(key in m for key, *_ in lines)], lines) for title, lines in PANELS]
+    panels = [panel for panel in panels if len(panel[1]) > 1]
     if not panels:
         raise UserError("the checkpoint holds fewer than two reports of losses: nothing to draw")
     W, H, x0, w, h = 640, 340, 60, 510, 260
@@ -414,7 +441,7 @@ def plot_loss(path, metrics):
         Y = lambda v: y0 + (high - v) / (high - low) * h
         parts.append(label(x0, y0 - 12, title, css="t"))
         for tick in round_ticks(low, high):
-            parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + label(x0 - 5, Y(tick) + 4, f"{tick:.6g}", "end"))
+            parts += [grid_line(x0, x0 + w, Y(tick)), label(x0 - 5, Y(tick) + 4, f"{tick:.6g}", "end")]
         for tick in round_ticks(steps[0], steps[-1]):
             parts.append(label(X(tick), y0 + h + 18, f"{tick:.0f}", "middle"))
         for column, (_, css, name) in enumerate(lines):
@@ -439,7 +466,7 @@ BINS, PROBES = 512, 32           # of the next bar's close; coarse tokens of eac
 REPLICATES = 2000               # of the bootstrap
 MIN_BLOCKS, MAX_BLOCKS = 20, 500
 RESIDUALS = 500                 # newest residuals that filtered historical simulation draws from
-LAMBDA = 0.94                   # decay of its volatility (RiskMetrics)
+LAMBDA = 0.94                   # decay of its volatility (as RiskMetrics, 1996)
 LAGS = 5                        # bars that the logistic regression looks at
 NORMAL = statistics.NormalDist()
 
@@ -447,41 +474,55 @@ NORMAL = statistics.NormalDist()
 class Targets:
     """The bars to forecast, one after the other, symbol by symbol; the origins of the paths; and the blocks of time.
 
-    Blocks hold all symbols. For the next bar a block has n^(1/3) of a symbol's n target bars (the usual rate, Hall, Horowitz
-    and Jing 1995), whole dates for daily bars and at least 32 bars within the day; for paths it has the horizon at least.
+    Blocks hold all symbols. For the next bar a block has n^(1/3) of a symbol's n target bars (the usual rate: Hall,
+    Horowitz and Jing, Biometrika 1995), whole dates for daily bars and at least 32 bars within the day; for paths it has
+    the horizon at least.
     """
 
     def __init__(self, series, lo, hi, horizon, stride, seed):
         ranges = [(bars, data.targets_of(bars, "val", (lo, hi))) for bars in series]
         ranges = [(bars, (first, last)) for bars, (first, last) in ranges if first < last]
         if not ranges:
-            raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start (the first {data.CONTEXT} bars are context)")
+            raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start "
+                            f"(the first {data.CONTEXT} bars are context)")
         self.series, self.ranges = zip(*ranges)
         self.tokenized, self.origin_states = {}, None
         longest = max(b - a for a, b in self.ranges)
         self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
-        self.time, self.r, self.s = flat([bars.time for bars in self.series]), flat(self.returns), flat([data.scales(bars) for bars in self.series])
+        self.time = flat([bars.time for bars in self.series])
+        self.r = flat(self.returns)                                 # log return of each target, [N]
+        self.s = flat([data.scales(bars) for bars in self.series])  # and its s_t, known before it
         self.symbol = np.repeat(np.arange(len(self.series)), [b - a for a, b in self.ranges])
         self.stamp = np.unique(self.time, return_inverse=True)[1]
-        # origins spread over the dates: each symbol begins at an offset of its own
-        room = [(b.symbol, first, last - first - horizon + 1) for b, (first, last) in zip(self.series, self.ranges)]
-        self.origins = [(first - 1 + np.arange(zlib.crc32(name.encode()) % min(self.stride, n), n, self.stride)) if n > 0 else np.arange(0)
-                        for name, first, n in room]
+        self.origins = [self.origins_of(bars.symbol, *span) for bars, span in zip(self.series, self.ranges)]
         ahead = np.arange(1, horizon + 1)
-        self.path_r = np.concatenate([np.cumsum(r[o[:, None] + ahead], axis=1) for r, o in zip(self.returns, self.origins)])  # (n, H)
+        self.path_r = np.concatenate([np.cumsum(r[o[:, None] + ahead], axis=1)  # (n, H)
+                                      for r, o in zip(self.returns, self.origins)])
 
         daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
         units, unit = np.unique(self.time // DAY if daily else self.time, return_inverse=True)
         length = max(1 if daily else data.HALF_LIFE, int(longest ** (1 / 3) + 1e-9))
-        self.n_blocks, self.n_path_blocks = (max(1, min(longest // n, MAX_BLOCKS)) for n in (length, max(length, horizon)))
+        self.n_blocks = max(1, min(longest // length, MAX_BLOCKS))
+        self.n_path_blocks = max(1, min(longest // max(length, horizon), MAX_BLOCKS))
         self.block = unit * self.n_blocks // len(units)
         starts = np.concatenate([b.time[o + 1] for b, o in zip(self.series, self.origins)])
         self.path_block = np.searchsorted(units, starts // DAY if daily else starts) * self.n_path_blocks // len(units)
         draw = np.random.default_rng([seed, 1])
-        self.weights, self.path_weights = (draw.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
-                                           for n in (self.n_blocks, self.n_path_blocks))
+        draws = lambda n: draw.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
+        self.weights, self.path_weights = draws(self.n_blocks), draws(self.n_path_blocks)
+
+    def origins_of(self, symbol, first, last):
+        """The bars after which paths begin: every stride-th, from an offset of the symbol's own, to spread the dates."""
+        n = last - first - self.horizon + 1
+        if n <= 0:
+            return np.arange(0)
+        return first - 1 + np.arange(zlib.crc32(symbol.encode()) % min(self.stride, n), n, self.stride)
+
+    def blocks_of(self, metric):
+        """Over how many blocks of time a score is made."""
+        return self.n_path_blocks if metric.startswith("path") else self.n_blocks
 
     def tokens(self, tokenizer):
         """The series' tokens, made once for each tokenizer."""
@@ -497,8 +538,10 @@ class Targets:
         return self.origin_states
 
     def take(self, which):
+        """Some of the target bars only, bool [N], in the same blocks."""
         part = copy.copy(self)
-        part.r, part.stamp, part.block, part.symbol = self.r[which], self.stamp[which], self.block[which], self.symbol[which]
+        for name in ("r", "stamp", "block", "symbol"):
+            setattr(part, name, getattr(self, name)[which])
         return part
 
 
@@ -521,17 +564,19 @@ def span_of(metas, split, start, end):
     else:
         split = "in-sample" if lo < test or () in borders else "test"
     if hi <= lo:
-        raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; targets before it are in-sample and need --start")
+        raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; "
+                        f"targets before it are in-sample and need --start")
     return split, int(lo), int(hi)
 
 
 def judge(r, p, y):
     """Scores of distributions for what happened. r [..., K] log returns in order, p [..., K] their probabilities, y [...].
 
-    CRPS = E|X - y| - E|X - X'| / 2, the last as the integral of F (1 - F).
+    CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
     """
     F, y = p.cumsum(-1), y[..., None]
-    middle = [np.take_along_axis(r, (F < 0.5 + e).sum(-1, keepdims=True).clip(max=r.shape[-1] - 1), -1)[..., 0] for e in (-1e-9, 1e-9)]
+    at = lambda share: (F < share).sum(-1, keepdims=True).clip(max=r.shape[-1] - 1)
+    middle = [np.take_along_axis(r, at(share), -1)[..., 0] for share in (0.5 - 1e-9, 0.5 + 1e-9)]
     return dict(mean=(p * r).sum(-1), point=(middle[0] + middle[1]) / 2, pit=(p * ((r < y) + 0.5 * (r == y))).sum(-1),
                 crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
 
@@ -542,8 +587,11 @@ def spread(r, F):
 
 
 def judge_draws(r, y):
-    """The same for K draws r [..., K], in any order, of which the first K // 2 are independent of the others: they stand for what they were drawn
-    from, so E|X - X'| counts pairs across the halves alone (unbiased, as Ferro's 2014 fair form is for independent draws)."""
+    """The same for K draws r [..., K], in any order, of which the first K // 2 are independent of the others.
+
+    They stand for what they were drawn from, so E|X - X'| counts pairs across the halves alone: unbiased, as the fair
+    form of Ferro (QJRMS 2014) is for independent draws.
+    """
     K = r.shape[-1]
     even = lambda r: spread(np.sort(r, -1), np.arange(1, r.shape[-1] + 1) / r.shape[-1]) if r.shape[-1] else 0.0
     every, a = even(r), K // 2 / K
@@ -555,7 +603,7 @@ def judge_draws(r, y):
 
 
 def judge_normal(mean, sigma, y):
-    """The same for normal distributions; CRPS in closed form (Gneiting and Raftery 2007)."""
+    """The same for normal distributions; CRPS in closed form."""
     z = (y - mean) / sigma
     cdf, pdf = torch.special.ndtr(torch.from_numpy(z)).numpy(), np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     return dict(mean=mean, point=mean, pit=cdf, crps=sigma * (z * (2 * cdf - 1) + 2 * pdf - 1 / math.sqrt(math.pi)))
@@ -569,12 +617,12 @@ def joined(parts):
 
 @torch.no_grad()
 def next_bars(model, tokenizer, t, probes=PROBES):
-    """Forecast every target from the bars before it, teacher-forced: windows advance by half their length, so that each target
-    has half a window of context where there is history. P(up) is exact.
+    """Forecast every target from the bars before it, teacher-forced. P(up) is exact.
 
-    The close is counted in BINS: P(bin) = sum_c P(c) P(bin | c). All 2^20 pairs would take hours, so P(bin | c) is a mean over some
-    contexts before the first target, put right by `probes` coarse tokens of each bar's own (stratified by close; control variates):
-    against the exact form of model.next_bar the CRPS is 0.02 % off, a bar's percentile 0.002 (root mean square).
+    Windows advance by half their length, so that each target has half a window of context where there is history. The
+    close is counted in BINS: P(bin) = sum_c P(c) P(bin | c). All 2^20 pairs, as in model.next_bar, would take hours, so
+    P(bin | c) is a mean over some contexts before the first target, put right by `probes` coarse tokens of each bar's
+    own (stratified by close; control variates).
     """
     n, device = model.config.block_size, next(model.parameters()).device
     half, tokens = max(1, n // 2), t.tokens(tokenizer)
@@ -582,9 +630,9 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     def read(windows):
         """h [m, C] that forecast the targets [j, end) of windows (symbol, j, end), one after the other."""
         begin = [max(0, j + half - n) for _, j, _ in windows]
-        rows = [np.minimum(a + np.arange(n), len(tokens[i]) - 1) for (i, _, _), a in zip(windows, begin)]  # past the end: not read
-        coarse, fine = torch.from_numpy(np.stack([tokens[i][r] for (i, _, _), r in zip(windows, rows)]).astype(np.int64)).to(device).unbind(-1)
-        time = torch.from_numpy(np.stack([t.series[i].time[r] for (i, _, _), r in zip(windows, rows)])).to(device)
+        rows = [(i, np.minimum(a + np.arange(n), len(tokens[i]) - 1)) for (i, _, _), a in zip(windows, begin)]
+        coarse, fine = torch.from_numpy(np.stack([tokens[i][r] for i, r in rows]).astype(np.int64)).to(device).unbind(-1)
+        time = torch.from_numpy(np.stack([t.series[i].time[r] for i, r in rows])).to(device)
         h = norm(model.trunk(coarse, fine, time, 0)[0])  # (B, n, C)
         return torch.cat([h[k, j - 1 - a:end - 1 - a] for k, ((_, j, end), a) in enumerate(zip(windows, begin))])
 
@@ -592,7 +640,7 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     early = np.flatnonzero(first == first.min())
     early = early[np.linspace(0, len(early) - 1, min(32, len(early))).astype(int)]
     bins, values, share = close_bins(model, tokenizer, read([(i, t.ranges[i][0], t.ranges[i][0] + 1) for i in early]))
-    order = tokenizer.decode(torch.arange(len(bins)))[:, 0].argsort().to(device)
+    order = by_close(tokenizer).to(device)
     levels = (torch.arange(probes, device=device) + 0.5) / probes
     windows = [(i, j, min(j + half, b)) for i, (a, b) in enumerate(t.ranges) for j in range(a, b, half)]
     parts, at = [], 0
@@ -614,17 +662,22 @@ def next_bars(model, tokenizer, t, probes=PROBES):
 
 
 def close_bins(model, tokenizer, h):
-    """The bin of each pair's close [2^k1, 2^k2], equally likely over contexts h [M, C]; the bins' values in units of s_t; P(bin | coarse)."""
+    """Bins of the close that are equally likely over contexts h [M, C].
+
+    Returns the bin of each pair of tokens [2^k1, 2^k2], the bins' values in units of s_t, and P(bin | coarse).
+    """
     table = close_table(tokenizer).to(h.device)
     p, every = torch.zeros_like(table), torch.arange(len(table), device=h.device)
     for row in h:
-        p += model.coarse_logits(row).float().softmax(-1)[:, None] * model.fine_logits(row.expand(len(table), -1), every).float().softmax(-1)
+        fine = model.fine_logits(row.expand(len(table), -1), every).float().softmax(-1)  # (2^k1, 2^k2)
+        p += model.coarse_logits(row).float().softmax(-1)[:, None] * fine
     value, order = table.flatten().sort()
     mass = p.flatten()[order].double().cumsum(0)
-    edges = value[torch.searchsorted(mass, torch.linspace(0, 1, BINS + 1, device=h.device, dtype=mass.dtype)[1:-1] * mass[-1])].unique()
+    inner = torch.linspace(0, 1, BINS + 1, device=h.device, dtype=mass.dtype)[1:-1] * mass[-1]
+    edges = value[torch.searchsorted(mass, inner)].unique()
     bins = torch.searchsorted(edges[edges < value[-1]], table)
-    n = int(bins.max()) + 1
-    total = lambda a: torch.zeros(n, device=h.device, dtype=torch.float64).index_add_(0, bins.flatten(), a.flatten().double())
+    n, zero = int(bins.max()) + 1, torch.zeros((), device=h.device, dtype=torch.float64)
+    total = lambda a: zero.repeat(n).index_add_(0, bins.flatten(), a.flatten().double())
     share = torch.zeros(len(table), n, device=h.device).scatter_add_(1, bins, p)
     return bins, (total(p * table.double().sinh()) / total(p)).cpu().numpy(), share / share.sum(-1, keepdim=True)
 
@@ -633,8 +686,9 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
     """Forecast the log return since the origin over the horizon, from every origin."""
     n, origins = model.config.block_size, []
     for bars, tokens, at, states in zip(t.series, t.tokens(tokenizer), t.origins, t.states()):
-        origins += [Origin(bars.symbol, torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64)), bars.time[:o + 1], state)
-                    for o, state in zip(at, states)]
+        for o, state in zip(at, states):
+            context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
+            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state))
     parts = []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
@@ -646,75 +700,94 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
 
 
 def from_paths(r, y):
-    """r [n, paths, H] log returns since the origin, y [n, H]."""
+    """A forecaster's scores of paths: r [n, paths, H] log returns since the origin, y [n, H] what they were."""
     return along(judge_draws(np.moveaxis(r, 1, -1), y))
 
 
 def along(scores):
+    """Scores [n, H] by their names for paths."""
     return {f"path_{key}": scores[key] for key in ("point", "crps", "pit")}
 
 
 def baselines(t, paths):
-    """What a model must beat; each fitted on the bars before the first target, or on those before each origin."""
+    """What a model must beat, each fitted on the bars before the first target, or on those before each origin."""
     parts = {name: [] for name in ("ar1", "gaussian20", "fhs")}
-    for i, (bars, r, (first, last), o) in enumerate(zip(t.series, t.returns, t.ranges, t.origins)):
-        rows, y = np.arange(first, last), r[first:last]
-        path_y = t.path_r[sum(map(len, t.origins[:i])):][:len(o)]
-        steps = np.arange(1, t.horizon + 1)
-
-        x, target = r[1:first - 1], r[2:first]
-        b = np.cov(x, target)[0, 1] / max(x.var(ddof=1), 1e-18)
-        a = target.mean() - b * x.mean()
-        sigma = max((target - a - b * x).std(), 1e-9)
-        psi = np.cumsum(b ** (steps - 1))  # (H,): weight of a shock k bars on in the return since the origin
-        one = judge_normal(a + b * r[rows - 1], sigma, y)
-        many = judge_normal(a * psi.cumsum() + b * psi * r[o, None], np.sqrt((psi**2).cumsum()) * sigma, path_y)
-        parts["ar1"].append(dict(one, p_up=torch.special.ndtr(torch.from_numpy(one["mean"] / sigma)).numpy(), **along(many)))
-
-        rms = np.sqrt(sliding_window_view(r**2, 20).mean(-1)).clip(1e-9)  # of bars k .. k + 19
-        many = judge_normal(np.zeros((len(o), 1)), rms[o - 19, None] * np.sqrt(steps), path_y)
-        parts["gaussian20"].append(judge_normal(np.zeros(len(y)), rms[rows - 20], y) | along(many))
-
-        begun = (np.arange(len(r)) > 0).astype(float)
-        sums = [data.decayed_sum(u, decay=LAMBDA) for u in (r**2, begun)]
-        vol = np.sqrt(sums[0] / np.maximum(sums[1], 1e-9)).clip(1e-9)  # known after each bar
-        z = np.append(0.0, r[1:] / vol[:-1])
-        n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
-        z = sliding_window_view(z, n)  # row k: bars k .. k + n - 1
-        one = []
-        for part in np.split(rows, range(4096, len(rows), 4096)):
-            drawn = np.sort(vol[part - 1, None] * z[part - n], -1)
-            one.append(judge(drawn, np.full(drawn.shape, 1 / n), r[part]) | dict(p_up=((drawn > 0).sum(-1) + 0.5) / ((drawn != 0).sum(-1) + 1)))
+    n = np.cumsum([0, *map(len, t.origins)])
+    for i, (bars, r, span, origins) in enumerate(zip(t.series, t.returns, t.ranges, t.origins)):
+        path_y = t.path_r[n[i]:n[i + 1]]
         random = np.random.default_rng([t.seed, zlib.crc32(bars.symbol.encode()), 2])
-        pick = random.integers(n, size=(len(o), paths, t.horizon))
-        variance, moves = np.repeat(vol[o, None]**2, paths, 1), np.empty(pick.shape)
-        for k in range(t.horizon):
-            moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[o + 1 - n], pick[:, :, k], 1)
-            variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
-        parts["fhs"].append(joined(one) | from_paths(moves.cumsum(-1), path_y))
-    zero, path_zero = np.zeros(len(t.r)), np.zeros(t.path_r.shape)
-    still = dict(mean=zero, point=zero, crps=np.abs(t.r), path_point=path_zero, path_crps=np.abs(t.path_r))  # a point's CRPS is its error
+        parts["ar1"].append(ar1(r, *span, origins, path_y))
+        parts["gaussian20"].append(gaussian(r, *span, origins, path_y))
+        parts["fhs"].append(historical(r, *span, origins, path_y, paths, random))
+    still = dict(mean=np.zeros(len(t.r)), point=np.zeros(len(t.r)), path_point=np.zeros(t.path_r.shape),
+                 crps=np.abs(t.r), path_crps=np.abs(t.path_r))  # a point's CRPS is its error
     found = {name: joined(p) for name, p in parts.items()}
     return dict(persistence=still, always_up=dict(p_up=np.ones(len(t.r))), ar1=found["ar1"], logistic=logistic(t),
                 gaussian20=found["gaussian20"], fhs=found["fhs"])
 
 
+def ar1(r, first, last, origins, path_y):
+    """Each log return from the one before: r [T], targets r[first:last], returns [n, H] of paths from origins [n]."""
+    x, target = r[1:first - 1], r[2:first]
+    b = np.cov(x, target)[0, 1] / max(x.var(ddof=1), 1e-18)
+    a = target.mean() - b * x.mean()
+    sigma = max((target - a - b * x).std(), 1e-9)
+    one = judge_normal(a + b * r[first - 1:last - 1], sigma, r[first:last])
+    p_up = torch.special.ndtr(torch.from_numpy(one["mean"] / sigma)).numpy()
+    psi = np.cumsum(b ** np.arange(path_y.shape[1]))  # (H,): weight of a shock k bars on in the return since the origin
+    many = judge_normal(a * psi.cumsum() + b * psi * r[origins, None], np.sqrt((psi**2).cumsum()) * sigma, path_y)
+    return one | dict(p_up=p_up) | along(many)
+
+
+def gaussian(r, first, last, origins, path_y):
+    """No drift, the volatility of the last 20 bars; arguments as in ar1."""
+    rms = np.sqrt(sliding_window_view(r**2, 20).mean(-1)).clip(1e-9)  # of bars k .. k + 19
+    one = judge_normal(np.zeros(last - first), rms[first - 20:last - 20], r[first:last])
+    sigma = rms[origins - 19, None] * np.sqrt(np.arange(1, path_y.shape[1] + 1))
+    return one | along(judge_normal(np.zeros((len(origins), 1)), sigma, path_y))
+
+
+def historical(r, first, last, origins, path_y, paths, random):
+    """Filtered historical simulation (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999).
+
+    Residuals of a decayed volatility, drawn anew and scaled by the volatility of now; arguments as in ar1.
+    """
+    begun = (np.arange(len(r)) > 0).astype(float)
+    squares, weight = (data.decayed_sum(u, decay=LAMBDA) for u in (r**2, begun))
+    vol = np.sqrt(squares / np.maximum(weight, 1e-9)).clip(1e-9)  # known after each bar
+    n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
+    z = sliding_window_view(np.append(0.0, r[1:] / vol[:-1]), n)  # row k: bars k .. k + n - 1
+    one = []
+    for rows in np.split(np.arange(first, last), range(4096, last - first, 4096)):
+        drawn = np.sort(vol[rows - 1, None] * z[rows - n], -1)
+        p_up = ((drawn > 0).sum(-1) + 0.5) / ((drawn != 0).sum(-1) + 1)
+        one.append(judge(drawn, np.full(drawn.shape, 1 / n), r[rows]) | dict(p_up=p_up))
+    pick = random.integers(n, size=(len(origins), paths, path_y.shape[1]))
+    variance, moves = np.repeat(vol[origins, None]**2, paths, 1), np.empty(pick.shape)
+    for k in range(pick.shape[2]):
+        moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
+        variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
+    return joined(one) | from_paths(moves.cumsum(-1), path_y)
+
+
 def logistic(t):
     """Logistic regression of the direction on the last bars' features, all symbols together, by Newton's method."""
     x = [data.features(bars)[0] for bars in t.series]
-    lagged = lambda i, rows: np.concatenate([np.ones((len(rows), 1)), *(x[i][rows - k] for k in range(1, LAGS + 1))], axis=1)  # (rows, 1 + 6 LAGS)
+    lags = range(1, LAGS + 1)
+    lagged = lambda i, rows: np.concatenate([np.ones((len(rows), 1)), *(x[i][rows - k] for k in lags)], axis=1)
     known = [np.arange(data.CONTEXT, first)[r[data.CONTEXT:first] != 0] for r, (first, _) in zip(t.returns, t.ranges)]
     total = sum(map(len, known))
     if total < 1000:
         return {}
     thin = -(-total // 300_000)
-    X = np.concatenate([lagged(i, rows[::thin]) for i, rows in enumerate(known)])
+    X = np.concatenate([lagged(i, rows[::thin]) for i, rows in enumerate(known)])  # (bars, 1 + 6 LAGS)
     up = np.concatenate([r[rows[::thin]] > 0 for r, rows in zip(t.returns, known)])
     w = np.zeros(X.shape[1])
     for _ in range(8):
         p = 1 / (1 + np.exp(-X @ w))
         w += np.linalg.solve((X.T * (p * (1 - p))) @ X + np.eye(len(w)), X.T @ (up - p) - w)
-    return dict(p_up=1 / (1 + np.exp(-np.concatenate([lagged(i, np.arange(*span)) for i, span in enumerate(t.ranges)]) @ w)))
+    X = np.concatenate([lagged(i, np.arange(*span)) for i, span in enumerate(t.ranges)])
+    return dict(p_up=1 / (1 + np.exp(-X @ w)))
 
 
 # ---- scores
@@ -724,9 +797,13 @@ def ratio(s):
 
 
 def block_sums(f, t):
-    """{score: (sums over each block [n_blocks, ...], the score as a function of such sums)}: the bootstrap only adds them up anew."""
+    """Of each score that forecaster f has: sums over each block [n_blocks, ...], and the score as a function of such sums.
+
+    So the bootstrap only adds up blocks anew. t: Targets.
+    """
     def total(*columns, block=t.block):
-        return np.stack([np.bincount(block, c, t.n_blocks) for c in np.broadcast_arrays(*columns, np.ones(len(block)))[:-1]], -1)
+        columns = np.broadcast_arrays(*columns, np.ones(len(block)))[:-1]
+        return np.stack([np.bincount(block, c, t.n_blocks) for c in columns], -1)
 
     out = {}
     if "p_up" in f:
@@ -734,13 +811,14 @@ def block_sums(f, t):
         p, up, block = f["p_up"][moved], t.r[moved] > 0, t.block[moved]
         hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
         out["da"] = total(hit, 1.0, block=block), ratio
-        out["balanced_accuracy"] = total(hit * up, up, hit * ~up, ~up, block=block), lambda s: (ratio(s[..., :2]) + ratio(s[..., 2:])) / 2
+        out["balanced_accuracy"] = (total(hit * up, up, hit * ~up, ~up, block=block),
+                                    lambda s: (ratio(s[..., :2]) + ratio(s[..., 2:])) / 2)
         out["auc"] = by_bin(ordered_bins(p), block, t.n_blocks, up, ~up), area
         with np.errstate(divide="ignore"):  # always_up: infinite
             out["logloss"] = total(-np.log(np.where(up, p, 1 - p)), 1.0, block=block), ratio
         out["up_share"] = total(p > 0.5, 1.0, block=block), ratio
-        out["ece"] = by_bin(np.minimum(p * 10, 9).astype(int), block, t.n_blocks, p - up, np.ones(len(p))), \
-            lambda s: np.abs(s[..., 0, :]).sum(-1) / s[..., 1, :].sum(-1)
+        out["ece"] = (by_bin(np.minimum(p * 10, 9).astype(int), block, t.n_blocks, p - up, np.ones(len(p))),
+                      lambda s: np.abs(s[..., 0, :]).sum(-1) / s[..., 1, :].sum(-1))
     signal = f.get("mean", f.get("p_up"))
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
@@ -786,12 +864,16 @@ def area(s):
 
 
 def correlation(s):
+    """Pearson's, from sums s [..., 6] of 1, x, y, x^2, y^2, x y."""
     n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
     return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
 
 
 def rank_ic(signal, r, stamp):
-    """Spearman's correlation of signal and return across the symbols of each time stamp; which stamps have one (3 symbols at least)."""
+    """Spearman's correlation of signal and return across the symbols of each time stamp, and which stamps have one.
+
+    At least 3 symbols must be there, and differ.
+    """
     n = np.bincount(stamp)
     x, y = (v - (np.bincount(stamp, v) / n.clip(1))[stamp] for v in (ranks(signal, stamp), ranks(r, stamp)))
     variance = np.bincount(stamp, x * x) * np.bincount(stamp, y * y)
@@ -808,25 +890,32 @@ def ranks(v, stamp):
 
 
 def trading(f, t, cost_bps):
-    """Long the top fifth, short the bottom fifth by P(up), equal weights, at every time stamp with 5 symbols: return per bar in bps after
-    costs, and turnover, the value traded per bar as a share of one side (4: both sides replaced). Blocks of sums as in block_sums."""
+    """Long the top fifth, short the bottom fifth by P(up), equal weights, at every time stamp with 5 symbols.
+
+    Return per bar in bps after costs, and turnover, the value traded per bar as a share of one side (4: both sides
+    replaced). Blocks of sums as in block_sums.
+    """
     n_stamps, n_symbols = t.stamp.max() + 1, len(t.series)
     p = np.full((n_stamps, n_symbols), np.nan)
     p[t.stamp, t.symbol] = f["p_up"]
     n = np.isfinite(p).sum(1)
     fifth = np.maximum(n // 5, 1)[:, None]
     place = p.argsort(1, kind="stable").argsort(1)  # missing ones come last
-    weight = np.where(n[:, None] < 5, 0.0, (((place >= n[:, None] - fifth) & (place < n[:, None])) * 1.0 - (place < fifth)) / fifth)
+    long, short = (place >= n[:, None] - fifth) & (place < n[:, None]), place < fifth
+    weight = np.where(n[:, None] < 5, 0.0, (long * 1.0 - short) / fifth)  # (n_stamps, n_symbols)
     gain = np.bincount(t.stamp, weight[t.stamp, t.symbol] * np.expm1(t.r))
     turnover = np.abs(np.diff(weight, axis=0, prepend=0)).sum(1)
     block = np.zeros(n_stamps, int)
     block[t.stamp] = t.block
-    sums = lambda v: np.stack([np.bincount(block, v * (n >= 5), t.n_blocks), np.bincount(block, n >= 5, t.n_blocks)], -1)
+    sums = lambda v: np.stack([np.bincount(block, w, t.n_blocks) for w in (v * (n >= 5), n >= 5)], -1)
     return dict(long_short=(sums(1e4 * gain - turnover * cost_bps), ratio), turnover=(sums(turnover), ratio))
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)}: blocks drawn with replacement, the same for every forecaster, so that differences are paired."""
+    """{score: (value, replicates)} of block_sums: blocks drawn with replacement.
+
+    The same for every forecaster, so that differences are paired.
+    """
     out = {}
     with np.errstate(all="ignore"):
         for name, (s, score) in sums.items():
@@ -839,9 +928,10 @@ def bootstrap(sums, t):
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi} (a list of them over steps), the 95 % percentile interval; lo and hi null under 20 blocks, all null where value is.
+    """{value, lo, hi}, the 95 % percentile interval; a list of them for scores over steps.
 
-    n blocks are few: the percentiles are those that make it as wide as Student's t (Hesterberg 2014, arXiv 1411.5279).
+    lo and hi are None under 20 blocks, all is None where the value is not finite. Blocks are few: the percentiles are
+    those that make the interval as wide as Student's t (Hesterberg 2014, arXiv 1411.5279).
     """
     if np.ndim(value):
         steps = [scored(v, d, n_blocks) for v, d in zip(value, drawn.T if len(drawn) else [drawn] * len(value))]
@@ -860,15 +950,15 @@ def scored(value, drawn, n_blocks):
 
 def paired(name_a, a, name_b, b, t, only=METRICS):
     """Differences a - b of every score that both have, and ratios a / b of MAE and CRPS, replicate by replicate."""
-    out = []
-    for metric in only:
-        if metric in a and metric in b:
-            n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
-            (va, da), (vb, db) = a[metric], b[metric]
-            with np.errstate(all="ignore"):
-                quotient = scored(va / vb, da / db, n) if metric in RATIOS else None
-            out.append(dict(a=name_a, b=name_b, metric=metric, difference=scored(va - vb, da - db, n), ratio=quotient))
-    return out
+    return [dict(a=name_a, b=name_b, metric=m, difference=versus(a[m], b[m], t.blocks_of(m), as_ratio=False),
+                 ratio=versus(a[m], b[m], t.blocks_of(m), as_ratio=True) if m in RATIOS else None)
+            for m in only if m in a and m in b]
+
+
+def versus(a, b, n_blocks, as_ratio):
+    """The difference or ratio of two (value, replicates), with its interval."""
+    with np.errstate(all="ignore"):
+        return scored(*((x / y if as_ratio else x - y) for x, y in zip(a, b)), n_blocks)
 
 
 def token_use(tokenizer, t):
@@ -879,9 +969,11 @@ def token_use(tokenizer, t):
 
 
 def token_correlations(tokens, accuracies, t):
-    """Correlation, over checkpoints, of each number of token_use with direction accuracy. The intervals are those of the accuracies:
-    they speak of these checkpoints, not of others."""
-    value, drawn = np.array([v for v, _ in accuracies]), np.stack([d for _, d in accuracies], -1)  # (n,), (REPLICATES, n)
+    """Correlation, over checkpoints, of each number of token_use with direction accuracy.
+
+    The intervals are those of the accuracies: they speak of these checkpoints, not of others.
+    """
+    value, drawn = np.array([v for v, _ in accuracies]), np.stack([d for _, d in accuracies], -1)  # (n,), (draws, n)
     place = lambda v: ((v[..., None] > v[..., None, :]) + 0.5 * (v[..., None] == v[..., None, :])).sum(-1)
 
     def pearson(x, y):
@@ -906,33 +998,37 @@ def groups_of(t, by):
 
 
 def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0):
-    """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals from a bootstrap over blocks of time.
+    """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals over blocks of time.
 
-    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives.  bars: list of Bars.  split: "test" or "val" by the
-    checkpoints' borders, unless start (first date of the targets) names them; end: the first date after them. Targets
-    before a checkpoint's test start need start, and the result's split is then "in-sample".  Paths of `horizon` bars start
-    every `stride` bars (default: ten times a symbol, at least the horizon apart).
-    Returns split, start, end (of the targets), blocks, checkpoints, baselines, paired. Returns and errors in log return x 100, mape in %.
+    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives.  bars: list of Bars.  split: "test" or "val"
+    by the checkpoints' borders, unless start (first date of the targets) names them; end: the first date after them.
+    Targets before a checkpoint's test start need start, and the result's split is then "in-sample".  Paths of `horizon`
+    bars start every `stride` bars (default: ten times a symbol, at least the horizon apart).
+
+    Returns split, start, end (of the targets), blocks, checkpoints, baselines, paired; errors in log return x 100, mape
+    in %. Raises UserError for targets that cannot be.
     """
-    return {key: value for key, value in evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed).items()
-            if key in KEYS}
+    result = evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed)
+    return {key: result[key] for key in KEYS}
 
 
-def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0, parallel=False, by=None,
-             cost_bps=0.0, device="cpu"):
+def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0,
+             parallel=False, by=None, cost_bps=0.0, device="cpu"):
     """backtest, and what the table shows besides: trading, scores by groups, correlation with the tokens' use."""
     if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
-        raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 in a backtest")
+        raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 "
+                        f"in a backtest")
     if by not in (None, "symbol", "quarter", "volatility"):
         raise UserError(f"--by {by}: choose symbol, quarter or volatility")
-    loaded = [(str(c), *load_checkpoint(c, device)) if isinstance(c, (str, os.PathLike)) else (f"checkpoint {i + 1}", *c)
+    is_path = lambda c: isinstance(c, (str, os.PathLike))
+    loaded = [(str(c), *load_checkpoint(c, device)) if is_path(c) else (f"checkpoint {i + 1}", *c)
               for i, c in enumerate(checkpoints)]
     split, lo, hi = span_of([meta for *_, meta in loaded], split, start, end)
     t = Targets([series] if isinstance(series, data.Bars) else series, lo, hi, horizon, stride, seed)
     for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.n_path_blocks)):
         if n < MIN_BLOCKS:
-            print(f"warning: no intervals for scores of {what}: the targets make {n} blocks of time, {MIN_BLOCKS} are the least "
-                  f"(give a longer span, or a shorter --horizon)", file=sys.stderr)
+            print(f"warning: no intervals for scores of {what}: the targets make {n} blocks of time, {MIN_BLOCKS} are the "
+                  f"least (give a longer span, or a shorter --horizon)", file=sys.stderr)
 
     forecasts, use = {}, []
     for name, model, tokenizer, _ in loaded:
@@ -943,10 +1039,15 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
     tokens = dict(zip((name for name, *_ in loaded), use))
     rivals = baselines(t, paths)
     drawn = {name: bootstrap(block_sums(f, t), t) for name, f in (forecasts | rivals).items()}
-    rows = {name: {m: scored(*drawn[name][m], t.n_path_blocks if m.startswith("path") else t.n_blocks) if m in drawn[name] else None
-                   for m in METRICS} for name in drawn}
-    pairs = [pair for i, a in enumerate(forecasts) for b in list(forecasts)[i + 1:] for pair in paired(a, drawn[a], b, drawn[b], t)]
-    pairs += [pair for a in forecasts for b in rivals for pair in paired(a, drawn[a], b, drawn[b], t, ("da", "mae", "crps", "path_crps"))]
+    rows = {name: {m: scored(*found[m], t.blocks_of(m)) if m in found else None for m in METRICS}
+            for name, found in drawn.items()}
+    pairs = []
+    for i, a in enumerate(forecasts):
+        for b in list(forecasts)[i + 1:]:
+            pairs += paired(a, drawn[a], b, drawn[b], t)
+    for a in forecasts:
+        for b in rivals:
+            pairs += paired(a, drawn[a], b, drawn[b], t, ("da", "mae", "crps", "path_crps"))
     trades = {name: {m: scored(*v, t.n_blocks) for m, v in bootstrap(trading(f, t, cost_bps), t).items()}
               for name, f in (forecasts | rivals).items() if "p_up" in f and name != "always_up"}
     result = dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
@@ -960,66 +1061,33 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
     return result
 
 
+BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
+
+
 def grouped(f, t, mask):
+    """Scores of the next bar over some of the targets, bool [N]."""
     part, one_step = t.take(mask), {key: v[mask] for key, v in f.items() if not key.startswith("path")}
-    blocks = len(np.unique(part.block))
-    drawn = bootstrap({m: s for m, s in block_sums(one_step, part).items() if m in ("da", "auc", "mae", "crps", "coverage90")}, t)
-    return {m: scored(*v, blocks) for m, v in drawn.items()}
+    sums = block_sums(one_step, part)
+    drawn = bootstrap({m: sums[m] for m in BY if m in sums}, t)
+    return {m: scored(*v, len(np.unique(part.block))) for m, v in drawn.items()}
 
 
-# ---- what the later stages share: what they begin with, and whether they are better than it at no cost
+# ---- what the later stages ask: is it better than what they began with, at no cost?
 
 NO_WORSE = 1.005                # a ratio to the reference whose interval ends below this
 VAL_PROBES = 8                  # in place of PROBES, for scores on val in the course of a training
 
 
-def reference_of(config, entry, device, room=0):
-    """What a later stage begins with: the frozen reference of --ckpt, its tokenizer, its meta with `data` for the new
-    checkpoint, the series long enough to train on, and their Streams, whose windows have `room` bars more than a block.
-
-    entry: the checkpoint that is resumed, or None; UserError where it began with another reference or other bars.
-    """
-    reference, tokenizer, meta = load_checkpoint(config.ckpt, device)
-    reference.requires_grad_(False)
-    series = load_series(config.data, meta)
-    source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
-                  reference=data.weights_hash(reference.state_dict()), seed=meta["data"].get("seed", meta["seed"]))
-    if entry and entry["data"] != source:
-        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; "
-                        f"give it those, or another --out")
-    borders, window = tuple(meta["splits"]), (config.block_size or reference.config.block_size) + room
-    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
-    if not series:
-        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}, the "
-                        f"checkpoint's date); lower --block_size, or fine-tune on these bars first: "
-                        f"pretrain.py --init_from {config.ckpt}")
-    tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    streams = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
-    return reference, tokenizer, meta | dict(data=source, splits=borders), series, streams
-
-
-def learner_of(config, entry, device):
-    """The model in training of a later stage, from --ckpt or as `entry` left it: model, optimizer, scaler, autocast (to
-    be called), and the name of its type."""
-    model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
-    model.train()
-    model.grad_ckpt = config.grad_ckpt
-    dtype_name, dtype = data.pick_dtype(config.dtype, device)
-    optimizer = adamw(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
-    if entry:
-        optimizer.load_state_dict(entry["optimizer"])
-        scaler.load_state_dict(entry["scaler"])
-    return model, optimizer, scaler, lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32"), dtype_name
-
-
 def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
-    """Targets in a split, with about so many origins of paths; where `most` is given, of evenly chosen symbols and from the beginning only so
-    many dates that about `most` bars are left."""
+    """Targets in a split, with about so many origins of paths.
+
+    most: of evenly chosen symbols, and from the beginning only so many dates, that about so many bars are left.
+    """
     spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
     spans = [span for span in spans if span[2] > span[1]]
     if not spans:
-        raise UserError(f"no symbol has a bar in {split} (val from {data.iso(borders[0])}, test from {data.iso(borders[1])}); give --data that reach there")
+        raise UserError(f"no symbol has a bar in {split} (val from {data.iso(borders[0])}, test from "
+                        f"{data.iso(borders[1])}); give --data that reach there")
     n = max(8, (most or 2**62) // max(last - first for _, first, last in spans))
     if n < len(spans):
         spans = [spans[i] for i in np.linspace(0, len(spans) - 1, n).round().astype(int)]
@@ -1031,13 +1099,17 @@ def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None
 
 
 def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
-    """{score: (value, replicates)} of a model on targets t; of the next bar unless probes is 0, of `paths` paths from each origin unless that is."""
-    f = (next_bars(model, tokenizer, t, probes) if probes else {}) | (simulated(model, tokenizer, t, paths) if paths else {})
-    return bootstrap(block_sums(f, t), t)
+    """{score: (value, replicates)} of a model on targets t.
+
+    Of the next bar unless probes is 0, of `paths` paths from each origin unless that is.
+    """
+    one = next_bars(model, tokenizer, t, probes) if probes else {}
+    many = simulated(model, tokenizer, t, paths) if paths else {}
+    return bootstrap(block_sums(one | many, t), t)
 
 
 def at_step(drawn, metric, step):
-    """(value, replicates) of a score; of a path's at `step` (-1: the last), or its mean over the steps where that is None."""
+    """(value, replicates) of a score; of a path's at `step` (-1: the last), or its mean over the steps if that is None."""
     value, replicates = drawn[metric]
     if not metric.startswith("path"):
         return value, replicates
@@ -1045,11 +1117,8 @@ def at_step(drawn, metric, step):
 
 
 def against(a, b, metric, t, step=-1):
-    """The score a beside b, paired {value, lo, hi}: as a ratio for the metrics of RATIOS, else as a difference; step as in at_step."""
-    (va, da), (vb, db) = at_step(a, metric, step), at_step(b, metric, step)
-    n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
-    with np.errstate(all="ignore"):
-        return scored(va / vb, da / db, n) if metric in RATIOS else scored(va - vb, da - db, n)
+    """The score a beside b, paired: as a ratio for the metrics of RATIOS, else as a difference; step as in at_step."""
+    return versus(at_step(a, metric, step), at_step(b, metric, step), t.blocks_of(metric), as_ratio=metric in RATIOS)
 
 
 def upper(score):
@@ -1058,19 +1127,24 @@ def upper(score):
 
 
 def print_versus(columns, t, rows, versus=(-1, 0)):
-    """Scores of forecasters {name: drawn_scores} side by side, and one of them paired with another (by place), with its interval.
+    """Scores of forecasters {name: drawn_scores} side by side, and one of them paired with another, with its interval.
 
-    rows: (metric, label, scale, digits), of path scores (metric, step or None for their mean) in the first place.
+    versus: the places of these two among the columns. rows: (metric, label, scale, digits), of path scores (metric, step
+    or None for their mean) in the first place.
     """
     names, every = list(columns), list(columns.values())
     a, b = (every[i] for i in versus)
-    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}: {len(t.r):,} bars, {t.n_blocks} blocks; {len(t.path_r):,} origins")
-    print(f"{'':22}" + "".join(f"{name[-9:]:>10}" for name in names) + f"   {names[versus[0]]} to {names[versus[1]]}, 95 %")
+    print(f"targets {data.iso(t.time.min())} to {data.iso(t.time.max())}: {len(t.r):,} bars, {t.n_blocks} blocks; "
+          f"{len(t.path_r):,} origins")
+    heads = "".join(f"{name[-9:]:>10}" for name in names)
+    print(f"{'':22}{heads}   {names[versus[0]]} to {names[versus[1]]}, 95 %")
     for metric, label, scale, digits in rows:
         metric, step = metric if isinstance(metric, tuple) else (metric, -1)
         if metric not in a:
             continue
-        line = f"{label:22}" + "".join(f"{at_step(s, metric, step)[0] * scale:>10.{digits}f}" if metric in s else f"{'.':>10}" for s in every)
+        line = f"{label:22}"
+        for s in every:
+            line += f"{at_step(s, metric, step)[0] * scale:>10.{digits}f}" if metric in s else f"{'.':>10}"
         if metric in b:
             pair, sign = against(a, b, metric, t, step), "" if metric in RATIOS else "+"
             scale, digits = (1, 4) if metric in RATIOS else (scale, digits)
@@ -1082,25 +1156,27 @@ def show(score, scale, digits, sign=""):
     """A score with its interval, as text."""
     if score is None:
         return "."
-    text = f"{score['value'] * scale:{sign}.{digits}f}"
-    return text if score["lo"] is None else f"{text} [{score['lo'] * scale:{sign}.{digits}f}, {score['hi'] * scale:{sign}.{digits}f}]"
+    value, lo, hi = (None if score[k] is None else f"{score[k] * scale:{sign}.{digits}f}" for k in ("value", "lo", "hi"))
+    return value if lo is None else f"{value} [{lo}, {hi}]"
 
 
 # ---- the table
 
-SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2), ("auc", "AUC", 1, 4), ("logloss", "log loss", 1, 4),
-         ("ece", "ECE %", 100, 2), ("ic", "IC", 1, 4), ("rank_ic", "rank IC", 1, 4), ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4),
-         ("mape", "MAPE %", 1, 4), ("crps", "CRPS", 1, 4), ("coverage50", "in 50 % band", 100, 2), ("coverage80", "in 80 % band", 100, 2),
-         ("coverage90", "in 90 % band", 100, 2))
+SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2), ("auc", "AUC", 1, 4),
+         ("logloss", "log loss", 1, 4), ("ece", "ECE %", 100, 2), ("ic", "IC", 1, 4), ("rank_ic", "rank IC", 1, 4),
+         ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4), ("mape", "MAPE %", 1, 4), ("crps", "CRPS", 1, 4),
+         ("coverage50", "in 50 % band", 100, 2), ("coverage80", "in 80 % band", 100, 2),
+         ("coverage90", "in 90 % band", 100, 2))  # score, label, factor, digits
+HEADS = ("persist", "up", "ar1", "logit", "gauss20", "fhs")
 
 
 def print_backtest(result, horizon, cost_bps):
     """Metrics as rows, forecasters as columns of 8; under each value half its interval."""
     columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
-    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-8:] for entry in result["checkpoints"]] + ["persist", "up", "ar1", "logit", "gauss20", "fhs"]
+    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-8:] for entry in result["checkpoints"]]
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
     print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100")
-    print(" " * 14 + "".join(f"{head:>9}" for head in heads))
+    print(" " * 14 + "".join(f"{head:>9}" for head in (*heads, *HEADS)))
     rows = [(label, [entry[m] for entry in columns.values()], scale, digits) for m, label, scale, digits in SHOWN]
     for m, label in (("path_mape", "MAPE %"), ("path_crps", "CRPS")):
         for k in sorted({(horizon + 1) // 2, horizon}):
@@ -1108,10 +1184,11 @@ def print_backtest(result, horizon, cost_bps):
     for m, label in (("long_short", f"top-bottom bps"), ("turnover", "turnover")):
         rows.append((label, [result["trading"].get(name, {}).get(m) for name in columns], 1, 2))
     for label, scores, scale, digits in rows:
-        print(f"{label:14}" + "".join(f"{'.' if s is None else format(s['value'] * scale, f'.{digits}f'):>9}" for s in scores))
-        if any(s and s["lo"] is not None for s in scores):
-            half = [f"±{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
-            print(" " * 14 + "".join(f"{h:>9}" for h in half))
+        values = [f"{s['value'] * scale:.{digits}f}" if s else "." for s in scores]
+        halves = [f"±{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
+        print(f"{label:14}" + "".join(f"{v:>9}" for v in values))
+        if any(halves):
+            print(" " * 14 + "".join(f"{h:>9}" for h in halves))
     # ratios to the two baselines that know volatility, and between checkpoints
     own = [entry["ckpt"] for entry in result["checkpoints"]]
     print("\npaired, the same blocks drawn for both")
@@ -1126,12 +1203,15 @@ def print_backtest(result, horizon, cost_bps):
             print(f"{metric:20} {what:10} {show(score, 1, 4):26} {os.path.basename(pair['a'])} to {os.path.basename(pair['b'])}")
     for row in result.get("by", ()):
         whose = f"  {os.path.basename(row['ckpt'])}" if len(own) > 1 else ""
-        print(f"{row['group']:10} {row['bars']:>8,} bars{whose}  " + "  ".join(f"{m} {show(row[m], 1, 4)}" for m in ("da", "mae", "crps", "coverage90") if row.get(m)))
+        scores = "  ".join(f"{m} {show(row[m], 1, 4)}" for m in BY if m != "auc" and row.get(m))
+        print(f"{row['group']:10} {row['bars']:>8,} bars{whose}  {scores}")
     for key, row in result.get("correlations", {}).items():
-        print(f"correlation of {key} with right calls: " + ", ".join(f"{kind} {show(s, 1, 2)}" for kind, s in row.items()))
+        kinds = ", ".join(f"{kind} {show(s, 1, 2)}" for kind, s in row.items())
+        print(f"correlation of {key} with right calls: {kinds}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The run
 
 def check(config):
     if not config.ckpt:
@@ -1154,20 +1234,24 @@ def check(config):
 def load_series(sources, meta, symbols=None):
     """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
     sources = sources or meta["data"]["sources"]
-    series = data.synthetic(seed=meta["data"].get("seed", meta["seed"]))[0] if sources == ["synthetic"] else data.load(sources)
+    if sources == ["synthetic"]:
+        series, _ = data.synthetic(seed=meta["data"].get("seed", meta["seed"]))
+    else:
+        series = data.load(sources)
     if symbols:
         known = {bars.symbol: bars for bars in series}
         missing = [s for s in symbols if s not in known]
         if missing:
-            raise UserError(f"--symbols {missing[0]}: not in the data, which has {', '.join(sorted(known)[:8])}{' ...' * (len(known) > 8)}")
+            raise UserError(f"--symbols {missing[0]}: not in the data, which has {', '.join(sorted(known)[:8])}"
+                            f"{' ...' * (len(known) > 8)}")
         series = [known[s] for s in symbols]
     return series
 
 
 def backtest_main(config):
     series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
-    result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths, config.stride, config.seed,
-                      config.parallel, config.by, config.cost_bps, config.device)
+    names = ("split", "start", "end", "horizon", "paths", "stride", "seed", "parallel", "by", "cost_bps", "device")
+    result = evaluate(config.ckpt, series, **{name: getattr(config, name) for name in names})
     if config.json:
         print(json.dumps(jsonable({key: value for key, value in result.items() if key in KEYS or key == "by"})))
     else:
@@ -1192,9 +1276,11 @@ def main():
     if not histories:
         raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
     if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped", file=sys.stderr)
-    ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p, config.seed, config.parallel)
-    rows = [describe(bars, paths, p, config.strike or (), config.rate) for bars, paths, p in zip(histories, ohlcva, p_up)]
+        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped",
+              file=sys.stderr)
+    ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
+                            config.seed, config.parallel)
+    rows = [describe(*each, config.strike or (), config.rate) for each in zip(histories, ohlcva, p_up)]
     for rank, i in enumerate(np.argsort(-p_up, kind="stable")):
         rows[i]["rank"] = rank + 1
     breadth, mean_p_up = float((p_up > 0.5).mean()), float(p_up.mean())
@@ -1206,7 +1292,8 @@ def main():
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva)
     if config.json:
-        print(json.dumps(jsonable(dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up, symbols=rows))))
+        print(json.dumps(jsonable(dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up,
+                                       symbols=rows))))
     else:
         print_report(rows, config.horizon, breadth, mean_p_up)
 
