@@ -744,7 +744,7 @@ def resumed(given, config_class, free, stages):
         if name not in free and value != saved:
             raise data.UserError(f"--{name} {value}: the run in {path} has {saved}; "
                                  f"drop the flag to go on, or choose another --out")
-    return config_class(**{**entry["run"], **given}), entry
+    return config_class(**entry["run"] | dict(overwrite=False) | given), entry
 
 
 def adamw(model, lr, weight_decay):

@@ -16,7 +16,7 @@ import torch
 
 import data
 import sample
-from conftest import ROOT, TINY, complaint, write_csv
+from conftest import ROOT, TINY, complaint, script, write_csv
 from model import load_checkpoint
 
 
@@ -122,6 +122,13 @@ def test_resume_is_refused_where_something_differs_and_leaves_a_finished_run_alo
         assert flag in complaint(call(*base, flag, value))
     assert "exists already" in complaint(call("pretrain", "--data", market, "--out", path))
     assert open(path, "rb").read() == before
+
+
+def test_a_run_that_replaced_a_file_resumes(market, tmp_path, checkpoint, call):
+    out = tmp_path / "out.pt"
+    shutil.copy(checkpoint, out)
+    assert call("pretrain", "--data", market, "--out", out, "--overwrite", *TINY)[0] == 0
+    assert call("pretrain", "--data", market, "--out", out, "--resume")[0] == 0
 
 
 def test_resume_with_other_bars_is_refused(tmp_path, call):
@@ -408,8 +415,8 @@ def test_report_row_against_naive_numbers():
 # ---- what is written down
 
 def commands():
-    """Every command of the README and of the scripts' own headers, [script, its arguments]."""
-    found = []
+    """Every command of the README and of the scripts' own headers, once: (script, its arguments)."""
+    found = {}
     for name in ["README.md"] + sorted(n for n in os.listdir(ROOT) if n.endswith(".py")):
         text = open(os.path.join(ROOT, name), encoding="utf-8").read()
         text = text if name == "README.md" else text.split('"""')[1]
@@ -417,14 +424,53 @@ def commands():
             for part in re.split(r"&&|`", line.split(" #")[0]):
                 words = re.search(r"(?:python|torchrun(?: --\S+)*) ((?:data|tokenizer|pretrain|expo|rollout|sample)\.py)(?: (.*))?$", part.strip())
                 if words:
-                    found.append((words[1], words[2] or ""))
-    return found
+                    found[words[1], words[2] or ""] = True
+    return list(found)
 
 
-def test_every_command_that_is_written_down_has_flags_that_exist():
-    """The commands themselves run, with fewer steps, in the tests above and in .ci/run."""
-    found = commands()
-    assert len(found) > 30 and {script for script, _ in found} == {"data.py", "tokenizer.py", "pretrain.py", "expo.py", "rollout.py", "sample.py"}
-    for script, words in found:
-        config = __import__(script[:-3]).Config
-        data.cli(config, "", shlex.split(words))
+FEWER = {  # so many steps, bars and paths are enough to see that a command runs
+    "data.py": "--synthetic 4000", "tokenizer.py": "--steps 40 --coarse_bits 6 --fine_bits 5 --overwrite", "pretrain.py": " ".join(TINY) + " --overwrite",
+    "expo.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --horizon 3 --overwrite",
+    "rollout.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --overwrite", "sample.py": "--paths 4 --overwrite"}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, checkpoint):
+    """A folder with the files that the commands name: daily bars of 2015 to 2018, and checkpoints trained on them."""
+    folder = tmp_path_factory.mktemp("desk")
+    rows = ["time,symbol,open,high,low,close,volume,amount"]
+    for name, bars in zip(("AAPL", "MSFT", "OTHER"), data.synthetic(seed=3, n_symbols=3, n_bars=1040)[0]):
+        days = np.busday_offset("2015-01-02", np.arange(len(bars)))
+        rows += [f"{day},{name}," + ",".join(f"{v:.6g}" for v in row) for day, row in zip(days, bars.ohlcva)]
+    (folder / "csv").mkdir()
+    for name in ("bars.csv", "other.csv", "SP500", "BTC", "csv/all.csv"):
+        (folder / name).write_text("\n".join(rows) + "\n")
+    done = script("pretrain.py", "--data", "bars.csv", "--out", "out.pt", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for name in ("bars.pt", "base.pt", "a.pt", "b.pt", "SP500.pt", "expo.pt", "rollout.pt", "tok.pt"):
+        shutil.copy(folder / "out.pt", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name, words", commands())
+def test_every_command_that_is_written_down_runs(desk, tmp_path, call, monkeypatch, name, words):
+    """With fewer steps; those of tests/ in .ci/run. torchrun's run on one process: two are tested above."""
+    monkeypatch.chdir(shutil.copytree(desk, tmp_path / "desk"))
+    monkeypatch.setattr(data.synthetic, "__defaults__", (0, 0.1, 8, 500))
+    monkeypatch.setattr(data.leak_demo, "__defaults__", (0, 50))
+    for few in ("rollout.ORIGINS", "rollout.VAL_ORIGINS", "expo.ORIGINS"):
+        monkeypatch.setattr(few, 20)
+    words = shlex.split(words)
+    fewer = shlex.split(FEWER[name]) if name != "data.py" or "--synthetic" in words else []
+    if "folder" in words and name != "data.py":
+        assert call("data", "--synthetic", "4000", "--out", "folder")[0] == 0
+    if "--resume" in words:
+        words.remove("--resume")
+        assert call(name[:-3], *words, *fewer)[0] == 0
+        words, fewer = words + ["--resume"], []
+    status, out, err = call(name[:-3], *words, *fewer)
+    assert status == 0, err
+
+
+def test_the_written_commands_are_found():
+    assert len(commands()) > 30 and {name for name, _ in commands()} == set(FEWER)
