@@ -1,13 +1,12 @@
-"""Which part of the model earns its place, and how tokenizer and model act together, measured: run by hand, half an hour and more.
+"""Which part earns its place, measured beside its control: run by hand, ten minutes to an hour and more.
 
-    python tests/study.py model --data bars.csv.gz      # variants of the model, equal parameters and equal processor time, and the context's worth
-    python tests/study.py tokenizer --data bars.csv.gz  # tokenizers of 5 to 12 bits a level, with and without the entropy term; a table and a plot
-    python tests/study.py null                          # twenty null markets: how often an interval of right calls misses one half
-    python tests/study.py stages --data bars.csv.gz     # expo.py and rollout.py in all forms and orders, beside their controls; an hour and more
+    python tests/study.py model --data bars.csv.gz      # variants of the model in equal processor time; the context's worth
+    python tests/study.py tokenizer --data bars.csv.gz  # 5 to 12 bits a level, with and without the entropy term
+    python tests/study.py null                          # how often an interval of right calls misses one half
+    python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
 
-Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Figures are validation
-losses in nats per bar. A run has one thread and ends with its processor time, which, other than wall time, does not depend on what else
-the machine does.
+Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
+one thread. Those of `model` end with their processor time, which does not depend on what else the machine does.
 """
 
 import argparse
@@ -31,6 +30,7 @@ from model import Model, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 SIZE = dict(n_layer=3, n_head=4, n_embd=64)
+SMALL = [f"--{name}={n}" for name, n in SIZE.items()]
 VARIANTS = {
     "default": {},
     "softmax over the full context": dict(linear_heads=0, windows=(1024,)),
@@ -123,12 +123,13 @@ def one_run(args):
         optimizer.step()
         used, step = used + time.process_time() - start, step + 1
         train = (model.parts["coarse"] + model.parts["fine"]).item()
-        if used >= args.seconds * (len(curve) + 1) / SCORES:       # a few hundred thousand bars are soon learned by heart: the best score counts, as in pretrain.py
+        if used >= args.seconds * (len(curve) + 1) / SCORES:
+            # a few hundred thousand bars are soon learned by heart: the best score counts, as in pretrain.py
             curve.append(loss_on(model, series, tokens, targets, BLOCK, symbols=2))
     model.eval()
-    result = dict(variant=args.variant, seed=args.seed, seconds=args.seconds, steps=step, parameters=sum(p.numel() for p in model.parameters()),
-                  train=train, val=min(curve), curve=curve,
-                  context={n: loss_on(model, series, tokens, targets, n, chunk=16, symbols=8) for n in LENGTHS * (args.seed == 0)})
+    context = {n: loss_on(model, series, tokens, targets, n, chunk=16, symbols=8) for n in LENGTHS * (args.seed == 0)}
+    result = dict(variant=args.variant, seed=args.seed, seconds=args.seconds, steps=step, train=train, val=min(curve),
+                  parameters=sum(p.numel() for p in model.parameters()), curve=curve, context=context)
     print(json.dumps(result))
 
 
@@ -157,8 +158,9 @@ def model_study(argv):
             variant, seed = waiting.pop(0)
             path = os.path.join(args.out, f"{variant.replace(' ', '-')}_{seed}.json")
             if not os.path.exists(path):
-                command = [sys.executable, os.path.abspath(__file__), "model", "--data", args.data, "--out", args.out, "--val_start", args.val_start, "--test_start",
-                           args.test_start, "--seconds", str(args.seconds), "--lr", str(args.lr), "--variant", variant, "--seed", str(seed)]
+                flags = dict(data=args.data, out=args.out, val_start=args.val_start, test_start=args.test_start,
+                             seconds=args.seconds, lr=args.lr, variant=variant, seed=seed)
+                command = [sys.executable, os.path.abspath(__file__), "model", *(f"--{k}={v}" for k, v in flags.items())]
                 running.append((subprocess.Popen(command, stdout=subprocess.PIPE, text=True), path))
             else:
                 results.append(json.load(open(path)))
@@ -170,7 +172,8 @@ def model_study(argv):
             with open(path, "w") as file:
                 file.write(text)
             results.append(json.loads(text))
-            print(f"{results[-1]['variant']}, seed {results[-1]['seed']}: val {results[-1]['val']:.4f} after {results[-1]['steps']} steps", file=sys.stderr, flush=True)
+            r = results[-1]
+            print(f"{r['variant']}, seed {r['seed']}: val {r['val']:.4f} after {r['steps']} steps", file=sys.stderr, flush=True)
         time.sleep(0.2)
     print_model_study(results, args)
 
@@ -184,7 +187,8 @@ def print_model_study(results, args):
     for v, rs in runs.items():
         val = [r["val"] for r in rs]
         spread = statistics.stdev(val) if len(val) > 1 else math.nan
-        line = f"{v:32}{rs[0]['parameters']:>12,}{statistics.mean(r['steps'] for r in rs):>8.0f}{statistics.mean(r['train'] for r in rs):>9.4f}{statistics.mean(val):>9.4f}{spread:>9.4f}"
+        steps, train = (statistics.mean(r[name] for r in rs) for name in ("steps", "train"))
+        line = f"{v:32}{rs[0]['parameters']:>12,}{steps:>8.0f}{train:>9.4f}{statistics.mean(val):>9.4f}{spread:>9.4f}"
         if base and v != "default" and len(val) == len(base) and len(val) > 1:
             d = [a - b for a, b in zip(val, base)]
             half = T95.get(len(d), 2.6) * statistics.stdev(d) / math.sqrt(len(d))
@@ -203,7 +207,7 @@ CODES = (("coarse_used", "coarse codes used"), ("coarse_perplexity", "coarse per
 
 
 def tokenizer_study(argv):
-    """Tokenizers of 5 to 12 bits a level, with and without the entropy term, each with a small model: use of codes beside direction accuracy."""
+    """Tokenizers of 5 to 12 bits a level, with and without the entropy term, each with a small model of its own."""
     parser = argparse.ArgumentParser(prog="study.py tokenizer")
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--out", default="study_tokenizer", help="folder of the checkpoints; what is there is not trained again")
@@ -230,21 +234,22 @@ def tokenizer_study(argv):
             if not os.path.exists(stem + ".tok.pt"):
                 tokenizer = train_tokenizer(train, TokenizerConfig(bits, bits, entropy=entropy), steps=args.tok_steps)
                 save_checkpoint(stem + ".tok.pt", None, tokenizer, stage="tokenizer", splits=borders)
-            command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", *args.data, *dates, "--out", paths[-1], f"--tokenizer={stem}.tok.pt",
-                       f"--steps={args.steps}", "--n_layer=3", "--n_head=4", "--n_embd=64", *["--resume"] * os.path.exists(paths[-1])]
+            command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", *args.data, *dates, "--out", paths[-1],
+                       f"--tokenizer={stem}.tok.pt", f"--steps={args.steps}", *SMALL, *["--resume"] * os.path.exists(paths[-1])]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result = sample.evaluate(paths, series, horizon=1, paths=2, stride=10**9)
-    print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} steps of the tokenizer, {args.steps} of the model")
-    print(f"\n{'tokenizer':22}{'coarse used':>12}{'perplexity':>11}{'fine used':>10}{'perplexity':>11}{'pairs':>8}{'right calls, 95 % interval':>30}{'CRPS':>8}")
+    print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} steps of the "
+          f"tokenizer, {args.steps} of the model")
+    print(f"\n{'tokenizer':22}{'coarse used':>12}{'perplexity':>11}{'fine used':>10}{'perplexity':>11}{'pairs':>8}"
+          f"{'right calls, 95 % interval':>30}{'CRPS':>8}")
     for name, entry in zip(names, result["checkpoints"]):
         use, da = entry["tokens"], entry["da"]
-        interval = f"[{100 * da['lo']:.2f}, {100 * da['hi']:.2f}]" if da["lo"] is not None else ""
-        print(f"{name:22}{use['coarse_used']:>12.1%}{use['coarse_perplexity']:>11.1f}{use['fine_used']:>10.1%}{use['fine_perplexity']:>11.1f}{use['pairs']:>8,}"
-              f"{100 * da['value']:>14.2f} {interval:>15}{entry['crps']['value']:>8.4f}")
+        print(f"{name:22}{use['coarse_used']:>12.1%}{use['coarse_perplexity']:>11.1f}{use['fine_used']:>10.1%}"
+              f"{use['fine_perplexity']:>11.1f}{use['pairs']:>8,}{sample.show(da, 100, 2):>30}{entry['crps']['value']:>8.4f}")
     print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
-    cell = lambda s: "." if s is None else f"{s['value']:+.2f}" + (f" [{s['lo']:+.2f}, {s['hi']:+.2f}]" if s["lo"] is not None else "")
     for key, row in result["correlations"].items():
-        print(f"{key:30}{cell(row['pearson']):>22}{cell(row['spearman']):>24}")
+        pearson, spearman = (sample.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
+        print(f"{key:30}{pearson:>22}{spearman:>24}")
     plot_tokenizers(args.plot, names, result)
 
 
@@ -261,7 +266,7 @@ def plot_tokenizers(path, names, result):
         x0, left, wide = 50 + panel * (w + 50), min(x), max(max(x) - min(x), 1e-9)
         X, Y = lambda v: x0 + 10 + (v - left) / wide * (w - 20), lambda v: 40 + (high - v) / (high - low) * h
         for tick in sample.round_ticks(low, high):
-            parts.append(f'<line class="g" x1="{x0}" x2="{x0 + w}" y1="{Y(tick):.1f}" y2="{Y(tick):.1f}"/>' + sample.label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
+            parts.append(sample.grid_line(x0, x0 + w, Y(tick)) + sample.label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
         for name, v, s in zip(names, x, score):
             if s["lo"] is not None:
                 parts.append(f'<line class="g" x1="{X(v):.1f}" x2="{X(v):.1f}" y1="{Y(s["lo"]):.1f}" y2="{Y(s["hi"]):.1f}"/>')
@@ -276,19 +281,18 @@ def plot_tokenizers(path, names, result):
 # ----------------------------------------------------------------------------------------------------------------------
 # Post-training: what each stage, each form of it, and their order are worth, beside as many plain next-token updates
 
-EXPO = ["--steps=150", "--eval_every=50", "--no-backtest"]
-ROLLOUT = ["--steps=150", "--eval_every=50", "--no-backtest"]
 ARMS = {    # name: (script, the arm it starts from, flags)
-    "expo, set": ("expo", "base", EXPO),
-    "expo, matched": ("expo", "base", [*EXPO, "--pairs=matched"]),
-    "expo, extreme": ("expo", "base", [*EXPO, "--pairs=extreme"]),
-    "plain updates, as expo": ("expo", "base", [*EXPO, "--pairs=plain"]),
-    "rollout, oracle": ("rollout", "base", ROLLOUT),
-    "rollout, expert": ("rollout", "base", [*ROLLOUT, "--mode=expert"]),
-    "rollout, random": ("rollout", "base", [*ROLLOUT, "--mode=random"]),
-    "plain updates, as rollout": ("rollout", "base", [*ROLLOUT, "--mode=plain"]),
-    "expo, then rollout": ("rollout", "expo, set", ROLLOUT),
-    "rollout, then expo": ("expo", "rollout, oracle", EXPO),
+    "expo, set": ("expo", "base", []),
+    "expo, matched": ("expo", "base", ["--pairs=matched"]),
+    "expo, extreme": ("expo", "base", ["--pairs=extreme"]),
+    "plain updates, as expo": ("expo", "base", ["--pairs=plain"]),
+    "rollout, oracle": ("rollout", "base", []),
+    "rollout, oracle, one bar": ("rollout", "base", ["--horizons=1"]),
+    "rollout, expert": ("rollout", "base", ["--mode=expert"]),
+    "rollout, random": ("rollout", "base", ["--mode=random"]),
+    "plain updates, as rollout": ("rollout", "base", ["--mode=plain"]),
+    "expo, then rollout": ("rollout", "expo, set", []),
+    "rollout, then expo": ("expo", "rollout, oracle", []),
 }
 HORIZON = 10
 
@@ -304,6 +308,8 @@ def stages_study(argv):
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--steps", type=int, default=0, help="of the base model's pretraining; 0: pretrain.py's default")
     parser.add_argument("--tok_steps", type=int, default=1000)
+    parser.add_argument("--stage_steps", type=int, default=150, help="of each later stage")
+    parser.add_argument("--seeds_apart", action="store_true", help="show each seed's value too")
     parser.add_argument("--bars", type=int, default=24_000, help="test bars, about")
     parser.add_argument("--origins", type=int, default=800)
     parser.add_argument("--paths", type=int, default=64)
@@ -318,10 +324,13 @@ def stages_study(argv):
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
             path, log = file(arm, seed), file(arm, seed, ".txt")
-            script, start, flags = ARMS.get(arm, ("pretrain", None, [*dates, f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", "--n_layer=3", "--n_head=4", "--n_embd=64"]))
-            if script == "pretrain" and seed:
-                flags = [*flags, "--tokenizer", file("base", 0)]       # one tokenizer, so that scores differ by the model alone
-            flags = [*flags, *data_flags] if start is None else [*flags, "--ckpt", file(start, seed), *data_flags]
+            script, start, flags = ARMS.get(arm, ("pretrain", None, []))
+            if start:
+                tuning = [f"--steps={args.stage_steps}", f"--eval_every={max(1, args.stage_steps // 3)}", "--no-backtest"]
+                flags = [*tuning, *flags, "--ckpt", file(start, seed), *data_flags]
+            else:
+                flags = [*dates, f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, *data_flags]
+                flags += ["--tokenizer", file("base", 0)] * bool(seed)  # one for all seeds: scores differ by the model alone
             if not os.path.exists(file(arm, seed, ".done")):
                 if script == "pretrain" and not args.data and seed:
                     raise SystemExit("the synthetic market's seed is the run's: write it by data.py --synthetic and give it as --data")
@@ -359,43 +368,50 @@ def stages_study(argv):
         n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
         return sample.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
 
-    def table(title, columns):
-        print(f"\n{title}\n\n| | " + " | ".join(label for _, _, label, *_ in columns) + " |")
-        print("| --- |" + " --- |" * len(columns))
+    def cell(arm, metric, step, scale, digits, other):
+        """The base's own score; of an arm its difference to the base or, of errors, its change in %. other: base or still."""
+        if arm == "base" and other == "base":
+            return f"{mean(arm, metric, step, None)[0]['value'] * scale:.{digits}f}"
+        score, each = mean(arm, metric, step, scores["base"] if other == "base" else [still] * args.seeds)
+        change = (lambda v: 100 * (v - 1)) if metric in sample.RATIOS else (lambda v: v * scale)
+        digits = 2 if metric in sample.RATIOS else digits
+        each = sorted(map(change, each))
+        text = sample.show({k: v if v is None else change(v) for k, v in score.items()}, 1, digits, "+")
+        if args.seeds_apart:
+            return text + f" ({', '.join(f'{v:+.{digits}f}' for v in each)})"
+        return text if score["lo"] is not None else text + f" ({each[0]:+.{digits}f} to {each[-1]:+.{digits}f})"
+
+    def table(title, columns, first=()):
+        print(f"\n{title}\n\n| | " + " | ".join([*(label for label, _ in first), *(label for _, _, label, *_ in columns)]) + " |")
+        print("| --- |" + " --- |" * (len(first) + len(columns)))
         for arm in ("base", *args.arms):
-            cells = []
-            for metric, step, _, scale, digits, other in columns:
-                if arm == "base" and other == "base":
-                    score, each = mean(arm, metric, step, None)
-                    cells.append(sample.show(score, scale, digits).split(" ")[0])
-                    continue
-                score, each = mean(arm, metric, step, scores["base"] if other == "base" else [still] * args.seeds if other else None)
-                scale = 1 if other and metric in sample.RATIOS else scale
-                digits = 4 if other and metric in sample.RATIOS else digits
-                sign = "+" if other and metric not in sample.RATIOS else ""
-                cells.append(f"{sample.show(score, scale, digits, sign)} ({', '.join(f'{v * scale:{sign}.{digits}f}' for v in each)})" if score else ".")
+            cells = [str(told.get(arm, "")) for _, told in first]
+            cells += [cell(arm, metric, step, *how) for metric, step, _, *how in columns]
             print(f"| {arm} | " + " | ".join(cells) + " |")
 
-    print("kept on val, of the seeds: " + ", ".join(f"{arm} {n}" for arm, n in kept.items()))
-    print("seconds of the longest run: " + ", ".join(f"{arm} {max(s):.0f}" for arm, s in spent.items()))
-    table("Next bar: the base's score, and of each arm the difference or ratio to its own base [95 % interval] (each seed)",
-          [("da", None, "right calls, %", 100, 2, "base"), ("up_share", None, "called up, %", 100, 1, "base"), ("logloss", None, "log loss of P(up)", 1, 5, "base"),
-           ("ece", None, "calibration, %", 100, 2, "base"), ("mae", None, "MAE", 1, 4, "base"), ("crps", None, "CRPS", 1, 4, "base")])
-    table(f"Paths: means over {HORIZON} bars", [("path_mape", None, "MAPE, %", 1, 4, "base"), ("path_mape", None, "MAPE to persistence", 1, 4, "still"),
-          ("path_crps", None, "CRPS", 1, 4, "base"), ("path_coverage90", None, "in 90 % band, %", 100, 1, "base")])
-    steps = (1, 3, 5, 10)
-    table("Paths: MAPE bar by bar", [("path_mape", k - 1, f"bar {k}", 1, 4, "base") for k in steps])
+    seconds = {arm: f"{max(s):.0f}" for arm, s in spent.items()}
+    table("Next bar: the base's score, and of each arm the difference to its own base, of MAE and CRPS the change in %",
+          [("da", None, "right calls, %", 100, 2, "base"), ("up_share", None, "called up, %", 100, 1, "base"),
+           ("logloss", None, "log loss x 1000", 1000, 2, "base"), ("ece", None, "calibration, %", 100, 2, "base"),
+           ("mae", None, "MAE", 1, 4, "base"), ("crps", None, "CRPS", 1, 4, "base")], [("kept", kept), ("s", seconds)])
+    table(f"Paths: means over {HORIZON} bars, changes in %",
+          [("path_mape", None, "MAPE, %", 1, 4, "base"), ("path_mape", None, "MAPE, to persistence", 1, 4, "still"),
+           ("path_crps", None, "CRPS", 1, 4, "base"), ("path_coverage90", None, "in 90 % band, %", 100, 1, "base")])
+    table("Paths: MAPE bar by bar, changes in %", [("path_mape", k - 1, f"bar {k}", 1, 4, "base") for k in (1, 3, 5, 10)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The null market: no model can call it, so no interval may often say that one did
 
 def null_study(argv):
-    """Small models trained on null markets, each from a seed of its own, and then post-trained for direction: does the interval of their right calls
-    on test hold one half?"""
+    """Small models trained on null markets, each from a seed of its own, and then post-trained for direction.
+
+    Does the interval of their right calls on test hold one half?
+    """
     parser = argparse.ArgumentParser(prog="study.py null")
     parser.add_argument("--out", default="study_null", help="folder of markets and checkpoints; what is there is not made again")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150, help="of the model; expo.py takes 2 for each 5 of them")
     args = parser.parse_args(argv)
     import sample
     os.makedirs(args.out, exist_ok=True)
@@ -404,17 +420,19 @@ def null_study(argv):
         market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
         if not os.path.exists(os.path.join(market, "symbols.json")):
             data.write_folder(data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=8000)[0], market)
-        for command, path in ((["pretrain.py", "--data", market, "--tok_steps=200", "--steps=150", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64", "--lr=3e-3"], base),
-                              (["expo.py", "--ckpt", base, "--steps=60", "--no-backtest"], tuned)):
+        sizes = ["--tok_steps=200", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64", "--lr=3e-3"]
+        for script, path, flags in (("pretrain.py", base, ["--data", market, f"--steps={args.steps}", *sizes]),
+                                    ("expo.py", tuned, ["--ckpt", base, f"--steps={args.steps * 2 // 5}", "--no-backtest"])):
             if not os.path.exists(path):
-                subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:], f"--seed={seed}", "--out", path], check=True, stdout=subprocess.DEVNULL)
+                command = [sys.executable, os.path.join(ROOT, script), *flags, f"--seed={seed}", "--out", path]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result = sample.evaluate([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
         pair = {p["metric"]: p["difference"] for p in result["paired"] if (p["a"], p["b"]) == (base, tuned)}
         line = f"seed {seed:>2}"
         for name, entry in zip(held, result["checkpoints"]):
             da = entry["da"]
             held[name] += da["lo"] <= 0.5 <= da["hi"]
-            line += f"   {name}: right calls {da['value']:.2%} [{da['lo']:.2%}, {da['hi']:.2%}] {'' if da['lo'] <= 0.5 <= da['hi'] else 'NOT one half'}"
+            line += f"   {name}: right calls {sample.show(da, 100, 2)} {'' if da['lo'] <= 0.5 <= da['hi'] else 'NOT one half'}"
         worse = [m for m in ("logloss", "ece") if pair[m]["hi"] < 0]       # pretrain less expo: wholly below 0 says that expo did harm
         harmed += bool(worse)
         print(line + (f"   expo worse in {', '.join(worse)}" if worse else ""), flush=True)
