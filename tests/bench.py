@@ -2,7 +2,8 @@
 
     python tests/bench.py tokenizer --data sp500.csv.gz --val_start 2018-01-01 --test_start 2018-07-01
 
-Each section prints a table; without --data it runs on the synthetic market.
+Sections: data, tokenizer, backtest, model, training, tuning. Each prints a table, all speeds as ratios in one run;
+without --data it runs on the synthetic market.
 """
 import argparse
 import os
@@ -52,8 +53,8 @@ def data_(args):
     with tempfile.TemporaryDirectory() as folder:
         bars = data.synthetic(n_symbols=1, n_bars=200_000)[0][0]
         path = os.path.join(folder, "bars.csv")
-        np.savetxt(path, np.column_stack([bars.time, bars.ohlcva]), delimiter=",", header="time,open,high,low,close,volume,amount", comments="",
-                   fmt=["%d"] + ["%.6f"] * 6)
+        np.savetxt(path, np.column_stack([bars.time, bars.ohlcva]), delimiter=",", fmt=["%d"] + ["%.6f"] * 6,
+                   header="time,open,high,low,close,volume,amount", comments="")
         ours = best_of(3, lambda: data.load(path))
         numpys = best_of(3, lambda: np.loadtxt(path, delimiter=",", skiprows=1))
     features = best_of(3, lambda: data.features(bars))
@@ -82,15 +83,16 @@ def assign(x, c):
 
 @section
 def tokenizer(args):
-    """Error and codes' use on the test bars, beside k-means of the same bars (1,024 centroids, then 1,024 on the residual)."""
+    """Error and codes' use on the test bars, beside k-means: 1,024 centroids, then 1,024 on the residual."""
     from tokenizer import CHANNELS, TokenizerConfig, report, train_tokenizer
     series, borders = read(args)
     features = [data.features(bars)[0] for bars in series]
-    train, test = (torch.from_numpy(np.concatenate([x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)]))
-                   for split in ("train", "test"))
+    rows = lambda split: [x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)]
+    train, test = (torch.from_numpy(np.concatenate(rows(split))) for split in ("train", "test"))
     has = [i for i in range(6) if (train[:, i] != 0).any()]
     print(f"{len(train):,} bars to train on, {len(test):,} to test, {torch.get_num_threads()} threads\n")
-    print(f"{'':26} {'train s':>8} {'cpu s':>6} {'mean':>8} " + " ".join(f"{CHANNELS[i]:>8}" for i in has) + "   used perplexity least bit   sign")
+    channels = " ".join(f"{CHANNELS[i]:>8}" for i in has)
+    print(f"{'':26} {'train s':>8} {'cpu s':>6} {'mean':>8} {channels}   used perplexity least bit   sign")
 
     def row(name, errors, seconds=None, use=""):
         times = f"{seconds[0]:8.0f} {seconds[1]:6.0f}" if seconds else " " * 15
@@ -116,10 +118,11 @@ def tokenizer(args):
     row("k-means coarse", marks[0].tolist(), t1, use_of(coarse))
     row("k-means full", marks[1].tolist(), t2, use_of(fine))
     for name, config in (("tokenizer", TokenizerConfig()), ("without direction bit", TokenizerConfig(direction_bit=False))):
-        model, seconds = timed(lambda: train_tokenizer(train, config, seed=args.seed))
+        model, seconds = timed(lambda: train_tokenizer(train, config, seed=args.seed, steps=args.steps or 3000))
         scores = report(model, test)
         for level, tokens, mark in (("coarse", "coarse", marks[0]), ("full", "fine", marks[1])):
-            row(f"{name} {level}"[:26], [scores[f"{level}_error_{CHANNELS[i]}"] for i in has], seconds if level == "coarse" else None,
+            errors = [scores[f"{level}_error_{CHANNELS[i]}"] for i in has]
+            row(f"{name} {level}"[:26], errors, seconds if level == "coarse" else None,
                 f" {scores[f'{tokens}_used']:6.1%} {scores[f'{tokens}_perplexity']:10.0f} {scores[f'{tokens}_bit_entropy']:9.3f} "
                 f"{scores[f'{level}_sign']:7.2%}")
             print(f"{'  of k-means':26} {'':15} {scores[f'{level}_error'] / mark.mean():8.2f}")
@@ -132,7 +135,7 @@ def tokenizer(args):
 
 @section
 def backtest(args):
-    """Seconds of a backtest, part by part: an untrained model of the default size, ten origins a symbol, 10 steps, 100 paths."""
+    """Seconds of a backtest, part by part: an untrained model, ten origins a symbol, 10 steps, 100 paths."""
     import sample
     from model import Model, ModelConfig
     from tokenizer import TokenizerConfig, train_tokenizer
@@ -179,11 +182,14 @@ class PlainBlock(torch.nn.Module):
 
 
 class Plain(torch.nn.Module):
-    """Causal softmax attention, learned positions, the same heads, width and vocabulary; the MLPs' width makes the parameters equal."""
+    """Causal softmax attention, learned positions, the same heads, width and vocabulary.
+
+    The MLPs' width makes the parameters equal.
+    """
 
     def __init__(self, C, H, n_layer, n_parameters, V=1024, block_size=8192):
         super().__init__()
-        self.coarse, self.fine, self.pos = torch.nn.Embedding(V, C), torch.nn.Embedding(V, C), torch.nn.Embedding(block_size, C)
+        self.coarse, self.fine, self.pos = (torch.nn.Embedding(n, C) for n in (V, V, block_size))
         hidden = (n_parameters - 4 * V * C - 4 * n_layer * C * C) // (2 * n_layer * C) // 8 * 8
         self.blocks = torch.nn.ModuleList(PlainBlock(C, H, hidden) for _ in range(n_layer))
         self.norm, self.heads = torch.nn.RMSNorm(C), torch.nn.Linear(C, 2 * V, bias=False)
@@ -205,13 +211,15 @@ def model_(args):
     from model import Model, draw
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clock = time.process_time if device == "cpu" and args.threads == 1 else time.perf_counter     # one thread: what else runs does not count
+    alone = device == "cpu" and args.threads == 1
+    clock = time.process_time if alone else time.perf_counter   # one thread: what else runs does not count
     size = dict(n_layer=12, n_head=12, n_embd=768) if args.large else dict(n_layer=3, n_head=4, n_embd=256)
     ours = Model(size).to(device)
     n_parameters = sum(p.numel() for p in ours.parameters())
     plain = Plain(size["n_embd"], size["n_head"], size["n_layer"] + 1, n_parameters).to(device)
     count = sum(p.numel() for p in plain.parameters()) - plain.pos.weight.numel()
-    print(f"{device}, {args.threads} threads, {n_parameters:,} parameters; plain Transformer {count:,} without positions; bfloat16 autocast")
+    print(f"{device}, {args.threads} threads, {n_parameters:,} parameters; plain Transformer {count:,} without positions; "
+          f"bfloat16 autocast")
 
     def wait():
         if device == "cuda":
@@ -244,7 +252,8 @@ def model_(args):
 
     square = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
     bars, own = 8192 * (4 if device == "cuda" else 1), {}
-    print(f"\n{'training':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of own T = 512':>16}{'of matmul rate':>16}")
+    print(f"\n{'training':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of own T = 512':>16}"
+          f"{'of matmul rate':>16}")
     for T, must in ((512, 1.0), (2048, 1.4), (8192, 3.5)):
         coarse, fine = torch.randint(0, 1024, (2, bars // T, T + 1), device=device)
         stamp = (1_500_000_000 + 86400 * torch.arange(T, device=device)).expand(bars // T, -1)
@@ -252,7 +261,8 @@ def model_(args):
         a, b, matmul = in_turns([trainer(ours, batch), trainer(plain, batch), lambda: square @ square], args.rounds)
         own[T] = bars / a
         share = 6 * n_parameters * bars / a / (2 * 2048**3 / matmul)
-        print(f"{'T = ' + str(T):>12}{bars / a:>16,.0f}{bars / b:>16,.0f}{b / a:>8.2f}{must:>7}{own[T] / own[512]:>16.2f}{share:>16.1%}")
+        print(f"{'T = ' + str(T):>12}{bars / a:>16,.0f}{bars / b:>16,.0f}{b / a:>8.2f}{must:>7}{own[T] / own[512]:>16.2f}"
+              f"{share:>16.1%}")
 
     context = torch.randint(0, 1024, (2, 1, 512), device=device)
     stamp = (1_500_000_000 + 86400 * torch.arange(512, device=device))[None]
@@ -279,13 +289,15 @@ def model_(args):
             return [draw(a, 1.0, 1.0, torch.rand(n, 1, device=device)) for a in logits]
 
     ours.eval(), plain.eval()
-    print(f"\n{'generation':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of 1 path':>11}   context 512")
+    print(f"\n{'generation':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of 1 path':>11}"
+          f"   context 512")
     for n, half, must in ((1, False, 20), (16, True, 120), (256, True, None)):
         generate, steps = generator(n, half)
         a, b = in_turns([generate, lambda: again(min(n, 16))], args.rounds)
         own[n] = n * steps / a
         other = f"{min(n, 16) / b:>16,.0f}{own[n] / (min(n, 16) / b):>8.1f}{must:>7}" if must else " " * 31
-        print(f"{str(n) + ' paths':>12}{own[n]:>16,.0f}{other}{own[n] / own[1]:>11.1f}   {'bfloat16' if half else 'float32'}")
+        kind = "bfloat16" if half else "float32"
+        print(f"{str(n) + ' paths':>12}{own[n]:>16,.0f}{other}{own[n] / own[1]:>11.1f}   {kind}")
 
 
 SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
@@ -294,7 +306,8 @@ SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
 def pretrained(folder, name, *flags):
     """Runs pretrain.py and returns its checkpoint's metrics of the model."""
     path = os.path.join(folder, name)
-    subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", path, *flags], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", path, *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return [m for m in read_checkpoint(path)["metrics"] if m["stage"] == "pretrain"]
 
 
@@ -328,9 +341,11 @@ def training(args):
         step()
         rates = []
         for k in range(args.rounds):    # in turns, since the machine's speed drifts
-            rates.append((bare(), pretrained(folder, f"{k}.pt", *flags, "--steps=80", "--eval_every=40")[0]["bars_per_s"]))
+            first = pretrained(folder, f"{k}.pt", *flags, f"--steps={args.steps or 80}", f"--eval_every={(args.steps or 80) // 2}")[0]
+            rates.append((bare(), first["bars_per_s"]))
         least, loop = (max(r) for r in zip(*rates))
-        print(f"{'bare step':44}{least:>10,.0f} bars/s\n{'in the loop of pretrain.py':44}{loop:>10,.0f} bars/s   {least / loop - 1:+.1%} time, at most +5 %")
+        print(f"{'bare step':44}{least:>10,.0f} bars/s")
+        print(f"{'in the loop of pretrain.py':44}{loop:>10,.0f} bars/s   {least / loop - 1:+.1%} time, at most +5 %")
 
         model.zero_grad()
         tokens, T = torch.randint(0, 1024, (2, 4, 2049)), 2048
@@ -346,16 +361,21 @@ def training(args):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a), torch.autocast("cpu", torch.bfloat16):
                 loss = model(tokens[0, :, :-1], tokens[1, :, :-1], stamp, (tokens[0, :, 1:], tokens[1, :, 1:]))[2]
             held[model.grad_ckpt] = sum(n for p, n in storages.items() if p not in own)
-        print(f"{'activations held at T = 2,048, 4 windows':44}{held[False] / 2**20:>10,.0f} MiB\n{'  with --grad_ckpt':44}{held[True] / 2**20:>10,.0f} MiB   "
-              f"{1 - held[True] / held[False]:.0%} less, at least 40 %")
+        print(f"{'activations held at T = 2,048, 4 windows':44}{held[False] / 2**20:>10,.0f} MiB")
+        print(f"{'  with --grad_ckpt':44}{held[True] / 2**20:>10,.0f} MiB   {1 - held[True] / held[False]:.0%} less, "
+              f"at least 40 %")
 
-        last = {dtype: pretrained(folder, f"{dtype}.pt", *flags[:-1], f"--dtype={dtype}", "--steps=300", "--eval_every=300", *SMALL)[-1]["val"] for dtype in ("fp32", "bf16")}
-        print(f"{'val loss after 300 steps, float32':44}{last['fp32']:>10.4f}\n{'  bfloat16':44}{last['bf16']:>10.4f}   {last['bf16'] / last['fp32'] - 1:+.2%}, within 1 %")
+        n, last = args.steps or 300, {}
+        for dtype in ("fp32", "bf16"):
+            run = pretrained(folder, f"{dtype}.pt", *flags[:-1], f"--dtype={dtype}", f"--steps={n}", f"--eval_every={n}", *SMALL)
+            last[dtype] = run[-1]["val"]
+        print(f"{f'val loss after {n} steps, float32':44}{last['fp32']:>10.4f}")
+        print(f"{'  bfloat16':44}{last['bf16']:>10.4f}   {last['bf16'] / last['fp32'] - 1:+.2%}, within 1 %")
 
 
 @section
 def tuning(args):
-    """expo.py: bars/s with candidates and the share that drawing them takes; rollout.py: simulated bars/s and updates a second."""
+    """expo.py: bars/s, and the share that drawing candidates takes; rollout.py: simulated bars/s, and of a run."""
     import expo
     import rollout
     from model import close_table, load_checkpoint
@@ -377,13 +397,15 @@ def tuning(args):
         drawing[0] += time.perf_counter() - began
         return out
     expo.draw_pairs = timed
-    print(f"{'expo.py':40}{'s a step':>10}{'bars/s':>10}{'drawing':>10}{'S&P epoch, min':>16}   (335,000 bars, 192 candidates for each labelled bar)")
+    print("an epoch: 335,000 bars; 192 candidates for each labelled bar")
+    print(f"{'expo.py':40}{'s a step':>10}{'bars/s':>10}{'drawing':>10}{'S&P epoch, min':>16}")
     for pairs, labels in (("set", 0), ("extreme", 0), ("matched", 0), ("matched", 32)):
         config, drawing[0], took = expo.Config(pairs=pairs, labels=labels), 0.0, []
         for k in range(args.rounds):
             began = time.perf_counter()
+            batch, chance = [coarse, fine, when, *target], np.random.default_rng(k)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = expo.loss_of(model, reference, table, [coarse, fine, when, *target], 0, np.random.default_rng(k), config)[0]
+                loss = expo.loss_of(model, reference, table, batch, 0, chance, config)[0]
             loss.backward()
             took.append(time.perf_counter() - began)
         rate = 16 * 256 / min(took)
@@ -404,7 +426,8 @@ def tuning(args):
             with torch.autocast("cpu", torch.bfloat16):
                 rollout.loss_of(model, reference, origins, walks, 0, config)[0].backward()
             took.append(time.perf_counter() - began)
-        print(f"{mode:40}{min(took):>10.2f}{16 * 8 * 10 / min(walking):>10,.0f}{sum(walking) / sum(took):>10.0%}{480 * min(took) / 60:>18.1f}")
+        print(f"{mode:40}{min(took):>10.2f}{16 * 8 * 10 / min(walking):>10,.0f}{sum(walking) / sum(took):>10.0%}"
+              f"{480 * min(took) / 60:>18.1f}")
 
 
 if __name__ == "__main__":
@@ -416,6 +439,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
+    parser.add_argument("--steps", type=int, default=0, help="of the trainings in tokenizer, training; 0: as published")
     parser.add_argument("--large", action="store_true", help="a model of about 100 million parameters")
     args = parser.parse_args()
     for name in args.sections or SECTIONS:

@@ -22,7 +22,7 @@ import torch
 
 import data
 
-RUN = ("--tok_steps 4000 --steps 2000 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 64 --coarse_bits 7 --fine_bits 6 "
+RUN = ("--batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 64 --coarse_bits 7 --fine_bits 6 "
        "--eval_every 200 --save_every 2").split()
 
 
@@ -34,20 +34,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="at least so many (default 20)")
     parser.add_argument("--seconds", type=float, default=600, help="bound on the whole (default 600)")
+    parser.add_argument("--steps", type=int, default=2000, help="of the model, half of the tokenizer's (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     chance, began = random.Random(args.seed), time.time()
     with tempfile.TemporaryDirectory() as folder:
         bars, whole, broken = (os.path.join(folder, name) for name in ("bars", "whole.pt", "broken.pt"))
         data.write_folder(data.synthetic(n_symbols=3, n_bars=1500)[0], bars)
-        job = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", bars, *RUN]
+        job = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", bars, *RUN,
+               "--steps", str(args.steps), "--tok_steps", str(2 * args.steps)]
         subprocess.run([*job, "--out", whole], check=True, stdout=subprocess.DEVNULL)
         each = (time.time() - began) / args.kills  # of its own work a run gets on average so much before the kill
         kills, in_write = collections.Counter(), 0
         while True:
             if time.time() - began > args.seconds:
                 sys.exit(f"not finished after {args.seconds:.0f} s and {sum(kills.values())} kills")
-            run = subprocess.Popen([*job, "--out", broken] + ["--resume"] * os.path.exists(broken), stdout=subprocess.DEVNULL)
+            resume = ["--resume"] * os.path.exists(broken)
+            run = subprocess.Popen([*job, "--out", broken, *resume], stdout=subprocess.DEVNULL)
             left = args.kills - sum(kills.values())
             try:
                 # the start alone takes seconds; while kills are owed, no run may come to its end
@@ -55,7 +58,7 @@ def main():
                 if run.returncode:
                     sys.exit(f"a resumed run failed with status {run.returncode}")
                 if left > 0:
-                    sys.exit(f"finished after {args.kills - left} kills; on a machine so fast give RUN more steps")
+                    sys.exit(f"finished after {args.kills - left} kills; on a machine so fast give it more --steps")
                 break
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
