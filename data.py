@@ -4,11 +4,11 @@
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
     python data.py --leak_demo                           # scaling over a whole window shows skill on a random walk
 
-The way of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
+The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two sittings. The market: bars, features and their inverse, splits and batches, the synthetic market. Then the files:
+Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the synthetic market. Then the files:
 reading CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
 """
 import argparse
@@ -41,6 +41,7 @@ COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of
 CONTEXT = 32            # first bars of a series: context, never targets (the scales are still settling)
 HALF_LIFE = 32          # bars; of every exponentially weighted mean below
 DECAY = 0.5 ** (1 / HALF_LIFE)
+BLOCK = 512             # bars of one pass: in cache, memory bounded on mapped data, and rounding in check
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
 DAY = 86400
@@ -82,9 +83,9 @@ class Bars:
 class State:
     """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
 
-    close: last close, as `inverse` rebuilds it (NaN before the first bar); seen: as it was.
-    s, m, d, g: decayed sums of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
-    s_w, m_w, d_w, g_w: the sums of their weights.
+    close: last close, as `inverse` rebuilds it from float32 features (NaN before the first bar); seen: as it was.
+    s, m, d, g: decayed *sums* of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
+    s_w, m_w, d_w, g_w: those of their weights. The means that `features` calls s_t, m_t, d_t, g_t come from scales().
     origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
     """
     close: np.ndarray
@@ -143,9 +144,6 @@ def features(bars) -> tuple[np.ndarray, State]:
     return np.concatenate([x for x, _ in blocks]), blocks[-1][1]
 
 
-BLOCK = 512  # bars of one pass: keeps the arrays in cache, memory bounded on mapped data, and rounding in check
-
-
 def feature_blocks(bars, state=None):
     """Yield (x float32 [n, 6], State after them) block by block; see `features`."""
     state = state or State.start()
@@ -155,6 +153,10 @@ def feature_blocks(bars, state=None):
 
 
 def _features_block(ohlcva, state):
+    """x float32 [n, 6] of one block of bars, float64 [n, 6], from the State before it; and the State after it.
+
+    Running sums have n + 1 places: [:-1] is before each bar, [-1] after the last.
+    """
     o, h, l, c, v, a = ohlcva.T
     first = np.isnan(state.close)
     prev = np.append(c[0] if first else state.close, c[:-1])
@@ -188,10 +190,12 @@ def _features_block(ohlcva, state):
 
 
 def _rebuilt(price, close, total, weight, begun):
-    """The close and the sum of true ranges that `inverse` comes to over a block of price channels, float32 [4, n].
+    """The close and the sum of true ranges as `inverse` has them after a block of price channels, float32 [4, n].
 
-    Rounding is carried on from here, so that the next block makes it good: over a chain of any length the error stays
-    that of one block. A true range is k_t s_t, so with s_t = S_t / w_t the sum grows as S_{t+1} = S_t (a + k_t / w_t).
+    Features are float32, so a rebuilt close is a little off. The next block starts from the rebuilt close, not from the
+    true one, so that its first return makes that good: over a chain of any length the error stays that of one block.
+    The true range of bar t is k_t s_t, with k_t known from its features; with s_t = S_t / w_t the sum follows
+    S_{t+1} = S_t (a + k_t / w_t), a cumulative product. Where the floor holds it does not, and then it goes bar by bar.
     """
     c, o, upper, lower = np.sinh(price.astype(np.float64))
     k = (np.maximum(np.maximum(c, o) + upper, 0) - np.minimum(np.minimum(c, o) - lower, 0)) * begun
@@ -233,12 +237,12 @@ def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
 
 
 def inverse(x, state) -> tuple[np.ndarray, State]:
-    """Bars from features: the exact inverse of `features`, from the State before the first of them.
+    """Bars from features: the inverse of `features` to float32's rounding, from a State that has seen a bar.
 
     x: [..., T, 6], finite (ValueError if not).  state: fields of shape [...] or broadcast to it.
     Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
     become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
-    amounts, amount is volume times close.
+    amounts, amount is volume times close. A volume or vwap feature of exactly 0 says "no data".
     """
     x = np.asarray(x, np.float64)
     if not np.isfinite(x).all():
@@ -272,15 +276,14 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
 def scales(bars):
     """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
     _, h, l, c = bars.ohlcva[:, :4].T
-    previous = np.append(c[0], c[:-1])
-    begun = np.arange(len(c)) > 0  # bar 0 enters no mean
-    true_range = _true_range(h, l, previous) * begun
-    total, weight = (np.append(0.0, decayed_sum(u))[:-1] for u in (true_range, begun.astype(float)))
-    return np.maximum(total / np.where(weight > 0, weight, 1.0), S_FLOOR)
+    begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
+    true_range = _true_range(h, l, np.append(c[0], c[:-1])) * begun
+    total, weight = _running([true_range, begun], [0.0, 0.0])[:, :-1]
+    return np.maximum(_mean(total, weight), S_FLOOR)
 
 
 def states_at(bars, origins):
-    """The States after bars `origins` (rising), as `features` of the bars up to each gives them, in one pass."""
+    """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to each gives them."""
     state, found = State.start(), []
     for i in range(0, len(bars), BLOCK):
         block = np.asarray(bars.ohlcva[i:i + BLOCK], np.float64)
@@ -340,7 +343,8 @@ class Streams:
     whole: bool = False   # only windows in which every bar is a target
 
     def __post_init__(self):
-        # a window is named by its last target e; its inputs are the block_size bars before e
+        # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
+        # first_end [symbols]: the least such e; windows [symbols]: how many there are up to this symbol
         self.first_end = np.maximum(self.targets[:, 0] + (self.block_size - 1) * self.whole, self.block_size)
         self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
 
@@ -376,7 +380,10 @@ def get_batch(streams, seed, step, rank=0, world=1):
 
 
 def tiles(streams, at_most):
-    """Windows (symbol, last target) that hold each target once, evenly thinned to at_most: what a loss is measured on."""
+    """Windows (symbol, last target) side by side, evenly thinned to at_most: what a loss is measured on.
+
+    Cut from the last target backwards; the first targets of a series may fit into no window.
+    """
     found = [(i, end) for i, (first, last) in enumerate(streams.targets)
              for end in range(int(last) - 1, int(streams.first_end[i]) - 1, -streams.block_size)]
     keep = np.linspace(0, len(found) - 1, min(at_most, len(found))).round().astype(int)
@@ -428,7 +435,7 @@ def _synthetic(seed, signal, n_symbols, n_bars):
         size[rng.random(n_bars) < 0.01] = 0.0
         wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
         edge = statistics.NormalDist().inv_cdf(0.5 + signal)
-        told = np.append(0, wick[:-1]) * edge
+        told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
         up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
         close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
         gap = rng.standard_normal(n_bars) * sigma * np.where(n % SESSION == 0, 1.5, 0.1)
@@ -470,7 +477,7 @@ def leak_demo(seed=0, n_windows=4000):
 # ----------------------------------------------------------------------------------------------------------------------
 # Bars from files: CSV as people have it
 
-HEADERS = {  # column -> names it goes by, best first, in the files of those whom `load` names
+HEADERS = {  # column -> names it goes by, best first, in the files of the sources that `load` names
     "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time", "trade_time", "trade_date", "时间", "日期"),
     "open": ("open", "开盘", "开盘价"),
     "high": ("high", "最高", "最高价"),
@@ -496,9 +503,12 @@ def load(paths) -> list[Bars]:
     found: dict[str, list[Bars]] = {}
     for bars in read_files(paths):
         found.setdefault(bars.symbol, []).append(bars)
-    return [parts[0] if len(parts) == 1 else _sorted(symbol, *(np.concatenate([getattr(p, k) for p in parts])
-                                                               for k in ("time", "ohlcva")))
-            for symbol, parts in found.items()]
+    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
+
+
+def _joined(parts):
+    """Stretches of one symbol as one series; of equal times the last wins."""
+    return _sorted(parts[0].symbol, np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts]))
 
 
 def read_files(paths):
@@ -524,7 +534,7 @@ def read_files(paths):
 def _read_csv(path):
     head = _bytes(path, 1 << 16).removeprefix(b"\xef\xbb\xbf")
     lines = head.decode("utf-8", "replace").split("\n")
-    delimiter = max(",;\t", key=lines[0].count)
+    delimiter = max(",;\t", key=next(line for line in lines if line.strip()).count)
     first, second = (next(csv.reader([line.strip("\r")], delimiter=delimiter), []) for line in (lines + [""])[:2])
     if lines[0].strip() and second and all(map(_is_number, second)):
         names, has_header = _header(path, first)
@@ -553,7 +563,7 @@ def _columns(path, names):
     if columns["time"] is None and names[0] == "":
         columns["time"] = 0  # pandas writes its index without a name
     if "tickvol" in names and "vol" in names:
-        columns["volume"] = names.index("tickvol")  # MetaTrader: no broker of currencies fills in vol
+        columns["volume"] = names.index("tickvol")  # MetaTrader: brokers of currencies leave vol at 0
     missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
     if missing:
         raise UserError(f"{path}:1: no column {missing[0]!r} in the header; "
@@ -594,7 +604,7 @@ def _read_numeric(path, names, columns, delimiter, has_header):
         if columns[c] is not None:
             ohlcva[i] = table[:, columns[c]]
     if any(failed.any() for failed, _ in _faults(time, ohlcva)):
-        return None  # the other way of reading knows the lines
+        return None  # _read_text can name the lines
     return _sorted(_stem(path), time.astype(np.int64), ohlcva.T)
 
 
@@ -609,7 +619,7 @@ def _read_text(path, delimiter):
             pass
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     rows, line, reasons, n_columns = [], [], {}, 0
-    gc.disable()  # it would look through millions of small lists, again and again, and find nothing
+    gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
         for row in reader:
             if not any(cell.strip() for cell in row):
@@ -630,7 +640,8 @@ def _read_text(path, delimiter):
         raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
     finally:
         gc.enable()
-    if rows and {"date", "time"} <= set(names) and CLOCK.fullmatch(rows[0][names.index("time")].strip()):
+    clocks = lambda: (CLOCK.fullmatch(row[names.index("time")].strip()) for row in rows[:9])
+    if rows and {"date", "time"} <= set(names) and any(clocks()):
         columns["time"] = names.index("date")
         for row in rows:
             clock = CLOCK.fullmatch(row[names.index("time")].strip())
@@ -743,7 +754,10 @@ def _date8(text):
 
 
 def parse_time(text):
-    """One time stamp as UTC seconds (float; NaN if it is none). Naive means UTC."""
+    """One time stamp as UTC seconds (float; NaN if it is none): ISO 8601, also with / or ., YYYYMMDD, or an epoch.
+
+    Naive means UTC.
+    """
     text = text.strip()
     if _is_number(text):
         return float(_epoch_seconds(np.array([float(text)]))[0])
@@ -757,6 +771,7 @@ def parse_time(text):
 
 
 def _sorted(symbol, time, ohlcva):
+    """Bars in order of time; of equal times the last wins."""
     if (np.diff(time) <= 0).any():
         order = np.argsort(time, kind="stable")
         last = np.append(np.diff(time[order]) != 0, True)  # of equal times the last wins
@@ -778,8 +793,9 @@ def write_folder(series, out):
             seen = bars.symbol in names
             stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
             if seen:  # the symbol goes on in another file
-                old = _open_series(stem, bars.symbol)
-                bars = _sorted(bars.symbol, np.append(old.time, bars.time), np.append(old.ohlcva, bars.ohlcva, axis=0))
+                bars = _joined([_open_series(stem, bars.symbol), bars])
+            for stale in glob.glob(glob.escape(stem) + ".tokens-*"):  # of bars that lay here before
+                os.unlink(stale)
             np.save(stem + ".time.npy", bars.time)
             np.save(stem + ".ohlcva.npy", bars.ohlcva)
         with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
@@ -809,10 +825,10 @@ def tokenize(bars, tokenizer) -> np.ndarray:
     cache = _cache_path(bars, tokenizer)
     if cache and os.path.exists(cache):
         return np.load(cache, mmap_mode="r")
-    tokens = np.empty((len(bars), 2), np.int16)
+    tokens, temporary = np.empty((len(bars), 2), np.int16), f"{cache}.{os.getpid()}.tmp"  # each process its own
     if cache:
         try:
-            tokens = np.lib.format.open_memmap(cache + ".tmp", "w+", np.int16, (len(bars), 2))
+            tokens = np.lib.format.open_memmap(temporary, "w+", np.int16, (len(bars), 2))
         except OSError:
             cache = None  # a folder that cannot be written: keep the tokens in memory
     at = 0
@@ -824,14 +840,14 @@ def tokenize(bars, tokenizer) -> np.ndarray:
             progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
     if cache:
         tokens.flush()
-        os.replace(cache + ".tmp", cache)
+        os.replace(temporary, cache)
         tokens = np.load(cache, mmap_mode="r")
     return tokens
 
 
 def _cache_path(bars, tokenizer):
     name = getattr(bars.ohlcva, "filename", None)
-    if name is None or len(np.load(name, mmap_mode="r")) != len(bars):
+    if name is None or len(np.load(name, mmap_mode="r")) != len(bars):  # not mapped, or a slice of what is
         return None
     return f"{os.fspath(name).removesuffix('.ohlcva.npy')}.tokens-{weights_hash(tokenizer.state_dict())}.npy"
 
@@ -914,9 +930,11 @@ def check_out(path, overwrite=False):
 
 
 def pick_device(name, local_rank=0):
-    """The torch.device of --device; auto takes a GPU where there is one."""
+    """The torch.device of --device; auto takes a GPU where there is one, cuda that of this process."""
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -967,7 +985,8 @@ def cli(config_class, doc, argv=None) -> dict:
         kind = typing.get_type_hints(config_class)[field.name]
         if typing.get_origin(kind) is types.UnionType:  # X | None
             kind = typing.get_args(kind)[0]
-        default = "" if field.default in (None, dataclasses.MISSING) else f" (default {field.default})"
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "" if default in (None, dataclasses.MISSING) else f" (default {default})"
         how = dict(help=(comments[field.name] + default).replace("%", "%%"), default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -1014,12 +1033,10 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def progress(text, final=False):
-    """One line that rewrites itself on a terminal; in a file only the final one is written."""
+def progress(text):
+    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
     if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="\n" if final else "", file=sys.stderr, flush=True)
-    elif final:
-        print(text, file=sys.stderr, flush=True)
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -1044,8 +1061,8 @@ def main():
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
-        if config.n_symbols < 1 or config.synthetic < config.n_symbols or not 0 <= config.signal < 0.5:
-            raise UserError("--synthetic needs at least one bar for each of --n_symbols, and 0 <= --signal < 0.5")
+        if config.n_symbols < 1 or config.synthetic < config.n_symbols or not 0 <= config.signal < 0.5 or config.seed < 0:
+            raise UserError("--synthetic needs at least one bar for each of --n_symbols, 0 <= --signal < 0.5, and --seed 0 or more")
         series = _synthetic(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols)
     else:
         series = read_files(config.data)
@@ -1058,7 +1075,7 @@ def main():
             yield bars
 
     write_folder(counted(), config.out)
-    progress("", final=False)
+    progress("")
     print(f"{config.out}: {count[0]} series, {count[1]:,} bars; use it with --data {config.out}")
 
 

@@ -10,13 +10,14 @@ Each layer's heads look back over several ranges: linear attention over the whol
 short windows. At mid depth a latent reasoner refines a few slots at every 32nd bar, all borders at once, from the bars
 before it. The parallel form (forward, prefill) and the recurrence (step) are the same function.
 
-In this order: attention, the reasoner, the model, the checkpoint, what every training loop needs. H, B, T, D in the
-comments: heads, rows of the batch, bars, channels of a head; C = H D. Heads come first, since each kind of attention
+In this order: attention, the reasoner, the model, the checkpoint, what every training loop needs. In the comments H, B,
+T, D are heads, rows of the batch, bars, channels of a head; C = H D; HL, HW the linear and the local heads; W the longest
+window; M borders; k1, k2 the bits of a token; 16 stands for config.slots. Heads come first, since each kind of attention
 takes some of them: its share is then one piece of memory.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -27,7 +28,7 @@ import data
 from tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-CHUNK = 64          # bars a chunk of linear attention: work within a chunk balances work on the state
+CHUNK = 64          # bars in a chunk of linear attention: about as much work within chunks as on states
 GROUP = 32          # chunks whose states are made in one product
 EPS = 1e-6          # of RMSNorm
 GAPS = 7            # spacings whose median tells the bars' interval
@@ -52,25 +53,26 @@ class ModelConfig:
     span: int = 128                  # bars before the border that its slots look at, a multiple of border
     aux_weight: float = 0.1          # weight of the slots' own prediction of the bars after the border
     block_size: int = 256            # bars in a training window; forecasts give the model as many as context
-    direction_bit: bool = True       # the top coarse bit says whether close rose
+    direction_bit: bool = True       # the top coarse bit says whether close rose (for the record: see Model.up_mask)
     unmoved: float = 0.0             # share of bars in the training data whose close did not move
 
     def __post_init__(self):
+        """ValueError for sizes that do not fit."""
         self.windows = tuple(self.windows)
         if self.linear_heads == -1:
             self.linear_heads = self.n_head // 2 if self.windows else self.n_head
-        limits = dict(coarse_bits=14, fine_bits=14, n_layer=256, n_head=256, n_embd=16384, linear_heads=self.n_head,
-                      border=4096, slots=1024, rounds=64, span=2**16, aux_weight=100, block_size=2**31, unmoved=0.999)
-        for name, high in limits.items():
-            value, kind = getattr(self, name), (int, float) if name in ("aux_weight", "unmoved") else int
-            low = 0 if name in ("linear_heads", "aux_weight", "unmoved") else 1
-            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} must be within {low} and {high}, not {value!r}")
 
         def rule(holds, text):
             if not holds:
                 raise ValueError(text)
 
+        limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(1, 16384),
+                      linear_heads=(0, self.n_head), border=(1, 4096), slots=(1, 1024), rounds=(1, 64), span=(1, 2**16),
+                      block_size=(1, 2**31), aux_weight=(0.0, 100.0), unmoved=(0.0, 0.999))
+        for name, (low, high) in limits.items():
+            value, kinds = getattr(self, name), (int, float) if isinstance(low, float) else int
+            rule(isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high,
+                 f"{name} must be within {low} and {high}, not {value!r}")
         n_local, n_windows = self.n_head - self.linear_heads, len(self.windows)
         rule(self.n_embd % (2 * self.n_head) == 0,
              f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
@@ -83,7 +85,7 @@ class ModelConfig:
         rule(self.pos in ("rope", "alibi", "both"), f"pos must be rope, alibi or both, not {self.pos!r}")
 
 
-# --- Attention: the parallel forms -----------------------------------------------------------------------------------
+# --- Attention -------------------------------------------------------------------------------------------------------
 
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2)) (Zhang and Sennrich, arXiv 1910.07467), without gain: a linear map follows.
@@ -108,12 +110,6 @@ class RMSNorm(torch.autograd.Function):
 
 def norm(x):
     return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
-def linear(weights, module, x):
-    """A linear map in generation, by the copy of its weights that suits few rows (Model.step_weights); in x's type."""
-    w = weights[module]
-    return F.linear(x.to(w.dtype), w).to(x.dtype)
 
 
 def rotation(pos, dim):
@@ -146,16 +142,16 @@ def linear_attention(q, k, v, slope):
     normed per head instead (Qin et al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621).
 
     Why chunks. With m = slope, cut the bars into chunks n of L bars, let i and j count within a chunk, and split the
-    sum into the bars of the own chunk and all those before it:
-        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    =  (A * M) V,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
-            + exp(-m (i + 1)) q_i S_{n-1}                        S_n [D, D]: the state after chunk n
-        S_n = exp(-m L) S_{n-1} + U_n                            U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
+    sum into the bars of the own chunk and all those before it (1 / sqrt(D) left out):
+        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    = ((A * M) V)_i,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
+            + exp(-m (i + 1)) q_i S_{n-1}                       S_n [D, D]: the state after chunk n
+        S_n = exp(-m L) S_{n-1} + U_n                           U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
     so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n', one product with a small triangular matrix W for a group of chunks.
     All is matmuls, the work is T L D + T D D, and no exponent is above 0: nothing can overflow.
     """
     H, B, T, D = q.shape
     L, dtype = CHUNK, q.dtype
-    if T % L:       # zeros in front: they add nothing to any sum, and the state after the last chunk is the state at T
+    if T % L:       # zeros in front: they add nothing to any sum, and the last chunk ends with the last bar
         q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
     q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))                    # [H, B, N, L, D]
     i, scale, wide = torch.arange(L, device=q.device), D**-0.5, (H, 1, 1, -1, 1)
@@ -214,6 +210,12 @@ def local_attention(q, k, v, window, slope):
     return o.flatten(2, 3)[:, :, :T]
 
 
+def linear(weights, module, x):
+    """module(x) in generation, where rows are few: by the copy of its weights in Model.step_weights; in x's type."""
+    w = weights[module]
+    return F.linear(x.to(w.dtype), w).to(x.dtype)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP. Heads in order: linear ones, then an equal share for each window."""
 
@@ -226,7 +228,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.rope, self.decays = config.pos != "alibi", config.pos != "rope"
         place = torch.cat([torch.arange(n) / max(1, n - 1) for n in self.shares])       # 0 .. 1 within each kind
-        # of a linear head half is left after 11 .. 710 bars
+        # linear heads 2^-4 .. 2^-10: half is left after 11 .. 710 bars; local ones 2^-1 .. 2^-7; all 0 with rope alone
         slope = torch.where(torch.arange(H) < HL, 2.0 ** (-4 - 6 * place), 2.0 ** (-1 - 6 * place))
         self.register_buffer("slope", slope * self.decays, persistent=False)        # [H]
 
@@ -323,7 +325,7 @@ class Reasoner(nn.Module):
         return x.permute(*range(1, x.dim() - 1), 0, -1).flatten(-2)
 
     def think(self, k, v, count):
-        """Slots [B, M, 16, C] from k, v [H, B, M, span, D] of the bars before M borders; count [M] of them exist."""
+        """Slots [B, M, 16, C] from k, v [H, B, M, span, D] of the bars before M borders, of which count [M] exist."""
         missing = torch.arange(k.shape[3], 0, -1, device=k.device) > count[:, None]                 # [M, span]
         bias = self.near[:, None].masked_fill(missing, -math.inf)[:, None, :, None].to(k.dtype)     # [H, 1, M, 1, span]
         s = self.latent.to(k.dtype).expand(*k.shape[1:3], -1, -1)                                   # [B, M, 16, C]
@@ -333,7 +335,7 @@ class Reasoner(nn.Module):
             s = s + self.down(F.gelu(self.up(norm(s))))
         return s
 
-    def keys(self, slots):
+    def keys_values(self, slots):
         """Keys and values that bars read from slots [B, M, 16, C]: 2 of [H, B, M, 16, D]."""
         return self.heads(self.read_kv(norm(slots)))
 
@@ -344,22 +346,23 @@ class Reasoner(nn.Module):
 
     def forward(self, x, phase, keep=None):
         """x [B, T, C] -> x and the slots [B, M, 16, C] of the M borders at (p + phase) % border == 0, 0 < p < T."""
-        (B, T, C), W, back = x.shape, self.config.border, self.config.span // self.config.border
-        left = phase % W
-        first = W - left                                                        # the first border
-        M = max(0, -(-(T - first) // W))
-        grid = F.pad(x, (0, 0, left, (M + 1) * W - left - T))                   # [B, (M + 1) * W, C]
-        k, v = self.heads(self.look_kv(norm(grid)))                             # [H, B, (M + 1) * W, D]
+        (B, T, C), border, back = x.shape, self.config.border, self.config.span // self.config.border
+        left = phase % border
+        first = border - left                                                   # the first border
+        M = max(0, -(-(T - first) // border))
+        end = M * border                                                        # the last border, on the grid
+        grid = F.pad(x, (0, 0, left, end + border - left - T))                  # [B, end + border, C]
+        k, v = self.heads(self.look_kv(norm(grid)))                             # [H, B, end + border, D]
         if keep is not None:
-            past = torch.stack([F.pad(a, (0, 0, back * W, 0))[:, :, M * W:(M + back) * W] for a in (k, v)])
-            keep.update(pending=grid[:, M * W:].float().clone(), past=past.float())
+            past = torch.stack([F.pad(a, (0, 0, self.config.span, 0))[:, :, end:end + self.config.span] for a in (k, v)])
+            keep.update(pending=grid[:, end:].float().clone(), past=past.float())
         if M == 0:
             return x, x.new_zeros(B, 0, self.config.slots, C)
-        count = first + W * torch.arange(M, device=x.device)
-        slots = self.think(*(spans(a[:, :, :M * W], W, back - 1) for a in (k, v)), count)
-        bars = grid[:, W:].unflatten(1, (M, W))
-        read = self.read(bars, self.keys(slots), self.offset).flatten(1, 2)
-        read = F.pad(read, (0, 0, W, 0))                                        # nothing before the first border
+        count = first + border * torch.arange(M, device=x.device)
+        slots = self.think(*(spans(a[:, :, :end], border, back - 1) for a in (k, v)), count)
+        bars = grid[:, border:].unflatten(1, (M, border))
+        read = self.read(bars, self.keys_values(slots), self.offset).flatten(1, 2)
+        read = F.pad(read, (0, 0, border, 0))                                   # nothing before the first border
         return x + read[:, left:left + T], slots
 
 
@@ -368,7 +371,8 @@ class Reasoner(nn.Module):
 def calendar(time):
     """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
 
-    The civil date from the day's number in whole numbers, with years that begin in March, so that a leap day comes last.
+    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
+    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
     """
     days = time // 86400
     second = time - days * 86400
@@ -383,7 +387,7 @@ def calendar(time):
 
 
 def gap_bucket(gaps):
-    """floor(log2) of the median of the spacings [..., GAPS] that exist, as a number from 1 to 31; 0 where none does."""
+    """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, from 1 to 31; 0 where none does."""
     gaps = gaps.sort(-1).values
     count = (gaps < NO_GAP).sum(-1, keepdim=True)
     median = gaps.gather(-1, (count - 1).clamp(min=0) // 2)
@@ -391,28 +395,32 @@ def gap_bucket(gaps):
     return torch.where(count > 0, bucket, 0)            # [..., 1]
 
 
+@dataclass
 class State:
-    """What generation carries from bar to bar; its size does not depend on how many bars there were.
+    """What generation carries from bar to bar, of B rows; its size does not depend on how many bars there were.
 
-    pos: bars seen, the same of all rows. h [B, C]: hidden state of the last bar. layers: per layer the linear state S
-    [HL, B, D, D] and the ring [2, HW, B, W, D] of keys and values. time [B], gaps [B, GAPS]: for the spacing. bias,
-    weights: see Block.ring_bias and Model.step_weights. Of the reasoner: phase; pending [B, border, C], the hidden
-    states since the last border; past [2, H, B, span, D], keys and values before it; slots [2, H, B, 1, 16, D], keys and
-    values of the last border's slots, None before the first. A border's slots are made right after the bar before it:
-    paths that begin there share them.
+    (data.State is another thing: what decodes the next bar.) The slots of a border are made right after the bar before
+    it, so that paths which begin there share them.
     """
-
-    def __init__(self, **parts):
-        self.__dict__.update(parts)
+    pos: int                      # bars seen, the same of all rows
+    phase: int                    # borders lie where (p + phase) % border == 0
+    h: torch.Tensor               # [B, C]: hidden state of the last bar, from which the heads read the next one
+    time: torch.Tensor            # int64 [B]: stamp of the last bar
+    gaps: torch.Tensor            # int64 [B, GAPS]: the last spacings
+    layers: list                  # per layer S [HL, B, D, D], and the ring of keys and values [2, HW, B, W, D]
+    bias: torch.Tensor            # [HW, 2 W]: see Block.ring_bias
+    weights: dict                 # see Model.step_weights
+    pending: torch.Tensor | None  # [B, border, C]: what entered the reasoner since the last border; None without one
+    past: torch.Tensor | None     # [2, H, B, span, D]: keys and values of the bars before that
+    slots: torch.Tensor | None    # [2, H, B, 1, 16, D]: keys and values of the last border's slots; None before one
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
         def rows(a, dim=0):
             return None if a is None else a.repeat_interleave(n, dim=dim)
-        return State(pos=self.pos, phase=self.phase, bias=self.bias, weights=self.weights,
-                     layers=[[rows(S, 1), rows(ring, 2)] for S, ring in self.layers],
-                     h=rows(self.h), time=rows(self.time), gaps=rows(self.gaps), pending=rows(self.pending),
-                     past=rows(self.past, 2), slots=rows(self.slots, 2))
+        layers = [[rows(S, 1), rows(ring, 2)] for S, ring in self.layers]
+        return replace(self, layers=layers, h=rows(self.h), time=rows(self.time), gaps=rows(self.gaps),
+                       pending=rows(self.pending), past=rows(self.past, 2), slots=rows(self.slots, 2))
 
 
 class Model(nn.Module):
@@ -431,7 +439,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.reasoner = Reasoner(config) if config.reasoner else None
         self.coarse_head = nn.Linear(C, V1, bias=False)
-        self.fine_mix = nn.Linear(C, C, bias=False)     # fine logits = W gelu(A h + e(coarse))
+        self.fine_mix = nn.Linear(C, C, bias=False)     # fine logits = fine_head gelu(fine_mix h + fine_given[coarse])
         self.fine_given = nn.Embedding(V1, C)
         self.fine_head = nn.Linear(C, V2, bias=False)
         self.register_buffer("offsets", offsets, persistent=False)
@@ -440,6 +448,7 @@ class Model(nn.Module):
         self.mid = config.n_layer // 2
         self.grad_ckpt = False                          # see run
         self.parts = {}
+        # maps back into the residual stream start smaller, the more layers there are; latent and offset as they are
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -447,6 +456,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def embedding(self, coarse, fine, time, gaps):
+        """Normed sum of a bar's eight rows: tokens and stamps [...], gaps [..., GAPS] -> [..., C], in autocast's type."""
         rows = torch.cat((coarse[..., None], fine[..., None], calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets
         x = norm(F.embedding_bag(rows.flatten(0, -2), self.embed.weight, mode="sum"))
         x = x.view(*coarse.shape, -1)                                           # [..., C]
@@ -454,7 +464,11 @@ class Model(nn.Module):
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
     def trunk(self, coarse, fine, time, phase, keep=None, depth=None):
-        """Hidden states [B, T, C] after `depth` layers (all of them), and the slots of the borders [B, M, 16, C]."""
+        """Hidden states [B, T, C] after `depth` layers (None: all), and the slots of the borders [B, M, 16, C].
+
+        phase: borders lie where (p + phase) % border == 0. keep: a dict that collects what step needs. slots are None
+        without reasoner, or above depth.
+        """
         gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
         x, slots = self.embedding(coarse, fine, time, gaps.unfold(1, GAPS, 1)), None
         rot = rotation(torch.arange(x.shape[1], device=x.device), self.config.n_embd // self.config.n_head)
@@ -474,7 +488,8 @@ class Model(nn.Module):
         return part(x, given, keep)
 
     def forward(self, coarse, fine, time, targets=None, phase=0):
-        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count.
+        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count; phase
+        as in trunk.
 
         Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest),
         and the loss in nats per bar, None without targets. Its parts stay in self.parts: coarse, fine, aux.
@@ -496,9 +511,9 @@ class Model(nn.Module):
 
     def slot_loss(self, slots, targets, phase):
         """Slot m at border p predicts bar p + m, which is the target at p + m - 1."""
-        W, (B, M, n, _) = self.config.border, slots.shape
+        border, (B, M, n, _) = self.config.border, slots.shape
         m, i = torch.arange(M, device=slots.device), torch.arange(n, device=slots.device)
-        at = W - phase % W - 1 + W * m[:, None] + i                             # [M, 16]
+        at = border * (m[:, None] + 1) - phase % border - 1 + i                 # [M, 16]
         coarse, fine = (F.pad(target, (0, n), value=-1)[:, at] for target in targets)  # [B, M, 16]
         h = norm(slots)
         return mean_nats(self.coarse_logits(h), coarse) + mean_nats(self.fine_logits(h, coarse.clamp(min=0)), fine)
@@ -508,7 +523,7 @@ class Model(nn.Module):
         keep = dict(slots=None, pending=None, past=None)
         x, slots = self.trunk(coarse, fine, time, phase, keep)
         if slots is not None and slots.shape[1]:
-            keep["slots"] = torch.stack(self.reasoner.keys(slots[:, -1:])).float()
+            keep["slots"] = torch.stack(self.reasoner.keys_values(slots[:, -1:])).float()
         state = State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(),
                       weights=self.step_weights(x.dtype), **keep)
         if self.reasoner:
@@ -555,16 +570,16 @@ class Model(nn.Module):
         return torch.addcmul(x, r.gate, linear(state.weights, r.read_out, r.join(o[:, :, 0])))
 
     def reason_border(self, state):
-        """If the next bar is at a border, the bars since the last one become keys, and the slots are made anew."""
-        r, W, kind = self.reasoner, self.config.border, state.h.device.type
-        if (state.pos + state.phase) % W:
+        """Before a bar at a border: the bars since the last one become keys and values, and the slots are made anew."""
+        r, border = self.reasoner, self.config.border
+        if (state.pos + state.phase) % border:
             return
-        half = state.weights[r.read_q].dtype
-        with torch.autocast(kind, half, enabled=half != torch.float32):
-            new = torch.stack(r.heads(r.look_kv(norm(state.pending)))).float()  # [2, H, B, border, D]
-            state.past = torch.cat((state.past[:, :, :, W:], new), dim=3)
-            slots = r.think(*state.past[:, :, :, None], torch.tensor([state.pos], device=new.device))
-            state.slots = torch.stack(r.keys(slots)).float()
+        dtype = state.weights[r.read_q].dtype
+        with torch.autocast(state.h.device.type, dtype, enabled=dtype != torch.float32):
+            block = torch.stack(r.heads(r.look_kv(norm(state.pending)))).float()  # [2, H, B, border, D]
+            state.past = torch.cat((state.past[:, :, :, border:], block), dim=3)
+            slots = r.think(*state.past[:, :, :, None], torch.tensor([state.pos], device=block.device))
+            state.slots = torch.stack(r.keys_values(slots)).float()
 
     def parallel(self, coarse, fine, time):
         """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C].
@@ -589,7 +604,7 @@ class Model(nn.Module):
         return self.fine_head(F.gelu(self.fine_mix(h) + self.fine_given(coarse)))
 
     def p_up(self, h):
-        """P(close rises | it moves) for h [..., C]: an exact sum over the coarse tokens."""
+        """P(close rises | it moves) for h [..., C]: the exact P(up token), over the share of training bars that moved."""
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
         return (p / (1 - self.config.unmoved)).clamp(max=1)
 
@@ -624,6 +639,7 @@ def draw(logits, temperature, top_p, u):
 
     temperature divides the logits; top_p keeps the likeliest tokens of that total probability.
     """
+    u = u.clamp(max=1 - 2**-23)  # a number rounded up to 1 would fall behind the last token that can be
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:       # keep the likeliest tokens up to a mass of top_p, the one that crosses it included
         value, order = p.sort(dim=-1, descending=True)
@@ -645,8 +661,9 @@ def next_bar(model, table, h, scale, quantiles=(0.05, 0.5, 0.95)):
     """The next bar in closed form, without sampling noise, from h [B, C] of `prefill` or `step`.
 
     scale [B]: the s_t that makes the close feature a log return, sinh(feature) * s_t (data.State.scales), at most log 10
-    either way; table: from close_table. Returns P(up) [B], the expected return E[C'/C] - 1 [B], and quantiles of the log
-    return [B, Q]. Row by row, since the 2^20 probabilities of a row are 4 MB.
+    either way; table: from close_table. Returns P(up token) [B] (Model.p_up divides it by the share of bars that move),
+    the expected return E[C'/C] - 1 [B], and quantiles of the log return [B, Q]. Row by row, since the 2^20 probabilities
+    of a row are 4 MB.
     """
     value, order = table.flatten().double().sort()
     V1 = table.shape[0]
@@ -748,7 +765,7 @@ def resumed(given, config_class, free, stages):
 
 
 def adamw(model, lr, weight_decay):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weights decay, gains and offsets do not."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Matrices and tables decay; a vector, the gate, does not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]

@@ -9,14 +9,16 @@
 
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
 token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of a
-step, its border phase and all other chance come from (seed, step) alone, so that a resumed run, or one on another number
-of processes, sees the same data. It writes one checkpoint, from the tokenizer's training on.
+step, the place of the reasoner's borders and all other chance come from (seed, step) alone, so that a resumed run, or one
+on another number of processes, sees the same data. The table shows CE(coarse) + CE(fine) alone. It writes one checkpoint,
+from the tokenizer's training on.
 """
 import contextlib
 import datetime
 import math
 import os
 import resource
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 
@@ -36,15 +38,15 @@ class Config:
     out: str = "out.pt"               # checkpoint to write
     resume: bool = False              # go on from --out
     overwrite: bool = False           # replace an existing --out
-    init_from: str | None = None      # checkpoint to fine-tune: its weights, tokenizer and sizes come along
+    init_from: str | None = None      # checkpoint to fine-tune: its weights, tokenizer and sizes, whatever the flags say
     tokenizer: str | None = None      # checkpoint whose tokenizer is used as it is
-    val_start: str | None = None      # first date of val; train is before it
-    test_start: str | None = None     # first date of test; val is before it
+    val_start: str | None = None      # first date of val; train is before it (default: after 80 % of the time stamps)
+    test_start: str | None = None     # first date of test; val is before it (default: after 90 %)
     steps: int = 0                    # updates of the model; 0: four passes over the training bars, from 100 to 600 updates
     tok_steps: int = 3000             # updates of the tokenizer
     batch_size: int = 16              # windows per update, over all processes
     block_size: int = 256             # bars in a window
-    micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: all at once
+    micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: its whole share
     lr: float = 1e-3                  # peak learning rate; warms up, then falls in one cosine to a tenth
     warmup: int = 50                  # updates of warm-up
     weight_decay: float = 0.1         # on matrices
@@ -59,7 +61,7 @@ class Config:
     coarse_bits: int = 10             # bits of the coarse token
     fine_bits: int = 10               # bits of the fine token
     direction_bit: bool = True        # the top coarse bit says whether close rose
-    device: str = "auto"              # cpu, cuda, cuda:1, mps; auto takes a GPU where there is one
+    device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
     dtype: str = "auto"               # bf16, fp16 or fp32; auto takes bf16 where the hardware has it
     compile: bool = False             # torch.compile
     grad_ckpt: bool = False           # recompute activations in the backward pass: less memory, more time
@@ -69,7 +71,7 @@ class Config:
     save_every: int = 100             # updates between saves (and at least each 30 s)
 
 
-# flags that may differ on --resume
+# flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
@@ -101,7 +103,7 @@ def split(config, series, base):
     borders = data.split_borders(series, config.val_start, config.test_start)
     if borders[0] < theirs[0]:
         raise UserError(f"val would start {data.iso(borders[0])}, but {config.init_from} was trained on bars up to "
-                        f"{data.iso(theirs[0])}: a score there is no score; set --val_start to that day or later")
+                        f"{data.iso(theirs[0])}: a score there would be in-sample; set --val_start to that day or later")
     return borders
 
 
@@ -139,13 +141,15 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
     if (k1, k2) != (config.coarse_bits, config.fine_bits):
         print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: the tokens shrink to {k1} + {k2} bits")
     print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
+    resume = entry and entry["tokenizer"]["training"]
+    from_step = resume["step"] if resume else 0
     started = saved_at = time.time()
 
     def after(step, loss, snapshot):
         nonlocal saved_at
         if step % max(1, config.tok_steps // 5) == 0:
-            left = (time.time() - started) * (config.tok_steps / step - 1)
-            data.progress("")
+            left = (time.time() - started) / (step - from_step) * (config.tok_steps - step)
+            data.progress("")  # step, loss and left in the columns of the model's table
             print(f"{step:>7} {loss:>8.4f} {'':>53} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
         else:
             data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
@@ -159,7 +163,7 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
 
     sizes = TokenizerConfig(coarse_bits=k1, fine_bits=k2, direction_bit=config.direction_bit)
     tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device, progress=after,
-                                resume=entry and entry["tokenizer"]["training"])
+                                resume=resume)
     scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
     metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
     print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; "
@@ -233,13 +237,13 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         target = tuple(t.to(device) for t in target)
         with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
             logits, _, _ = model(coarse.to(device), fine.to(device), when.to(device), target)
-        counts = target[0] >= 0
-        n_counts = counts.sum().item()
-        moved = np.stack([np.diff(series[s].ohlcva[e - n:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
+        is_target = target[0] >= 0
+        n_targets = is_target.sum().item()
+        change = np.stack([np.diff(series[s].ohlcva[e - n:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
         up = logits.float().softmax(-1)[..., model.up_mask].sum(-1) / (1 - model.config.unmoved) > 0.5
-        scored = counts.cpu().numpy() & (moved != 0)
-        right = (up.cpu().numpy() == (moved > 0))[scored].sum()
-        sums += n_counts, *(model.parts[k].item() * n_counts for k in ("coarse", "fine")), right, scored.sum()
+        scored = is_target.cpu().numpy() & (change != 0)
+        right = (up.cpu().numpy() == (change > 0))[scored].sum()
+        sums += n_targets, *(model.parts[k].item() * n_targets for k in ("coarse", "fine")), right, scored.sum()
     sums = torch.tensor(sums, device=device)
     if world > 1:
         dist.all_reduce(sums)
@@ -263,18 +267,20 @@ def main():
         raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
                         f"give at least one for each")
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # broadcasts and barriers use the current device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     say = print if rank == 0 else lambda *a, **k: None
     if entry is None and rank == 0:
         data.check_out(config.out, config.overwrite)
-    trained = entry if entry and entry["stage"] == "pretrain" else None  # the model's training has begun
+    trained = entry if entry and entry["stage"] == "pretrain" else None  # resumed, and the model's training has begun
     if trained and trained["step"] >= config.steps:
         return say(f"{config.out}: finished at step {trained['step']}; nothing to do")
     stop = data.StopSignal()
 
     # ---- bars, splits, sizes
     began = time.time()
-    base = load_checkpoint(config.init_from, weights="best") if config.init_from else None
+    base = load_checkpoint(config.init_from, weights="best") if config.init_from and not trained else None
     best_da = None
     if config.data is None:
         series, best_da = data.synthetic(seed=config.seed)
@@ -287,6 +293,9 @@ def main():
                         f"{source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
     borders = entry["splits"] if entry else split(config, series, base)
     block_size, series = fit_window(config, series, borders, source["sources"], say)
+    if not any(first < last for first, last in (data.targets_of(bars, "val", borders) for bars in series)):
+        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; "
+                        f"move --val_start, --test_start")
     n_train = sum(max(0, last - first) for first, last in (data.targets_of(bars, "train", borders) for bars in series))
     if config.steps == 0:
         config.steps = int(np.clip(4 * n_train // (config.batch_size * block_size), 100, 600))
@@ -297,12 +306,12 @@ def main():
     metrics = entry["metrics"] if entry else []
     meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config),
                 features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
-    if base:
+    if trained:  # its own, whatever --init_from and --tokenizer hold by now
+        tokenizer = Tokenizer.load(trained["tokenizer"])
+    elif base:
         tokenizer = base[1]
     elif config.tokenizer:
         tokenizer = Tokenizer.load(read_checkpoint(config.tokenizer)["tokenizer"])
-    elif trained:
-        tokenizer = Tokenizer.load(trained["tokenizer"])
     elif rank == 0:
         tokenizer = tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device)
     if world > 1:
@@ -320,9 +329,6 @@ def main():
     train = data.make_streams(series, tokens, "train", borders, block_size, config.batch_size)
     val = data.make_streams(series, tokens, "val", borders, block_size, config.batch_size)
     tiles = data.tiles(val, config.eval_windows)
-    if not tiles:
-        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; "
-                        f"move --val_start, --test_start")
 
     # ---- model and optimizer
     if trained:
@@ -353,8 +359,8 @@ def main():
         compile_blocks(model, (min(rows, config.micro_batch or rows), block_size), device, autocast, say)
     forward = model
     if world > 1:
-        on_gpu = [device.index] if device.type == "cuda" else None
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=on_gpu)
+        device_ids = [device.index] if device.type == "cuda" else None
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size * block_size:,} bars a step, {config.steps} steps; "
         f"{device}, {dtype_name}, {world} process{'es' * (world > 1)} of {threads} threads")
@@ -379,11 +385,11 @@ def main():
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))[rank::world]
         when = when + torch.from_numpy(weeks * 7 * data.DAY)
         n_rows = len(coarse)
-        micro = config.micro_batch or max(1, n_rows)
+        micro = config.micro_batch or n_rows
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, config)
         step_loss = 0.0
-        for i in range(0, max(1, n_rows), micro):
+        for i in range(0, n_rows, micro):
             part = [a[i:i + micro].to(device, non_blocking=True) for a in (coarse, fine, when, *target)]
             last = i + micro >= n_rows
             with forward.no_sync() if world > 1 and not last else contextlib.nullcontext():  # one exchange a step
@@ -405,8 +411,8 @@ def main():
             bad_steps += 1
             say(f"{step + 1:>7} loss {losses[0].item()}, gradient norm {norm}: not finite, step skipped")
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: "
-                                f"lower --lr (now {config.lr}), or use --dtype fp32")
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {step + 1}: start "
+                                f"again with a lower --lr (now {config.lr}), or with --dtype fp32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -428,7 +434,7 @@ def main():
             if val_loss < best_val:
                 best_val, best = val_loss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         elif rank == 0:
-            data.progress(f"step {step}/{config.steps}  loss {step_loss:.4f}")
+            data.progress(f"step {step}/{config.steps}  loss {losses[0].item():.4f}")
         stopping = losses[1].item() > 0
         if step == config.steps or step % config.save_every == 0 or stopping or time.time() - saved_at > SAVE_SECONDS:
             save()
@@ -438,13 +444,13 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
-    told = min((m for m in metrics if "val" in m), key=lambda m: m["val"])  # of the weights that forecasts use
+    row = min((m for m in metrics if "val" in m), key=lambda m: m["val"])  # of the weights that forecasts use
     marks = unigram(train, val, 0, 2**tokenizer.config.coarse_bits), unigram(train, val, 1, 2**tokenizer.config.fine_bits)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)  # bytes, kB
     say(f"\n{'nats per bar, val, best':<28}{'model':>9}{'unigram':>9}")
-    say(f"{'  coarse token':<28}{told['coarse']:>9.4f}{marks[0]:>9.4f}")
-    say(f"{'  fine token':<28}{told['fine']:>9.4f}{marks[1]:>9.4f}")
-    say(f"{'direction accuracy, val':<28}{told['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
+    say(f"{'  coarse token':<28}{row['coarse']:>9.4f}{marks[0]:>9.4f}")
+    say(f"{'  fine token':<28}{row['fine']:>9.4f}{marks[1]:>9.4f}")
+    say(f"{'direction accuracy, val':<28}{row['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
     say(f"{'time, peak memory':<28}{time.time() - began:>8.0f}s{memory:>8.2f}G")
     say(f"{config.out}: step {step}, best val {best_val:.4f}; forecast with: python sample.py --ckpt {config.out}")
     if world > 1:

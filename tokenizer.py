@@ -33,10 +33,10 @@ from data import CHANNELS, UserError
 
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
-MARGIN = 1e-4   # least |close| that a decode with a direction bit gives: outlives float32, and `inverse` at least scale
+MARGIN = 1e-4     # least |close| of a decode with a direction bit: its sign outlives float32, and S_FLOOR
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
-FAR = 1e9         # distance of the codes on the other side of the direction bit
+FAR = 1e9         # added to the distance of codes on the wrong side of the direction bit
 WARMUP = 50       # steps in which the learning rate rises
 
 
@@ -47,7 +47,7 @@ class TokenizerConfig:
     n_hidden: int = 128         # width of the decoder's networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
     entropy: float = 0.3        # weight of the entropy term; 0 switches it off
-    gamma: float = 1.0          # within it, weight of the codes' even use against each bar's sureness
+    gamma: float = 1.0          # within it, weight of using all codes evenly, against each bar being sure of its own
     sharp_start: float = 8.0    # q(c|x) at first: exp(-sharp x squared error / the level's variance)
     sharp_end: float = 60.0     # and when annealing ends
     annealed: float = 0.2       # share of the training that anneals; the rest takes the nearest code
@@ -77,7 +77,10 @@ def nearest(distance):
 
 
 def entropy(p):
-    """In nats, of a distribution over all elements of p. (The clamp keeps the gradient at p = 0 finite.)"""
+    """In nats, summed over all elements of p: of one distribution, or of several in all.
+
+    The clamp keeps the gradient at p = 0 finite.
+    """
     return -(p * p.clamp(min=1e-20).log()).sum()
 
 
@@ -135,19 +138,19 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def standardize(self, x):
-        """x [..., 6] -> z, present [..., 6]: channels of unit variance, 0 where one is missing; 1.0 where it is there."""
+        """x [..., 6] -> z [..., 6] of mean 0 and variance 1 a channel, 0 where one is missing; present: 1.0 where not."""
         present = has_data(x) & (self.std > 0)
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
 
     def coarse_distance(self, z, present, up, d1):
         """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR where the direction bit is wrong."""
-        bars, codes = [present, z], [d1 ** 2, -2 * d1]
+        bars, codes = [present, z], [d1 ** 2, -2 * d1]  # sum of present d^2 - 2 z d: one product of matrices
         if self.config.direction_bit:
             says_up = torch.arange(len(d1), device=d1.device) >= len(d1) // 2
             bars += [torch.stack([up, ~up], 1).to(z.dtype)]
             codes += [FAR * torch.stack([~says_up, says_up], 1).to(z.dtype)]
-        return torch.cat(bars, 1) @ torch.cat(codes, 1).T                                    # (B, 14) (14, 2^k1)
+        return torch.cat(bars, 1) @ torch.cat(codes, 1).T                     # (B, 12 or 14) (12 or 14, 2^k1)
 
     def fine_distance(self, residual, present, mix, g):
         """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g over present channels; mix [B, 6, 6] -> [B, 2^k2]."""
@@ -213,6 +216,8 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, entry):
         """The tokenizer of what `dump` made, in eval mode."""
+        if "config" not in entry:
+            raise UserError("the tokenizer of this checkpoint is still in training; go on with pretrain.py --resume")
         tokenizer = cls(entry["config"])
         tokenizer.load_state_dict(entry["state"])
         return tokenizer.eval()
@@ -294,7 +299,7 @@ def check_bars(x, config):
 
 
 def annealed_loss(tokenizer, x, sharp):
-    """Of both levels, over all codes softly, for bars x [B, 6]; fine learns what the nearest coarse code leaves."""
+    """The loss of both levels for bars x [B, 6], each spread over all codes by q; fine learns what coarse leaves."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
@@ -405,8 +410,8 @@ class Config:
     steps: int = 3000                # updates
     batch_size: int = 1024           # bars of an update
     lr: float = 4e-3                 # peak learning rate
-    seed: int = 0                    # of weights, batches and drawn bits
-    device: str = "cpu"              # where to train
+    seed: int = 0                    # of weights and batches
+    device: str = "cpu"              # where to train: cpu, cuda, cuda:1; auto takes a GPU where there is one
 
 
 def main():
@@ -415,6 +420,9 @@ def main():
     for name in ("steps", "batch_size", "lr"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name} {getattr(config, name)}: must be above 0")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be 0 or more")
+    device = data.pick_device(config.device)
     data.check_out(config.out, config.overwrite)
     series = data.load(config.data) if config.data else data.synthetic(config.seed)[0]
     borders = data.split_borders(series, config.val_start, config.test_start)
@@ -424,7 +432,7 @@ def main():
     print(f"tokenizer: {len(train):,} bars to train on, {len(test):,} to test, {config.steps} steps", flush=True)
 
     show = lambda step, loss, _: data.progress(f"step {step}/{config.steps}  loss {loss:.4f}")
-    tokenizer = train_tokenizer(train, sizes, config.seed, config.steps, config.batch_size, config.lr, config.device, show)
+    tokenizer = train_tokenizer(train, sizes, config.seed, config.steps, config.batch_size, config.lr, device, show)
     scores = report(tokenizer, test)
     print_report(scores)
     from model import save_checkpoint  # the schema lives there; model.py imports this file, so not at the top
