@@ -1,4 +1,4 @@
-"""Stage 2: lean the model up before rises and down before falls, at no cost in numeric accuracy.
+"""Stage 2: lean the model up before rises and down before falls, at next to no cost in numeric accuracy.
 
     python expo.py --ckpt out.pt --out expo.pt                     # on the bars that out.pt was trained on
     python expo.py --ckpt out.pt --data bars.csv --pairs matched --out expo.pt
@@ -7,17 +7,17 @@
 Next-token training weighs every code alike; whether the close rises is one bit of twenty. Regression EXPO (Hu, Kong, He
 and Wipf 2025, arXiv 2506.07492) learns from pairs, w better than l, beside a frozen copy `ref` of the model:
 
-    loss = (sigmoid(log pi(w) / pi(l)) - y)^2,    y = lam sigmoid(log ref(w) / ref(l)) + (1 - lam)
+    loss = (sigmoid(log pi(w) / pi(l)) - y)^2 + beta KL(pi || ref),    y = lam sigmoid(log ref(w) / ref(l)) + (1 - lam)
 
-Its optimum for one pair is known: sigmoid(log pi(w)/pi(l)) = lam (the reference's own) + (1 - lam) (the share of times
-that w was the better one). Three ways to a pair: `extreme` and `matched` draw candidates for the next bar from the
-reference and score them; `set` takes all up tokens against all down tokens, log pi(w)/pi(l) = logit P(up), in closed
-form, so that nothing is drawn. `plain` is the control: next-token training with the same batches, schedule and choice
-of weights.
+The optimum of the first term for one pair is known: sigmoid(log pi(w)/pi(l)) = lam (the reference's own) + (1 - lam)
+(the share of times that w was the better one). Three ways to a pair: `extreme` and `matched` draw candidates for the next
+bar from the reference and score them; `set` takes all up tokens against all down tokens, log pi(w)/pi(l) = logit P(up),
+in closed form, so that nothing is drawn. `plain` is the control: next-token training with the same batches, schedule and
+choice of weights.
 
 Bars that hardly moved carry no label. Rising and falling bars weigh the same, so that a drifting market does not teach
-"always up". Kept are the weights with the best log loss of P(up) on val among those whose MAE and CRPS there are no
-worse than the reference's.
+"always up". Kept are the weights with the best log loss of P(up) on val, if better than the reference's, among those
+whose MAE and CRPS there are surely (95 %) within 0.5 % of the reference's.
 """
 import datetime
 import math
@@ -45,7 +45,7 @@ class Config:
     lam: float = 0.6                  # share of the reference in the target: 1 holds still, 0 is the data alone
     beta: float = 0.1                 # weight of KL(pi || ref), nats per bar
     candidates: int = 192             # drawn for each labelled bar (extreme, matched)
-    labels: int = 32                  # labelled bars of a window that get candidates; 0: all
+    labels: int = 32                  # labelled bars that get candidates, a window on average; 0: all
     noise: float = 0.1                # a close that moved by less than this share of s_t carries no label
     steps: int = 150                  # updates
     batch_size: int = 16              # windows per update
@@ -58,7 +58,7 @@ class Config:
     backtest: bool = True             # at the end, reference beside result on the test bars
     horizon: int = 10                 # bars ahead, in that backtest
     paths: int = 50                   # sampled futures of each origin, in that backtest
-    device: str = "auto"              # cpu, cuda, cuda:1, mps; auto takes a GPU where there is one
+    device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
     dtype: str = "auto"               # bf16, fp16 or fp32; auto takes bf16 where the hardware has it
     grad_ckpt: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                     # of everything
@@ -66,15 +66,17 @@ class Config:
     save_every: int = 50              # updates between saves (and at least each 30 s)
 
 
-# flags that may differ on --resume
+# flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "resume", "overwrite", "device", "backtest", "horizon", "paths", "eval_every", "save_every"}
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10
 VAL_BARS = 12_000    # bars of val looked at in training, about
 ORIGINS = 1000       # origins of paths on test, about
-PIECE = 4           # labelled bars whose candidates are drawn at a time: 2^k2 logits each, which then stay in the cache
+ERROR_WEIGHT = 0.25  # of a candidate's error, beside 1 for the right direction
+PIECE = 4            # labelled bars whose candidates are drawn at a time: 2^k2 logits each, which stay in the cache
 SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),  # score, label, factor, digits
-         ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4),
+         ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
+         ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4),
          ("path_mape", "path MAPE %, last bar", 1, 3), ("path_crps", "path CRPS, last bar", 1, 3))
 
 
@@ -96,7 +98,7 @@ def check(config):
 # The loss, and the pairs it is fed
 
 def expo_loss(log_ratio, ref_log_ratio, lam):
-    """Regression EXPO, element by element, same shapes: log_ratio is log pi(w)/pi(l) of the model, or of the reference."""
+    """Regression EXPO, element by element: of log_ratio = log pi(w)/pi(l), and of the reference's, of the same shape."""
     return (log_ratio.sigmoid() - (lam * ref_log_ratio.sigmoid() + 1 - lam)).square()
 
 
@@ -104,24 +106,28 @@ def expo_loss(log_ratio, ref_log_ratio, lam):
 def draw_pairs(reference, table, h, move, uniform, kind):
     """A better and a worse candidate for the next bar, drawn from the reference.
 
-    h [N, C]: its hidden states; table [2^k1, 2^k2]: every pair's close feature; move [N]: log return / s_t of the bar
-    that came; uniform [N, candidates, 2]: the chance; kind: extreme or matched. Returns the tokens (coarse, fine) of w
-    and of l, int64 [N, 2, 2], and whether there is such a pair [N].
+    A candidate's score is 1 if its direction is right, less a quarter of its error in units of s_t. w is the best one;
+    l is the worst (extreme), or the one with the wrong direction whose size is nearest to w's (matched): these two
+    differ in little but their sign.
+
+    h [N, C]: its hidden states; table [2^k1, 2^k2]: close feature of every pair of tokens; move [N]: log return / s_t of
+    the bar that came; uniform [N, candidates, 2]: the chance; kind: extreme or matched. Returns the tokens (coarse, fine)
+    of w and of l, int64 [N, 2, 2], and whether there is such a pair [N].
     """
-    coarse = draw(reference.coarse_logits(h), 1.0, 1.0, uniform[..., 0].contiguous())                  # [N, candidates]
+    coarse = draw(reference.coarse_logits(h), 1.0, 1.0, uniform[..., 0].contiguous())               # [N, candidates]
     out, found = [], []
     for h, move, coarse, u in zip(*(a.split(PIECE) for a in (h, move, coarse, uniform[..., 1:]))):
         fine = draw(reference.fine_logits(h[:, None], coarse), 1.0, 1.0, u)[..., 0]
         tokens = torch.stack((coarse, fine), -1)                                                    # [n, candidates, 2]
-        told = table[tokens[..., 0], tokens[..., 1]].sinh()                                            # [n, candidates]
-        right = (told > 0) == (move[:, None] > 0)
-        score = right.float() - 0.25 * (told - move[:, None]).abs()
+        close = table[tokens[..., 0], tokens[..., 1]].sinh()                                        # log return / s_t
+        right = (close > 0) == (move[:, None] > 0)
+        score = right.float() - ERROR_WEIGHT * (close - move[:, None]).abs()
         w = score.argmax(1, keepdim=True)
         if kind == "extreme":
             l = score.argmin(1, keepdim=True)
             found.append((score.gather(1, w) > score.gather(1, l))[:, 0])
         else:
-            size = told.abs()
+            size = close.abs()
             l = (size - size.gather(1, w)).abs().masked_fill(right, math.inf).argmin(1, keepdim=True)
             found.append((right.gather(1, w) & ~right.gather(1, l))[:, 0])
         out.append(tokens.gather(1, torch.cat((w, l), 1)[..., None].expand(-1, -1, 2)))
@@ -142,15 +148,16 @@ def logit_up(model, log_coarse):
 
 
 def loss_of(model, reference, table, batch, phase, chance, config):
-    """The loss of a batch, and what the report shows of it: a dict of floats.
+    """The loss of a batch, and what the report shows of it, a dict of floats.
 
-    batch: coarse, fine, time, target_coarse, target_fine, as data.get_batch gives; chance: a numpy generator.
+    batch: coarse, fine, time, target_coarse, target_fine, as data.get_batch gives; chance: a numpy generator. Shown: the
+    loss without its KL; kl; ref_odds, the median of log ref(w)/ref(l); the share of w that are right, of l that are wrong.
     """
     coarse, fine, when, *target = batch
     if config.pairs == "plain":
         loss = model(coarse, fine, when, tuple(target), phase)[2]
         nats = (model.parts["coarse"] + model.parts["fine"]).item()
-        return loss, dict(loss=nats, kl=math.nan, odds=math.nan, w_right=math.nan, l_wrong=math.nan)
+        return loss, dict(loss=nats, kl=math.nan, ref_odds=math.nan, w_right=math.nan, l_wrong=math.nan)
     counts = target[0] >= 0
     came = target[0][counts], target[1][counts]                                                         # [N]
     h = norm(model.trunk(coarse, fine, when, phase)[0])[counts]                                         # [N, C]
@@ -180,29 +187,32 @@ def loss_of(model, reference, table, batch, phase, chance, config):
         with torch.no_grad():
             ref_odds = log_odds(reference, h_ref[rows], ref_coarse[rows], pair)
         up = table[pair[..., 0], pair[..., 1]] > 0                                                      # [N, 2]
-        w_right, l_wrong = ((up[:, i] == (rising ^ bool(i))).float().mean().item() for i in (0, 1))
+        w_right = (up[:, 0] == rising).float().mean().item()
+        l_wrong = (up[:, 1] != rising).float().mean().item()
     each = expo_loss(odds, ref_odds, config.lam)
     sides = [each[side].mean() for side in (rising, ~rising) if side.any()]  # rises and falls weigh the same
     expo = torch.stack(sides).mean() if sides else each.sum()  # without a label: 0
     median = ref_odds.median().item() if len(ref_odds) else math.nan
-    return expo + config.beta * away, dict(loss=expo.item(), kl=away.item(), odds=median, w_right=w_right, l_wrong=l_wrong)
+    shown = dict(loss=expo.item(), kl=away.item(), ref_odds=median, w_right=w_right, l_wrong=l_wrong)
+    return expo + config.beta * away, shown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a later stage begins with, this one and rollout.py
+# What the later stages share, this one and rollout.py
 
 def reference_of(config, entry, device, room=0):
     """What a later stage begins with: reference, tokenizer, meta, series, streams.
 
-    The frozen model of --ckpt; its tokenizer; its meta, with `data` for the new checkpoint; the series that are long
-    enough to train on; and their Streams, whose windows have `room` bars more than a block. entry: the checkpoint that
-    is resumed, or None; UserError where it began with another reference or other bars.
+    entry: the checkpoint that is resumed, or None; UserError where it began with another reference or other bars. room:
+    bars that a window needs beyond a block. Returns the frozen model of --ckpt; its tokenizer; its meta, with `data` for
+    the new checkpoint; the series that are long enough to train on; and their Streams.
     """
     reference, tokenizer, meta = load_checkpoint(config.ckpt, device)
     reference.requires_grad_(False)
     series = sample.load_series(config.data, meta)
     source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
-                  reference=data.weights_hash(reference.state_dict()), seed=meta["data"].get("seed", meta["seed"]))
+                  reference=data.weights_hash(reference.state_dict()),
+                  seed=meta["data"].get("seed", meta["seed"]))  # of the synthetic market, where that is the source
     if entry and entry["data"] != source:
         raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; "
                         f"give it those, or another --out")
@@ -218,9 +228,8 @@ def reference_of(config, entry, device, room=0):
 
 
 def learner_of(config, entry, device):
-    """What a later stage trains, from --ckpt or as `entry` left it: model, optimizer, scaler, autocast, name of the type."""
+    """What a later stage trains, from --ckpt or as `entry` left it: model, optimizer, scaler, autocast, type's name."""
     model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
-    model.train()
     model.grad_ckpt = config.grad_ckpt
     dtype_name, dtype = data.pick_dtype(config.dtype, device)
     optimizer = adamw(model, config.lr, config.weight_decay)
@@ -258,11 +267,8 @@ def main():
         step, bad_steps, best, best_val, metrics = (entry[k] for k in ("step", "bad_steps", "best", "best_val", "metrics"))
 
     def scores(model):
-        model.eval()
-        with autocast():
-            drawn = sample.drawn_scores(model, tokenizer, t, probes=sample.VAL_PROBES)
-        model.train()
-        return drawn
+        with autocast():  # next bars alone, no Model.step; eval() would change nothing, there is no dropout
+            return sample.drawn_scores(model, tokenizer, t, probes=sample.VAL_PROBES)
 
     def save():
         # until some weights qualify, the reference's are those that forecasts use
@@ -280,7 +286,7 @@ def main():
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
     print(f"{'':>25}{'--- pairs ---':^21}{'':>8}{'------------- val -------------':>33}")
-    print(f"{'step':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'log odds':>9}{'w':>5}{'l':>5}{'lr':>8}"
+    print(f"{'step':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'ref odds':>9}{'w':>5}{'l':>5}{'lr':>8}"
           f"{'log loss':>9}{'right':>7}{'MAE':>7}{'CRPS':>7}{'left':>8}")
     loop_began = saved_at = time.time()
     from_step, seen = step, []
@@ -305,8 +311,8 @@ def main():
             bad_steps += 1
             print(f"{step + 1:>5} loss {loss.item()}, gradient norm {gradient}: not finite, step skipped")
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: "
-                                f"lower --lr (now {config.lr}), or use --dtype fp32")
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {step + 1}: start "
+                                f"again with a lower --lr (now {config.lr}), or with --dtype fp32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -315,14 +321,15 @@ def main():
             now = scores(model)
             mae, crps = (sample.against(now, ref_scores, m, t) for m in ("mae", "crps"))
             fair = max(sample.upper(mae), sample.upper(crps)) <= sample.NO_WORSE
-            mean = {k: float(np.mean([s[k] for s in seen])) if seen else math.nan for k in told | dict(grad=0)}
+            shown = {k: [s[k] for s in seen if math.isfinite(s[k])] for k in (*told, "grad")}  # no pair, no odds
+            mean = {k: float(np.mean(values)) if values else math.nan for k, values in shown.items()}
             logloss, da, up_share = (float(now[m][0]) for m in ("logloss", "da", "up_share"))
-            metrics.append(dict(stage="expo", step=step, train=mean["loss"], kl=mean["kl"], log_odds=mean["odds"],
+            metrics.append(dict(stage="expo", step=step, train=mean["loss"], kl=mean["kl"], ref_odds=mean["ref_odds"],
                                 winners_right=mean["w_right"], losers_wrong=mean["l_wrong"], grad_norm=mean["grad"], lr=lr,
                                 val_logloss=logloss, da=da, up_share=up_share, mae_ratio=mae, crps_ratio=crps))
             seen = []
             data.progress("")
-            print(f"{step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{mean['odds']:>9.2f}"
+            print(f"{step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{mean['ref_odds']:>9.2f}"
                   f"{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}{lr:>8.0e}{logloss:>9.4f}{da:>7.1%}"
                   f"{mae['value']:>7.4f}{crps['value']:>7.4f}{left!s:>8}{'' if fair else '  worse'}", flush=True)
             if fair and logloss < min(best_val, ref_scores["logloss"][0]):

@@ -13,18 +13,18 @@ walk, from the context that it really had:
     random   at each step one candidate by chance: the control that shows what the oracle is worth
     plain    no walk, next-token training with the same batches, schedule and choice of weights: the other control
 
-    loss = sum_k k CE(walk_k) / sum_k k  +  kl KL(pi || base) at the steps  +  plain CE(the real bars of the context)
+    loss = sum_k k CE(walk_k) / sum_k k  +  kl mean_k KL_k(pi || base)  +  plain (pretraining's loss on the real bars)
 
-The truth chooses which of the model's own candidates is the target, and the bar that follows it; no feature of an
-earlier bar comes from it, and in a forecast there is no oracle. Hindsight narrows what the model dares to say: KL and the
-plain share hold against it, and the end of the run shows the coverage. Kept are the weights with the best path CRPS on
-val. Learning from one's own rollouts under an expert: Ross, Gordon and Bagnell, arXiv 1011.0686; from the best of them,
+The truth only picks which of the model's own candidates becomes the target and the next bar of the context; no true value
+enters the context, and a forecast needs no oracle. Hindsight narrows the forecasts: KL and the plain loss work against
+it, and the table at the end shows the coverage. Kept are the weights with the best path CRPS on val, if better than the
+base's. Learning from one's own rollouts under an expert: Ross, Gordon and Bagnell, arXiv 1011.0686; from the best of them,
 again and again: expert iteration, Anthony, Tian and Barber, arXiv 1705.08439.
 """
 import datetime
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Config:
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
     backtest: bool = True             # at the end, base beside result on the test bars
     paths: int = 200                  # sampled futures of each origin, in that backtest
-    device: str = "auto"              # cpu, cuda, cuda:1, mps; auto takes a GPU where there is one
+    device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
     dtype: str = "auto"               # bf16, fp16 or fp32; auto takes bf16 where the hardware has it
     grad_ckpt: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                     # of everything
@@ -67,7 +67,7 @@ class Config:
     save_every: int = 50              # updates between saves (and at least each 30 s)
 
 
-# flags that may differ on --resume
+# flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "resume", "overwrite", "device", "backtest", "paths", "eval_every", "save_every"}
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10
@@ -103,9 +103,15 @@ class Origins:
     state: data.State    # of shape [B, 1]: what decodes the next bar
     truth: np.ndarray    # float64 [B, H]: log(C_{origin + k} / C_origin)
 
+    def moved(self, later, device):
+        """The same with all stamps later by so many seconds, int64 [B, 1], on the device."""
+        coarse, fine, time, target = self.context
+        context = coarse.to(device), fine.to(device), (time + later).to(device), [a.to(device) for a in target]
+        return replace(self, context=context, times=(self.times + later).to(device))
+
 
 def origins_of(streams, series, which, ends, horizon, longest):
-    """The walks in the windows (symbol, last target) of `streams`, whose windows leave room for `longest` bars after the origin."""
+    """Origins in the windows (symbol, last target) of `streams`, which have room for `longest` bars after the origin."""
     coarse, fine, when, target = data.gather(streams, which, ends)
     n = coarse.shape[1] - longest + 1  # real bars of a window up to the origin
     target = [a[:, :n].clone() for a in target]
@@ -113,7 +119,7 @@ def origins_of(streams, series, which, ends, horizon, longest):
         a[:, -1] = -1  # the walk's first bar, which the walk itself teaches
     times, states, truth = [], [], []
     for i, e in zip(which, ends):
-        bars, o = series[i], e - longest
+        bars, o = series[i], e - longest  # o: row of the origin
         times.append(sample.future_times(bars.time[:o + 1], horizon))
         states.append(data.features(bars[max(0, o + 1 - HISTORY):o + 1])[1].anchored())
         truth.append(np.log(bars.ohlcva[o + 1:o + 1 + horizon, 3] / bars.ohlcva[o, 3]))
@@ -125,7 +131,8 @@ def origins_of(streams, series, which, ends, horizon, longest):
 def walk(model, tokenizer, state, origins, mode, uniform, temperature):
     """Walks of H bars from `state`, the model's after each context: tokens int64 [B, kept, H, 2].
 
-    uniform [B, K, H, 2] is the chance. Kept is 1 walk of a window, or the best quarter of K in mode expert.
+    uniform [B, K, H, 2] is the chance; state is used up. Kept is 1 walk of a window, or the best quarter of K in mode
+    expert. Errors are those of the log close since the origin.
     """
     B, K, H, _ = uniform.shape
     if mode == "expert":
@@ -135,14 +142,14 @@ def walk(model, tokenizer, state, origins, mode, uniform, temperature):
         error = np.abs(np.log(close / origins.state.close[..., None]) - origins.truth[:, None]).mean(-1)
         best = torch.from_numpy(error.argsort(1, kind="stable")[:, :max(1, K // 4)]).to(tokens.device)
         return tokens.gather(1, best[..., None, None].expand(-1, -1, H, 2))
-    chosen, scale, rows = [], origins.state, np.arange(B)
+    chosen, before, rows = [], origins.state, np.arange(B)
     for k in range(H):
-        drawn = model.sample(state.h[:, None].expand(-1, K, -1), temperature, u=uniform[:, :, k])
+        drawn = model.sample(state.h[:, None].expand(-1, K, -1), temperature, u=uniform[:, :, k])  # K of one h
         tokens = torch.stack(drawn, -1)                                                                     # [B, K, 2]
-        bars, after = data.inverse(tokenizer.decode(*drawn).cpu().numpy()[:, :, None], scale)
+        bars, after = data.inverse(tokenizer.decode(*drawn).cpu().numpy()[:, :, None], before)
         error = np.abs(np.log(bars[:, :, 0, 3] / origins.state.close) - origins.truth[:, k, None])          # [B, K]
-        pick = error.argmin(1) if mode == "oracle" else np.zeros(B, int)
-        scale = after.map(lambda f: f[rows, pick][:, None])
+        pick = error.argmin(1) if mode == "oracle" else np.zeros(B, int)  # random: the first, since all are alike
+        before = after.map(lambda f: f[rows, pick][:, None])
         token = tokens[torch.from_numpy(rows), torch.from_numpy(pick)]
         chosen.append(token)
         if k + 1 < H:
@@ -215,11 +222,8 @@ def main():
                         best=best or base.state_dict(), best_val=best_val, step=step, bad_steps=bad_steps,
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), metrics=metrics)
 
-    def scores(model):
-        model.eval()
-        drawn = sample.drawn_scores(model, tokenizer, t, VAL_PATHS, probes=0)
-        model.train()
-        return drawn
+    def scores(model):  # paths go by Model.step: no autocast
+        return sample.drawn_scores(model, tokenizer, t, VAL_PATHS, probes=0)
 
     base_scores = scores(base)
     base_crps, base_mape = (sample.at_step(base_scores, m, None)[0] for m in ("path_crps", "path_mape"))
@@ -233,17 +237,14 @@ def main():
     print(f"{'step':>5}{'bars':>5}{'loss':>9}{'KL':>8}{'|grad|':>8}{'lr':>9}{'walked/s':>9}"
           f"{'val CRPS':>9}{'to base':>8}{'MAPE':>8}{'in 90 %':>8}{'left':>9}")
     loop_began = saved_at = time.time()
-    from_step, seen, walking = step, [], [0, 0.0]
+    from_step, seen, n_walked, walk_seconds = step, [], 0, 1e-9
     while step < config.steps:
-        horizon = config.horizons[step * len(config.horizons) // config.steps]
+        horizon = config.horizons[step * len(config.horizons) // config.steps]  # short walks first
         chance = np.random.default_rng([config.seed, step, 1])
         phase = int(chance.integers(model.config.border))
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        later = torch.from_numpy(weeks * 7 * data.DAY)
         origins = origins_of(train, series, *data.draw_windows(train, config.seed, step), horizon, longest)
-        coarse, fine, when, target = origins.context
-        origins.context = coarse.to(device), fine.to(device), (when + later).to(device), [a.to(device) for a in target]
-        origins.times = (origins.times + later).to(device)
+        origins = origins.moved(torch.from_numpy(weeks * 7 * data.DAY), device)
         walks = None
         if config.mode != "plain":
             timed = time.time()
@@ -252,7 +253,7 @@ def main():
             with torch.no_grad(), autocast():
                 state = model.prefill(*origins.context[:3], phase)
             walks = walk(model, tokenizer, state, origins, config.mode, uniform, config.temperature)
-            walking = [walking[0] + uniform[..., 0].numel(), walking[1] + time.time() - timed]
+            n_walked, walk_seconds = n_walked + uniform[..., 0].numel(), walk_seconds + time.time() - timed
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, config)
         with autocast():
@@ -268,15 +269,16 @@ def main():
             bad_steps += 1
             print(f"{step + 1:>5} loss {loss.item()}, gradient norm {gradient}: not finite, step skipped")
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite; {config.out} holds the last good weights: "
-                                f"lower --lr (now {config.lr}), or use --dtype fp32")
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {step + 1}: start "
+                                f"again with a lower --lr (now {config.lr}), or with --dtype fp32")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         left = datetime.timedelta(seconds=round((time.time() - loop_began) / (step - from_step) * (config.steps - step)))
         if step % eval_every == 0 or step == config.steps:
             now = scores(model)
-            crps, mape, inside = (float(sample.at_step(now, m, None)[0]) for m in ("path_crps", "path_mape", "path_coverage90"))
+            names = "path_crps", "path_mape", "path_coverage90"
+            crps, mape, inside = (float(sample.at_step(now, m, None)[0]) for m in names)
             ratio = sample.against(now, base_scores, "path_crps", t, None)
             mean = {k: float(np.mean([s[k] for s in seen])) if seen else math.nan for k in ("loss", "kl", "grad")}
             metrics.append(dict(stage="rollout", step=step, horizon=horizon, train=mean["loss"], kl=mean["kl"],
@@ -284,9 +286,8 @@ def main():
                                 path_coverage90=inside))
             seen = []
             data.progress("")
-            speed = walking[0] / max(walking[1], 1e-9)
-            print(f"{step:>5}{horizon:>5}{mean['loss']:>9.4f}{mean['kl']:>8.4f}{mean['grad']:>8.3f}{lr:>9.1e}{speed:>9,.0f}"
-                  f"{crps:>9.4f}{ratio['value']:>8.4f}{mape:>8.4f}{inside:>8.1%}{left!s:>9}", flush=True)
+            print(f"{step:>5}{horizon:>5}{mean['loss']:>9.4f}{mean['kl']:>8.4f}{mean['grad']:>8.3f}{lr:>9.1e}"
+                  f"{n_walked / walk_seconds:>9,.0f}{crps:>9.4f}{ratio['value']:>8.4f}{mape:>8.4f}{inside:>8.1%}{left!s:>9}", flush=True)
             if crps < min(best_val, base_crps):
                 best_val, best = crps, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         else:
@@ -317,12 +318,13 @@ def print_paths(models, tokenizer, t, paths):
     scores = lambda f: sample.bootstrap(sample.block_sums(f, t), t)
     greedy = {name: scores(sample.simulated(m, tokenizer, t, 1, temperature=1e-6)) for name, m in models.items()}
     columns["still"] = scores(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)))
-    steps = sorted({1, 2, (t.horizon + 1) // 2, t.horizon} & set(range(1, t.horizon + 1)))
+    steps = sorted(k for k in {1, 2, (t.horizon + 1) // 2, t.horizon} if k <= t.horizon)
     rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4),
             ("coverage90", "in 90 % band, %", 100, 1)]
     for metric, label, scale, digits in (("path_mape", "path MAPE %", 1, 4), ("path_crps", "path CRPS", 1, 4),
                                          ("path_coverage90", "in 90 % band, %", 100, 1)):
-        rows += [((metric, None), label + ", mean", scale, digits)] + [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
+        rows.append(((metric, None), f"{label}, mean", scale, digits))
+        rows += [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
     sample.print_versus(columns, t, rows, versus=(1, 0))
     mape = [(("path_mape", None), "path MAPE %, mean", 1, 4)]
     print("and to persistence:")

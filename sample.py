@@ -18,7 +18,8 @@ intervals, the table; at its end, what the later stages ask of it.
 """
 import copy
 import csv
-import datetime
+import functools
+import itertools
 import json
 import math
 import os
@@ -45,8 +46,8 @@ class Config:
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
     paths: int | None = None           # sampled futures of each symbol (default 200; in a backtest 100 of each origin)
-    temperature: float = 1.0           # below 1: bolder, above: more spread
-    top_p: float = 1.0                 # sample among the likeliest tokens of this total probability
+    temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
+    top_p: float = 1.0                 # of the paths: sample among the likeliest tokens of this total probability
     parallel: bool = False             # one pass of the latent slots for all bars (at most 16) instead of step by step
     seed: int = 0                      # of the sampling
     strike: list[str] | None = None    # strikes of European options: a price, or a share of spot such as 1.05x
@@ -80,7 +81,7 @@ MAX_ROWS = 1024  # paths simulated side by side: bounds memory, half a megabyte 
 def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`; it is used up. The last bar is drawn, not read. temperature,
+    state: of N rows, from `Model.prefill(...).repeat`, changed in place. The last bar is drawn, not read. temperature,
     top_p, order: as in Model.sample.
     """
     tokens = []
@@ -102,7 +103,7 @@ def stratified(random, paths, horizon):
     halves = []
     for n in (paths // 2, paths - paths // 2):
         place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
-        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
+        halves.append(((place + random.random(place.shape, np.float32)) / max(n, 1)).clip(max=1 - 2**-24))
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
@@ -119,7 +120,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     """Futures of many histories at once. histories: Bars that end at the origin each.
 
     Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
-    (seed, symbol, last stamp) and its bars, not on what else is in the batch. Raises UserError where a future cannot be.
+    (seed, symbol, last stamp) and its bars, not on what else is in the batch. Raises UserError for a history of one bar,
+    horizon or paths below 1, and parallel beyond the slots.
     """
     origins = []
     for bars in histories:
@@ -194,17 +196,15 @@ def future_times(time, horizon):
     """
     recent = time[-4000:]
     gap = int(np.median(np.diff(recent))) if len(recent) > 1 else DAY
-    steps = np.arange(1, horizon + 1)
     last = int(recent[-1])
-    if gap >= 27 * DAY:  # months, quarters, years
-        month = np.datetime64(last, "s").astype("datetime64[M]")
-        months = month + steps * max(1, round(gap / (YEAR / 12)))
-        offset = last - month.astype("datetime64[s]").astype(np.int64)
-        length = ((months + 1).astype("datetime64[s]") - months.astype("datetime64[s]")).astype(np.int64)
-        days = ((month + 1).astype("datetime64[D]") - month.astype("datetime64[D]")).astype(np.int64)
-        at_end = offset // DAY + 1 == days  # the last day of a month: of the others too
-        day = np.where(at_end, length // DAY - 1, np.minimum(offset // DAY, length // DAY - 1))
-        return months.astype("datetime64[s]").astype(np.int64) + day * DAY + offset % DAY
+    if gap >= 27 * DAY:  # months, quarters, years: the same day; the last of a month stays the last
+        start = lambda month: month.astype("datetime64[s]").astype(np.int64)
+        last_day = lambda month: (start(month + 1) - start(month)) // DAY - 1  # days count from 0
+        now = np.datetime64(last, "s").astype("datetime64[M]")
+        day, clock = divmod(last - start(now), DAY)
+        months = now + np.arange(1, horizon + 1) * max(1, round(gap / (YEAR / 12)))
+        day = last_day(months) if day == last_day(now) else np.minimum(day, last_day(months))
+        return start(months) + day * DAY + clock
     weekdays = np.bincount((recent // DAY + 3) % 7, minlength=7)  # Monday is 0
     opens = weekdays > 0.1 * weekdays.max()
     if recent[-1] - recent[0] < 7 * DAY:  # too short to have seen each weekday
@@ -228,24 +228,21 @@ def future_times(time, horizon):
 # The report
 
 def describe(bars, paths, p_up, strikes=(), rate=0.0):
-    """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are losses, so positive."""
-    last = bars.ohlcva[-1, 3]
-    close = paths[:, -1, 3]
-    ratio = close / last
-    moved = close != last
+    """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are losses, so positive.
+
+    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close.
+    """
+    last, close, horizon = bars.ohlcva[-1, 3], paths[:, -1, 3], paths.shape[1]
+    move = close / last - 1
+    q05, q50, q95 = np.quantile(close, (0.05, 0.5, 0.95))
     returns = np.diff(np.log(bars.ohlcva[-21:, 3]))
-    sigma = returns.std() * math.sqrt(paths.shape[1]) if len(returns) > 1 else math.nan
-    var95 = -np.quantile(ratio - 1, 0.05)
-    tail = ratio - 1 <= -var95
-    row = dict(symbol=bars.symbol, last_time=data.iso(bars.time[-1]), last_close=last, p_up=p_up,
-               p_up_horizon=(close > last).sum() / moved.sum() if moved.any() else math.nan,
-               expected_return=ratio.mean() - 1)
-    row |= {f"q{q * 100:02.0f}": value for q, value in zip((0.05, 0.5, 0.95), np.quantile(close, (0.05, 0.5, 0.95)))}
-    row |= dict(var95=var95, es95=-(ratio - 1)[tail].mean(),
-                p_extreme=(np.abs(np.log(ratio)) > 3 * sigma).mean() if sigma > 0 else math.nan)
-    years = (future_times(bars.time, paths.shape[1])[-1] - bars.time[-1]) / YEAR
-    row["options"] = [option(close, last, strike, years, rate) for strike in strikes]
-    return row
+    sigma = returns.std() * math.sqrt(horizon)
+    years = (future_times(bars.time, horizon)[-1] - bars.time[-1]) / YEAR
+    return dict(symbol=bars.symbol, last_time=data.iso(bars.time[-1]), last_close=last, p_up=p_up,
+                p_up_horizon=(close > last).mean(), expected_return=move.mean(), q05=q05, q50=q50, q95=q95,
+                var95=1 - q05 / last, es95=-move[close <= q05].mean(),
+                p_extreme=(np.abs(np.log(close / last)) > 3 * sigma).mean() if sigma > 0 else math.nan,
+                options=[option(close, last, strike, years, rate) for strike in strikes])
 
 
 def option(close, spot, strike, years, rate):
@@ -290,15 +287,9 @@ def write_csv(path, histories, ohlcva):
         writer.writerow(["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean"])
         for bars, paths in zip(histories, ohlcva):
             close, last = paths[:, :, 3], bars.ohlcva[-1, 3]
-            for k, when in enumerate(future_times(bars.time, close.shape[1])):
-                moved = (close[:, k] != last).sum()
-                p_up = (close[:, k] > last).sum() / moved if moved else math.nan
-                values = [p_up, *np.quantile(close[:, k], QUANTILES), close[:, k].mean()]
-                writer.writerow([stamp(when), bars.symbol, k + 1, *(f"{v:.8g}" for v in values)])
-
-
-def stamp(seconds):
-    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            for k, when in enumerate(future_times(bars.time, close.shape[1]).astype("datetime64[s]")):
+                values = [(close[:, k] > last).mean(), *np.quantile(close[:, k], QUANTILES), close[:, k].mean()]
+                writer.writerow([f"{when}Z", bars.symbol, k + 1, *(f"{v:.8g}" for v in values)])
 
 
 def jsonable(value):
@@ -315,6 +306,7 @@ def jsonable(value):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures: plain SVG, readable on light and dark
 
+# t: title, g: grid, p: a path, f1 and f2: the fan's outer and inner band, m and m2: curves
 STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{stroke:#8884}.p{stroke:#8888;fill:none}
 .up{fill:#2a9d6f;stroke:#2a9d6f}.dn{fill:#d1495b;stroke:#d1495b}.f1{fill:#4c78a833}.f2{fill:#4c78a855}
 .m{stroke:#4c78a8;stroke-width:2;fill:none}.m2{stroke:#e08e45;stroke-width:2;fill:none}
@@ -335,8 +327,8 @@ def grid_line(x1, x2, y):
     return f'<line class="g" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
-def line(points, css):
-    return f'<polyline class="{css}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+def line(points, css, tag="polyline"):
+    return f'<{tag} class="{css}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
 
 
 def candle(x, width, open_, high, low, close):
@@ -382,8 +374,8 @@ def plot_forecast(path, histories, ohlcva, shown=60, drawn=3):
         at = [X(len(bars) - 1 + k) for k in range(horizon + 1)]
         fan = np.concatenate([np.full((5, 1), bars.ohlcva[-1, 3]), fan], axis=1)
         for outer, css in ((0, "f1"), (1, "f2")):
-            edge = [*zip(at, map(Y, fan[outer])), *reversed([*zip(at, map(Y, fan[4 - outer]))])]
-            parts.append(f'<polygon class="{css}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in edge)}"/>')
+            edge = [*zip(at, Y(fan[outer])), *zip(at[::-1], Y(fan[4 - outer])[::-1])]
+            parts.append(line(edge, css, "polygon"))
         parts += [line([(at[0], Y(bars.ohlcva[-1, 3])), *zip(at[1:], map(Y, p))], "p") for p in few]
         parts.append(line([*zip(at, map(Y, fan[2]))], "m"))
         for k, (o, hi, lo, c) in enumerate(bars.ohlcva[:, :4]):
@@ -403,6 +395,8 @@ def plot_codebook(path, tokenizer, series, shown=40):
     parts = []
     for row, (name, mask) in enumerate((("up", up), ("not up", ~up))):
         codes = [c for c in np.argsort(-count) if mask[c] and count[c]][:shown]
+        if not codes:
+            continue
         share = count[mask].sum() / count.sum()
         y0 = row * H + 30
         parts.append(label(10, y0 - 12, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; "
@@ -434,18 +428,18 @@ def plot_loss(path, metrics):
     parts = []
     for n, (title, rows, lines) in enumerate(panels):
         y0 = 30 + n * H
-        steps = [m["step"] for m in rows]
+        reports = range(1, len(rows) + 1)  # of all runs: each counts its steps anew
         values = np.array([[m[key] for key, *_ in lines] for m in rows])
         low, high = values.min(), values.max() + 1e-9
-        X = lambda s: x0 + (s - steps[0]) / max(1, steps[-1] - steps[0]) * w
+        X = lambda n: x0 + (n - 1) / (len(rows) - 1) * w
         Y = lambda v: y0 + (high - v) / (high - low) * h
         parts.append(label(x0, y0 - 12, title, css="t"))
         for tick in round_ticks(low, high):
             parts += [grid_line(x0, x0 + w, Y(tick)), label(x0 - 5, Y(tick) + 4, f"{tick:.6g}", "end")]
-        for tick in round_ticks(steps[0], steps[-1]):
-            parts.append(label(X(tick), y0 + h + 18, f"{tick:.0f}", "middle"))
+        for tick in {1, (len(rows) + 1) // 2, len(rows)}:
+            parts.append(label(X(tick), y0 + h + 18, f"{rows[tick - 1]['step']:,}", "middle"))
         for column, (_, css, name) in enumerate(lines):
-            parts.append(line([(X(s), Y(v)) for s, v in zip(steps, values[:, column])], css))
+            parts.append(line([(X(n), Y(v)) for n, v in zip(reports, values[:, column])], css))
             parts.append(label(x0 + w + 6, Y(values[-1, column]) + (4 if column else -6), name))
         parts.append(label(x0 + w / 2, y0 + h + 34, "step", "middle"))
     write_svg(path, W, H * len(panels), parts)
@@ -464,7 +458,7 @@ RATIOS = ("mae", "crps", "path_mape", "path_crps")  # compared as ratios too
 KEYS = ("split", "start", "end", "blocks", "checkpoints", "baselines", "paired")
 BINS, PROBES = 512, 32           # of the next bar's close; coarse tokens of each bar whose fine tokens are looked at
 REPLICATES = 2000               # of the bootstrap
-MIN_BLOCKS, MAX_BLOCKS = 20, 500
+MIN_BLOCKS, MAX_BLOCKS = 20, 500  # of time: with fewer no interval; with more they are merged
 RESIDUALS = 500                 # newest residuals that filtered historical simulation draws from
 LAMBDA = 0.94                   # decay of its volatility (as RiskMetrics, 1996)
 LAGS = 5                        # bars that the logistic regression looks at
@@ -486,7 +480,7 @@ class Targets:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start "
                             f"(the first {data.CONTEXT} bars are context)")
         self.series, self.ranges = zip(*ranges)
-        self.tokenized, self.origin_states = {}, None
+        self.tokenized = {}
         longest = max(b - a for a, b in self.ranges)
         self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
@@ -516,13 +510,11 @@ class Targets:
     def origins_of(self, symbol, first, last):
         """The bars after which paths begin: every stride-th, from an offset of the symbol's own, to spread the dates."""
         n = last - first - self.horizon + 1
-        if n <= 0:
-            return np.arange(0)
-        return first - 1 + np.arange(zlib.crc32(symbol.encode()) % min(self.stride, n), n, self.stride)
+        return first - 1 + np.arange(zlib.crc32(symbol.encode()) % max(1, min(self.stride, n)), n, self.stride)
 
     def blocks_of(self, metric):
-        """Over how many blocks of time a score is made."""
-        return self.n_path_blocks if metric.startswith("path") else self.n_blocks
+        """How many blocks of time hold what a score is made of."""
+        return len(np.unique(self.path_block)) if metric.startswith("path") else self.n_blocks
 
     def tokens(self, tokenizer):
         """The series' tokens, made once for each tokenizer."""
@@ -531,18 +523,10 @@ class Targets:
             self.tokenized[key] = [data.tokenize(bars, tokenizer) for bars in self.series]
         return self.tokenized[key]
 
+    @functools.cached_property
     def states(self):
-        """Of each series the States at its origins, made once."""
-        if self.origin_states is None:
-            self.origin_states = [data.states_at(bars, origins) for bars, origins in zip(self.series, self.origins)]
-        return self.origin_states
-
-    def take(self, which):
-        """Some of the target bars only, bool [N], in the same blocks."""
-        part = copy.copy(self)
-        for name in ("r", "stamp", "block", "symbol"):
-            setattr(part, name, getattr(self, name)[which])
-        return part
+        """Of each series the States at its origins."""
+        return [data.states_at(bars, origins) for bars, origins in zip(self.series, self.origins)]
 
 
 def span_of(metas, split, start, end):
@@ -593,12 +577,11 @@ def judge_draws(r, y):
     form of Ferro (QJRMS 2014) is for independent draws.
     """
     K = r.shape[-1]
-    even = lambda r: spread(np.sort(r, -1), np.arange(1, r.shape[-1] + 1) / r.shape[-1]) if r.shape[-1] else 0.0
-    every, a = even(r), K // 2 / K
-    scores = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y)
-    if K > 1:       # every = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
-        across = (every - a**2 * even(r[..., :K // 2]) - (1 - a)**2 * even(r[..., K // 2:])) / (2 * a * (1 - a))
-        scores["crps"] = scores["crps"] + every - across
+    own = lambda r: spread(np.sort(r, -1), np.arange(1, r.shape[-1] + 1) / r.shape[-1])  # all pairs of r
+    scores, a = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y), K // 2 / K
+    if K > 1:  # own(all) = a^2 own(first half) + (1 - a)^2 own(second) + 2 a (1 - a) across
+        across = (own(r) - a**2 * own(r[..., :K // 2]) - (1 - a)**2 * own(r[..., K // 2:])) / (2 * a * (1 - a))
+        scores["crps"] = scores["crps"] + own(r) - across
     return scores
 
 
@@ -622,7 +605,7 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     Windows advance by half their length, so that each target has half a window of context where there is history. The
     close is counted in BINS: P(bin) = sum_c P(c) P(bin | c). All 2^20 pairs, as in model.next_bar, would take hours, so
     P(bin | c) is a mean over some contexts before the first target, put right by `probes` coarse tokens of each bar's
-    own (stratified by close; control variates).
+    own (stratified by close; control variates). An estimate: a few bins may come out a little below 0.
     """
     n, device = model.config.block_size, next(model.parameters()).device
     half, tokens = max(1, n // 2), t.tokens(tokenizer)
@@ -685,7 +668,7 @@ def close_bins(model, tokenizer, h):
 def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
     """Forecast the log return since the origin over the horizon, from every origin."""
     n, origins = model.config.block_size, []
-    for bars, tokens, at, states in zip(t.series, t.tokens(tokenizer), t.origins, t.states()):
+    for bars, tokens, at, states in zip(t.series, t.tokens(tokenizer), t.origins, t.states):
         for o, state in zip(at, states):
             context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
             origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state))
@@ -700,8 +683,13 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
 
 
 def from_paths(r, y):
-    """A forecaster's scores of paths: r [n, paths, H] log returns since the origin, y [n, H] what they were."""
-    return along(judge_draws(np.moveaxis(r, 1, -1), y))
+    """A forecaster's scores of paths: r [n, K, H] log returns since the origin, y [n, H] what they were.
+
+    Among K draws y has K + 1 ranks, equally likely where the forecast is right: its pit is known to 1 / (K + 1).
+    """
+    K, scores = r.shape[1], judge_draws(np.moveaxis(r, 1, -1), y)
+    scores["pit"] = (K * scores["pit"] + 0.5) / (K + 1)
+    return along(scores) | dict(path_width=np.full(y.shape, 1 / (K + 1)))
 
 
 def along(scores):
@@ -711,19 +699,15 @@ def along(scores):
 
 def baselines(t, paths):
     """What a model must beat, each fitted on the bars before the first target, or on those before each origin."""
-    parts = {name: [] for name in ("ar1", "gaussian20", "fhs")}
-    n = np.cumsum([0, *map(len, t.origins)])
-    for i, (bars, r, span, origins) in enumerate(zip(t.series, t.returns, t.ranges, t.origins)):
-        path_y = t.path_r[n[i]:n[i + 1]]
-        random = np.random.default_rng([t.seed, zlib.crc32(bars.symbol.encode()), 2])
-        parts["ar1"].append(ar1(r, *span, origins, path_y))
-        parts["gaussian20"].append(gaussian(r, *span, origins, path_y))
-        parts["fhs"].append(historical(r, *span, origins, path_y, paths, random))
-    still = dict(mean=np.zeros(len(t.r)), point=np.zeros(len(t.r)), path_point=np.zeros(t.path_r.shape),
-                 crps=np.abs(t.r), path_crps=np.abs(t.path_r))  # a point's CRPS is its error
-    found = {name: joined(p) for name, p in parts.items()}
-    return dict(persistence=still, always_up=dict(p_up=np.ones(len(t.r))), ar1=found["ar1"], logistic=logistic(t),
-                gaussian20=found["gaussian20"], fhs=found["fhs"])
+    path_y = np.split(t.path_r, np.cumsum([len(o) for o in t.origins])[:-1])
+    each = [(r, *span, o, y) for r, span, o, y in zip(t.returns, t.ranges, t.origins, path_y)]
+    randoms = [np.random.default_rng([t.seed, zlib.crc32(bars.symbol.encode()), 2]) for bars in t.series]
+    zero, path_zero = np.zeros(len(t.r)), np.zeros(t.path_r.shape)
+    return dict(persistence=dict(mean=zero, point=zero, crps=np.abs(t.r),  # a point's CRPS is its error
+                                 path_point=path_zero, path_crps=np.abs(t.path_r)),
+                always_up=dict(p_up=zero + 1), ar1=joined([ar1(*a) for a in each]), logistic=logistic(t),
+                gaussian20=joined([gaussian(*a) for a in each]),
+                fhs=joined([historical(*a, paths, random) for a, random in zip(each, randoms)]))
 
 
 def ar1(r, first, last, origins, path_y):
@@ -771,7 +755,10 @@ def historical(r, first, last, origins, path_y, paths, random):
 
 
 def logistic(t):
-    """Logistic regression of the direction on the last bars' features, all symbols together, by Newton's method."""
+    """Logistic regression of the direction on the last bars' features, all symbols together, by Newton's method.
+
+    With a ridge of 1, on at most about 300,000 bars; {} where there are under 1,000.
+    """
     x = [data.features(bars)[0] for bars in t.series]
     lags = range(1, LAGS + 1)
     lagged = lambda i, rows: np.concatenate([np.ones((len(rows), 1)), *(x[i][rows - k] for k in lags)], axis=1)
@@ -823,10 +810,7 @@ def block_sums(f, t):
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
         out["ic"] = total(1.0, x, y, x * x, y * y, x * y), correlation
-        ic, known = rank_ic(signal, t.r, t.stamp)
-        block = np.zeros(len(ic), int)
-        block[t.stamp] = t.block
-        out["rank_ic"] = total(ic[known], 1.0, block=block[known]), ratio
+        out["rank_ic"] = stamp_sums(*rank_ic(signal, t.r, t.stamp), t), ratio
     if "point" in f:
         out["mae"] = total(100 * np.abs(t.r - f["point"]), 1.0), ratio
         out["rmse"] = total(1e4 * (t.r - f["mean"])**2, 1.0), lambda s: np.sqrt(ratio(s))
@@ -837,12 +821,27 @@ def block_sums(f, t):
     if len(f.get("path_point", ())):
         values = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
         if "path_pit" in f:
-            values["path_coverage90"] = np.abs(f["path_pit"] - 0.5) <= 0.45
+            values["path_coverage90"] = within(f["path_pit"], f.get("path_width", 0.0), 0.9)
         for name, value in values.items():
             sums = np.zeros((t.n_path_blocks, t.horizon, 2))
             np.add.at(sums, t.path_block, np.stack([value, np.ones(value.shape)], -1))
             out[name] = sums, ratio
     return out
+
+
+def within(pit, width, share):
+    """How much of [pit - width / 2, pit + width / 2] lies in the central `share` of [0, 1]: a number from 0 to 1."""
+    if not np.any(width):
+        return (np.abs(pit - 0.5) <= share / 2).astype(float)
+    inner = np.minimum(pit + width / 2, (1 + share) / 2) - np.maximum(pit - width / 2, (1 - share) / 2)
+    return (inner / width).clip(0, 1)
+
+
+def stamp_sums(v, known, t):
+    """Sums over each block of v [stamps] where it is known, and how many are: [n_blocks, 2]."""
+    block = np.zeros(len(v), int)
+    block[t.stamp] = t.block
+    return np.stack([np.bincount(block, w, t.n_blocks) for w in (v * known, known)], -1)
 
 
 def by_bin(bins, block, n_blocks, *columns):
@@ -893,7 +892,7 @@ def trading(f, t, cost_bps):
     """Long the top fifth, short the bottom fifth by P(up), equal weights, at every time stamp with 5 symbols.
 
     Return per bar in bps after costs, and turnover, the value traded per bar as a share of one side (4: both sides
-    replaced). Blocks of sums as in block_sums.
+    replaced). Stamps with fewer are left out, with the cost of closing before them. Blocks of sums as in block_sums.
     """
     n_stamps, n_symbols = t.stamp.max() + 1, len(t.series)
     p = np.full((n_stamps, n_symbols), np.nan)
@@ -905,10 +904,8 @@ def trading(f, t, cost_bps):
     weight = np.where(n[:, None] < 5, 0.0, (long * 1.0 - short) / fifth)  # (n_stamps, n_symbols)
     gain = np.bincount(t.stamp, weight[t.stamp, t.symbol] * np.expm1(t.r))
     turnover = np.abs(np.diff(weight, axis=0, prepend=0)).sum(1)
-    block = np.zeros(n_stamps, int)
-    block[t.stamp] = t.block
-    sums = lambda v: np.stack([np.bincount(block, w, t.n_blocks) for w in (v * (n >= 5), n >= 5)], -1)
-    return dict(long_short=(sums(1e4 * gain - turnover * cost_bps), ratio), turnover=(sums(turnover), ratio))
+    return dict(long_short=(stamp_sums(1e4 * gain - turnover * cost_bps, n >= 5, t), ratio),
+                turnover=(stamp_sums(turnover, n >= 5, t), ratio))
 
 
 def bootstrap(sums, t):
@@ -934,16 +931,16 @@ def scored(value, drawn, n_blocks):
     those that make the interval as wide as Student's t (Hesterberg 2014, arXiv 1411.5279).
     """
     if np.ndim(value):
-        steps = [scored(v, d, n_blocks) for v, d in zip(value, drawn.T if len(drawn) else [drawn] * len(value))]
+        steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
         return steps if any(steps) else None
     if not np.isfinite(value):
         return None
     drawn = drawn[np.isfinite(drawn)]
     if n_blocks < MIN_BLOCKS or len(drawn) < REPLICATES // 2:
         return dict(value=float(value), lo=None, hi=None)
-    z, n = NORMAL.inv_cdf(0.975), n_blocks - 1
-    student = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-    tail = NORMAL.cdf(-student * math.sqrt(n_blocks / n))
+    z, df = NORMAL.inv_cdf(0.975), n_blocks - 1
+    student = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    tail = NORMAL.cdf(-student * math.sqrt(n_blocks / df))
     lo, hi = np.quantile(drawn, (tail, 1 - tail))
     return dict(value=float(value), lo=float(lo), hi=float(hi))
 
@@ -1006,8 +1003,10 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
     Targets before a checkpoint's test start need start, and the result's split is then "in-sample".  Paths of `horizon`
     bars start every `stride` bars (default: ten times a symbol, at least the horizon apart).
 
-    Returns split, start, end (of the targets), blocks, checkpoints, baselines, paired; errors in log return x 100, mape
-    in %. Raises UserError for targets that cannot be.
+    Returns split, start, end (of the targets), blocks; checkpoints, dicts of ckpt, the scores of METRICS, tokens;
+    baselines, {name: scores}; paired, dicts of a, b, metric, difference, ratio. A score is {value, lo, hi} or None, of
+    paths a list, one for each bar ahead; errors in log return x 100, mape in %. Raises UserError where there is no
+    target, a date is none, or --start is missing.
     """
     result = evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed)
     return {key: result[key] for key in KEYS}
@@ -1022,43 +1021,38 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
     if by not in (None, "symbol", "quarter", "volatility"):
         raise UserError(f"--by {by}: choose symbol, quarter or volatility")
     is_path = lambda c: isinstance(c, (str, os.PathLike))
-    loaded = [(str(c), *load_checkpoint(c, device)) if is_path(c) else (f"checkpoint {i + 1}", *c)
+    loaded = [(str(c), *load_checkpoint(c, data.pick_device(device))) if is_path(c) else (f"checkpoint {i + 1}", *c)
               for i, c in enumerate(checkpoints)]
     split, lo, hi = span_of([meta for *_, meta in loaded], split, start, end)
     t = Targets([series] if isinstance(series, data.Bars) else series, lo, hi, horizon, stride, seed)
-    for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.n_path_blocks)):
+    for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.blocks_of("path"))):
         if n < MIN_BLOCKS:
             print(f"warning: no intervals for scores of {what}: the targets make {n} blocks of time, {MIN_BLOCKS} are the "
                   f"least (give a longer span, or a shorter --horizon)", file=sys.stderr)
 
-    forecasts, use = {}, []
+    forecasts, use = {}, {}
     for name, model, tokenizer, _ in loaded:
         forecasts[name] = next_bars(model, tokenizer, t) | simulated(model, tokenizer, t, paths)
         if parallel:
             forecasts[f"{name} parallel"] = simulated(model, tokenizer, t, paths, parallel=True)
-        use.append(token_use(tokenizer, t))
-    tokens = dict(zip((name for name, *_ in loaded), use))
+        use[name] = token_use(tokenizer, t)
     rivals = baselines(t, paths)
     drawn = {name: bootstrap(block_sums(f, t), t) for name, f in (forecasts | rivals).items()}
     rows = {name: {m: scored(*found[m], t.blocks_of(m)) if m in found else None for m in METRICS}
             for name, found in drawn.items()}
-    pairs = []
-    for i, a in enumerate(forecasts):
-        for b in list(forecasts)[i + 1:]:
-            pairs += paired(a, drawn[a], b, drawn[b], t)
-    for a in forecasts:
-        for b in rivals:
-            pairs += paired(a, drawn[a], b, drawn[b], t, ("da", "mae", "crps", "path_crps"))
+    pairs = [(a, b, METRICS) for a, b in itertools.combinations(forecasts, 2)]
+    pairs += [(a, b, ("da", "mae", "crps", "path_crps")) for a in forecasts for b in rivals]
+    pairs = [row for a, b, only in pairs for row in paired(a, drawn[a], b, drawn[b], t, only)]
     trades = {name: {m: scored(*v, t.n_blocks) for m, v in bootstrap(trading(f, t, cost_bps), t).items()}
               for name, f in (forecasts | rivals).items() if "p_up" in f and name != "always_up"}
     result = dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
-                  checkpoints=[dict(ckpt=name, **rows[name], tokens=tokens.get(name)) for name in forecasts],
+                  checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
                   baselines={name: rows[name] for name in rivals}, paired=pairs, trading=trades)
     if by:
         result["by"] = [dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask))
                         for group, mask in groups_of(t, by) for name, *_ in loaded]
     if len(loaded) >= 3:
-        result["correlations"] = token_correlations(use, [drawn[name]["da"] for name, *_ in loaded], t)
+        result["correlations"] = token_correlations(list(use.values()), [drawn[name]["da"] for name in use], t)
     return result
 
 
@@ -1067,8 +1061,9 @@ BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
 
 def grouped(f, t, mask):
     """Scores of the next bar over some of the targets, bool [N]."""
-    part, one_step = t.take(mask), {key: v[mask] for key, v in f.items() if not key.startswith("path")}
-    sums = block_sums(one_step, part)
+    part = copy.copy(t)
+    part.r, part.stamp, part.block = t.r[mask], t.stamp[mask], t.block[mask]
+    sums = block_sums({key: v[mask] for key, v in f.items() if not key.startswith("path")}, part)
     drawn = bootstrap({m: sums[m] for m in BY if m in sums}, t)
     return {m: scored(*v, len(np.unique(part.block))) for m, v in drawn.items()}
 
@@ -1082,7 +1077,7 @@ VAL_PROBES = 8                  # in place of PROBES, for scores on val in the c
 def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
     """Targets in a split, with about so many origins of paths.
 
-    most: of evenly chosen symbols, and from the beginning only so many dates, that about so many bars are left.
+    most: about so many bars at most: symbols evenly chosen, at least 8, then the earliest dates.
     """
     spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
     spans = [span for span in spans if span[2] > span[1]]
@@ -1102,7 +1097,7 @@ def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None
 def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
     """{score: (value, replicates)} of a model on targets t.
 
-    Of the next bar unless probes is 0, of `paths` paths from each origin unless that is.
+    Of the next bar if probes > 0; of paths if paths > 0, so many from each origin.
     """
     one = next_bars(model, tokenizer, t, probes) if probes else {}
     many = simulated(model, tokenizer, t, paths) if paths else {}
@@ -1176,13 +1171,13 @@ def print_backtest(result, horizon, cost_bps):
     columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
     heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-8:] for entry in result["checkpoints"]]
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
-    print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100")
+    print(f"± half the 95 % interval; MAE, RMSE, CRPS in log return x 100; costs of {cost_bps:g} bps")
     print(" " * 14 + "".join(f"{head:>9}" for head in (*heads, *HEADS)))
     rows = [(label, [entry[m] for entry in columns.values()], scale, digits) for m, label, scale, digits in SHOWN]
     for m, label in (("path_mape", "MAPE %"), ("path_crps", "CRPS")):
         for k in sorted({(horizon + 1) // 2, horizon}):
             rows.append((f"{label}, bar {k}", [entry[m] and entry[m][k - 1] for entry in columns.values()], 1, 4))
-    for m, label in (("long_short", f"top-bottom bps"), ("turnover", "turnover")):
+    for m, label in (("long_short", "top-bottom bps"), ("turnover", "turnover")):
         rows.append((label, [result["trading"].get(name, {}).get(m) for name in columns], 1, 2))
     for label, scores, scale, digits in rows:
         values = [f"{s['value'] * scale:.{digits}f}" if s else "." for s in scores]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests may share the processor
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of a few thousand numbers: a second thread only waits
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 

@@ -354,7 +354,7 @@ def stages_study(argv):
                 data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, file(arm, seed, ".scores.pt"))
             print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
     print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; paths of {HORIZON} bars from {len(t.path_r):,} origins, "
-          f"{t.n_path_blocks} blocks; {args.seeds} seeds")
+          f"{t.blocks_of('path')} blocks; {args.seeds} seeds")
     kept = {arm: sum(math.isfinite(load_checkpoint(file(arm, seed))[2]["best_val"]) for seed in range(args.seeds)) for arm in args.arms}
     load = lambda arm, seed: {k: tuple(a.numpy() for a in v) for k, v in data.load_safe(file(arm, seed, ".scores.pt")).items()}
     scores = {arm: [load(arm, seed) for seed in range(args.seeds)] for arm in ("base", *args.arms)}
@@ -365,7 +365,7 @@ def stages_study(argv):
         for seed, drawn in enumerate(scores[arm]):
             (v, r), (w, s) = sample.at_step(drawn, metric, step), sample.at_step(other[seed], metric, step) if other else (0.0, 0.0)
             each.append((v / w, r / s) if other and metric in sample.RATIOS else (v - w, r - s))
-        n = t.n_path_blocks if metric.startswith("path") else t.n_blocks
+        n = t.blocks_of(metric)
         return sample.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
 
     def cell(arm, metric, step, scale, digits, other):

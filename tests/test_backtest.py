@@ -91,6 +91,28 @@ def test_judge_is_the_double_sum(draws):
         assert all(p[i][r[i] < got["point"][i]].sum() <= 0.5 <= p[i][r[i] <= got["point"][i]].sum() for i in range(7))
 
 
+@pytest.mark.parametrize("K", [3, 16, 64])
+def test_a_right_forecast_covers_what_it_says_whatever_the_number_of_paths(K):
+    """A share of ranks alone cannot be 90 %: of 64 draws it is 87.7 or 90.8 %."""
+    rng = np.random.default_rng(K)
+    f = sample.from_paths(rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
+    inside = sample.within(f["path_pit"], f["path_width"], 0.9)
+    assert inside.mean() == pytest.approx(0.9, abs=4 * inside.std() / 20_000**0.5)
+    sharp = sample.from_paths(0.5 * rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
+    assert sample.within(sharp["path_pit"], sharp["path_width"], 0.9).mean() < 0.87
+    pit = rng.random(1000)  # without width: inside or not
+    np.testing.assert_array_equal(sample.within(pit, 0.0, 0.9), (pit >= 0.05) & (pit <= 0.95))
+
+
+def test_path_intervals_count_the_blocks_that_hold_paths():
+    """Ten origins of one symbol among thousands of bars are ten blocks at most, too few for an interval."""
+    bars = data.synthetic(seed=1, n_symbols=1, n_bars=3000)[0]
+    t = sample.Targets(bars, int(bars[0].time[40]), 2**62, 5, None, 0)
+    assert t.n_path_blocks > sample.MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
+    scores = sample.bootstrap(sample.block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
+    assert sample.scored(*sample.at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
+
+
 def test_crps_of_a_gaussian_is_its_closed_form():
     """sigma (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)): of many quantiles, of draws in the mean, and as an integral."""
     mu, sigma, y = 0.3, 2.0, np.array([-3.0, 0.2, 1.0, 6.0])
@@ -320,7 +342,7 @@ def test_no_forecast_sees_the_future(triple):
                         sample.next_bars(model, tokenizer, u) | sample.simulated(model, tokenizer, u, 3))] + \
                       [(name, f, sample.baselines(u, 3)[name]) for name, f in sample.baselines(t, 3).items()]:
         for key in f:
-            rows = {"path_point": known, "path_crps": done, "path_pit": done, "crps": row < cut, "pit": row < cut}.get(key, row <= cut)  # crps, pit: scores
+            rows = {"path_point": known, "path_crps": done, "path_pit": done, "path_width": done, "crps": row < cut, "pit": row < cut}.get(key, row <= cut)  # crps, pit: scores
             assert np.array_equal(f[key][rows], g[key][rows]), (name, key)
     assert not np.array_equal(sample.next_bars(model, tokenizer, t)["p_up"], sample.next_bars(model, tokenizer, u)["p_up"])
 
@@ -432,7 +454,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
 
 def test_paired_differences_use_the_same_blocks(triple):
     (model, tokenizer, meta), series = triple
-    pairs = sample.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=25)["paired"]
+    pairs = sample.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=10)["paired"]
     for pair in (p for p in pairs if p["b"] == "checkpoint 2"):  # a model against itself
         for s in pair["difference"] if isinstance(pair["difference"], list) else [pair["difference"]]:
             assert s["value"] == 0 and s["lo"] == s["hi"] == 0
