@@ -1209,9 +1209,15 @@ def print_backtest(result, horizon, cost_bps):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
+NOT_IN_BACKTEST = ("temperature", "top_p", "strike", "rate", "out", "paths_out", "plot", "plot_codebook", "plot_loss")
+
+
 def check(config):
     if not config.ckpt:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
+    for name in NOT_IN_BACKTEST if config.backtest else ():
+        if getattr(config, name) != getattr(Config, name):
+            raise UserError(f"--{name}: a backtest makes no use of it; drop one of the two")
     for strike in config.strike or ():
         try:
             if not 0 < float(strike.removesuffix("x")) < math.inf:

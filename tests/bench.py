@@ -329,7 +329,7 @@ def training(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def bare(n=40):
+    def bare(n=args.steps or 40):
         began = time.perf_counter()
         for _ in range(n):
             step()

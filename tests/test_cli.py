@@ -296,6 +296,7 @@ def test_forecast_of_a_symbol_does_not_depend_on_the_others(checkpoint, call):
     (("--horizon", 0), "--horizon 0"), (("--paths", -1), "--paths -1"), (("--symbols", "NOPE"), "NOPE"), (("--temperature", 0), "temperature"),
     (("--top_p", 1.5), "top_p"), (("--strike", "-3"), "--strike"), (("--strike", "abc"), "--strike abc"), (("--out", "no/where.csv"), "folder"),
     (("--parallel", "--horizon", 17), "--parallel"), (("--data", "none.csv"), "none.csv"), (("--device", "cuda:9"), "--device"), (("--rate", "inf"), "--rate"),
+    (("--backtest", "--strike", "100"), "--strike"), (("--backtest", "--out", "f.csv"), "--out"),
 ])
 def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, argv, why):
     monkeypatch.chdir(tmp_path)
