@@ -8,8 +8,8 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the synthetic market. Then the files:
-reading CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
+Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the synthetic market. Then
+the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
 """
 import argparse
 import csv
@@ -1058,11 +1058,13 @@ def main():
         for name, window, kept, share, half in leak_demo(config.seed):
             print(f"{name:32}{window:>8,}{kept:>15.1%}{share:>9.1%} ±{half:>5.1%}")
         return
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be 0 or more")
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
-        if config.n_symbols < 1 or config.synthetic < config.n_symbols or not 0 <= config.signal < 0.5 or config.seed < 0:
-            raise UserError("--synthetic needs at least one bar for each of --n_symbols, 0 <= --signal < 0.5, and --seed 0 or more")
+        if config.n_symbols < 1 or config.synthetic < config.n_symbols or not 0 <= config.signal < 0.5:
+            raise UserError("--synthetic needs at least one bar for each of --n_symbols, and 0 <= --signal < 0.5")
         series = _synthetic(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols)
     else:
         series = read_files(config.data)

@@ -8,10 +8,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --data bars.csv
 
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
-token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of a
-step, the place of the reasoner's borders and all other chance come from (seed, step) alone, so that a resumed run, or one
-on another number of processes, sees the same data. The table shows CE(coarse) + CE(fine) alone. It writes one checkpoint,
-from the tokenizer's training on.
+token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar (the table leaves out
+the last). The global batch of a step, the place of the reasoner's borders and all other chance come from (seed, step)
+alone, so that a resumed run, or one on another number of processes, sees the same data. It writes one checkpoint, from
+the tokenizer's training on.
 """
 import contextlib
 import datetime

@@ -135,7 +135,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
 
 @torch.no_grad()
 def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
-    """As simulate, of Origins. Those with contexts of one length are simulated side by side, MAX_ROWS paths at a time."""
+    """As simulate, of Origins. Those with contexts of one length go side by side, MAX_ROWS paths at a time."""
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
@@ -167,7 +167,9 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
             h = h[:, :horizon].repeat_interleave(paths, 0)
             tokens = model.sample(h, temperature, top_p, u=uniform, order=order)
         else:
-            tokens = generate(model, state.repeat(paths), times, uniform, temperature, top_p, order)
+            pieces = [generate(model, state.repeat(len(u) // len(rows)), when, u, temperature, top_p, order)
+                      for when, u in zip(times.split(MAX_ROWS), uniform.split(MAX_ROWS))]  # several of one origin alone
+            tokens = [torch.cat(part) for part in zip(*pieces)]
         x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
         ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up
@@ -448,9 +450,10 @@ def plot_loss(path, metrics):
 # ----------------------------------------------------------------------------------------------------------------------
 # The backtest: forecasts of bars that have happened, their scores, and how sure the scores are
 #
-# A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
-# median log return), crps, pit (where in its distribution the bar fell); and, over the origins, path_point and path_crps
-# [n, H] for the log return since the origin. What a forecaster does not say is left out; such scores are null.
+# Targets -> forecasters -> block_sums -> bootstrap -> scored. A forecaster is a dict of arrays over the N target bars:
+# p_up (given that the bar moves), mean and point (expected and median log return), crps, pit (probability integral
+# transform: the share of its distribution below what came); and, over the origins, path_point, path_crps, path_pit [n, H]
+# for the log return since the origin. What a forecaster does not say is left out; such scores are null.
 
 METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps",
            "coverage50", "coverage80", "coverage90", "path_mape", "path_crps")
@@ -468,13 +471,18 @@ NORMAL = statistics.NormalDist()
 class Targets:
     """The bars to forecast, one after the other, symbol by symbol; the origins of the paths; and the blocks of time.
 
+    series, ranges: each symbol's Bars, and [first, last) of its targets; returns: log returns of all its bars. Of the N
+    targets: time, r (log return), s (the scale s_t, known before), symbol, stamp (which of the distinct times), block.
+    Of the paths: origins, a symbol's bars after which they begin; path_r [n, H], log returns since the origin; path_block.
+    weights, path_weights [REPLICATES, blocks]: how often each replicate of the bootstrap takes each block.
+
     Blocks hold all symbols. For the next bar a block has n^(1/3) of a symbol's n target bars (the usual rate: Hall,
     Horowitz and Jing, Biometrika 1995), whole dates for daily bars and at least 32 bars within the day; for paths it has
     the horizon at least.
     """
 
     def __init__(self, series, lo, hi, horizon, stride, seed):
-        ranges = [(bars, data.targets_of(bars, "val", (lo, hi))) for bars in series]
+        ranges = [(bars, data.targets_of(bars, "val", (lo, hi))) for bars in series]  # between two borders
         ranges = [(bars, (first, last)) for bars, (first, last) in ranges if first < last]
         if not ranges:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start "
@@ -482,18 +490,18 @@ class Targets:
         self.series, self.ranges = zip(*ranges)
         self.tokenized = {}
         longest = max(b - a for a, b in self.ranges)
-        self.horizon, self.stride, self.seed = horizon, stride or max(horizon, (longest - horizon + 1) // 10), seed
+        self.horizon, self.seed = horizon, seed
+        self.stride = stride or max(horizon, (longest - horizon + 1) // 10)
         flat = lambda values: np.concatenate([v[a:b] for v, (a, b) in zip(values, self.ranges)])
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
         self.time = flat([bars.time for bars in self.series])
-        self.r = flat(self.returns)                                 # log return of each target, [N]
-        self.s = flat([data.scales(bars) for bars in self.series])  # and its s_t, known before it
+        self.r = flat(self.returns)
+        self.s = flat([data.scales(bars) for bars in self.series])
         self.symbol = np.repeat(np.arange(len(self.series)), [b - a for a, b in self.ranges])
         self.stamp = np.unique(self.time, return_inverse=True)[1]
         self.origins = [self.origins_of(bars.symbol, *span) for bars, span in zip(self.series, self.ranges)]
         ahead = np.arange(1, horizon + 1)
-        self.path_r = np.concatenate([np.cumsum(r[o[:, None] + ahead], axis=1)  # (n, H)
-                                      for r, o in zip(self.returns, self.origins)])
+        self.path_r = np.concatenate([np.cumsum(r[o[:, None] + ahead], axis=1) for r, o in zip(self.returns, self.origins)])
 
         daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
         units, unit = np.unique(self.time // DAY if daily else self.time, return_inverse=True)
@@ -503,9 +511,9 @@ class Targets:
         self.block = unit * self.n_blocks // len(units)
         starts = np.concatenate([b.time[o + 1] for b, o in zip(self.series, self.origins)])
         self.path_block = np.searchsorted(units, starts // DAY if daily else starts) * self.n_path_blocks // len(units)
-        draw = np.random.default_rng([seed, 1])
-        draws = lambda n: draw.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
-        self.weights, self.path_weights = draws(self.n_blocks), draws(self.n_path_blocks)
+        random = np.random.default_rng([seed, 1])
+        times = lambda n: random.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
+        self.weights, self.path_weights = times(self.n_blocks), times(self.n_path_blocks)
 
     def origins_of(self, symbol, first, last):
         """The bars after which paths begin: every stride-th, from an offset of the symbol's own, to spread the dates."""
@@ -554,7 +562,7 @@ def span_of(metas, split, start, end):
 
 
 def judge(r, p, y):
-    """Scores of distributions for what happened. r [..., K] log returns in order, p [..., K] their probabilities, y [...].
+    """Scores of distributions for what happened, y [...]: r [..., K] log returns in order, p [..., K] their probabilities.
 
     CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
     """

@@ -285,6 +285,18 @@ def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
     assert out == again != call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x", "--seed", 1)[1]
 
 
+def test_many_paths_go_in_pieces_of_bounded_size(loaded, market, monkeypatch):
+    model, tokenizer = loaded
+    bars = data.load(str(market))[0]
+    whole = sample.forecast(model, tokenizer, bars, 3, 150)
+    sizes, generate = [], sample.generate
+    monkeypatch.setattr(sample, "MAX_ROWS", 64)
+    monkeypatch.setattr(sample, "generate", lambda *a: sizes.append(len(a[2])) or generate(*a))
+    pieces = sample.forecast(model, tokenizer, bars, 3, 150)
+    assert sizes == [64, 64, 22]
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+
+
 def test_forecast_of_a_symbol_does_not_depend_on_the_others(checkpoint, call):
     all_ = json.loads(call("sample", "--ckpt", checkpoint, "--paths", 8, "--horizon", 3, "--json")[1])["symbols"][1]
     one = json.loads(call("sample", "--ckpt", checkpoint, "--paths", 8, "--horizon", 3, "--json", "--symbols", "SYN1")[1])["symbols"][0]
