@@ -468,7 +468,7 @@ def desk(tmp_path_factory, checkpoint):
     """A folder with the files that the commands name: daily bars of 2015 to 2018, and checkpoints trained on them."""
     folder = tmp_path_factory.mktemp("desk")
     rows = ["time,symbol,open,high,low,close,volume,amount"]
-    for name, bars in zip(("AAPL", "MSFT", "OTHER"), data.synthetic(seed=3, n_symbols=3, n_bars=1040)[0]):
+    for name, bars in zip(("AAPL", "MSFT", "XOM", "JPM"), data.synthetic(seed=3, n_symbols=4, n_bars=1040)[0]):
         days = np.busday_offset("2015-01-02", np.arange(len(bars)))
         rows += [f"{day},{name}," + ",".join(f"{v:.6g}" for v in row) for day, row in zip(days, bars.ohlcva)]
     (folder / "csv").mkdir()
