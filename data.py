@@ -28,8 +28,10 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 import types
 import typing
+import zipfile
 import zlib
 from dataclasses import dataclass, fields, replace
 
@@ -485,7 +487,7 @@ HEADERS = {  # column -> names it goes by, best first, in the files of the sourc
     "close": ("close", "收盘", "收盘价"),
     "volume": ("volume", "vol", "成交量", "tickvol"),
     "amount": ("amount", "turnover", "quote_volume", "value", "成交额"),
-    "symbol": ("symbol", "ticker", "ts_code", "code", "name", "股票代码", "代码", "名称"),
+    "symbol": ("symbol", "ticker", "ts_code", "code", "name", "instrument", "pair", "asset", "股票代码", "代码", "名称"),
 }
 CLOCK = re.compile(r"(\d{1,2}):?(\d\d)(?::?(\d\d))?")  # a time of day in a column of its own, beside a date
 BINANCE = ("open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume") + ("",) * 4
@@ -533,7 +535,7 @@ def read_files(paths):
 
 def _read_csv(path):
     head = _bytes(path, 1 << 16).removeprefix(b"\xef\xbb\xbf")
-    lines = head.decode("utf-8", "replace").split("\n")
+    lines = head.decode("utf-8", "replace").splitlines()
     delimiter = max(",;\t", key=next(line for line in lines if line.strip()).count)
     first, second = (next(csv.reader([line.strip("\r")], delimiter=delimiter), []) for line in (lines + [""])[:2])
     if lines[0].strip() and second and all(map(_is_number, second)):
@@ -550,7 +552,7 @@ def _bytes(path, at_most=-1):
             raw = f.read(at_most)
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
-    if not raw.strip():
+    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
         raise UserError(f"{path}: the file is empty; it needs a header line and rows of bars")
     if b"\0" in raw:
         raise UserError(f"{path}: a binary file, not a CSV; export it as text")
@@ -564,6 +566,9 @@ def _columns(path, names):
         columns["time"] = 0  # pandas writes its index without a name
     if "tickvol" in names and "vol" in names:
         columns["volume"] = names.index("tickvol")  # MetaTrader: brokers of currencies leave vol at 0
+    for column, i in columns.items():
+        if i is not None and names.count(names[i]) > 1:
+            raise UserError(f"{path}:1: two columns {names[i]!r} in the header; keep one of them")
     missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
     if missing:
         raise UserError(f"{path}:1: no column {missing[0]!r} in the header; "
@@ -617,11 +622,14 @@ def _read_text(path, delimiter):
             break
         except UnicodeDecodeError:
             pass
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    rows, line, reasons, n_columns = [], [], {}, 0
+    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter)
+    rows, line, reasons, n_columns, read = [], [], {}, 0, 0
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
         for row in reader:
+            read += 1
+            if reader.line_num > read:
+                raise UserError(f"{path}:{read}: a quote is opened and not closed in this line; mend or remove the line")
             if not any(cell.strip() for cell in row):
                 continue
             if not n_columns and row[0].strip().lower() == "price":
@@ -688,10 +696,18 @@ def _bars_of(path, cells, columns, line, reasons):
                     reasons.setdefault(r, f"{c} {cell!r} is not a number")
     for r in np.flatnonzero(np.isnan(time)):
         reasons.setdefault(int(r), f"time {cells[columns['time']][r]!r} is no date")
+    if columns["symbol"] is not None:
+        for r, cell in enumerate(cells[columns["symbol"]]):
+            if not cell.strip():
+                reasons.setdefault(r, "no symbol")
     good = _good(path, line, _faults(time, ohlcva), reasons)
     time, ohlcva = time[good].astype(np.int64), ohlcva.T[good]
     if columns["symbol"] is None:
-        return [_sorted(_stem(path), time, ohlcva)]
+        bars = _sorted(_stem(path), time, ohlcva)
+        if len(bars) < (1 - MAX_BAD) * len(time):
+            print(f"{path}: {len(time) - len(bars)} of {len(time)} rows have the time of a later one and give way to it; "
+                  f"where they are other symbols, name their column symbol", file=sys.stderr)
+        return [bars]
     names, which = np.unique(np.array([s.strip() for s in cells[columns["symbol"]]])[good], return_inverse=True)
     parts = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
     return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]
@@ -704,11 +720,12 @@ def _faults(time, ohlcva):
     return ((np.isnan(time), "time is no date"),
             (~np.isfinite(price).all(0), "a price is not a finite number"),
             ((price <= 0).any(0), "a price is zero or negative"),
+            (((price < 1e-30) | (price > 1e30)).any(0), "a price outside of 1e-30 to 1e30"),
             (h < l, "high below low"),
             (h < np.maximum(o, c), "high below open or close"),
             (l > np.minimum(o, c), "low above open or close"),
             ((v < 0) | (a < 0), "negative volume or amount"),
-            (np.isinf(v) | np.isinf(a), "infinite volume or amount"))
+            ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
 
 
 def _good(path, line, faults, reasons):
@@ -735,28 +752,29 @@ def _stem(path):
 
 
 def _epoch_seconds(value):
-    """YYYYMMDD, or an epoch in s, ms, us or ns (told apart by size), to UTC seconds; NaN where it is no date."""
+    """YYYYMMDD[HHMM[SS]], or an epoch in s, ms, us, ns (told apart by size), to UTC seconds; NaN where it is no date."""
     size = np.abs(value)
     seconds = np.floor(value / np.select([size < 1e11, size < 1e14, size < 1e17], [1.0, 1e3, 1e6], 1e9))
-    dates = (value >= 19000101) & (value <= 21991231) & (value == np.floor(value))
-    if dates.any():
-        distinct, which = np.unique(value[dates], return_inverse=True)
-        seconds[dates] = np.array([_date8(f"{int(v)}") for v in distinct])[which]
+    for digits, form in ((1, "%Y%m%d"), (1e4, "%Y%m%d%H%M"), (1e6, "%Y%m%d%H%M%S")):
+        dates = (value >= 19000101 * digits) & (value < 21991232 * digits) & (value == np.floor(value))
+        if dates.any():
+            distinct, which = np.unique(value[dates], return_inverse=True)
+            seconds[dates] = np.array([_date(f"{int(v)}", form) for v in distinct])[which]
     seconds[~(np.abs(seconds) < 200 * 365.25 * DAY)] = np.nan
     return seconds
 
 
-def _date8(text):
+def _date(text, form):
     try:
-        return datetime.datetime.strptime(text, "%Y%m%d").replace(tzinfo=datetime.UTC).timestamp()
+        return datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC).timestamp()
     except ValueError:
         return np.nan
 
 
 def parse_time(text):
-    """One time stamp as UTC seconds (float; NaN if it is none): ISO 8601, also with / or ., YYYYMMDD, or an epoch.
+    """One time stamp as UTC seconds (float; NaN if it is none or past 2199). Naive means UTC.
 
-    Naive means UTC.
+    ISO 8601, also with / or . in the date; YYYYMMDD, YYYYMMDDHHMM, YYYYMMDDHHMMSS; or an epoch.
     """
     text = text.strip()
     if _is_number(text):
@@ -766,6 +784,8 @@ def parse_time(text):
     try:
         when = datetime.datetime.fromisoformat(text)
     except ValueError:
+        return np.nan
+    if when.year > 2199:
         return np.nan
     return float(np.floor((when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()))
 
@@ -812,8 +832,11 @@ def _open_folder(folder):
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
-    except (OSError, ValueError) as e:
+        series = [_open_series(os.path.join(folder, f"{i:06d}"), str(name)) for i, name in enumerate(names)]
+        if any(bars.ohlcva.shape != (len(bars), 6) for bars in series):
+            raise ValueError("a series has more times than bars")
+        return series
+    except (OSError, ValueError, TypeError, EOFError) as e:
         raise UserError(f"{folder}: not a whole data set ({e}); write it again with python data.py --out")
 
 
@@ -823,8 +846,12 @@ def _open_folder(folder):
 def tokenize(bars, tokenizer) -> np.ndarray:
     """Tokens of a series, int16 [T, 2]; of a memory-mapped one made once and kept beside it, mapped too."""
     cache = _cache_path(bars, tokenizer)
-    if cache and os.path.exists(cache):
-        return np.load(cache, mmap_mode="r")
+    try:
+        tokens = np.load(cache, mmap_mode="r") if cache else ()
+        if len(tokens) == len(bars):
+            return tokens
+    except (OSError, ValueError, EOFError):
+        pass  # there is none, or it is damaged: make it anew
     tokens, temporary = np.empty((len(bars), 2), np.int16), f"{cache}.{os.getpid()}.tmp"  # each process its own
     if cache:
         try:
@@ -902,6 +929,8 @@ def save_atomic(obj, path):
 def load_safe(path):
     """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
+            raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; train one with python pretrain.py")
@@ -912,18 +941,22 @@ def load_safe(path):
         raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); train one with python pretrain.py")
 
 
-def check_out(path, overwrite=False):
-    """Refuse, before any work, an output that exists, or that could not be written at the end."""
+def check_out(path, overwrite=False, inputs=()):
+    """Refuse, before any work, an output that exists, is an input, or could not be written at the end."""
     folder = os.path.dirname(os.path.abspath(path))
+    if not path or os.path.isdir(path):
+        raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
     try:
-        if os.path.isdir(path):
-            raise IsADirectoryError
-        with open(f"{path}.tmp", "wb"):
-            os.unlink(f"{path}.tmp")
+        tempfile.TemporaryFile(dir=folder).close()
+        if os.path.exists(path):
+            open(path, "r+b").close()
     except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
+    for name in inputs:
+        if name and os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
+            raise UserError(f"{path}: this run reads it; choose another --out")
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
@@ -936,6 +969,8 @@ def pick_device(name, local_rank=0):
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
@@ -954,8 +989,8 @@ def check_numbers(config, positive, others):
     """UserError for a number in a training's config that cannot be, or switches that exclude each other."""
     for name in (*positive, *others):
         value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
-        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-            raise UserError(f"--{name} {value}: must be {least}")
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0) or value >= 2**63:
+            raise UserError(f"--{name} {value}: must be a finite number, {least}")
     if config.resume and config.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
     if config.dtype not in ("auto", "bf16", "fp16", "fp32"):
@@ -1001,12 +1036,16 @@ def cli(config_class, doc, argv=None) -> dict:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C as a flag that a loop reads between steps, so that it can save and then exit."""
+    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, so that it can save and then exit."""
 
     def __init__(self):
         self.signum = 0
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._note)
+        self.before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+
+    def release(self):
+        """All is saved: from here on the signals do what they did before."""
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def _note(self, signum, frame):
         if self.signum:
@@ -1020,8 +1059,12 @@ class StopSignal:
 
 def run(main):
     """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         sys.stdout.flush()
         print(f"error: {e}", file=sys.stderr)
@@ -1029,8 +1072,15 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as e:
+        print(f"error: {e.filename or 'output'}: {e.strerror or e}; make room or choose another place", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        print(f"error: out of memory ({str(e).splitlines()[0][:80]}); lower --batch_size, --n_embd or --paths", file=sys.stderr)
+        sys.exit(2)
 
 
 def progress(text):

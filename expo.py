@@ -209,6 +209,8 @@ def reference_of(config, entry, device, room=0):
     """
     reference, tokenizer, meta = load_checkpoint(config.ckpt, device)
     reference.requires_grad_(False)
+    if not meta["data"] or not meta["splits"]:
+        raise UserError(f"{config.ckpt}: does not say what it was trained on; name a checkpoint of pretrain.py")
     series = sample.load_series(config.data, meta)
     source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
                   reference=data.weights_hash(reference.state_dict()),
@@ -250,7 +252,7 @@ def main():
     check(config)
     device = data.pick_device(config.device)
     if entry is None:
-        data.check_out(config.out, config.overwrite)
+        data.check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
     elif entry["step"] >= config.steps:
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = data.StopSignal()
@@ -260,6 +262,8 @@ def main():
     reference, tokenizer, meta, series, train = reference_of(config, entry, device)
     borders = meta["splits"]
     t = sample.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)
+    if config.backtest:
+        final = sample.some_targets(series, "test", borders, config.horizon, ORIGINS, config.seed)
     table = close_table(tokenizer).to(device)
     model, optimizer, scaler, autocast, dtype_name = learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
@@ -285,9 +289,9 @@ def main():
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
-    print(f"{'':>25}{'--- pairs ---':^21}{'':>8}{'------------- val -------------':>33}")
-    print(f"{'step':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'ref odds':>9}{'w':>5}{'l':>5}{'lr':>8}"
-          f"{'log loss':>9}{'right':>7}{'MAE':>7}{'CRPS':>7}{'left':>8}")
+    print(f"{'':23}{'---- pairs ----':>16}{'':6}{'----------- val -----------':>27}")
+    print(f"{'step':>4}{'loss':>7}{'KL':>6}{'|grad|':>6}{' ref odds':>6}{'w':>4}{'l':>4}{'lr':>6}{'logloss':>8}{'right':>7}{'MAE':>7}{'CRPS':>7}"
+          f"{'left':>8}")
     loop_began = saved_at = time.time()
     from_step, seen = step, []
     while step < config.steps:
@@ -329,9 +333,9 @@ def main():
                                 val_logloss=logloss, da=da, up_share=up_share, mae_ratio=mae, crps_ratio=crps))
             seen = []
             data.progress("")
-            print(f"{step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{mean['ref_odds']:>9.2f}"
-                  f"{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}{lr:>8.0e}{logloss:>9.4f}{da:>7.1%}"
-                  f"{mae['value']:>7.4f}{crps['value']:>7.4f}{left!s:>8}{'' if fair else '  worse'}", flush=True)
+            print(f"{step:>4}{mean['loss']:>7.4f}{mean['kl']:>6.3f}{mean['grad']:>6.3f}{mean['ref_odds']:>9.2f}"
+                  f"{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}{lr:>6.0e}{logloss:>8.4f}{da:>6.1%}"
+                  f"{mae['value']:>7.4f}{crps['value']:>7.4f}{left!s:>8}{'' if fair else ' worse'}", flush=True)
             if fair and logloss < min(best_val, ref_scores["logloss"][0]):
                 best_val, best = logloss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         else:
@@ -344,13 +348,13 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
+    stop.release()
     if math.isinf(best_val):  # a resumed run has the first weights as its best until some qualify
         print(f"no weights had a better log loss at no worse MAE and CRPS: {config.out} holds the reference")
     else:
         print(f"{config.out}: the weights of log loss {best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")
     if config.backtest:
         result, _, _ = load_checkpoint(config.out, device)
-        final = sample.some_targets(series, "test", borders, config.horizon, ORIGINS, config.seed)
         columns = {name: sample.drawn_scores(m, tokenizer, final, config.paths)
                    for name, m in (("reference", reference), ("result", result))}
         print("\ntest, which nothing above has seen")

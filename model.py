@@ -17,6 +17,7 @@ takes some of them: its share is then one piece of memory.
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -707,8 +708,8 @@ def read_checkpoint(path):
     if entry["format_version"] != FORMAT_VERSION:
         raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, this version reads {FORMAT_VERSION}; "
                              f"train it anew")
-    for key in ("stage", "config", "model", "best", "tokenizer", "metrics"):
-        if key not in entry:
+    for key in ("stage", "config", "model", "best", "tokenizer", "metrics", "data", "splits"):
+        if key not in entry or (key == "metrics" and not isinstance(entry[key], list)):
             raise data.UserError(f"{path}: damaged checkpoint, {key!r} is missing; "
                                  f"restore it from a copy or train it anew")
     return entry
@@ -753,6 +754,8 @@ def resumed(given, config_class, free, stages):
     given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
     """
     path = given.get("out", config_class.out)
+    if not os.path.exists(path):
+        raise data.UserError(f"{path}: no such file to go on from; drop --resume, or name it by --out")
     entry = read_checkpoint(path)
     if entry["stage"] not in stages or "run" not in entry:
         raise data.UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")

@@ -84,6 +84,8 @@ def check(config):
                 "save_every")
     data.check_numbers(config, positive, ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every",
                                           "seed"))
+    if config.block_size < 2:
+        raise UserError(f"--block_size {config.block_size}: at least 2 bars")
     if config.init_from and config.tokenizer:
         raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
 
@@ -150,7 +152,7 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
         if step % max(1, config.tok_steps // 5) == 0:
             left = (time.time() - started) / (step - from_step) * (config.tok_steps - step)
             data.progress("")  # step, loss and left in the columns of the model's table
-            print(f"{step:>7} {loss:>8.4f} {'':>53} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
+            print(f"{step:>6}{loss:>9.4f}{'':>56}{datetime.timedelta(seconds=round(left))!s:>8}", flush=True)
         else:
             data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
         if stop.signum or time.time() - saved_at > SAVE_SECONDS or step % (10 * config.save_every) == 0:
@@ -272,7 +274,7 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     say = print if rank == 0 else lambda *a, **k: None
     if entry is None and rank == 0:
-        data.check_out(config.out, config.overwrite)
+        data.check_out(config.out, config.overwrite, (config.init_from, config.tokenizer, *(config.data or ())))
     trained = entry if entry and entry["stage"] == "pretrain" else None  # resumed, and the model's training has begun
     if trained and trained["step"] >= config.steps:
         return say(f"{config.out}: finished at step {trained['step']}; nothing to do")
@@ -373,8 +375,7 @@ def main():
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 10)
-    say(f"{'step':>7} {'train':>8} {'val':>8} {'coarse':>8} {'fine':>8} {'up right':>8} {'lr':>8} {'|grad|':>7} "
-        f"{'bars/s':>8} {'left':>7}")
+    say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'right':>8}{'lr':>8}{'|grad|':>7}{'bars/s':>8}{'left':>8}")
     model_began = saved_at = time.time()
     from_step, train_loss, n_losses, eval_seconds = step, 0.0, 0, 0.0
     while step < config.steps:
@@ -428,8 +429,8 @@ def main():
             metrics.append(dict(stage="pretrain", step=step, train=train_loss, val=val_loss, coarse=val_coarse,
                                 fine=val_fine, da=da, lr=lr, grad_norm=norm, bars_per_s=speed))
             data.progress("")
-            say(f"{step:>7} {train_loss:>8.4f} {val_loss:>8.4f} {val_coarse:>8.4f} {val_fine:>8.4f} {da:>8.2%} {lr:>8.1e} "
-                f"{norm:>7.2f} {speed:>8,.0f} {datetime.timedelta(seconds=round(left))!s:>7}", flush=True)
+            say(f"{step:>6}{train_loss:>9.4f}{val_loss:>9.4f}{val_coarse:>8.4f}{val_fine:>8.4f}{da:>8.2%}{lr:>8.1e}{norm:>7.2f}"
+                f"{speed:>8,.0f}{datetime.timedelta(seconds=round(left))!s:>8}", flush=True)
             train_loss, n_losses = 0.0, 0
             if val_loss < best_val:
                 best_val, best = val_loss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

@@ -199,7 +199,7 @@ def main():
     check(config)
     device = data.pick_device(config.device)
     if entry is None:
-        data.check_out(config.out, config.overwrite)
+        data.check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
     elif entry["step"] >= config.steps:
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = data.StopSignal()
@@ -210,6 +210,8 @@ def main():
     base, tokenizer, meta, series, train = reference_of(config, entry, device, room=longest - 1)
     borders = meta["splits"]
     t = sample.some_targets(series, "val", borders, longest, VAL_ORIGINS, config.seed, most=VAL_BARS)
+    if config.backtest:
+        final = sample.some_targets(series, "test", borders, longest, ORIGINS, config.seed)
     model, optimizer, scaler, autocast, dtype_name = learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
     if entry:
@@ -234,8 +236,8 @@ def main():
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
-    print(f"{'step':>5}{'bars':>5}{'loss':>9}{'KL':>8}{'|grad|':>8}{'lr':>9}{'walked/s':>9}"
-          f"{'val CRPS':>9}{'to base':>8}{'MAPE':>8}{'in 90 %':>8}{'left':>9}")
+    print(f"{'step':>4}{'bars':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'lr':>6}{'walked/s':>9}"
+          f"{'CRPS':>7}{'to base':>8}{'MAPE':>7}{'90 %':>6}{'left':>8}")
     loop_began = saved_at = time.time()
     from_step, seen, n_walked, walk_seconds = step, [], 0, 1e-9
     while step < config.steps:
@@ -286,8 +288,9 @@ def main():
                                 path_coverage90=inside))
             seen = []
             data.progress("")
-            print(f"{step:>5}{horizon:>5}{mean['loss']:>9.4f}{mean['kl']:>8.4f}{mean['grad']:>8.3f}{lr:>9.1e}"
-                  f"{n_walked / walk_seconds:>9,.0f}{crps:>9.4f}{ratio['value']:>8.4f}{mape:>8.4f}{inside:>8.1%}{left!s:>9}", flush=True)
+            print(f"{step:>4}{horizon:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{lr:>6.0e}"
+                  f"{n_walked / walk_seconds:>9,.0f}{crps:>7.4f}{ratio['value']:>8.4f}{mape:>7.4f}{inside:>6.1%}{left!s:>8}",
+                  flush=True)
             if crps < min(best_val, base_crps):
                 best_val, best = crps, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         else:
@@ -300,13 +303,13 @@ def main():
             raise SystemExit(stop.status)
 
     # ---- what came of it
+    stop.release()
     if math.isinf(best_val):  # a resumed run has the first weights as its best until some qualify
         print(f"no weights had a better path CRPS on val: {config.out} holds the base")
     else:
         print(f"{config.out}: the weights of path CRPS {best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")
     if config.backtest:
         result, _, _ = load_checkpoint(config.out, device)
-        final = sample.some_targets(series, "test", borders, longest, ORIGINS, config.seed)
         print("\ntest, which nothing above has seen")
         print_paths({"base": base, "result": result}, tokenizer, final, config.paths)
     print(f"{time.time() - began:.0f} s")

@@ -1234,18 +1234,28 @@ def check(config):
             raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
     if config.horizon < 1 or config.paths < 1:
         raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
-    if not math.isfinite(config.rate):
+    if not abs(config.rate) <= 10:
         raise UserError(f"--rate {config.rate}: must be a number such as 0.04")
-    for path in (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss):
-        if path:
-            data.check_out(path, config.overwrite)
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must be 0 or more")
+    if not math.isfinite(config.cost_bps):
+        raise UserError(f"--cost_bps {config.cost_bps}: must be a number such as 5")
+    outputs = (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss)
+    given = [os.path.abspath(path) for path in outputs if path]
+    if len(set(given)) < len(given):
+        raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
+    for path in outputs:
+        if path is not None:
+            data.check_out(path, config.overwrite, (*config.ckpt, *(config.data or ())))
 
 
 def load_series(sources, meta, symbols=None):
     """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
+    if not sources and not meta["data"]:
+        raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
     sources = sources or meta["data"]["sources"]
     if sources == ["synthetic"]:
-        series, _ = data.synthetic(seed=meta["data"].get("seed", meta["seed"]))
+        series, _ = data.synthetic(seed=(meta["data"] or {}).get("seed", meta["seed"]))
     else:
         series = data.load(sources)
     if symbols:
@@ -1297,8 +1307,9 @@ def main():
     if config.out:
         write_csv(config.out, histories, ohlcva)
     if config.paths_out:
-        np.savez_compressed(config.paths_out, symbols=[b.symbol for b in histories], ohlcva=ohlcva,
-                            time=np.stack([future_times(b.time, config.horizon) for b in histories]))
+        with open(config.paths_out, "wb") as f:  # a name without .npz stays as it is
+            np.savez_compressed(f, symbols=[b.symbol for b in histories], ohlcva=ohlcva,
+                                time=np.stack([future_times(b.time, config.horizon) for b in histories]))
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva)
     if config.json:

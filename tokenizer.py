@@ -423,7 +423,7 @@ def main():
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     device = data.pick_device(config.device)
-    data.check_out(config.out, config.overwrite)
+    data.check_out(config.out, config.overwrite, config.data or ())
     series = data.load(config.data) if config.data else data.synthetic(config.seed)[0]
     borders = data.split_borders(series, config.val_start, config.test_start)
     features = [data.features(bars)[0] for bars in series]

@@ -105,7 +105,7 @@ def test_signals_save_and_exit(market, tmp_path, signum, status):
     run = subprocess.Popen([sys.executable, "-u", os.path.join(ROOT, "pretrain.py"), "--data", str(market), "--out", str(out), *TINY, "--steps", "100000"],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
-        if line.startswith("      3 "):
+        if re.match(r" +3 ", line):
             break
     run.send_signal(signum)
     rest, err = run.communicate(timeout=60)
