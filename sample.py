@@ -276,10 +276,10 @@ def print_report(rows, horizon, breadth, mean_p_up):
         print("! more than 1 % chance of a move beyond 3 sigma of the last 20 bars")
     if rows[0]["options"]:
         print("\noptions (drift: the forward's; volatility: the model's own)")
-        print(f"{'symbol':8} {'strike':>10} {'years':>7} {'call':>10} {'put':>10}")
+        print(f"{'symbol':8} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
         for r in rows:
             for o in r["options"]:
-                print(f"{r['symbol'][:8]:8} {o['strike']:>10.6g} {o['years']:>7.4f} {o['call']:>10.4g} {o['put']:>10.4g}")
+                print(f"{r['symbol'][:8]:8} {o['strike']:>10.6g} {o['years']:>8.3g} {o['call']:>10.4g} {o['put']:>10.4g}")
 
 
 def write_csv(path, histories, ohlcva):

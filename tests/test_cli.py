@@ -248,6 +248,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(market, tmp_path, checkpoin
     ("--stepz", 3, "unrecognized"), ("--n_embd", 30, "n_embd"), ("--device", "cuda:7", "--device"), ("--dtype", "fp8", "--dtype"), ("--windows", "a,b", "--windows"),
     ("--data", "none.csv", "no such file"), ("--out", "no/such/folder/a.pt", "folder"), ("--out", "/proc/a.pt", "cannot be written"), ("--out", ".", "cannot be written"), ("--tokenizer", "none.pt", "none.pt"), ("--init_from", "none.pt", "none.pt"),
     ("--val_start", "soon", "--val_start soon"), ("--block_size", -1, "--block_size"),
+    ("--block_size", 1, "--block_size 1"), ("--seed", -1, "--seed -1"), ("--seed", 10**20, "--seed"), ("--device", "meta", "--device"),
+    ("--clip", "inf", "finite"), ("--out", "", "not the name of a file"),
 ])
 def test_bad_flags_get_one_line(market, tmp_path, call, monkeypatch, flag, value, why):
     monkeypatch.chdir(tmp_path)
@@ -285,6 +287,39 @@ def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
     assert out == again != call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x", "--seed", 1)[1]
 
 
+def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, call):
+    ckpt, bars = tmp_path / "a.pt", tmp_path / "bars.csv"
+    shutil.copy(checkpoint, ckpt)
+    shutil.copy(market / "SYN0.csv", bars)
+    before = ckpt.read_bytes(), bars.read_bytes()
+    for argv in (("expo", "--ckpt", ckpt, "--out", ckpt), ("rollout", "--ckpt", ckpt, "--out", ckpt), ("sample", "--ckpt", ckpt, "--out", ckpt),
+                 ("sample", "--ckpt", ckpt, "--data", bars, "--plot", bars), ("pretrain", "--data", bars, "--out", bars)):
+        assert "reads it" in complaint(call(*argv, "--overwrite"))
+    assert (ckpt.read_bytes(), bars.read_bytes()) == before
+
+
+def test_paths_are_written_where_they_are_told_to(checkpoint, tmp_path, call):
+    assert call("sample", "--ckpt", checkpoint, "--paths", 3, "--paths_out", tmp_path / "paths")[0] == 0
+    assert os.listdir(tmp_path) == ["paths"] and np.load(tmp_path / "paths")["ohlcva"].shape[1] == 3
+    assert "exists" in complaint(call("sample", "--ckpt", checkpoint, "--paths", 3, "--paths_out", tmp_path / "paths"))
+
+
+def test_a_flipped_bit_is_noticed(checkpoint, tmp_path):
+    raw = bytearray(open(checkpoint, "rb").read())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "a.pt").write_bytes(raw)
+    with pytest.raises(data.UserError, match="a.pt"):
+        data.load_safe(str(tmp_path / "a.pt"))
+
+
+def test_a_terminal_without_the_letter_and_a_full_one(checkpoint):
+    done = script("data.py", "--leak_demo", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "?" in done.stdout and not done.stderr
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--ckpt", checkpoint, "--paths", "3"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
 def test_many_paths_go_in_pieces_of_bounded_size(loaded, market, monkeypatch):
     model, tokenizer = loaded
     bars = data.load(str(market))[0]
@@ -309,6 +344,7 @@ def test_forecast_of_a_symbol_does_not_depend_on_the_others(checkpoint, call):
     (("--top_p", 1.5), "top_p"), (("--strike", "-3"), "--strike"), (("--strike", "abc"), "--strike abc"), (("--out", "no/where.csv"), "folder"),
     (("--parallel", "--horizon", 17), "--parallel"), (("--data", "none.csv"), "none.csv"), (("--device", "cuda:9"), "--device"), (("--rate", "inf"), "--rate"),
     (("--backtest", "--strike", "100"), "--strike"), (("--backtest", "--out", "f.csv"), "--out"),
+    (("--seed", -1), "--seed"), (("--rate", "1e9"), "--rate"), (("--out", "f", "--plot", "f"), "same name"), (("--backtest", "--cost_bps", "nan"), "--cost_bps"),
 ])
 def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, argv, why):
     monkeypatch.chdir(tmp_path)

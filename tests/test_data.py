@@ -147,6 +147,9 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("2020-01-03,1,0.5,2,1,1", "high below low"),
     ("2020-01-03,1,2,0.5,3,1", "high below open or close"),
     ("2020-01-03,1,2,1.5,2,1", "low above open or close"),
+    ("2020-01-03,1e200,1e200,1e200,1e200,1", "outside of 1e-30 to 1e30"),
+    ("2020-01-03,1,2,0.5,1,1e40", "above 1e30"),
+    ("9000-01-03,1,2,0.5,1,1", "no date"),
     ("2020-01-03,1,2,0.5,1,-3", "negative volume"),
     ("2020-02-30,1,2,0.5,1,3", "'2020-02-30' is no date"),
     ("soon,1,2,0.5,1,3", "'soon' is no date"),
@@ -175,6 +178,9 @@ def test_a_numeric_file_names_its_bad_lines_too(tmp_path, capfd):
     ("time,open,high,low\n1,1,1,1\n", "a.csv:1: no column 'close'"),
     ("open,high,low,close\n1,1,1,1\n", "a.csv:1: no column 'time'"),
     ("time,open,high,low,close\n", "a.csv:2: no rows"),
+    (b"\xef\xbb\xbf\n", "empty"),
+    ("time,open,high,low,close,Close\n1,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
+    ("time,open,high,low,close\n1,1,1,1,1\n\"2,1,1,1,1\n3,1,1,1,1\n4,1,1,1,1\n", "a.csv:3: a quote"),
     ("time,open,high,low,close\nx,1,1,1,1\n", "a.csv:2: "),
     ("time,open,high,low,close\n" + "1,1,1,1,1\n" * 9 + "2,0,0,0,0\n", "a.csv:11: "),
 ])
@@ -182,6 +188,44 @@ def test_unusable_files_get_one_line(tmp_path, text, why):
     with pytest.raises(UserError) as e:
         read(tmp_path, text)
     assert why in str(e.value) and "\n" not in str(e.value)
+
+
+def test_line_ends_and_stamps_as_people_have_them(tmp_path, capfd):
+    rows = ["time,open,high,low,close"] + [f"2018010{d}{h:02d}30,1,2,0.5,1" for d in (1, 2) for h in (9, 10)]
+    want = [data.parse_time(f"2018-01-0{d} {h}:30") for d in (1, 2) for h in ("09", "10")]
+    for end in ("\n", "\r\n", "\r"):
+        for text in (rows, [row.replace("30,", "3000,", 1) for row in rows]):  # with and without seconds
+            [bars] = read(tmp_path, end.join(text) + end)
+            assert bars.time.tolist() == want
+    assert not capfd.readouterr().err
+    read(tmp_path, "time,coin,open,high,low,close\n" + "".join(f"{t},{c},1,1,1,1\n" for t in (1, 2, 3) for c in "ab"))
+    assert "3 of 6 rows" in capfd.readouterr().err  # an unknown name of the symbols: one series of two
+
+
+def test_damaged_folders_and_caches(tmp_path):
+    class Tokens:  # codes of nothing in particular
+        def encode(self, x):
+            return x[:, 0].long() * 0 + 1, x[:, 0].long() * 0 + 2
+
+        def state_dict(self):
+            return {"a": torch.zeros(1)}
+
+    folder = tmp_path / "bars"
+    data.write_folder(data.synthetic(n_symbols=1, n_bars=600)[0], str(folder))
+    [bars] = data.load(str(folder))
+    want = np.array(data.tokenize(bars, Tokens()))
+    [cache] = folder.glob("*.tokens-*.npy")
+    for damage in (cache.read_bytes()[:200], b"", b"no array"):
+        cache.write_bytes(damage)
+        np.testing.assert_array_equal(data.tokenize(bars, Tokens()), want)
+    np.save(cache, want[:100])
+    np.testing.assert_array_equal(data.tokenize(bars, Tokens()), want)
+    np.save(folder / "000000.ohlcva.npy", np.asarray(bars.ohlcva[:50]))
+    for name in (None, "5", "[1, 2]", "{"):
+        if name:
+            (folder / "symbols.json").write_text(name)
+        with pytest.raises(UserError, match="not a whole data set"):
+            data.load(str(folder))
 
 
 def test_missing_paths_folders_and_broken_gz(tmp_path):
