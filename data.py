@@ -610,7 +610,16 @@ def _read_numeric(path, names, columns, delimiter, has_header):
             ohlcva[i] = table[:, columns[c]]
     if any(failed.any() for failed, _ in _faults(time, ohlcva)):
         return None  # _read_text can name the lines
-    return _sorted(_stem(path), time.astype(np.int64), ohlcva.T)
+    return _one_series(path, time.astype(np.int64), ohlcva.T)
+
+
+def _one_series(path, time, ohlcva):
+    """Bars of a file without a column of symbols, with a word where many rows share their times."""
+    bars = _sorted(_stem(path), time, ohlcva)
+    if len(bars) < (1 - MAX_BAD) * len(time):
+        print(f"{path}: {len(time) - len(bars)} of {len(time)} rows have the time of a later one and give way to it; "
+              f"where they are other symbols, name their column symbol", file=sys.stderr)
+    return bars
 
 
 def _read_text(path, delimiter):
@@ -703,11 +712,7 @@ def _bars_of(path, cells, columns, line, reasons):
     good = _good(path, line, _faults(time, ohlcva), reasons)
     time, ohlcva = time[good].astype(np.int64), ohlcva.T[good]
     if columns["symbol"] is None:
-        bars = _sorted(_stem(path), time, ohlcva)
-        if len(bars) < (1 - MAX_BAD) * len(time):
-            print(f"{path}: {len(time) - len(bars)} of {len(time)} rows have the time of a later one and give way to it; "
-                  f"where they are other symbols, name their column symbol", file=sys.stderr)
-        return [bars]
+        return [_one_series(path, time, ohlcva)]
     names, which = np.unique(np.array([s.strip() for s in cells[columns["symbol"]]])[good], return_inverse=True)
     parts = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
     return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]

@@ -200,6 +200,8 @@ def test_line_ends_and_stamps_as_people_have_them(tmp_path, capfd):
     assert not capfd.readouterr().err
     read(tmp_path, "time,coin,open,high,low,close\n" + "".join(f"{t},{c},1,1,1,1\n" for t in (1, 2, 3) for c in "ab"))
     assert "3 of 6 rows" in capfd.readouterr().err  # an unknown name of the symbols: one series of two
+    read(tmp_path, "time,number,open,high,low,close\n" + "".join(f"{t},{c},1,1,1,1\n" for t in (1, 2, 3) for c in (7, 8)))
+    assert "3 of 6 rows" in capfd.readouterr().err
 
 
 def test_damaged_folders_and_caches(tmp_path):
