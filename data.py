@@ -105,6 +105,7 @@ class State:
 
     @classmethod
     def start(cls):
+        """Before the first bar."""
         return cls(np.float64(np.nan), np.float64(np.nan), *np.zeros(8), np.float64(np.nan), np.float64(np.nan))
 
     @classmethod

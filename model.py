@@ -39,6 +39,7 @@ CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of
 
 @dataclass
 class ModelConfig:
+    """Sizes and switches of a Model; they are saved with it."""
     coarse_bits: int = 10            # k1: the coarse vocabulary is 2^k1
     fine_bits: int = 10              # k2
     n_layer: int = 4
@@ -110,6 +111,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def norm(x):
+    """x [..., C] at a root mean square of 1."""
     return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -598,6 +600,7 @@ class Model(nn.Module):
         return self.coarse_logits(h), h
 
     def coarse_logits(self, h):
+        """h [..., C] -> [..., 2^k1]."""
         return self.coarse_head(h)
 
     def fine_logits(self, h, coarse):

@@ -316,6 +316,7 @@ STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{str
 
 
 def write_svg(path, width, height, parts):
+    """A picture of SVG elements, texts, in pixels."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     with open(path, "w", encoding="utf-8") as f:
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>\n')
@@ -601,6 +602,7 @@ def judge_normal(mean, sigma, y):
 
 
 def joined(parts):
+    """Forecasters of several sets of bars as one of all."""
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -788,6 +790,7 @@ def logistic(t):
 # ---- scores
 
 def ratio(s):
+    """A mean, from sums s [..., 2] of the values and of how many there are."""
     return s[..., 0] / s[..., 1]
 
 

@@ -42,6 +42,7 @@ WARMUP = 50       # steps in which the learning rate rises
 
 @dataclass
 class TokenizerConfig:
+    """Sizes of a Tokenizer and settings of its training; UserError for what cannot be."""
     coarse_bits: int = 10       # bits of the coarse token, direction bit included
     fine_bits: int = 10         # bits of the fine token
     n_hidden: int = 128         # width of the decoder's networks
@@ -128,6 +129,7 @@ class Tokenizer(nn.Module):
         return self.coarse_decoder(c1), 0.3 * mix, self.fine_decoder(c2)  # 0.3: a residual's usual size
 
     def frozen_tables(self):
+        """decode_tables, made once between two trainings."""
         if self.tables is None or self.tables[0].device != self.mean.device:
             with torch.no_grad(), exact(self.mean):
                 self.tables = self.decode_tables()
