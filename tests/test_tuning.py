@@ -344,7 +344,7 @@ def test_the_base_is_kept_where_nothing_is_better(checkpoint, tmp_path, call, mo
 
 
 @pytest.mark.parametrize("name, flags", [("expo", []), ("expo", ["--pairs", "extreme", "--candidates", "8"]), ("rollout", ["--horizons", "2,4"])])
-def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, name, flags):
+def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags):
     args = ["--ckpt", checkpoint, *map(str, flags), "--steps", 8, "--batch_size", 2, "--eval_every", 4, "--save_every", 1, "--no-backtest"]
     assert script(name + ".py", *args, "--out", tmp_path / "whole.pt").returncode == 0
     run = subprocess.Popen([sys.executable, os.path.join(ROOT, name + ".py"), *map(str, args), "--out", str(tmp_path / "broken.pt")], stdout=subprocess.DEVNULL)
@@ -358,8 +358,8 @@ def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, 
     whole, broken = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
     for part in ("model", "best"):
         assert all(torch.equal(whole[part][k], broken[part][k]) for k in whole[part])
-    again = script(name + ".py", "--out", tmp_path / "broken.pt", "--resume")
-    assert again.returncode == 0 and "finished" in again.stdout
+    status, out, _ = call(name, "--out", tmp_path / "broken.pt", "--resume")
+    assert status == 0 and "finished" in out
 
 
 @pytest.mark.parametrize("name", ["expo", "rollout"])
@@ -417,7 +417,7 @@ def test_walks_toward_noise_teach_nothing(tmp_path, call, monkeypatch):
     """The truth in training replaced by a random walk of its own: the result is no better than its base."""
     bars = data.synthetic(n_symbols=2, n_bars=8000, signal=0.2)[0]
     data.write_folder(bars, tmp_path / "bars")
-    size = "--tok_steps 200 --steps 150 --n_layer 2 --n_head 4 --n_embd 32 --block_size 64 --coarse_bits 6 --fine_bits 5 --lr 3e-3".split()
+    size = "--tok_steps 100 --steps 150 --n_layer 2 --n_head 4 --n_embd 32 --block_size 64 --coarse_bits 6 --fine_bits 5 --lr 3e-3".split()
     assert call("pretrain", "--data", tmp_path / "bars", "--out", tmp_path / "base.pt", *size)[0] == 0
     real = rollout.origins_of
 
@@ -428,7 +428,7 @@ def test_walks_toward_noise_teach_nothing(tmp_path, call, monkeypatch):
         return origins
     monkeypatch.setattr(rollout, "origins_of", noisy)
     status, out, err = call("rollout", "--ckpt", tmp_path / "base.pt", "--out", tmp_path / "a.pt", "--steps", 60, "--batch_size", 8, "--plain", 0, "--lr", 1e-3,
-                            "--horizons", "2,4", "--no-backtest")
+                            "--horizons", "2,4", "--no-backtest", "--eval_every", 60)
     assert status == 0, err
     last = [m for m in read_checkpoint(str(tmp_path / "a.pt"))["metrics"] if m["stage"] == "rollout"][-1]["path_crps_ratio"]
     assert last["lo"] is not None and last["hi"] > 1, last
