@@ -827,7 +827,7 @@ def write_folder(series, out):
         with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
             json.dump(list(names), f)
     except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); choose another --out")
+        raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
 
 
 def _open_series(stem, symbol):
@@ -935,8 +935,10 @@ def save_atomic(obj, path):
 def load_safe(path):
     """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
-            raise zipfile.BadZipFile
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # torch.load does not look at checksums
+                    raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; train one with python pretrain.py")

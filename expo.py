@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import sample
@@ -289,9 +288,9 @@ def main():
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
-    print(f"{'':23}{'---- pairs ----':>16}{'':6}{'----------- val -----------':>27}")
-    print(f"{'step':>4}{'loss':>7}{'KL':>6}{'|grad|':>6}{' ref odds':>6}{'w':>4}{'l':>4}{'lr':>6}{'logloss':>8}{'right':>7}{'MAE':>7}{'CRPS':>7}"
-          f"{'left':>8}")
+    print(f"{'':23}{'---- pairs ----':>16}{'':6}{'------ log loss, val -----':>26}")
+    print(f"{'step':>4}{'loss':>7}{'KL':>6}{'grad':>6}{'odds':>6}{'w':>5}{'l':>5}{'lr':>6}"
+          f"{'loss':>7}{'right':>6}{'MAE':>7}{'CRPS':>7}{'left':>8}")
     loop_began = saved_at = time.time()
     from_step, seen = step, []
     while step < config.steps:
@@ -333,8 +332,8 @@ def main():
                                 val_logloss=logloss, da=da, up_share=up_share, mae_ratio=mae, crps_ratio=crps))
             seen = []
             data.progress("")
-            print(f"{step:>4}{mean['loss']:>7.4f}{mean['kl']:>6.3f}{mean['grad']:>6.3f}{mean['ref_odds']:>9.2f}"
-                  f"{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}{lr:>6.0e}{logloss:>8.4f}{da:>6.1%}"
+            print(f"{step:>4}{mean['loss']:>7.4f}{mean['kl']:>6.3f}{mean['grad']:>6.3f}{mean['ref_odds']:>6.2f}"
+                  f"{mean['w_right']:>5.0%}{mean['l_wrong']:>5.0%}{lr:>6.0e}{logloss:>7.4f}{da:>6.1%}"
                   f"{mae['value']:>7.4f}{crps['value']:>7.4f}{left!s:>8}{'' if fair else ' worse'}", flush=True)
             if fair and logloss < min(best_val, ref_scores["logloss"][0]):
                 best_val, best = logloss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

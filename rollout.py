@@ -236,7 +236,7 @@ def main():
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
-    print(f"{'step':>4}{'bars':>5}{'loss':>8}{'KL':>7}{'|grad|':>7}{'lr':>6}{'walked/s':>9}"
+    print(f"{'step':>4}{'bars':>5}{'loss':>8}{'KL':>7}{'grad':>6}{'lr':>6}{'walk/s':>8}"
           f"{'CRPS':>7}{'to base':>8}{'MAPE':>7}{'90 %':>6}{'left':>8}")
     loop_began = saved_at = time.time()
     from_step, seen, n_walked, walk_seconds = step, [], 0, 1e-9
@@ -288,8 +288,8 @@ def main():
                                 path_coverage90=inside))
             seen = []
             data.progress("")
-            print(f"{step:>4}{horizon:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>7.3f}{lr:>6.0e}"
-                  f"{n_walked / walk_seconds:>9,.0f}{crps:>7.4f}{ratio['value']:>8.4f}{mape:>7.4f}{inside:>6.1%}{left!s:>8}",
+            print(f"{step:>4}{horizon:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['grad']:>6.3f}{lr:>6.0e}"
+                  f"{n_walked / walk_seconds:>8,.0f}{crps:>7.4f}{ratio['value']:>8.4f}{mape:>7.4f}{inside:>6.1%}{left!s:>8}",
                   flush=True)
             if crps < min(best_val, base_crps):
                 best_val, best = crps, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

@@ -103,7 +103,7 @@ def stratified(random, paths, horizon):
     halves = []
     for n in (paths // 2, paths - paths // 2):
         place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
-        halves.append(((place + random.random(place.shape, np.float32)) / max(n, 1)).clip(max=1 - 2**-24))
+        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
@@ -169,7 +169,7 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
         else:
             pieces = [generate(model, state.repeat(len(u) // len(rows)), when, u, temperature, top_p, order)
                       for when, u in zip(times.split(MAX_ROWS), uniform.split(MAX_ROWS))]  # several of one origin alone
-            tokens = [torch.cat(part) for part in zip(*pieces)]
+            tokens = [torch.cat(level) for level in zip(*pieces)]
         x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
         ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up

@@ -80,8 +80,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(market, tmp_p
     assert not same(last_weights(tmp_path / "b.pt"), last_weights(checkpoint))
 
 
-def test_g6_killed_three_times_and_resumed_ends_with_the_same_weights(market, tmp_path):
-    """In the tokenizer's training, and twice in the model's."""
+def test_g6_killed_three_times_and_resumed_ends_with_the_same_weights(market, tmp_path, monkeypatch):
+    """In the tokenizer's training, and twice in the model's; with two threads, whose turns must not matter."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     out, args = tmp_path / "a.pt", ["--data", str(market), *TINY, "--steps", "40", "--tok_steps", "300", "--save_every", "1"]
     job = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", str(out)]
     subprocess.run([*job[:2], "--out", str(tmp_path / "whole.pt"), *args], check=True, stdout=subprocess.DEVNULL)

@@ -435,6 +435,12 @@ def test_an_order_of_the_codes_changes_which_number_draws_which_and_nothing_else
         assert torch.equal(fine[rows], given)
 
 
+def test_a_uniform_number_rounded_up_to_one_draws_a_token_that_can_be():
+    logits = torch.tensor([[3.0, 2.0, -50.0, -200.0]])
+    for temperature, top_p, allowed in ((1.0, 0.9, (0, 1)), (1e-6, 1.0, (0,))):
+        assert M.draw(logits, temperature, top_p, torch.ones(1, 1)).item() in allowed
+
+
 def test_sampling_follows_the_distribution():
     model = make()
     h = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
