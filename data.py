@@ -47,6 +47,7 @@ BLOCK = 512             # bars of one pass: in cache, memory bounded on mapped d
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
 DAY = 86400
+YEAR = 365.25 * DAY
 
 
 class UserError(Exception):
@@ -402,6 +403,62 @@ def gather(streams, which, ends):
     target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
     to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
     return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The clock: of bars, and of those to come
+
+def calendar(time):
+    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
+
+    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
+    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
+    """
+    days = time // 86400
+    second = time - days * 86400
+    z = days + 719468                                   # days since 0000-03-01
+    era = z // 146097                                   # 400 years each
+    doe = z - era * 146097
+    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * year + year // 4 - year // 100)
+    month = (5 * doy + 2) // 153                        # 0 is March
+    day = doy - (153 * month + 2) // 5
+    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+
+
+def future_times(time, horizon):
+    """Stamps of the next bars, int64 [horizon]: the spacing, weekdays and times of day that the history shows.
+
+    time: int64 [T], UTC seconds. Months keep their day, sessions their hours; with one bar of history, days follow.
+    """
+    recent = time[-4000:]
+    gap = int(np.median(np.diff(recent))) if len(recent) > 1 else DAY
+    last = int(recent[-1])
+    if gap >= 27 * DAY:  # months, quarters, years: the same day; the last of a month stays the last
+        start = lambda month: month.astype("datetime64[s]").astype(np.int64)
+        last_day = lambda month: (start(month + 1) - start(month)) // DAY - 1  # days count from 0
+        now = np.datetime64(last, "s").astype("datetime64[M]")
+        day, clock = divmod(last - start(now), DAY)
+        months = now + np.arange(1, horizon + 1) * max(1, round(gap / (YEAR / 12)))
+        day = last_day(months) if day == last_day(now) else np.minimum(day, last_day(months))
+        return start(months) + day * DAY + clock
+    weekdays = np.bincount((recent // DAY + 3) % 7, minlength=7)  # Monday is 0
+    opens = weekdays > 0.1 * weekdays.max()
+    if recent[-1] - recent[0] < 7 * DAY:  # too short to have seen each weekday
+        opens = opens | (np.arange(7) < 5) | bool(opens[5:].any())
+    slots, seen = np.unique(recent % DAY, return_counts=True)  # times of day that bars bear
+    days = len(np.unique(recent // DAY))
+    slots = slots[seen > 0.1 * days] if gap < DAY and days >= 3 else np.empty(0, np.int64)
+    stamps = []
+    for _ in range(horizon):
+        last += gap
+        if len(slots):
+            k = np.searchsorted(slots, last % DAY - gap // 2)
+            last = last // DAY * DAY + (int(slots[k]) if k < len(slots) else DAY + int(slots[0]))
+        while gap < 7 * DAY and not opens[(last // DAY + 3) % 7]:
+            last = (last // DAY + 1) * DAY + (int(slots[0]) if len(slots) else last % DAY)
+        stamps.append(last)
+    return np.array(stamps, np.int64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,10 +27,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+import backtest
 import data
 import sample
 from data import UserError
-from model import adamw, close_table, draw, kl, learning_rate, load_checkpoint, norm, resumed, save_checkpoint
+from model import close_table, draw, kl, load_checkpoint, norm, save_checkpoint
+from pretrain import adamw, learning_rate, resumed
 
 
 @dataclass
@@ -260,9 +262,9 @@ def main():
     began = time.time()
     reference, tokenizer, meta, series, train = reference_of(config, entry, device)
     borders = meta["splits"]
-    t = sample.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)
+    t = backtest.some_targets(series, "val", borders, seed=config.seed, most=VAL_BARS)
     if config.backtest:
-        final = sample.some_targets(series, "test", borders, config.horizon, ORIGINS, config.seed)
+        final = backtest.some_targets(series, "test", borders, config.horizon, ORIGINS, config.seed)
     table = close_table(tokenizer).to(device)
     model, optimizer, scaler, autocast, dtype_name = learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
@@ -271,7 +273,7 @@ def main():
 
     def scores(model):
         with autocast():  # next bars alone, no Model.step; eval() would change nothing, there is no dropout
-            return sample.drawn_scores(model, tokenizer, t, probes=sample.VAL_PROBES)
+            return backtest.drawn_scores(model, tokenizer, t, probes=backtest.VAL_PROBES)
 
     def save():
         # until some weights qualify, the reference's are those that forecasts use
@@ -322,8 +324,8 @@ def main():
         left = datetime.timedelta(seconds=round((time.time() - loop_began) / (step - from_step) * (config.steps - step)))
         if step % eval_every == 0 or step == config.steps:
             now = scores(model)
-            mae, crps = (sample.against(now, ref_scores, m, t) for m in ("mae", "crps"))
-            fair = max(sample.upper(mae), sample.upper(crps)) <= sample.NO_WORSE
+            mae, crps = (backtest.against(now, ref_scores, m, t) for m in ("mae", "crps"))
+            fair = max(backtest.upper(mae), backtest.upper(crps)) <= backtest.NO_WORSE
             shown = {k: [s[k] for s in seen if math.isfinite(s[k])] for k in (*told, "grad")}  # no pair, no odds
             mean = {k: float(np.mean(values)) if values else math.nan for k, values in shown.items()}
             logloss, da, up_share = (float(now[m][0]) for m in ("logloss", "da", "up_share"))
@@ -354,10 +356,10 @@ def main():
         print(f"{config.out}: the weights of log loss {best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")
     if config.backtest:
         result, _, _ = load_checkpoint(config.out, device)
-        columns = {name: sample.drawn_scores(m, tokenizer, final, config.paths)
+        columns = {name: backtest.drawn_scores(m, tokenizer, final, config.paths)
                    for name, m in (("reference", reference), ("result", result))}
         print("\ntest, which nothing above has seen")
-        sample.print_versus(columns, final, SHOWN)
+        backtest.print_versus(columns, final, SHOWN)
     print(f"{time.time() - began:.0f} s")
 
 

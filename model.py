@@ -371,24 +371,6 @@ class Reasoner(nn.Module):
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
-def calendar(time):
-    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
-
-    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
-    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
-    """
-    days = time // 86400
-    second = time - days * 86400
-    z = days + 719468                                   # days since 0000-03-01
-    era = z // 146097                                   # 400 years each
-    doe = z - era * 146097
-    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
-    doy = doe - (365 * year + year // 4 - year // 100)
-    month = (5 * doy + 2) // 153                        # 0 is March
-    day = doy - (153 * month + 2) // 5
-    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
-
-
 def gap_bucket(gaps):
     """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, from 1 to 31; 0 where none does."""
     gaps = gaps.sort(-1).values
@@ -460,7 +442,7 @@ class Model(nn.Module):
 
     def embedding(self, coarse, fine, time, gaps):
         """Normed sum of a bar's eight rows: tokens and stamps [...], gaps [..., GAPS] -> [..., C], in autocast's type."""
-        rows = torch.cat((coarse[..., None], fine[..., None], calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets
+        rows = torch.cat((coarse[..., None], fine[..., None], data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets
         x = norm(F.embedding_bag(rows.flatten(0, -2), self.embed.weight, mode="sum"))
         x = x.view(*coarse.shape, -1)                                           # [..., C]
         kind = x.device.type
@@ -747,40 +729,3 @@ def load_checkpoint(path, device="cpu", weights="best"):
         raise data.UserError(message) from None
     meta = {key: value for key, value in entry.items() if key not in ("model", "best", "tokenizer")}
     return model.to(device).eval(), tokenizer, meta
-
-
-# --- What every training loop needs ----------------------------------------------------------------------------------
-
-def resumed(given, config_class, free, stages):
-    """(config, checkpoint) of --resume: the settings of the file --out.
-
-    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
-    """
-    path = given.get("out", config_class.out)
-    if not os.path.exists(path):
-        raise data.UserError(f"{path}: no such file to go on from; drop --resume, or name it by --out")
-    entry = read_checkpoint(path)
-    if entry["stage"] not in stages or "run" not in entry:
-        raise data.UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
-    for name, value in given.items():
-        saved = entry["run"].get(name)
-        if name not in free and value != saved:
-            raise data.UserError(f"--{name} {value}: the run in {path} has {saved}; "
-                                 f"drop the flag to go on, or choose another --out")
-    return config_class(**entry["run"] | dict(overwrite=False) | given), entry
-
-
-def adamw(model, lr, weight_decay):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Matrices and tables decay; a vector, the gate, does not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=matrices[0].device.type in ("cpu", "cuda"))
-
-
-def learning_rate(step, config):
-    """Rises over config.warmup updates to config.lr, then falls in one cosine to a tenth of it at config.steps."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    along = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError
-from model import Model, ModelConfig, adamw, learning_rate, load_checkpoint, read_checkpoint, resumed, save_checkpoint
+from model import Model, ModelConfig, load_checkpoint, read_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -88,6 +88,44 @@ def check(config):
         raise UserError(f"--block_size {config.block_size}: at least 2 bars")
     if config.init_from and config.tokenizer:
         raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every training loop needs
+
+def resumed(given, config_class, free, stages):
+    """(config, checkpoint) of --resume: the settings of the file --out.
+
+    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
+    """
+    path = given.get("out", config_class.out)
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file to go on from; drop --resume, or name it by --out")
+    entry = read_checkpoint(path)
+    if entry["stage"] not in stages or "run" not in entry:
+        raise UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
+    for name, value in given.items():
+        saved = entry["run"].get(name)
+        if name not in free and value != saved:
+            raise UserError(f"--{name} {value}: the run in {path} has {saved}; "
+                                 f"drop the flag to go on, or choose another --out")
+    return config_class(**entry["run"] | dict(overwrite=False) | given), entry
+
+
+def adamw(model, lr, weight_decay):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Matrices and tables decay; a vector, the gate, does not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=matrices[0].device.type in ("cpu", "cuda"))
+
+
+def learning_rate(step, config):
+    """Rises over config.warmup updates to config.lr, then falls in one cosine to a tenth of it at config.steps."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    along = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -29,11 +29,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
+import backtest
 import data
 import sample
 from data import UserError
 from expo import learner_of, reference_of
-from model import kl, learning_rate, load_checkpoint, mean_nats, norm, resumed, save_checkpoint
+from model import kl, load_checkpoint, mean_nats, norm, save_checkpoint
+from pretrain import learning_rate, resumed
 
 
 @dataclass
@@ -120,7 +122,7 @@ def origins_of(streams, series, which, ends, horizon, longest):
     times, states, truth = [], [], []
     for i, e in zip(which, ends):
         bars, o = series[i], e - longest  # o: row of the origin
-        times.append(sample.future_times(bars.time[:o + 1], horizon))
+        times.append(data.future_times(bars.time[:o + 1], horizon))
         states.append(data.features(bars[max(0, o + 1 - HISTORY):o + 1])[1].anchored())
         truth.append(np.log(bars.ohlcva[o + 1:o + 1 + horizon, 3] / bars.ohlcva[o, 3]))
     context = coarse[:, :n], fine[:, :n], when[:, :n], target
@@ -209,9 +211,9 @@ def main():
     longest = max(config.horizons)
     base, tokenizer, meta, series, train = reference_of(config, entry, device, room=longest - 1)
     borders = meta["splits"]
-    t = sample.some_targets(series, "val", borders, longest, VAL_ORIGINS, config.seed, most=VAL_BARS)
+    t = backtest.some_targets(series, "val", borders, longest, VAL_ORIGINS, config.seed, most=VAL_BARS)
     if config.backtest:
-        final = sample.some_targets(series, "test", borders, longest, ORIGINS, config.seed)
+        final = backtest.some_targets(series, "test", borders, longest, ORIGINS, config.seed)
     model, optimizer, scaler, autocast, dtype_name = learner_of(config, entry, device)
     step, bad_steps, best, best_val, metrics = 0, 0, None, math.inf, meta["metrics"]
     if entry:
@@ -225,10 +227,10 @@ def main():
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), metrics=metrics)
 
     def scores(model):  # paths go by Model.step: no autocast
-        return sample.drawn_scores(model, tokenizer, t, VAL_PATHS, probes=0)
+        return backtest.drawn_scores(model, tokenizer, t, VAL_PATHS, probes=0)
 
     base_scores = scores(base)
-    base_crps, base_mape = (sample.at_step(base_scores, m, None)[0] for m in ("path_crps", "path_mape"))
+    base_crps, base_mape = (backtest.at_step(base_scores, m, None)[0] for m in ("path_crps", "path_mape"))
     print(f"{config.mode}: {len(series)} symbols, {int(train.windows[-1]):,} windows of {train.block_size - longest + 1} bars, "
           f"{config.batch_size} a step, {config.steps} steps; {device}, {dtype_name}")
     print(f"checked on {len(t.path_r):,} origins of val; the base: path CRPS {base_crps:.4f}, MAPE {base_mape:.4f}, "
@@ -280,8 +282,8 @@ def main():
         if step % eval_every == 0 or step == config.steps:
             now = scores(model)
             names = "path_crps", "path_mape", "path_coverage90"
-            crps, mape, inside = (float(sample.at_step(now, m, None)[0]) for m in names)
-            ratio = sample.against(now, base_scores, "path_crps", t, None)
+            crps, mape, inside = (float(backtest.at_step(now, m, None)[0]) for m in names)
+            ratio = backtest.against(now, base_scores, "path_crps", t, None)
             mean = {k: float(np.mean([s[k] for s in seen])) if seen else math.nan for k in ("loss", "kl", "grad")}
             metrics.append(dict(stage="rollout", step=step, horizon=horizon, train=mean["loss"], kl=mean["kl"],
                                 grad_norm=mean["grad"], lr=lr, path_crps=crps, path_crps_ratio=ratio, path_mape=mape,
@@ -317,9 +319,9 @@ def main():
 
 def print_paths(models, tokenizer, t, paths):
     """Two models {name: model} side by side, and persistence, bar by bar."""
-    columns = {name: sample.drawn_scores(m, tokenizer, t, paths) for name, m in models.items()}
-    scores = lambda f: sample.bootstrap(sample.block_sums(f, t), t)
-    greedy = {name: scores(sample.simulated(m, tokenizer, t, 1, temperature=1e-6)) for name, m in models.items()}
+    columns = {name: backtest.drawn_scores(m, tokenizer, t, paths) for name, m in models.items()}
+    scores = lambda f: backtest.bootstrap(backtest.block_sums(f, t), t)
+    greedy = {name: scores(backtest.simulated(m, tokenizer, t, 1, temperature=1e-6)) for name, m in models.items()}
     columns["still"] = scores(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)))
     steps = sorted(k for k in {1, 2, (t.horizon + 1) // 2, t.horizon} if k <= t.horizon)
     rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4),
@@ -328,12 +330,12 @@ def print_paths(models, tokenizer, t, paths):
                                          ("path_coverage90", "in 90 % band, %", 100, 1)):
         rows.append(((metric, None), f"{label}, mean", scale, digits))
         rows += [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
-    sample.print_versus(columns, t, rows, versus=(1, 0))
+    backtest.print_versus(columns, t, rows, versus=(1, 0))
     mape = [(("path_mape", None), "path MAPE %, mean", 1, 4)]
     print("and to persistence:")
-    sample.print_versus({k: columns[k] for k in (list(models)[1], "still")}, t, mape, versus=(0, 1))
+    backtest.print_versus({k: columns[k] for k in (list(models)[1], "still")}, t, mape, versus=(0, 1))
     print("the greedy path (likeliest tokens):")
-    sample.print_versus(greedy, t, mape)
+    backtest.print_versus(greedy, t, mape)
 
 
 if __name__ == "__main__":

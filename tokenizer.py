@@ -1,7 +1,6 @@
 """The tokenizer: each bar becomes two tokens of 10 bits, and any two tokens become a bar.
 
-    python tokenizer.py --data bars.csv --out tok.pt     # trains, prints a report on the test bars, writes tok.pt
-    python pretrain.py --data bars.csv --tokenizer tok.pt
+Trained by `pretrain.py`, from which `--tokenizer out.pt` takes it again.
 
 Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of
 the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A
@@ -28,7 +27,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
 from data import CHANNELS, UserError
 
 N_CHANNELS = len(CHANNELS)
@@ -395,53 +393,3 @@ def print_report(scores):
         used, perplexity, bit = (scores[f"{row}_{what}"] for what in ("used", "perplexity", "bit_entropy"))
         print(f"{row:13} {used:8.1%} {perplexity:10.1f} {bit:9.3f} {scores[f'{decode}_sign']:8.2%}")
     print(f"\n{scores['pairs']:,.0f} distinct pairs in {scores['bars']:,.0f} bars")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Config:
-    data: list[str] | None = None    # CSV files, folders or globs; none: the synthetic market
-    val_start: str | None = None     # first date that is not trained on (default: after 80 % of the time stamps)
-    test_start: str | None = None    # first date of the test bars, which are reported on (default: after 90 %)
-    out: str = "tok.pt"              # file to write
-    overwrite: bool = False          # replace it if it exists
-    coarse_bits: int = 10            # bits of the coarse token
-    fine_bits: int = 10              # bits of the fine token
-    direction_bit: bool = True       # the top coarse bit says that close rose
-    steps: int = 3000                # updates
-    batch_size: int = 1024           # bars of an update
-    lr: float = 4e-3                 # peak learning rate
-    seed: int = 0                    # of weights and batches
-    device: str = "cpu"              # where to train: cpu, cuda, cuda:1; auto takes a GPU where there is one
-
-
-def main():
-    config = Config(**data.cli(Config, __doc__))
-    sizes = TokenizerConfig(config.coarse_bits, config.fine_bits, direction_bit=config.direction_bit)
-    for name in ("steps", "batch_size", "lr"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name} {getattr(config, name)}: must be above 0")
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must be 0 or more")
-    device = data.pick_device(config.device)
-    data.check_out(config.out, config.overwrite, config.data or ())
-    series = data.load(config.data) if config.data else data.synthetic(config.seed)[0]
-    borders = data.split_borders(series, config.val_start, config.test_start)
-    features = [data.features(bars)[0] for bars in series]
-    train, test = (np.concatenate([x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)])
-                   for split in ("train", "test"))
-    print(f"tokenizer: {len(train):,} bars to train on, {len(test):,} to test, {config.steps} steps", flush=True)
-
-    show = lambda step, loss, _: data.progress(f"step {step}/{config.steps}  loss {loss:.4f}")
-    tokenizer = train_tokenizer(train, sizes, config.seed, config.steps, config.batch_size, config.lr, device, show)
-    scores = report(tokenizer, test)
-    print_report(scores)
-    from model import save_checkpoint  # the schema lives there; model.py imports this file, so not at the top
-    save_checkpoint(config.out, None, tokenizer, stage="tokenizer", step=config.steps, seed=config.seed, splits=borders,
-                    metrics=[dict(stage="tokenizer", split="test", step=config.steps, **scores)])
-    print(f"saved in {config.out}")
-
-
-if __name__ == "__main__":
-    data.run(main)

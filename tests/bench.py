@@ -136,13 +136,14 @@ def tokenizer(args):
 @section
 def backtest(args):
     """Seconds of a backtest, part by part: an untrained model, ten origins a symbol, 10 steps, 100 paths."""
-    import sample
+    import backtest
+import sample
     from model import Model, ModelConfig
     from tokenizer import TokenizerConfig, train_tokenizer
     series, borders = read(args)
     x = np.concatenate([data.features(bars)[0][data.CONTEXT:] for bars in series[:64]])
     tokenizer, model = train_tokenizer(x, TokenizerConfig(), steps=30), Model(ModelConfig()).eval()
-    t = sample.Targets(series, borders[1], 2**62, 10, None, 0)
+    t = backtest.Targets(series, borders[1], 2**62, 10, None, 0)
     origins = sum(map(len, t.origins))
     histories = [bars[:o + 1] for bars, origins in zip(t.series, t.origins) for o in origins][:64]
     print(f"{len(t.series)} symbols, {len(t.r):,} targets, {origins:,} origins, {torch.get_num_threads()} threads\n")
@@ -157,10 +158,10 @@ def backtest(args):
         print(f"{name:34}{seconds[0]:>8.0f}{seconds[1]:>8.0f}", flush=True)
         return result
 
-    f = row("next bars", lambda: sample.next_bars(model, tokenizer, t))
+    f = row("next bars", lambda: backtest.next_bars(model, tokenizer, t))
     row("paths, from 64 origins' time", lambda: sample.simulate(model, tokenizer, histories, 10, 100), origins / len(histories))
-    rivals = row("baselines", lambda: sample.baselines(t, 100))
-    row("scores and intervals", lambda: [sample.bootstrap(sample.block_sums(g, t), t) for g in (f, *rivals.values())])
+    rivals = row("baselines", lambda: backtest.baselines(t, 100))
+    row("scores and intervals", lambda: [backtest.bootstrap(backtest.block_sums(g, t), t) for g in (f, *rivals.values())])
     print(f"{'all':34}{total[0]:>8.0f}{total[1]:>8.0f}")
 
 

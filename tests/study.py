@@ -218,7 +218,8 @@ def tokenizer_study(argv):
     parser.add_argument("--bits", type=int, nargs="+", default=BITS)
     parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "tokenizers.svg"))
     args = parser.parse_args(argv)
-    import sample
+    import backtest
+import sample
     os.makedirs(args.out, exist_ok=True)
     dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
     series = data.load(args.data)
@@ -237,7 +238,7 @@ def tokenizer_study(argv):
             command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", *args.data, *dates, "--out", paths[-1],
                        f"--tokenizer={stem}.tok.pt", f"--steps={args.steps}", *SMALL, *["--resume"] * os.path.exists(paths[-1])]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    result = sample.evaluate(paths, series, horizon=1, paths=2, stride=10**9)
+    result = backtest.evaluate(paths, series, horizon=1, paths=2, stride=10**9)
     print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} steps of the "
           f"tokenizer, {args.steps} of the model")
     print(f"\n{'tokenizer':22}{'coarse used':>12}{'perplexity':>11}{'fine used':>10}{'perplexity':>11}{'pairs':>8}"
@@ -245,17 +246,18 @@ def tokenizer_study(argv):
     for name, entry in zip(names, result["checkpoints"]):
         use, da = entry["tokens"], entry["da"]
         print(f"{name:22}{use['coarse_used']:>12.1%}{use['coarse_perplexity']:>11.1f}{use['fine_used']:>10.1%}"
-              f"{use['fine_perplexity']:>11.1f}{use['pairs']:>8,}{sample.show(da, 100, 2):>30}{entry['crps']['value']:>8.4f}")
+              f"{use['fine_perplexity']:>11.1f}{use['pairs']:>8,}{backtest.show(da, 100, 2):>30}{entry['crps']['value']:>8.4f}")
     print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
     for key, row in result["correlations"].items():
-        pearson, spearman = (sample.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
+        pearson, spearman = (backtest.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
         print(f"{key:30}{pearson:>22}{spearman:>24}")
     plot_tokenizers(args.plot, names, result)
 
 
 def plot_tokenizers(path, names, result):
     """Direction accuracy, with its interval, over each number of codes, on a log scale."""
-    import sample
+    import backtest
+import sample
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     score = [{k: v and 100 * v for k, v in entry["da"].items()} for entry in result["checkpoints"]]
     values = [v for s in score for v in s.values() if v is not None]
@@ -314,7 +316,8 @@ def stages_study(argv):
     parser.add_argument("--origins", type=int, default=800)
     parser.add_argument("--paths", type=int, default=64)
     args = parser.parse_args(argv)
-    import sample
+    import backtest
+import sample
     from model import load_checkpoint
     data_flags = ["--data", *args.data] if args.data else []
     dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
@@ -344,13 +347,13 @@ def stages_study(argv):
             if t is None:
                 _, _, meta = load_checkpoint(path)
                 series = sample.load_series(args.data, meta)
-                t = sample.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.bars)
+                t = backtest.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.bars)
                 still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-                still = sample.bootstrap(sample.block_sums(still, t), t)
+                still = backtest.bootstrap(backtest.block_sums(still, t), t)
             if not os.path.exists(file(arm, seed, ".scores.pt")):
                 # the last weights, before the choice on val: where nothing is better that takes the base, and would show a 1 for all arms
                 model, tokenizer, _ = load_checkpoint(path, weights="best" if arm == "base" else "last")
-                drawn = sample.drawn_scores(model, tokenizer, t, args.paths)
+                drawn = backtest.drawn_scores(model, tokenizer, t, args.paths)
                 data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, file(arm, seed, ".scores.pt"))
             print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
     print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; paths of {HORIZON} bars from {len(t.path_r):,} origins, "
@@ -363,20 +366,20 @@ def stages_study(argv):
         """Mean over seeds of the arm beside `other` (its base, seed by seed, or one forecaster for all), and the seeds apart."""
         each = []
         for seed, drawn in enumerate(scores[arm]):
-            (v, r), (w, s) = sample.at_step(drawn, metric, step), sample.at_step(other[seed], metric, step) if other else (0.0, 0.0)
-            each.append((v / w, r / s) if other and metric in sample.RATIOS else (v - w, r - s))
+            (v, r), (w, s) = backtest.at_step(drawn, metric, step), backtest.at_step(other[seed], metric, step) if other else (0.0, 0.0)
+            each.append((v / w, r / s) if other and metric in backtest.RATIOS else (v - w, r - s))
         n = t.blocks_of(metric)
-        return sample.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
+        return backtest.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
 
     def cell(arm, metric, step, scale, digits, other):
         """The base's own score; of an arm its difference to the base or, of errors, its change in %. other: base or still."""
         if arm == "base" and other == "base":
             return f"{mean(arm, metric, step, None)[0]['value'] * scale:.{digits}f}"
         score, each = mean(arm, metric, step, scores["base"] if other == "base" else [still] * args.seeds)
-        change = (lambda v: 100 * (v - 1)) if metric in sample.RATIOS else (lambda v: v * scale)
-        digits = 2 if metric in sample.RATIOS else digits
+        change = (lambda v: 100 * (v - 1)) if metric in backtest.RATIOS else (lambda v: v * scale)
+        digits = 2 if metric in backtest.RATIOS else digits
         each = sorted(map(change, each))
-        text = sample.show({k: v if v is None else change(v) for k, v in score.items()}, 1, digits, "+")
+        text = backtest.show({k: v if v is None else change(v) for k, v in score.items()}, 1, digits, "+")
         if args.seeds_apart:
             return text + f" ({', '.join(f'{v:+.{digits}f}' for v in each)})"
         return text if score["lo"] is not None else text + f" ({each[0]:+.{digits}f} to {each[-1]:+.{digits}f})"
@@ -413,7 +416,8 @@ def null_study(argv):
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150, help="of the model; expo.py takes 2 for each 5 of them")
     args = parser.parse_args(argv)
-    import sample
+    import backtest
+import sample
     os.makedirs(args.out, exist_ok=True)
     held, harmed = {"pretrain": 0, "expo": 0}, 0
     for seed in range(args.seeds):
@@ -426,13 +430,13 @@ def null_study(argv):
             if not os.path.exists(path):
                 command = [sys.executable, os.path.join(ROOT, script), *flags, f"--seed={seed}", "--out", path]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        result = sample.evaluate([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
+        result = backtest.evaluate([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
         pair = {p["metric"]: p["difference"] for p in result["paired"] if (p["a"], p["b"]) == (base, tuned)}
         line = f"seed {seed:>2}"
         for name, entry in zip(held, result["checkpoints"]):
             da = entry["da"]
             held[name] += da["lo"] <= 0.5 <= da["hi"]
-            line += f"   {name}: right calls {sample.show(da, 100, 2)} {'' if da['lo'] <= 0.5 <= da['hi'] else 'NOT one half'}"
+            line += f"   {name}: right calls {backtest.show(da, 100, 2)} {'' if da['lo'] <= 0.5 <= da['hi'] else 'NOT one half'}"
         worse = [m for m in ("logloss", "ece") if pair[m]["hi"] < 0]       # pretrain less expo: wholly below 0 says that expo did harm
         harmed += bool(worse)
         print(line + (f"   expo worse in {', '.join(worse)}" if worse else ""), flush=True)

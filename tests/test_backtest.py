@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+import backtest
 import sample
 from data import DAY, UserError
 from model import Model, ModelConfig, close_table, save_checkpoint
@@ -59,7 +60,7 @@ def triple(tokenizer):
 
 
 def targets(series, first, horizon=5, **options):
-    return sample.Targets(series, int(series[0].time[first]), 2**62, horizon, options.get("stride"), 0)
+    return backtest.Targets(series, int(series[0].time[first]), 2**62, horizon, options.get("stride"), 0)
 
 
 # ---- single scores
@@ -80,7 +81,7 @@ def test_judge_is_the_double_sum(draws):
     p = np.full((7, 13), 1 / 13) if draws else rng.dirichlet(np.ones(13), 7)
     y = rng.normal(size=7)
     y[2] = r[2, 5]
-    got = sample.judge_draws(r, y) if draws else sample.judge(r, p, y)
+    got = backtest.judge_draws(r, y) if draws else backtest.judge(r, p, y)
     for i in range(7):
         assert got["crps"][i] == pytest.approx(naive_crps(r[i], p[i], y[i], draws), abs=1e-12)
         assert got["mean"][i] == pytest.approx((p[i] * r[i]).sum())
@@ -95,22 +96,22 @@ def test_judge_is_the_double_sum(draws):
 def test_a_right_forecast_covers_what_it_says_whatever_the_number_of_paths(K):
     """A share of ranks alone cannot be 90 %: of 64 draws it is 87.7 or 90.8 %."""
     rng = np.random.default_rng(K)
-    f = sample.from_paths(rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
-    inside = sample.within(f["path_pit"], f["path_width"], 0.9)
+    f = backtest.from_paths(rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
+    inside = backtest.within(f["path_pit"], f["path_width"], 0.9)
     assert inside.mean() == pytest.approx(0.9, abs=4 * inside.std() / 20_000**0.5)
-    sharp = sample.from_paths(0.5 * rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
-    assert sample.within(sharp["path_pit"], sharp["path_width"], 0.9).mean() < 0.87
+    sharp = backtest.from_paths(0.5 * rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
+    assert backtest.within(sharp["path_pit"], sharp["path_width"], 0.9).mean() < 0.87
     pit = rng.random(1000)  # without width: inside or not
-    np.testing.assert_array_equal(sample.within(pit, 0.0, 0.9), (pit >= 0.05) & (pit <= 0.95))
+    np.testing.assert_array_equal(backtest.within(pit, 0.0, 0.9), (pit >= 0.05) & (pit <= 0.95))
 
 
 def test_path_intervals_count_the_blocks_that_hold_paths():
     """Ten origins of one symbol among thousands of bars are ten blocks at most, too few for an interval."""
     bars = data.synthetic(seed=1, n_symbols=1, n_bars=3000)[0]
-    t = sample.Targets(bars, int(bars[0].time[40]), 2**62, 5, None, 0)
-    assert t.n_path_blocks > sample.MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
-    scores = sample.bootstrap(sample.block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
-    assert sample.scored(*sample.at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
+    t = backtest.Targets(bars, int(bars[0].time[40]), 2**62, 5, None, 0)
+    assert t.n_path_blocks > backtest.MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
+    scores = backtest.bootstrap(backtest.block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
+    assert backtest.scored(*backtest.at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
 
 
 def test_crps_of_a_gaussian_is_its_closed_form():
@@ -118,18 +119,18 @@ def test_crps_of_a_gaussian_is_its_closed_form():
     mu, sigma, y = 0.3, 2.0, np.array([-3.0, 0.2, 1.0, 6.0])
     z = (y - mu) / sigma
     want = np.array([sigma * (v * math.erf(v / math.sqrt(2)) + 2 * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) - 1 / math.sqrt(math.pi)) for v in z])
-    np.testing.assert_allclose(sample.judge_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
+    np.testing.assert_allclose(backtest.judge_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
     grid = np.linspace(-30, 30, 60_001)
     cdf = np.array([0.5 * (1 + math.erf((x - mu) / sigma / math.sqrt(2))) for x in grid])
     np.testing.assert_allclose([((cdf - (grid >= v))**2).sum() * 0.001 for v in y], want, rtol=2e-3)
-    r = mu + sigma * np.array([sample.NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
-    np.testing.assert_allclose(sample.judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
+    r = mu + sigma * np.array([backtest.NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
+    np.testing.assert_allclose(backtest.judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
     # five or six draws each, independent or stratified: only pairs across the halves give the right spread
     rng = np.random.default_rng(0)
-    inverse = np.vectorize(sample.NORMAL.inv_cdf)
+    inverse = np.vectorize(backtest.NORMAL.inv_cdf)
     for draws in (rng.normal(mu, sigma, (40_000, 5)),
                   mu + sigma * inverse(np.stack([sample.stratified(rng, 6, 1)[:, 0, 0] for _ in range(20_000)]).astype(float).clip(1e-9, 1 - 1e-9))):
-        few = [sample.judge_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
+        few = [backtest.judge_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
         np.testing.assert_allclose(few, want, rtol=0.02)
 
 
@@ -201,10 +202,10 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     """A replicate is, by definition, the score of all bars of the blocks drawn, each as often as it was drawn."""
     t = stub()
     f = random_forecaster(t)
-    sums = sample.block_sums(f, t)
+    sums = backtest.block_sums(f, t)
     assert sorted(sums) == sorted(SCORES + EXTRA)
     want = naive_scores(f, t.r, t.stamp, t.path_r)
-    got = sample.bootstrap(sums, t)
+    got = backtest.bootstrap(sums, t)
     for name in SCORES + EXTRA:
         np.testing.assert_allclose(got[name][0], want[name], rtol=1e-9, err_msg=name)
     drawn = {name: score(np.tensordot(t.weights, s, 1)) for name, (s, score) in sums.items()}
@@ -228,9 +229,9 @@ def test_auc_of_many_distinct_values_is_binned_closely():
     rng = np.random.default_rng(0)
     p, up = rng.random(6000), rng.random(6000)
     up = up < 0.3 + 0.4 * p
-    bins = sample.ordered_bins(p)
+    bins = backtest.ordered_bins(p)
     assert bins.max() < 2048
-    area = sample.area(sample.by_bin(bins, np.zeros(6000, int), 1, up, ~up)[0])
+    area = backtest.area(backtest.by_bin(bins, np.zeros(6000, int), 1, up, ~up)[0])
     place = np.argsort(np.argsort(p)) + 1
     exact = (place[up].sum() - up.sum() * (up.sum() + 1) / 2) / (up.sum() * (~up).sum())
     assert area == pytest.approx(exact, abs=1e-5)
@@ -239,19 +240,19 @@ def test_auc_of_many_distinct_values_is_binned_closely():
 def test_what_a_forecaster_does_not_say_has_no_score():
     t = stub()
     f = random_forecaster(t)
-    assert set(sample.block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
+    assert set(backtest.block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
     t.stamp = np.arange(len(t.r))  # one symbol a date: no rank IC
     t.block = t.stamp * 20 // len(t.r)
-    got = sample.bootstrap(sample.block_sums(f, t), t)
-    assert sample.scored(*got["rank_ic"], 20) is None
-    assert sample.scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
+    got = backtest.bootstrap(backtest.block_sums(f, t), t)
+    assert backtest.scored(*got["rank_ic"], 20) is None
+    assert backtest.scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
 
 
 def test_long_short_is_the_naive_one():
     t = stub(n_symbols=12)
     f = random_forecaster(t)
     f["p_up"] = np.random.default_rng(4).random(len(t.r))
-    got = {name: score(s.sum(0)) for name, (s, score) in sample.trading(f, t, 7.0).items()}
+    got = {name: score(s.sum(0)) for name, (s, score) in backtest.trading(f, t, 7.0).items()}
     gains, turnovers, held = [], [], {}
     for s in np.unique(t.stamp):
         rows = np.flatnonzero(t.stamp == s)
@@ -279,8 +280,8 @@ def covered(t, blocks, weights, runs=300):
         rng = np.random.default_rng(seed)
         coin = 0.8 * rng.normal(size=t.stamp.max() + 1)[t.stamp] + 0.6 * rng.normal(size=len(t.r))
         t.r = np.where(coin > 0, 0.01, -0.01)
-        sums = {"da": sample.block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
-        s = sample.scored(*sample.bootstrap(sums, t)["da"], t.n_blocks)
+        sums = {"da": backtest.block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
+        s = backtest.scored(*backtest.bootstrap(sums, t)["da"], t.n_blocks)
         hits += s["lo"] <= 0.5 <= s["hi"]
     return hits / runs
 
@@ -303,14 +304,14 @@ def test_blocks_are_whole_dates_and_at_least_the_horizon():
         assert len(np.unique(t.stamp[t.stamp * t.n_path_blocks // 300 == block])) >= 10
     assert t.n_path_blocks == 30 and t.n_blocks == 50
     minutes = data.synthetic(n_symbols=2, n_bars=3000)[0]
-    t = sample.Targets(minutes, int(minutes[0].time[1000]), 2**62, 5, None, 0)
+    t = backtest.Targets(minutes, int(minutes[0].time[1000]), 2**62, 5, None, 0)
     assert min(np.bincount(t.block)) >= 32 * 2
 
 
 def test_few_blocks_make_no_interval_and_a_warning(triple, capsys):
     (model, tokenizer, meta), series = triple
     few = dict(horizon=10, paths=2, stride=50)
-    result = sample.backtest([(model, tokenizer, meta)], [b[:215] for b in series[:2]], **few)
+    result = backtest.backtest([(model, tokenizer, meta)], [b[:215] for b in series[:2]], **few)
     assert result["blocks"] < 20
     assert result["checkpoints"][0]["da"]["value"] is not None
     assert result["checkpoints"][0]["da"]["lo"] is None and result["checkpoints"][0]["path_crps"][0]["hi"] is None
@@ -322,7 +323,7 @@ def test_few_blocks_make_no_interval_and_a_warning(triple, capsys):
 def test_on_a_null_market_the_interval_covers_one_half(tokenizer, seed):
     series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
     meta = dict(splits=(int(series[0].time[400]), int(series[0].time[500])))
-    result = sample.backtest([(make(seed), tokenizer, meta)], series, horizon=2, paths=2, stride=500)
+    result = backtest.backtest([(make(seed), tokenizer, meta)], series, horizon=2, paths=2, stride=500)
     da = result["checkpoints"][0]["da"]
     assert result["blocks"] >= 20 and da["lo"] <= 0.5 <= da["hi"] and da["hi"] - da["lo"] < 0.1
 
@@ -339,20 +340,20 @@ def test_no_forecast_sees_the_future(triple):
     done = np.concatenate([o for o in t.origins]) + t.horizon < cut
     known = np.concatenate([o for o in t.origins]) < cut
     assert done.any() and not known.all()
-    for name, f, g in [("model", sample.next_bars(model, tokenizer, t) | sample.simulated(model, tokenizer, t, 3),
-                        sample.next_bars(model, tokenizer, u) | sample.simulated(model, tokenizer, u, 3))] + \
-                      [(name, f, sample.baselines(u, 3)[name]) for name, f in sample.baselines(t, 3).items()]:
+    for name, f, g in [("model", backtest.next_bars(model, tokenizer, t) | backtest.simulated(model, tokenizer, t, 3),
+                        backtest.next_bars(model, tokenizer, u) | backtest.simulated(model, tokenizer, u, 3))] + \
+                      [(name, f, backtest.baselines(u, 3)[name]) for name, f in backtest.baselines(t, 3).items()]:
         for key in f:
             rows = {"path_point": known, "path_crps": done, "path_pit": done, "path_width": done, "crps": row < cut, "pit": row < cut}.get(key, row <= cut)  # crps, pit: scores
             assert np.array_equal(f[key][rows], g[key][rows]), (name, key)
-    assert not np.array_equal(sample.next_bars(model, tokenizer, t)["p_up"], sample.next_bars(model, tokenizer, u)["p_up"])
+    assert not np.array_equal(backtest.next_bars(model, tokenizer, t)["p_up"], backtest.next_bars(model, tokenizer, u)["p_up"])
 
 
 def test_next_bars_are_the_models_own_distributions(triple):
     """P(up) is that of a forecast from the same context, half a window at least; CRPS and percentile those of all pairs' closes."""
     (model, tokenizer, _), series = triple
     t = targets(series, 100)
-    f = sample.next_bars(model, tokenizer, t)
+    f = backtest.next_bars(model, tokenizer, t)
     table = close_table(tokenizer).double()
     every = torch.arange(len(table))
     ratio, off = [], []
@@ -367,7 +368,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
             p = model.coarse_logits(h).double().softmax(-1)[:, None] * model.fine_logits(h.expand(len(table), -1), every).double().softmax(-1)
         _, state = data.features(series[i][:row])
         r, order = (table.sinh() * float(state.scales()[0])).flatten().sort()
-        exact = sample.judge(r.numpy()[None], p.flatten()[order].numpy()[None], t.r[k:k + 1])
+        exact = backtest.judge(r.numpy()[None], p.flatten()[order].numpy()[None], t.r[k:k + 1])
         ratio.append(f["crps"][k] / exact["crps"][0])
         off.append(f["pit"][k] - exact["pit"][0])  # 512 pairs only: one of them may hold much of the probability
     assert np.sqrt(np.mean(np.square(off))) < 0.02
@@ -377,7 +378,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
 def test_path_scores_are_those_of_the_forecasts(triple):
     (model, tokenizer, _), series = triple
     t = targets(series, 200, horizon=4, stride=30)
-    f = sample.simulated(model, tokenizer, t, 5)
+    f = backtest.simulated(model, tokenizer, t, 5)
     k = len(t.origins[0])
     o = int(t.origins[1][0])
     paths = sample.forecast(model, tokenizer, series[1][:o + 1], 4, 5)[:, :, 3]
@@ -391,10 +392,10 @@ def test_path_scores_are_those_of_the_forecasts(triple):
 def test_baselines_are_the_naive_ones(triple):
     _, series = triple
     t = targets(series, 250, horizon=3, stride=10)
-    f = sample.baselines(t, 4000)
+    f = backtest.baselines(t, 4000)
     r = np.diff(np.log(series[2].ohlcva[:, 3]), prepend=np.log(series[2].ohlcva[0, 3]))
     k, row = 2 * 50 + 17, 250 + 17
-    normal = lambda mu, sigma, y: sample.judge_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
+    normal = lambda mu, sigma, y: backtest.judge_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
     assert f["gaussian20"]["crps"][k] == pytest.approx(normal(0.0, math.sqrt((r[row - 20:row]**2).mean()), r[row]))
     (b, a), *_ = np.linalg.lstsq(np.stack([r[1:249], np.ones(248)], 1), r[2:250], rcond=None)
     assert f["ar1"]["point"][k] == pytest.approx(a + b * r[row - 1])
@@ -455,7 +456,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
 
 def test_paired_differences_use_the_same_blocks(triple):
     (model, tokenizer, meta), series = triple
-    pairs = sample.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=10)["paired"]
+    pairs = backtest.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=10)["paired"]
     for pair in (p for p in pairs if p["b"] == "checkpoint 2"):  # a model against itself
         for s in pair["difference"] if isinstance(pair["difference"], list) else [pair["difference"]]:
             assert s["value"] == 0 and s["lo"] == s["hi"] == 0
@@ -468,15 +469,15 @@ def test_in_sample_targets_are_refused_unless_named(triple):
     old = [b[:180] for b in series]
     quick = dict(horizon=2, paths=2, stride=100)
     with pytest.raises(UserError, match="--start"):
-        sample.backtest([(model, tokenizer, meta)], old, **quick)
+        backtest.backtest([(model, tokenizer, meta)], old, **quick)
     with pytest.raises(UserError, match="--start"):
-        sample.backtest([(model, tokenizer, meta)], series, end=data.iso(series[0].time[180]), **quick)
+        backtest.backtest([(model, tokenizer, meta)], series, end=data.iso(series[0].time[180]), **quick)
     with pytest.raises(UserError, match="--start"):
-        sample.backtest([(model, tokenizer, meta), (model, tokenizer, meta | dict(splits=(1, 2)))], series, **quick)
-    assert sample.backtest([(model, tokenizer, meta)], old, start=data.iso(series[0].time[100]), **quick)["split"] == "in-sample"
-    later = sample.backtest([(model, tokenizer, meta)], series, start=data.iso(series[0].time[220]), **quick)
+        backtest.backtest([(model, tokenizer, meta), (model, tokenizer, meta | dict(splits=(1, 2)))], series, **quick)
+    assert backtest.backtest([(model, tokenizer, meta)], old, start=data.iso(series[0].time[100]), **quick)["split"] == "in-sample"
+    later = backtest.backtest([(model, tokenizer, meta)], series, start=data.iso(series[0].time[220]), **quick)
     assert later["split"] == "test" and later["start"] == data.iso(series[0].time[220])
-    val = sample.backtest([(model, tokenizer, meta)], series, split="val", **quick)
+    val = backtest.backtest([(model, tokenizer, meta)], series, split="val", **quick)
     assert (val["split"], val["start"], val["end"]) == ("val", data.iso(series[0].time[150]), data.iso(series[0].time[199]))
 
 
@@ -485,7 +486,7 @@ def test_the_correlation_of_tokens_and_accuracy_is_pearsons_and_spearmans():
     use = [dict(pairs=v) for v in (3, 10, 7, 40)]
     da = np.array([0.5, 0.52, 0.53, 0.55])
     drawn = da + np.random.default_rng(0).normal(0, 0.001, (2000, 4))
-    got = sample.token_correlations(use, [(v, d) for v, d in zip(da, drawn.T)], t)["pairs"]
+    got = backtest.token_correlations(use, [(v, d) for v, d in zip(da, drawn.T)], t)["pairs"]
     assert got["pearson"]["value"] == pytest.approx(np.corrcoef([3, 10, 7, 40], da)[0, 1])
     assert got["spearman"]["value"] == pytest.approx(np.corrcoef([0, 2, 1, 3], [0, 1, 2, 3])[0, 1])
     assert got["pearson"]["lo"] < got["pearson"]["value"] < got["pearson"]["hi"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import data
+import backtest
 import sample
 from conftest import ROOT, TINY, complaint, script, write_csv
 from model import load_checkpoint
@@ -447,7 +448,7 @@ def daily(first, n):
     (stamps("2024-03-01 10:00"), ("2024-03-04 10:00",)),                                                       # one bar, a Friday
 ])
 def test_future_times_follow_spacing_and_sessions(history, future):
-    assert sample.future_times(np.asarray(history, np.int64), len(future)).tolist() == stamps(*future).tolist()
+    assert data.future_times(np.asarray(history, np.int64), len(future)).tolist() == stamps(*future).tolist()
 
 
 def test_options_agree_with_black_scholes_on_gaussian_paths():

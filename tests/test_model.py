@@ -377,7 +377,7 @@ def test_memory_of_generation_does_not_grow():
 
 def test_calendar_is_the_civil_date():
     time = torch.cat((torch.arange(-40, 60_000, 7) * 86400 + 4_000, torch.randint(0, 4_000_000_000, (2000,))))
-    for row, t in zip(M.calendar(time).tolist(), time.tolist()):
+    for row, t in zip(data.calendar(time).tolist(), time.tolist()):
         d = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=t)
         assert row == [d.hour, d.minute, d.weekday(), d.day - 1, d.month - 1]
 

@@ -13,6 +13,7 @@ import torch
 import data
 import expo
 import rollout
+import backtest
 import sample
 from conftest import ROOT, complaint, script
 from model import Model, close_table, load_checkpoint, read_checkpoint
@@ -326,7 +327,7 @@ def test_ends_with_the_paired_backtest(checkpoint, tmp_path, call, name, metric)
 
 @pytest.mark.parametrize("name", ["expo", "rollout"])
 def test_the_base_is_kept_where_nothing_is_better(checkpoint, tmp_path, call, monkeypatch, name):
-    real, calls = sample.drawn_scores, []
+    real, calls = backtest.drawn_scores, []
 
     def ever_worse(*args, **kwargs):        # paths, MAE and CRPS; a better log loss must not make up for them
         calls.append(1)
