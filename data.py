@@ -2,6 +2,7 @@
 
     python data.py --data 'csv/*.csv' --out folder       # CSV -> a folder of memory-mapped arrays that --data takes
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
+    python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
     python data.py --leak_demo                           # scaling over a whole window shows skill on a random walk
 
 The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
@@ -15,6 +16,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import functools
 import gc
 import glob
 import gzip
@@ -464,23 +466,36 @@ def future_times(time, horizon):
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic market
 
-def synthetic(seed=0, signal=0.1, n_symbols=8, n_bars=100_000) -> tuple[list[Bars], float]:
-    """A market with a planted edge: minute bars in weekday sessions, [n_bars] for each symbol; and its best accuracy.
+SESSION = 390                              # minutes of a trading day, from 14:30 UTC
+KINDS = {"edge": 0.1, "reverting": 0.75}   # kinds of synthetic markets, and the signal of each unless told
 
-    Volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap, volume moves with volatility,
-    symbols move together, one bar in a hundred does not move. Of each bar one wick is long: the lower one says that the
-    next bar closes up with probability 0.5 + signal, the upper one down. Nothing else tells the direction, so the best
-    reachable direction accuracy (of bars that moved) is 0.5 + signal, returned beside the bars. signal=0: a null market.
+
+def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge",
+              half_life=8) -> tuple[list[Bars], float]:
+    """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
+
+    Of both kinds: weekday sessions, volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap,
+    volume moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
+
+    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal, the
+    upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
+
+    reverting: log price is a deviation that decays by half in half_life bars, around a slow random walk. signal is the
+    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` for the best
+    forecast and `reverting_best` for what it reaches. Only past closes tell the direction; wicks, opens, volume do not.
     """
-    if not 0 <= signal < 0.5:
-        raise UserError(f"signal {signal}: must be at least 0 and below 0.5")
-    return list(_synthetic(seed, signal, n_symbols, n_bars)), 0.5 + signal
+    return list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life)), best_accuracy(signal, kind, half_life)
 
 
-SESSION = 390  # minutes of a trading day, from 14:30 UTC
+def best_accuracy(signal=None, kind="edge", half_life=8):
+    """The best one-bar direction accuracy that anyone can reach on a synthetic market, of bars that moved."""
+    signal = _checked_signal(signal, kind, half_life)
+    return 0.5 + signal if kind == "edge" else reverting_best(signal, half_life)[0]
 
 
-def _synthetic(seed, signal, n_symbols, n_bars):
+def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edge", half_life=8):
+    """The series of `synthetic`, one at a time."""
+    signal = _checked_signal(signal, kind, half_life)
     common = np.random.default_rng([seed, 0])
     n = np.arange(n_bars)
     day = n // SESSION
@@ -490,22 +505,131 @@ def _synthetic(seed, signal, n_symbols, n_bars):
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
-        sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
-        size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
-        size[rng.random(n_bars) < 0.01] = 0.0
-        wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
-        edge = statistics.NormalDist().inv_cdf(0.5 + signal)
-        told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
-        up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
-        close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
-        gap = rng.standard_normal(n_bars) * sigma * np.where(n % SESSION == 0, 1.5, 0.1)
-        open_ = np.append(close[0], close[:-1]) * np.exp(gap)
-        long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
-        high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
-        low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
-        volume = np.exp(rng.uniform(6, 9) + 0.7 * log_vol + 0.3 * size / sigma + rng.normal(0, 0.4, n_bars)).round() + 1
-        amount = volume * (high + low + close) / 3
-        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
+        if kind == "edge":
+            ohlcva = _edge_bars(rng, log_vol, common_coin, signal)
+        else:
+            ohlcva = _reverting_bars(rng, log_vol, common_coin, signal, half_life)
+        yield Bars(f"SYN{i}", time.copy(), ohlcva)
+
+
+def _checked_signal(signal, kind, half_life):
+    if kind not in KINDS:
+        raise UserError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
+    signal = KINDS[kind] if signal is None else signal
+    limit = 0.5 if kind == "edge" else 1.0
+    if not 0 <= signal < limit:
+        raise UserError(f"--signal {signal}: must be at least 0 and below {limit} for --kind {kind}")
+    if not 1 <= half_life <= 1000:
+        raise UserError(f"--half_life {half_life}: must be from 1 to 1000 bars")
+    return signal
+
+
+def _edge_bars(rng, log_vol, common_coin, signal):
+    """ohlcva [n, 6] of one symbol whose long wick tells the next direction."""
+    n_bars = len(log_vol)
+    sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
+    size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
+    size[rng.random(n_bars) < 0.01] = 0.0  # one bar in a hundred does not move
+    wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
+    edge = statistics.NormalDist().inv_cdf(0.5 + signal)
+    told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
+    up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
+    close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
+    gap = rng.standard_normal(n_bars) * sigma * _gap_size(n_bars)
+    open_ = np.append(close[0], close[:-1]) * np.exp(gap)
+    long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
+    high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
+    low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
+    return _with_volume(rng, log_vol, size / sigma, open_, high, low, close)
+
+
+def _gap_size(n_bars):
+    """Standard deviation of the gap before each bar, in units of its sigma."""
+    return np.where(np.arange(n_bars) % SESSION == 0, 1.5, 0.1)
+
+
+def _with_volume(rng, log_vol, size, open_, high, low, close):
+    """ohlcva [n, 6]: volume that moves with volatility and with the size of the bar's move, in units of sigma."""
+    level = rng.uniform(6, 9)
+    volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, len(close))).round() + 1
+    amount = volume * (high + low + close) / 3
+    return np.stack([open_, high, low, close, volume, amount], axis=1)
+
+
+# The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is known from past closes:
+#     r_t = m_t + u_t,    m_{t+1} = phi m_t - k u_t,    phi = 0.5^(1/half_life),    k = signal (1 - phi)
+# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So sign(m_t) is the best call,
+# and the best forecast of the log return over h bars is m_t (1 - phi^h) / (1 - phi). At k = 1 - phi the random walk is
+# gone; k = 0 leaves it alone. From the closes m follows by m_{t+1} = (phi + k) m_t - k r_t.
+
+def _reverting_moves(rng, log_vol, coin, signal, half_life):
+    """(m, gap, body), [n] each, of one symbol: its log return is m + gap + body, u = gap + body."""
+    n_bars, phi = len(log_vol), 0.5 ** (1 / half_life)
+    sigma = np.exp(log_vol)
+    gap = rng.standard_normal(n_bars) * sigma * _gap_size(n_bars)
+    size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
+    up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) > 0
+    body = np.where(up, size, -size)
+    gap[0] = body[0] = 0.0  # the price starts with the first bar
+    m = np.append(0.0, -signal * (1 - phi) * decayed_sum((gap + body)[:-1], decay=phi))
+    return m, gap, body
+
+
+def _reverting_bars(rng, log_vol, coin, signal, half_life):
+    """ohlcva [n, 6] of one symbol of the reverting market."""
+    unit = rng.uniform(5e-4, 2e-3)  # log return of one sigma
+    m, gap, body = _reverting_moves(rng, log_vol, coin, signal, half_life)
+    sigma = unit * np.exp(log_vol)
+    close = rng.uniform(20, 200) * np.exp(np.cumsum(unit * (m + gap + body)))
+    open_ = np.append(close[0], close[:-1]) * np.exp(unit * gap)
+    high = np.maximum(open_, close) * np.exp(0.4 * sigma * rng.exponential(size=len(m)))
+    low = np.minimum(open_, close) * np.exp(-0.4 * sigma * rng.exponential(size=len(m)))
+    return _with_volume(rng, log_vol, np.abs(gap + body) / np.exp(log_vol), open_, high, low, close)
+
+
+def reverting_path(bars, horizon, half_life=8, signal=None):
+    """The true expected log return over the next 1 .. horizon bars of a series of the reverting market, [T, horizon].
+
+    Row t is of what follows bar t, known from the closes up to t. The series must start where the market did.
+    """
+    signal = _checked_signal(signal, "reverting", half_life)
+    phi = 0.5 ** (1 / half_life)
+    k = signal * (1 - phi)
+    log_return = np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3]))
+    m = -k * decayed_sum(log_return, decay=phi + k)  # [T], of the bar after each
+    return m[:, None] * (1 - phi ** np.arange(1, horizon + 1)) / (1 - phi)
+
+
+@functools.cache
+def reverting_best(signal=None, half_life=8, horizon=10):
+    """What the best forecast reaches on the reverting market: (direction accuracy, its standard error, path ratio).
+
+    The ratio is the mean absolute error of the best path over 1 .. horizon bars to that of standing still. By simulation
+    of 16 series; the chance of a right call is exact given m, the gap and the volatility, so its error is small.
+    """
+    signal = _checked_signal(signal, "reverting", half_life)
+    phi, n_bars = 0.5 ** (1 / half_life), 1 << 17
+    right, missed, moved = [], 0.0, 0.0
+    for seed in range(16):
+        rng = np.random.default_rng([seed, 7])
+        log_vol = decayed_sum(rng.normal(0, 0.06, n_bars), decay=0.98) + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
+        m, gap, body = _reverting_moves(rng, log_vol, rng.standard_normal(n_bars), signal, half_life)
+        unit = np.exp(log_vol) / np.sqrt(2)
+        chance = _student4((np.abs(m) + gap) / unit) + _student4((np.abs(m) - gap) / unit)  # a gap of either sign
+        right.append(chance[CONTEXT:].mean() / 2)
+        price = np.cumsum(m + gap + body)
+        for h in range(1, horizon + 1):
+            move = price[CONTEXT + h:] - price[CONTEXT:-h]
+            best = m[CONTEXT + 1:n_bars - h + 1] * (1 - phi ** h) / (1 - phi)
+            missed += np.abs(move - best).sum()
+            moved += np.abs(move).sum()
+    return float(np.mean(right)), float(np.std(right) / np.sqrt(len(right))), float(missed / moved)
+
+
+def _student4(x):
+    """Distribution function of Student's t with 4 degrees of freedom, in closed form."""
+    z = x / np.sqrt(4 + x * x)
+    return 0.5 + 0.25 * z * (3 - z * z)
 
 
 def leak_demo(seed=0, n_windows=4000):
@@ -1158,7 +1282,9 @@ def progress(text):
 class Config:
     data: list[str] | None = None  # CSV files, folders or globs to convert
     synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
-    signal: float = 0.1            # synthetic: how far the planted edge lifts direction accuracy above one half
+    kind: str = "edge"             # synthetic: edge (a wick tells the next direction) or reverting (a deviation decays)
+    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength from 0 to 1, 0.75
+    half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
     out: str = "bars"              # folder to write
@@ -1178,9 +1304,15 @@ def main():
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
-        if config.n_symbols < 1 or config.synthetic < config.n_symbols or not 0 <= config.signal < 0.5:
-            raise UserError("--synthetic needs at least one bar for each of --n_symbols, and 0 <= --signal < 0.5")
-        series = _synthetic(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols)
+        if config.n_symbols < 1 or config.synthetic < config.n_symbols:
+            raise UserError("--synthetic needs at least one bar for each of --n_symbols")
+        best = best_accuracy(config.signal, config.kind, config.half_life)
+        print(f"best reachable direction accuracy, next bar: {best:.2%}")
+        if config.kind == "reverting":
+            ratio = reverting_best(config.signal, config.half_life)[2]
+            print(f"best path over 10 bars: {ratio:.4f} of the mean absolute error of standing still")
+        series = synthetic_series(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols,
+                                  config.kind, config.half_life)
     else:
         series = read_files(config.data)
     count = [0, 0]

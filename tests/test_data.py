@@ -509,6 +509,94 @@ def test_synthetic_market_looks_like_one():
     assert both > 0.05                                                             # symbols move together
 
 
+@pytest.fixture(scope="module")
+def reverting():
+    """A long series of the reverting market, and its best accuracy."""
+    series, best = data.synthetic(seed=4, n_symbols=1, n_bars=200_000, kind="reverting")
+    return series[0], best
+
+
+def right_calls(guess, move):
+    """(share of signs called right, four standard errors)."""
+    share = np.mean((guess > 0) == (move > 0))
+    return share, 4 * 0.5 / np.sqrt(len(move))
+
+
+def test_reverting_market_is_called_best_by_the_sign_of_its_expected_move(reverting):
+    bars, best = reverting
+    assert 0.56 < best < 0.57 and data.reverting_best()[1] < 0.0002
+    path = data.reverting_path(bars, 10)
+    log_close = np.log(bars.ohlcva[:, 3])
+    move = np.diff(log_close)
+    share, error = right_calls(path[:-1, 0], move)
+    assert abs(share - best) < error
+    for name, rule in (("momentum", move[:-1]), ("ten bars", -(log_close[10:-1] - log_close[:-11]))):
+        assert right_calls(rule, move[-len(rule):])[0] < best + error, name
+    for h in (1, 3, 10):  # the path is right on average: the slope of what comes on what is forecast is 1
+        came, told = log_close[h:] - log_close[:-h], path[:-h, h - 1]
+        slope = (came * told).sum() / (told * told).sum()
+        assert abs(slope - 1) < 0.1, h
+    missed = [np.abs(log_close[h:] - log_close[:-h] - path[:-h, h - 1]).sum() for h in range(1, 11)]
+    still = [np.abs(log_close[h:] - log_close[:-h]).sum() for h in range(1, 11)]
+    assert sum(missed) / sum(still) == pytest.approx(data.reverting_best()[2], abs=0.004)
+
+
+def test_no_linear_filter_beats_the_best_accuracy_and_a_good_one_comes_near(reverting):
+    bars, best = reverting
+    o, h, l, c, v, _ = bars.ohlcva.T
+    move = np.diff(np.log(c), prepend=np.log(c[0]))
+    lags = [np.append(np.zeros(k), move[:len(move) - k]) for k in range(6)]
+    sums = [data.decayed_sum(move, decay=0.5 ** (1 / n)) for n in (2, 4, 8, 16, 32)]
+    others = [np.log(h / np.maximum(o, c)), np.log(np.minimum(o, c) / l), np.log(np.append(1, o[1:] / c[:-1])),
+              np.log(v) - np.log(v).mean()]
+    half = len(move) // 2
+    for names, columns in (("moves", lags + sums), ("all", lags + sums + others)):
+        x = np.stack(columns, axis=1)[:-1]
+        weights = np.linalg.lstsq(x[:half], move[1:half + 1], rcond=None)[0]
+        share, error = right_calls(x[half:] @ weights, move[half + 1:])
+        assert best - 0.008 < share < best + error, names
+
+
+def test_wicks_opens_and_volume_of_the_reverting_market_do_not_tell_its_direction(reverting):
+    bars, _ = reverting
+    o, h, l, c, v, _ = bars.ohlcva.T
+    surprise = np.sign(np.diff(np.log(c)) - data.reverting_path(bars, 1)[:-1, 0])
+    told = (h / np.maximum(o, c) - np.minimum(o, c) / l, np.append(0, o[1:] / c[:-1] - 1), np.diff(np.log(v), prepend=0),
+            np.diff(c, prepend=c[0]))
+    for i, x in enumerate(told):
+        assert abs(np.corrcoef(np.sign(x[:-1]), surprise)[0, 1]) < 4 / np.sqrt(len(surprise)), i
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_a_market_without_signal_is_a_null_market(kind):
+    series, best = data.synthetic(seed=1, signal=0, n_symbols=1, n_bars=20_000, kind=kind)
+    move = np.diff(np.log(series[0].ohlcva[:, 3]))
+    back = data.decayed_sum(-move, decay=0.9)[:-1][move[1:] != 0]
+    share, error = right_calls(back, move[1:][move[1:] != 0])
+    assert best == 0.5 and abs(share - best) < error
+    assert kind == "edge" or (data.reverting_path(series[0], 3, signal=0) == 0).all()
+
+
+def test_reverting_market_looks_like_one(reverting):
+    bars, _ = reverting
+    o, h, l, c, v, a = bars.ohlcva.T
+    assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and np.isfinite(bars.ohlcva).all()
+    r = np.diff(np.log(c))
+    assert ((r - r.mean()) ** 4).mean() / r.var() ** 2 > 4
+    assert np.corrcoef(np.abs(r[:-1]), np.abs(r[1:]))[0, 1] > 0.05 and np.corrcoef(np.log(v[1:]), np.abs(r))[0, 1] > 0.1
+    longer = data.synthetic(seed=4, n_symbols=1, n_bars=3000, kind="reverting", half_life=32)[0][0]
+    assert data.reverting_path(longer, 64, half_life=32)[-1, [31, 63]] @ [1.5, -1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong, why", [
+    (dict(kind="trend"), "--kind trend"), (dict(signal=0.5), "--signal 0.5"), (dict(signal=float("nan")), "--signal nan"),
+    (dict(kind="reverting", signal=1.0), "--signal 1.0"), (dict(kind="reverting", half_life=0), "--half_life 0"),
+])
+def test_markets_that_cannot_be_are_refused(wrong, why):
+    with pytest.raises(UserError, match=why):
+        data.synthetic(n_bars=10, **wrong)
+
+
 # ---- files
 
 def test_g5_a_failed_save_leaves_the_last_good_file(tmp_path, monkeypatch):
