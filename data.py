@@ -3,7 +3,6 @@
     python data.py --data 'csv/*.csv' --out folder       # CSV -> a folder of memory-mapped arrays that --data takes
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
-    python data.py --leak_demo                           # scaling over a whole window shows skill on a random walk
 
 The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
@@ -45,7 +44,7 @@ COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of
 CONTEXT = 32            # first bars of a series: context, never targets (the scales are still settling)
 HALF_LIFE = 32          # bars; of every exponentially weighted mean below
 DECAY = 0.5 ** (1 / HALF_LIFE)
-BLOCK = 512             # bars of one pass: in cache, memory bounded on mapped data, and rounding in check
+PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
 DAY = 86400
@@ -88,13 +87,12 @@ class Bars:
 class State:
     """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
 
-    close: last close, as `inverse` rebuilds it from float32 features (NaN before the first bar); seen: as it was.
+    close: last close, NaN before the first bar.
     s, m, d, g: decayed *sums* of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
     s_w, m_w, d_w, g_w: those of their weights. The means that `features` calls s_t, m_t, d_t, g_t come from scales().
     origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
     """
     close: np.ndarray
-    seen: np.ndarray
     s: np.ndarray
     s_w: np.ndarray
     m: np.ndarray
@@ -109,7 +107,7 @@ class State:
     @classmethod
     def start(cls):
         """Before the first bar."""
-        return cls(np.float64(np.nan), np.float64(np.nan), *np.zeros(8), np.float64(np.nan), np.float64(np.nan))
+        return cls(np.float64(np.nan), *np.zeros(8), np.float64(np.nan), np.float64(np.nan))
 
     @classmethod
     def stack(cls, states):
@@ -144,22 +142,22 @@ def features(bars) -> tuple[np.ndarray, State]:
     log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
     So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0.
     """
-    blocks = list(feature_blocks(bars))
-    if not blocks:
+    pieces = list(feature_pieces(bars))
+    if not pieces:
         raise ValueError("features of no bars")
-    return np.concatenate([x for x, _ in blocks]), blocks[-1][1]
+    return np.concatenate([x for x, _ in pieces]), pieces[-1][1]
 
 
-def feature_blocks(bars, state=None):
-    """Yield (x float32 [n, 6], State after them) block by block; see `features`."""
+def feature_pieces(bars, state=None):
+    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory; see `features`."""
     state = state or State.start()
-    for i in range(0, len(bars), BLOCK):
-        x, state = _features_block(np.asarray(bars.ohlcva[i:i + BLOCK], np.float64), state)
+    for i in range(0, len(bars), PIECE):
+        x, state = _features_piece(np.asarray(bars.ohlcva[i:i + PIECE], np.float64), state)
         yield x, state
 
 
-def _features_block(ohlcva, state):
-    """x float32 [n, 6] of one block of bars, float64 [n, 6], from the State before it; and the State after it.
+def _features_piece(ohlcva, state):
+    """x float32 [n, 6] of one piece of bars, float64 [n, 6], from the State before it; and the State after it.
 
     Running sums have n + 1 places: [:-1] is before each bar, [-1] after the last.
     """
@@ -182,37 +180,14 @@ def _features_block(ohlcva, state):
     s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
 
     body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    step = c / prev
-    step[0] = 1.0 if c[0] == state.seen else step[0]  # a bar that did not move says so, whatever rounding did to prev
-    price = np.arcsinh(np.log(np.stack([step, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
+    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
     if first:
         price[:, 0] = 0.0
     rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
     x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
-    close, total = _rebuilt(price, c[0] if first else state.close, state.s, s_w, begun)
-    ends = [np.float64(u[-1]) for u in (s_w, m, m_w, d, d_w, g, g_w)]
-    after = State(np.float64(close), c[-1], np.float64(total), *ends, state.origin_s, state.origin_d)
+    ends = [np.float64(u[-1]) for u in (c, s, s_w, m, m_w, d, d_w, g, g_w)]
+    after = State(*ends, state.origin_s, state.origin_d)
     return np.ascontiguousarray(x.T), after
-
-
-def _rebuilt(price, close, total, weight, begun):
-    """The close and the sum of true ranges as `inverse` has them after a block of price channels, float32 [4, n].
-
-    Features are float32, so a rebuilt close is a little off. The next block starts from the rebuilt close, not from the
-    true one, so that its first return makes that good: over a chain of any length the error stays that of one block.
-    The true range of bar t is k_t s_t, with k_t known from its features; with s_t = S_t / w_t the sum follows
-    S_{t+1} = S_t (a + k_t / w_t), a cumulative product. Where the floor holds it does not, and then it goes bar by bar.
-    """
-    c, o, upper, lower = np.sinh(price.astype(np.float64))
-    k = (np.maximum(np.maximum(c, o) + upper, 0) - np.minimum(np.minimum(c, o) - lower, 0)) * begun
-    w = weight[:-1]
-    sums = total * np.append(1.0, np.cumprod(DECAY + k / np.where(w > 0, w, np.inf)))
-    if (sums[:-1] < S_FLOOR * w).any() or (w == 0).any():  # where the floor holds, s_t is no multiple of S_t
-        for t in range(len(k)):
-            s_t = max(sums[t] / w[t], S_FLOOR) if w[t] > 0 else S_FLOOR
-            sums[t + 1] = DECAY * sums[t] + k[t] * s_t
-    s_t = np.maximum(_mean(sums[:-1], w), S_FLOOR)
-    return close * np.exp((c * s_t).sum()), sums[-1]
 
 
 def _true_range(high, low, previous):
@@ -272,7 +247,7 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         v = np.expm1(log_v)
         out[t] = o, h, l, c, v, v * c * np.exp(rel)
         deviates = has_v * (st.m_w > 0)
-        st = State(c, c, DECAY * st.s + _true_range(h, l, st.close), DECAY * st.s_w + 1.0,
+        st = State(c, DECAY * st.s + _true_range(h, l, st.close), DECAY * st.s_w + 1.0,
                    DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
                    DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
                    DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
@@ -291,12 +266,12 @@ def scales(bars):
 def states_at(bars, origins):
     """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to each gives them."""
     state, found = State.start(), []
-    for i in range(0, len(bars), BLOCK):
-        block = np.asarray(bars.ohlcva[i:i + BLOCK], np.float64)
-        found += [_features_block(block[:o + 1 - i], state)[1] for o in origins if i <= o < i + BLOCK]
+    for i in range(0, len(bars), PIECE):
+        piece = np.asarray(bars.ohlcva[i:i + PIECE], np.float64)
+        found += [_features_piece(piece[:o + 1 - i], state)[1] for o in origins if i <= o < i + PIECE]
         if len(found) == len(origins):
             break
-        state = _features_block(block, state)[1]
+        state = _features_piece(piece, state)[1]
     return found
 
 
@@ -341,7 +316,7 @@ def targets_of(bars, split, borders):
 @dataclass
 class Streams:
     """Token series of many symbols, which of their bars are targets, and the shape of a batch."""
-    tokens: list          # per symbol int16 [T, 2]: coarse, fine; may be memory-mapped
+    tokens: list          # per symbol int16 [T, 2]: coarse, fine
     time: list            # per symbol int64 [T]
     targets: np.ndarray   # int64 [symbols, 2]: first target, one past the last
     block_size: int       # bars of context in a window
@@ -630,32 +605,6 @@ def _student4(x):
     """Distribution function of Student's t with 4 degrees of freedom, in closed form."""
     z = x / np.sqrt(4 + x * x)
     return 0.5 + 0.25 * z * (3 - z * z)
-
-
-def leak_demo(seed=0, n_windows=4000):
-    """Calls the last bar of windows of a random walk by one rule: minus the sum of the values before it.
-
-    Over a whole window z-scores add up to zero, so those before the last bar tell it; causal features tell nothing.
-    Returns rows (what the values are, window, share of variance kept, share of right calls, half its 95 % interval).
-    """
-    found = []
-    for window, step in ((1024, 0.0), (1024, 0.6), (101, 0.0), (101, 0.92)):
-        rng = np.random.default_rng([seed, window])
-        r = 0.01 * rng.standard_t(4, (n_windows, window))
-        close = 100 * np.exp(np.cumsum(r, axis=1))  # each window a walk of its own
-        before = np.append(np.full((n_windows, 1), 100.0), close[:, :-1], axis=1)
-        no_data = np.full(r.shape, np.nan)
-        bars = np.stack([before, np.maximum(before, close), np.minimum(before, close), close, no_data, no_data], -1)
-        causal = np.stack([features(Bars("WALK", np.arange(window), b))[0][:, 0] for b in bars])
-        whole = (r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True)
-        for name, x in (("z-scores over the whole window", whole), ("causal features", causal.astype(np.float64))):
-            unit = x / x.std()
-            token = np.round(unit / step) * step if step else unit  # rounded as a tokenizer rounds
-            kept = 1 - (token - unit).var()
-            guess, moved = -token[:, :-1].sum(1), r[:, -1] != 0
-            share = np.mean((guess > 0) == (r[:, -1] > 0), where=moved)
-            found.append((name, window, kept, share, 1.96 * np.sqrt(share * (1 - share) / moved.sum())))
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1030,40 +979,28 @@ def _open_folder(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens of a series, and what tells two data sets or two sets of weights apart
 
-def tokenize(bars, tokenizer) -> np.ndarray:
-    """Tokens of a series, int16 [T, 2]; of a memory-mapped one made once and kept beside it, mapped too."""
-    cache = _cache_path(bars, tokenizer)
-    try:
-        tokens = np.load(cache, mmap_mode="r") if cache else ()
-        if len(tokens) == len(bars):
-            return tokens
-    except (OSError, ValueError, EOFError):
-        pass  # there is none, or it is damaged: make it anew
-    tokens, temporary = np.empty((len(bars), 2), np.int16), f"{cache}.{os.getpid()}.tmp"  # each process its own
-    if cache:
-        try:
-            tokens = np.lib.format.open_memmap(temporary, "w+", np.int16, (len(bars), 2))
-        except OSError:
-            cache = None  # a folder that cannot be written: keep the tokens in memory
+def tokenize(bars, tokenizer, x=None) -> np.ndarray:
+    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
+
+    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
+    """
+    if x is not None and len(x) != len(bars):
+        raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
+    tokens = np.empty((len(bars), 2), np.int16)
+    if x is None:
+        pieces = (piece for piece, _ in feature_pieces(bars))
+    else:
+        pieces = (x[i:i + PIECE] for i in range(0, len(x), PIECE))
     at = 0
-    for x, _ in feature_blocks(bars):
-        coarse, fine = tokenizer.encode(torch.from_numpy(x))
-        tokens[at:at + len(x)] = np.stack([coarse.cpu().numpy(), fine.cpu().numpy()], axis=1)
-        at += len(x)
-        if at % (256 * BLOCK) == 0:
+    for piece in pieces:
+        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
+        tokens[at:at + len(piece), 0] = coarse.cpu().numpy()
+        tokens[at:at + len(piece), 1] = fine.cpu().numpy()
+        at += len(piece)
+        if at % (256 * PIECE) == 0:
             progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
-    if cache:
-        tokens.flush()
-        os.replace(temporary, cache)
-        tokens = np.load(cache, mmap_mode="r")
+    progress("")
     return tokens
-
-
-def _cache_path(bars, tokenizer):
-    name = getattr(bars.ohlcva, "filename", None)
-    if name is None or len(np.load(name, mmap_mode="r")) != len(bars):  # not mapped, or a slice of what is
-        return None
-    return f"{os.fspath(name).removesuffix('.ohlcva.npy')}.tokens-{weights_hash(tokenizer.state_dict())}.npy"
 
 
 def weights_hash(weights) -> str:
@@ -1288,17 +1225,10 @@ class Config:
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
     out: str = "bars"              # folder to write
-    leak_demo: bool = False        # instead: show how scaling over a whole window tells the target
 
 
 def main():
     config = Config(**cli(Config, __doc__))
-    if config.leak_demo:
-        print("random walks with fat tails, whose next move no one can call; the rule: minus the sum of the values so far")
-        print(f"{'values':32}{'window':>8}{'variance kept':>15}{'right calls':>16}")
-        for name, window, kept, share, half in leak_demo(config.seed):
-            print(f"{name:32}{window:>8,}{kept:>15.1%}{share:>9.1%} ±{half:>5.1%}")
-        return
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if (config.data is None) == (config.synthetic is None):

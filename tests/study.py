@@ -3,6 +3,7 @@
     python tests/study.py model --data bars.csv.gz      # variants of the model in equal processor time; the context's worth
     python tests/study.py tokenizer --data bars.csv.gz  # 5 to 12 bits a level, with and without the entropy term
     python tests/study.py null                          # how often an interval of right calls misses one half
+    python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
@@ -219,7 +220,7 @@ def tokenizer_study(argv):
     parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "tokenizers.svg"))
     args = parser.parse_args(argv)
     import backtest
-import sample
+    import sample
     os.makedirs(args.out, exist_ok=True)
     dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
     series = data.load(args.data)
@@ -257,7 +258,7 @@ import sample
 def plot_tokenizers(path, names, result):
     """Direction accuracy, with its interval, over each number of codes, on a log scale."""
     import backtest
-import sample
+    import sample
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     score = [{k: v and 100 * v for k, v in entry["da"].items()} for entry in result["checkpoints"]]
     values = [v for s in score for v in s.values() if v is not None]
@@ -317,7 +318,7 @@ def stages_study(argv):
     parser.add_argument("--paths", type=int, default=64)
     args = parser.parse_args(argv)
     import backtest
-import sample
+    import sample
     from model import load_checkpoint
     data_flags = ["--data", *args.data] if args.data else []
     dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
@@ -417,7 +418,7 @@ def null_study(argv):
     parser.add_argument("--steps", type=int, default=150, help="of the model; expo.py takes 2 for each 5 of them")
     args = parser.parse_args(argv)
     import backtest
-import sample
+    import sample
     os.makedirs(args.out, exist_ok=True)
     held, harmed = {"pretrain": 0, "expo": 0}, 0
     for seed in range(args.seeds):
@@ -444,7 +445,47 @@ import sample
     print(f"intervals that hold one half, of {args.seeds}: " + ", ".join(f"{name} {n}" for name, n in held.items()))
 
 
-SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "stages": stages_study}
+# ----------------------------------------------------------------------------------------------------------------------
+# The leak: what scaling over a whole window tells of its last bar
+
+def leak_demo(seed=0, n_windows=4000):
+    """Calls the last bar of windows of a random walk by one rule: minus the sum of the values before it.
+
+    Over a whole window z-scores add up to zero, so those before the last bar tell it; causal features tell nothing.
+    Returns rows (what the values are, window, share of variance kept, share of right calls, half its 95 % interval).
+    """
+    found = []
+    for window, step in ((1024, 0.0), (1024, 0.6), (101, 0.0), (101, 0.92)):
+        rng = np.random.default_rng([seed, window])
+        r = 0.01 * rng.standard_t(4, (n_windows, window))
+        close = 100 * np.exp(np.cumsum(r, axis=1))  # each window a walk of its own
+        before = np.append(np.full((n_windows, 1), 100.0), close[:, :-1], axis=1)
+        no_data = np.full(r.shape, np.nan)
+        bars = np.stack([before, np.maximum(before, close), np.minimum(before, close), close, no_data, no_data], -1)
+        causal = np.stack([data.features(data.Bars("WALK", np.arange(window), b))[0][:, 0] for b in bars])
+        whole = (r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True)
+        for name, x in (("z-scores over the whole window", whole), ("causal features", causal.astype(np.float64))):
+            unit = x / x.std()
+            token = np.round(unit / step) * step if step else unit  # rounded as a tokenizer rounds
+            kept = 1 - (token - unit).var()
+            guess, moved = -token[:, :-1].sum(1), r[:, -1] != 0
+            share = np.mean((guess > 0) == (r[:, -1] > 0), where=moved)
+            found.append((name, window, kept, share, 1.96 * np.sqrt(share * (1 - share) / moved.sum())))
+    return found
+
+
+def leak_study(argv):
+    """A table of leak_demo."""
+    parser = argparse.ArgumentParser(prog="study.py leak")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    print("random walks with fat tails, whose next move no one can call; the rule: minus the sum of the values so far")
+    print(f"{'values':32}{'window':>8}{'variance kept':>15}{'right calls':>16}")
+    for name, window, kept, share, half in leak_demo(args.seed):
+        print(f"{name:32}{window:>8,}{kept:>15.1%}{share:>9.1%} ±{half:>5.1%}")
+
+
+SECTIONS = {"null": null_study, "leak": leak_study, "model": model_study, "tokenizer": tokenizer_study, "stages": stages_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:

@@ -315,8 +315,8 @@ def test_a_flipped_bit_is_noticed(checkpoint, tmp_path):
 
 
 def test_a_terminal_without_the_letter_and_a_full_one(checkpoint):
-    done = script("data.py", "--leak_demo", env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and "?" in done.stdout and not done.stderr
+    done = script("data.py", "--data", "\u00e4.csv", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and done.stderr.startswith("error: ?.csv: no such file") and not done.stdout
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--ckpt", checkpoint, "--paths", "3"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
@@ -524,7 +524,6 @@ def test_every_command_that_is_written_down_runs(desk, tmp_path, call, monkeypat
     """With fewer steps; those of tests/ in .ci/run. torchrun's run on one process: two are tested above."""
     monkeypatch.chdir(shutil.copytree(desk, tmp_path / "desk"))
     monkeypatch.setattr(data.synthetic, "__defaults__", (0, 0.1, 8, 500))
-    monkeypatch.setattr(data.leak_demo, "__defaults__", (0, 50))
     for few in ("rollout.ORIGINS", "rollout.VAL_ORIGINS", "expo.ORIGINS"):
         monkeypatch.setattr(few, 20)
     words = shlex.split(words)
