@@ -1,4 +1,4 @@
-"""The model: a decoder that reads one bar per position and names the next one, coarse token first, then fine.
+"""The model: a decoder that reads one candle per position and names the next one, coarse token first, then fine.
 
     from model import Model, ModelConfig, load_checkpoint
     model, tokenizer, meta = load_checkpoint("out.pt")
@@ -6,18 +6,17 @@
     coarse, fine = model.sample(state.h)                   # then one step a bar, at constant cost
     h, state = model.step(coarse, fine, time, state)
 
-Each layer's heads look back over several ranges: linear attention over the whole past, local softmax attention over
-short windows. At mid depth a latent reasoner refines a few slots at every 32nd bar, all borders at once, from the bars
-before it. The parallel form (forward, prefill) and the recurrence (step) are the same function.
+No weight belongs to a code. A pair of tokens is read as the candle that it decodes to, and the heads score each code by
+its candle; so codes that look alike share what is learned, and a larger codebook costs no weights. Each layer's heads
+look back over several ranges: linear attention over the whole past, softmax attention over short windows. At mid depth a
+latent reasoner refines a few slots at every 32nd bar, from the bars before it. The parallel form (forward, prefill) and
+the recurrence (step) are the same function.
 
-In this order: attention, the reasoner, the model, the checkpoint, what every training loop needs. In the comments H, B,
-T, D are heads, rows of the batch, bars, channels of a head; C = H D; HL, HW the linear and the local heads; W the longest
-window; M borders; k1, k2 the bits of a token; 16 stands for config.slots. Heads come first, since each kind of attention
-takes some of them: its share is then one piece of memory.
+In this order: the two kinds of attention, the layer, the reasoner, the model, the checkpoint. In the comments H, B, T, D
+are heads, rows of the batch, bars, channels of a head; C = H D; M borders; k1, k2 the bits of a token; V1, V2 = 2^k1,
+2^k2. Heads come first in a shape, so that each kind of attention takes a piece of memory that hangs together.
 """
-
 import math
-import os
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -28,13 +27,17 @@ from torch.utils.checkpoint import checkpoint
 import data
 from tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK = 64          # bars in a chunk of linear attention: about as much work within chunks as on states
 GROUP = 32          # chunks whose states are made in one product
-EPS = 1e-6          # of RMSNorm
+EPS = 1e-6          # of the RMS norm
 GAPS = 7            # spacings whose median tells the bars' interval
 NO_GAP = 2**62      # stands for a spacing that does not exist (before the first bar)
-CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of the embedding
+CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
+N_CHANNELS = len(data.CHANNELS)
+HARMONICS = 6       # of the day, in which the model reads the time of day
+HALF_LIVES = (1.0, 4.0, 12.0, 96.0)  # bars; of the true range's means that the model reads, beside the 32 of s_t
+MAX_LOG = 4.0       # bound of their logs
 
 
 @dataclass
@@ -44,10 +47,10 @@ class ModelConfig:
     fine_bits: int = 10              # k2
     n_layer: int = 4
     n_head: int = 8
-    n_embd: int = 192
+    n_embd: int = 128
     linear_heads: int = -1           # heads with linear attention over the whole past; -1 is half of them
     windows: tuple = (16, 64)        # the other heads' windows in bars, the bar itself included; equal shares of heads
-    pos: str = "rope"                # rope: rotated q and k; alibi: linear bias, in linear attention a decay; both
+    pos: str = "both"                # rope: rotated q and k; alibi: linear bias, in linear attention a decay; both
     reasoner: bool = True            # the latent reasoner at mid depth
     border: int = 32                 # a border every so many bars
     slots: int = 16                  # latent slots at a border = bars that the parallel forecast reaches
@@ -55,7 +58,6 @@ class ModelConfig:
     span: int = 128                  # bars before the border that its slots look at, a multiple of border
     aux_weight: float = 0.1          # weight of the slots' own prediction of the bars after the border
     block_size: int = 256            # bars in a training window; forecasts give the model as many as context
-    direction_bit: bool = True       # the top coarse bit says whether close rose (for the record: see Model.up_mask)
     unmoved: float = 0.0             # share of bars in the training data whose close did not move
 
     def __post_init__(self):
@@ -89,30 +91,9 @@ class ModelConfig:
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
-class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2)) (Zhang and Sennrich, arXiv 1910.07467), without gain: a linear map follows.
-
-    With a backward of its own, since that of F.rms_norm takes three times as long on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        r = length.square().div(x.shape[-1]).add(EPS).rsqrt()
-        y = x * r.to(x.dtype)
-        ctx.save_for_backward(y, r)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        y, r = ctx.saved_tensors
-        along = (g * y).mean(-1, keepdim=True, dtype=torch.float32).to(y.dtype)
-        return torch.addcmul(g, y, along, value=-1).mul_(r.to(y.dtype))
-
-
 def norm(x):
-    """x [..., C] at a root mean square of 1."""
-    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=EPS)
+    """x [..., C] / its root mean square (Zhang and Sennrich, arXiv 1910.07467), without gain: a linear map follows."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def rotation(pos, dim):
@@ -128,52 +109,22 @@ def rotation(pos, dim):
 
 def rotate(x, rot):
     """Turns each pair (x_i, x_{i + D/2}) of x [..., T, D] by its angle: q_i . k_j then depends on i - j alone."""
-    cos, sin = rot[0].to(x.dtype), rot[1].to(x.dtype)
+    cos, sin = rot
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def decay(slope, d):
     """exp(-slope d) where d >= 0, else 0: [H, *d.shape]."""
-    return torch.exp(-slope.view(-1, *[1] * d.dim()) * d.clamp(min=0)).masked_fill(d < 0, 0)
+    slope = slope.view(-1, *[1] * d.dim())
+    return torch.exp(-slope * d.clamp(min=0)).masked_fill(d < 0, 0)
 
 
-def linear_attention(q, k, v, slope):
-    """o_i = sum_{j <= i} exp(-slope (i - j)) (q_i . k_j) v_j / sqrt(D), for q, k, v [H, B, T, D] and slope [H].
-
-    Returns o and, in float32, the state S_T = sum_j exp(-slope (T - 1 - j)) k_j v_j^T [H, B, D, D], from which the sum
-    goes on bar by bar: attention as a recurrence (Katharopoulos et al., arXiv 2006.16236), without its denominator and
-    normed per head instead (Qin et al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621).
-
-    Why chunks. With m = slope, cut the bars into chunks n of L bars, let i and j count within a chunk, and split the
-    sum into the bars of the own chunk and all those before it (1 / sqrt(D) left out):
-        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    = ((A * M) V)_i,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
-            + exp(-m (i + 1)) q_i S_{n-1}                       S_n [D, D]: the state after chunk n
-        S_n = exp(-m L) S_{n-1} + U_n                           U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
-    so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n', one product with a small triangular matrix W for a group of chunks.
-    All is matmuls, the work is T L D + T D D, and no exponent is above 0: nothing can overflow.
-    """
-    H, B, T, D = q.shape
-    L, dtype = CHUNK, q.dtype
-    if T % L:       # zeros in front: they add nothing to any sum, and the last chunk ends with the last bar
-        q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
-    q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))                    # [H, B, N, L, D]
-    i, scale, wide = torch.arange(L, device=q.device), D**-0.5, (H, 1, 1, -1, 1)
-    A = q @ k.mT                                                                # [H, B, N, L, L]
-    A = A.mul_((decay(slope, i[:, None] - i) * scale).to(dtype)[:, None, None])
-    K = k * decay(slope, L - 1 - i).to(dtype).view(wide)
-    U = (K.mT @ v).float().flatten(-2)                                          # [H, B, N, D * D]
-    S, before = U.new_zeros(H, B, 1, D * D), []
-    with torch.autocast(q.device.type, enabled=False):
-        for u in U.split(GROUP, dim=2):
-            n = torch.arange(u.shape[2] + 1, device=q.device)
-            W = decay(slope * L, n[:, None] - 1 - n[:-1])                       # [H, n + 1, n]
-            s = W[:, None] @ u + decay(slope * L, n)[:, None, :, None] * S      # [H, B, n + 1, D * D]
-            S = s[:, :, -1:]
-            before.append(s[:, :, :-1].to(dtype))
-    before = torch.cat(before, dim=2).unflatten(-1, (D, D))                     # S_{n-1} for each chunk n
-    Q = q * (decay(slope, i + 1) * scale).to(dtype).view(wide)
-    o = (A @ v).add_(Q @ before)                                                # [H, B, N, L, D]
-    return o.view(H, B, -1, D)[:, :, -T:], S.view(H, B, D, D)
+def softmax_attention(q, k, v, bias=None):
+    """Softmax attention of q [..., Tq, D] to k, v [..., Tk, D]; bias is added to the scores."""
+    score = (q * q.shape[-1] ** -0.5) @ k.mT
+    if bias is not None:
+        score = score.add_(bias)
+    return score.softmax(-1) @ v
 
 
 def spans(a, w, back):
@@ -186,111 +137,164 @@ def spans(a, w, back):
     return torch.cat([a[:, :, n:n + N] for n in range(back + 1)], dim=3)
 
 
-def softmax_attention(q, k, v, bias=None):
-    """Softmax attention of q [..., Tq, D] to k, v [..., Tk, D]; bias is added to the scores."""
-    score = (q * q.shape[-1] ** -0.5) @ k.mT
-    if bias is not None:
-        score = score.add_(bias)
-    return score.softmax(-1) @ v
+class LinearAttention(nn.Module):
+    """Heads that look over the whole past: attention without softmax, hence with a state of fixed size.
 
+        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j / sqrt(D),      m = slope of the head, 0 without decay
 
-def local_attention(q, k, v, window, slope):
-    """Softmax attention of bar i over bars j = i - window + 1 .. i, for q, k, v [H, B, T, D] -> [H, B, T, D].
-
-    The score has the bias -slope (i - j), slope [H] (linear biases: Press et al., arXiv 2108.12409; 0 switches it off).
-    In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it, no others.
+    as a recurrence (Katharopoulos et al., arXiv 2006.16236), without its denominator and normed per head instead (Qin et
+    al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621).
     """
-    T = q.shape[2]
-    w, back = min(window, T), int(T > window)
-    if T % w:
-        q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
-    N = q.shape[2] // w
-    n, i, j = (torch.arange(*a, device=q.device) for a in ((N,), (w,), (-w * back, w)))
-    d = i[:, None] - j                                                          # [w, 2w]
-    bias = (-slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)   # each row sees w keys
-    bias = bias[:, None].masked_fill(n[:, None, None] * w + j < 0, -math.inf)   # [H, N, w, 2w]: those that exist
-    o = softmax_attention(q.unflatten(2, (N, w)), spans(k, w, back), spans(v, w, back), bias[:, None].to(q.dtype))
-    return o.flatten(2, 3)[:, :, :T]
 
-
-def linear(weights, module, x):
-    """module(x) in generation, where rows are few: by the copy of its weights in Model.step_weights; in x's type."""
-    w = weights[module]
-    return F.linear(x.to(w.dtype), w).to(x.dtype)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP. Heads in order: linear ones, then an equal share for each window."""
-
-    def __init__(self, config):
+    def __init__(self, n_heads, decays):
         super().__init__()
-        C, H, HL, self.windows = config.n_embd, config.n_head, config.linear_heads, config.windows
-        self.shares = [HL] + [(H - HL) // len(self.windows) for _ in self.windows]
-        self.H, self.HL = H, HL
-        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
-        self.rope, self.decays = config.pos != "alibi", config.pos != "rope"
-        place = torch.cat([torch.arange(n) / max(1, n - 1) for n in self.shares])       # 0 .. 1 within each kind
-        # linear heads 2^-4 .. 2^-10: half is left after 11 .. 710 bars; local ones 2^-1 .. 2^-7; all 0 with rope alone
-        slope = torch.where(torch.arange(H) < HL, 2.0 ** (-4 - 6 * place), 2.0 ** (-1 - 6 * place))
-        self.register_buffer("slope", slope * self.decays, persistent=False)        # [H]
+        # half of the weight is left after 11 .. 710 bars
+        place = torch.arange(n_heads) / max(1, n_heads - 1)                     # 0 .. 1
+        self.register_buffer("slope", 2.0 ** (-4 - 6 * place) * decays, persistent=False)       # [H]
 
-    def forward(self, x, rot, keep=None):
-        """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs: the linear state, the last keys and values."""
-        B, T, C = x.shape
-        heads_first = lambda a: a.view(B, T, -1, self.H, C // self.H).permute(2, 3, 0, 1, 4).contiguous()
-        qk, v = map(heads_first, self.qkv(norm(x)).split((2 * C, C), -1))
-        q, k, v = *(rotate(qk, rot) if self.rope else qk).unbind(), v[0]        # [H, B, T, D]
-        groups = list(zip(*(a.split(self.shares) for a in (q, k, v, self.slope))))
-        o, S = [], None
-        if self.HL:
-            y, S = linear_attention(*groups[0])
-            o.append(norm(y))
-        for window, (q_, k_, v_, slope) in zip(self.windows, groups[1:]):
-            if len(q_):
-                o.append(local_attention(q_, k_, v_, window, slope))
-        if keep is not None:
-            keep.append([S, self.ring(k[self.HL:], v[self.HL:])])
-        x = x + self.out(torch.cat(o).permute(1, 2, 0, 3).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(norm(x))))
+    def forward(self, q, k, v):
+        """q, k, v [H, B, T, D] -> o and, in float32, the state S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H, B, D, D].
+
+        Why chunks. Cut the bars into chunks n of L bars, let i and j count within a chunk, and split the sum into the
+        bars of the own chunk and all those before it (1 / sqrt(D) left out):
+            o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    = ((A * M) V)_i,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
+                + exp(-m (i + 1)) q_i S_{n-1}                       S_n [D, D]: the state after chunk n
+            S_n = exp(-m L) S_{n-1} + U_n                           U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
+        so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n', one product with a small triangular matrix W for a group of
+        chunks. All is matmuls, the work is T L D + T D D, and no exponent is above 0: nothing can overflow.
+        """
+        H, B, T, D = q.shape
+        L, m, dtype = CHUNK, self.slope, q.dtype
+        if T % L:   # zeros in front: they add nothing to any sum, and the last chunk ends with the last bar
+            q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
+        q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))                # [H, B, N, L, D]
+        i, scale, per_bar = torch.arange(L, device=q.device), D**-0.5, (H, 1, 1, L, 1)
+        A = q @ k.mT                                                            # [H, B, N, L, L]
+        A = A * (decay(m, i[:, None] - i) * scale).to(dtype)[:, None, None]
+        K = k * decay(m, L - 1 - i).to(dtype).view(per_bar)
+        U = (K.mT @ v).float().flatten(-2)                                      # [H, B, N, D * D]
+        S, before = U.new_zeros(H, B, 1, D * D), []
+        with torch.autocast(q.device.type, enabled=False):
+            for u in U.split(GROUP, dim=2):
+                n = torch.arange(u.shape[2] + 1, device=q.device)
+                W = decay(m * L, n[:, None] - 1 - n[:-1])                       # [H, n + 1, n]
+                s = W[:, None] @ u + decay(m * L, n)[:, None, :, None] * S      # [H, B, n + 1, D * D]
+                S = s[:, :, -1:]
+                before.append(s[:, :, :-1].to(dtype))
+        before = torch.cat(before, dim=2).unflatten(-1, (D, D))                 # S_{n-1} for each chunk n
+        Q = q * (decay(m, i + 1) * scale).to(dtype).view(per_bar)
+        o = A @ v + Q @ before                                                  # [H, B, N, L, D]
+        return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H, B, D, D)
+
+    def step(self, q, k, v, S):
+        """One bar more: q, k, v [H, B, 1, D]; S [H, B, D, D] is updated in place."""
+        S.mul_(torch.exp(-self.slope)[:, None, None, None]).addcmul_(k.mT, v)
+        return norm((q * q.shape[-1] ** -0.5) @ S)
+
+
+class LocalAttention(nn.Module):
+    """Heads that look at the last `window` bars, the bar itself included, by softmax.
+
+    The score has the bias -slope (i - j) (linear biases: Press et al., arXiv 2108.12409); slope 0 switches it off.
+    """
+
+    def __init__(self, n_heads, window, decays):
+        super().__init__()
+        self.window = window
+        place = torch.arange(n_heads) / max(1, n_heads - 1)
+        self.register_buffer("slope", 2.0 ** (-1 - 6 * place) * decays, persistent=False)       # [H]
+
+    def forward(self, q, k, v):
+        """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, bar p in place p % window.
+
+        In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it.
+        """
+        T = q.shape[2]
+        w, back = min(self.window, T), int(T > self.window)
+        ring = self.ring(k, v)
+        if T % w:
+            q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
+        N = q.shape[2] // w
+        i, j = torch.arange(w, device=q.device), torch.arange(-w * back, w, device=q.device)
+        d = i[:, None] - j                                                      # [w, 2w]
+        bias = (-self.slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)      # [H, w, 2w]
+        bias = bias[:, None].repeat(1, N, 1, 1)                                 # [H, N, w, 2w]
+        bias[:, 0, :, :w * back] = -math.inf                                    # nothing before the first block
+        o = softmax_attention(q.unflatten(2, (N, w)), spans(k, w, back), spans(v, w, back), bias[:, None].to(q.dtype))
+        return o.flatten(2, 3)[:, :, :T], ring
 
     def ring(self, k, v):
-        """The last keys and values of the local heads, bar p in place p % W, W the longest window: [2, HW, B, W, D]."""
-        W, T = max(self.windows, default=1), k.shape[2]
-        kv = torch.stack((k[:, :, -W:], v[:, :, -W:])).float()
+        W, T = self.window, k.shape[2]
+        kv = torch.stack((k[:, :, -W:], v[:, :, -W:])).float()                  # [2, H, B, <= W, D]
         if T <= W:
             return F.pad(kv, (0, 0, 0, W - T))
         return kv.roll(T % W, dims=3)   # the first is bar T - W, whose place is T % W
 
-    def step(self, x, rot, pos, memory, bias, weights):
-        """x [B, C] -> [B, C]: one bar more; updates memory in place. bias [HW, 1, 1, bars in the ring]: see ring_bias."""
+    def step(self, q, k, v, ring, pos):
+        """One bar more, at position pos: q, k, v [H, B, 1, D]; ring [2, H, B, W, D] is updated in place."""
+        W = self.window
+        ring[0, :, :, pos % W], ring[1, :, :, pos % W] = k[:, :, 0], v[:, :, 0]
+        n = min(pos + 1, W)             # places in use
+        distance = (pos - torch.arange(n, device=q.device)) % W
+        bias = (-self.slope[:, None] * distance)[:, None, None]                 # [H, 1, 1, n]
+        return softmax_attention(q, ring[0, :, :, :n], ring[1, :, :, :n], bias)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP. Heads in order: the linear ones, then an equal share for each window."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, H, HL = config.n_embd, config.n_head, config.linear_heads
+        decays = float(config.pos != "rope")
+        self.H, self.rope = H, config.pos != "alibi"
+        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        share = (H - HL) // max(1, len(config.windows))
+        kinds = [LinearAttention(HL, decays)] if HL else []
+        if share:
+            kinds += [LocalAttention(share, window, decays) for window in config.windows]
+        self.kinds = nn.ModuleList(kinds)
+        self.shares = [len(kind.slope) for kind in kinds]
+
+    def forward(self, x, rot, keep=None, drop=None):
+        """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs. drop: see Model.forward."""
+        B, T, C = x.shape
+        qkv = self.qkv(norm(x)).view(B, T, 3, self.H, C // self.H).permute(2, 3, 0, 1, 4)       # [3, H, B, T, D]
+        q, k, v = qkv.unbind()
+        q, k = self.turned(q, k, rot)
+        outs, states = [], []
+        for kind, q, k, v in zip(self.kinds, q.split(self.shares), k.split(self.shares), v.split(self.shares)):
+            o, state = kind(q, k, v)
+            outs.append(o)
+            states.append(state)
+        if keep is not None:
+            keep.append(states)
+        y = torch.cat(outs).permute(1, 2, 0, 3).reshape(B, T, C)
+        x = x + dropped(self.out(y), drop, 0)
+        return x + dropped(self.down(F.gelu(self.up(norm(x)))), drop, 1)
+
+    def turned(self, q, k, rot):
+        if not self.rope:
+            return q, k
+        return rotate(q, rot), rotate(k, rot)
+
+    def step(self, x, rot, pos, states):
+        """x [B, C] -> [B, C]: one bar more; updates the states in place."""
         B, C = x.shape
-        (S, ring), HL = memory, self.HL
-        qkv = linear(weights, self.qkv, norm(x)).view(B, 3, self.H, 1, -1).permute(1, 2, 0, 3, 4)  # [3, H, B, 1, D]
-        q, k, v = *(rotate(qkv[:2], rot) if self.rope else qkv[:2]).unbind(), qkv[2]
-        o = []
-        if HL:
-            if self.decays:
-                S.mul_(torch.exp(-self.slope[:HL])[:, None, None, None])
-            S.addcmul_(k[:HL].mT, v[:HL])
-            o.append(norm((q[:HL] * q.shape[-1] ** -0.5) @ S))
-        if HL < self.H:
-            place, n = pos % ring.shape[3], bias.shape[-1]
-            ring[0, :, :, place], ring[1, :, :, place] = k[HL:, :, 0], v[HL:, :, 0]
-            o.append(F.scaled_dot_product_attention(q[HL:], ring[0, :, :, :n], ring[1, :, :, :n], attn_mask=bias))
-        x = x + linear(weights, self.out, torch.cat(o).permute(1, 2, 0, 3).reshape(B, C))
-        return x + linear(weights, self.down, F.gelu(linear(weights, self.up, norm(x))))
+        q, k, v = self.qkv(norm(x)).view(B, 3, self.H, 1, -1).permute(1, 2, 0, 3, 4)            # 3 of [H, B, 1, D]
+        q, k = self.turned(q, k, rot)
+        outs = []
+        for kind, state, q, k, v in zip(self.kinds, states, q.split(self.shares), k.split(self.shares), v.split(self.shares)):
+            o = kind.step(q, k, v, state) if isinstance(kind, LinearAttention) else kind.step(q, k, v, state, pos)
+            outs.append(o)
+        x = x + self.out(torch.cat(outs).permute(1, 2, 0, 3).reshape(B, C))
+        return x + self.down(F.gelu(self.up(norm(x))))
 
-    def ring_bias(self):
-        """[HW, 2 W]: from place W - 1 - p % W on, what to add to the scores of the ring's W places at bar p.
 
-        That is -slope * distance, or -inf outside of the head's window.
-        """
-        W = max(self.windows, default=1)
-        d = torch.arange(W, device=self.slope.device)
-        window = torch.cat([d.new_full((n,), w) for n, w in zip(self.shares[1:], self.windows)] + [d[:0]])
-        bias = (-self.slope[self.HL:, None] * d).masked_fill(d >= window[:, None], -math.inf).flip(1)
-        return bias.repeat(1, 2)
+def dropped(x, drop, site):
+    """x [B, T, C] times the mask of one site; drop: see Model.forward."""
+    return x if drop is None else x * drop[site]
 
 
 # --- The latent reasoner ---------------------------------------------------------------------------------------------
@@ -298,9 +302,9 @@ class Block(nn.Module):
 class Reasoner(nn.Module):
     """Slots [16, C] at each border, refined from the `span` bars before it; read by the bars from the border on.
 
-    The bars lie on a grid of blocks, one from each border to the next. The slots at the start of block m + 1 look at
-    blocks m, m - 1, ..., and the bars of block m + 1 look at those slots: shifts by whole blocks, all borders side by
-    side. Slots that attend to many inputs: Jaegle et al., arXiv 2103.03206.
+    The bars lie on a grid of rows, one from each border to the next. The slots at the start of row m + 1 look at rows
+    m, m - 1, ..., and the bars of row m + 1 look at those slots: shifts by whole rows, all borders side by side. Slots
+    that attend to many inputs: Jaegle et al., arXiv 2103.03206.
     """
 
     def __init__(self, config):
@@ -333,7 +337,8 @@ class Reasoner(nn.Module):
         bias = self.near[:, None].masked_fill(missing, -math.inf)[:, None, :, None].to(k.dtype)     # [H, 1, M, 1, span]
         s = self.latent.to(k.dtype).expand(*k.shape[1:3], -1, -1)                                   # [B, M, 16, C]
         for _ in range(self.config.rounds):
-            s = s + self.look_out(self.join(softmax_attention(*self.heads(self.look_q(norm(s))), k, v, bias)))
+            q, = self.heads(self.look_q(norm(s)))
+            s = s + self.look_out(self.join(softmax_attention(q, k, v, bias)))
             s = s + self.self_out(self.join(softmax_attention(*self.heads(self.self_qkv(norm(s))))))
             s = s + self.down(F.gelu(self.up(norm(s))))
         return s
@@ -356,17 +361,47 @@ class Reasoner(nn.Module):
         end = M * border                                                        # the last border, on the grid
         grid = F.pad(x, (0, 0, left, end + border - left - T))                  # [B, end + border, C]
         k, v = self.heads(self.look_kv(norm(grid)))                             # [H, B, end + border, D]
+        slots = x.new_zeros(B, 0, self.config.slots, C)
+        if M:
+            count = first + border * torch.arange(M, device=x.device)
+            slots = self.think(spans(k[:, :, :end], border, back - 1), spans(v[:, :, :end], border, back - 1), count)
+            bars = grid[:, border:].unflatten(1, (M, border))
+            read = self.read(bars, self.keys_values(slots), self.offset).flatten(1, 2)
+            read = F.pad(read, (0, 0, border, 0))                               # nothing before the first border
+            x = x + read[:, left:left + T]
         if keep is not None:
-            past = torch.stack([F.pad(a, (0, 0, self.config.span, 0))[:, :, end:end + self.config.span] for a in (k, v)])
-            keep.update(pending=grid[:, end:].float().clone(), past=past.float())
-        if M == 0:
-            return x, x.new_zeros(B, 0, self.config.slots, C)
-        count = first + border * torch.arange(M, device=x.device)
-        slots = self.think(*(spans(a[:, :, :end], border, back - 1) for a in (k, v)), count)
-        bars = grid[:, border:].unflatten(1, (M, border))
-        read = self.read(bars, self.keys_values(slots), self.offset).flatten(1, 2)
-        read = F.pad(read, (0, 0, border, 0))                                   # nothing before the first border
-        return x + read[:, left:left + T], slots
+            keep.update(self.begin(grid[:, end:], k, v, end, slots))
+        return x, slots
+
+    # ---- the same bar by bar. Its state: pending [B, border, C], the bars since the last border; past [2, H, B, span,
+    # D], keys and values of the bars before; slots [2, H, B, 1, 16, D], what bars read of the last border, or None
+
+    def begin(self, pending, k, v, end, slots):
+        """The state after a forward pass."""
+        span = self.config.span
+        k, v = (F.pad(a, (0, 0, span, 0))[:, :, end:end + span] for a in (k, v))
+        kv = torch.stack(self.keys_values(slots[:, -1:])).float() if slots.shape[1] else None
+        return dict(pending=pending.float().clone(), past=torch.stack((k, v)).float(), slots=kv)
+
+    def step(self, x, place, state):
+        """One bar x [B, C], `place` bars after its border."""
+        state["pending"][:, place] = x
+        if state["slots"] is None:
+            return x
+        k, v = state["slots"]                                                   # [H, B, 1, 16, D]
+        read = self.read(x[:, None, None], (k.to(x.dtype), v.to(x.dtype)), self.offset[place:place + 1])
+        return x + read[:, 0, 0]
+
+    def border_step(self, n_bars, state):
+        """Before a bar at a border: the bars since the last one become keys and values, and the slots are made anew.
+
+        So paths that begin there share them. n_bars: how many bars there were.
+        """
+        k, v = self.heads(self.look_kv(norm(state["pending"])))                 # [H, B, border, D]
+        past = torch.cat((state["past"][:, :, :, self.config.border:], torch.stack((k, v)).float()), dim=3)
+        count = torch.tensor([n_bars], device=past.device)
+        slots = self.think(past[0, :, :, None].to(k.dtype), past[1, :, :, None].to(k.dtype), count)
+        state.update(past=past, slots=torch.stack(self.keys_values(slots)).float())
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -380,6 +415,10 @@ def gap_bucket(gaps):
     return torch.where(count > 0, bucket, 0)            # [..., 1]
 
 
+def mlp(n_in, n, n_out):
+    return nn.Sequential(nn.Linear(n_in, n), nn.GELU(), nn.Linear(n, n_out))
+
+
 @dataclass
 class State:
     """What generation carries from bar to bar, of B rows; its size does not depend on how many bars there were.
@@ -389,210 +428,186 @@ class State:
     """
     pos: int                      # bars seen, the same of all rows
     phase: int                    # borders lie where (p + phase) % border == 0
+    dtype: torch.dtype            # of the matmuls
     h: torch.Tensor               # [B, C]: hidden state of the last bar, from which the heads read the next one
     time: torch.Tensor            # int64 [B]: stamp of the last bar
     gaps: torch.Tensor            # int64 [B, GAPS]: the last spacings
-    layers: list                  # per layer S [HL, B, D, D], and the ring of keys and values [2, HW, B, W, D]
-    bias: torch.Tensor            # [HW, 2 W]: see Block.ring_bias
-    weights: dict                 # see Model.step_weights
-    pending: torch.Tensor | None  # [B, border, C]: what entered the reasoner since the last border; None without one
-    past: torch.Tensor | None     # [2, H, B, span, D]: keys and values of the bars before that
-    slots: torch.Tensor | None    # [2, H, B, 1, 16, D]: keys and values of the last border's slots; None before one
+    ranges: torch.Tensor          # float64 [B, len(HALF_LIVES)]: see Model.range_means
+    layers: list                  # per layer and kind of attention its state, heads first
+    reasoner: dict | None         # see Reasoner
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
-        def rows(a, dim=0):
+        def rows(a, dim):
             return None if a is None else a.repeat_interleave(n, dim=dim)
-        layers = [[rows(S, 1), rows(ring, 2)] for S, ring in self.layers]
-        return replace(self, layers=layers, h=rows(self.h), time=rows(self.time), gaps=rows(self.gaps),
-                       pending=rows(self.pending), past=rows(self.past, 2), slots=rows(self.slots, 2))
+
+        # [H, B, D, D] of linear attention, [2, H, B, W, D] of a ring
+        layers = [[rows(a, a.dim() - 3) for a in states] for states in self.layers]
+        reasoner = self.reasoner
+        if reasoner:
+            reasoner = dict(pending=rows(reasoner["pending"], 0), past=rows(reasoner["past"], 2),
+                            slots=rows(reasoner["slots"], 2))
+        h, time, gaps, ranges = (rows(a, 0) for a in (self.h, self.time, self.gaps, self.ranges))
+        return replace(self, h=h, time=time, gaps=gaps, ranges=ranges, layers=layers, reasoner=reasoner)
 
 
 class Model(nn.Module):
     """Bars' tokens and stamps -> the next bar's tokens. `forward` for many bars at once, `prefill` and `step` one by one.
 
-    config: a ModelConfig, or a dict of its fields; ValueError for sizes that do not fit.
+    config: a ModelConfig, or a dict of its fields; ValueError for sizes that do not fit. What the codes stand for comes
+    from `read_codes`; until then the candles are random ones.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
-        C, V1, V2 = config.n_embd, 2**config.coarse_bits, 2**config.fine_bits
-        sizes = (V1, V2) + CALENDAR
-        offsets = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-        self.embed = nn.Embedding(sum(sizes), C)        # a bar takes eight rows: coarse, fine, calendar, spacing
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.reasoner = Reasoner(config) if config.reasoner else None
-        self.coarse_head = nn.Linear(C, V1, bias=False)
-        self.fine_mix = nn.Linear(C, C, bias=False)     # fine logits = fine_head gelu(fine_mix h + fine_given[coarse])
-        self.fine_given = nn.Embedding(V1, C)
-        self.fine_head = nn.Linear(C, V2, bias=False)
+        C, V1, V2, n = config.n_embd, 2**config.coarse_bits, 2**config.fine_bits, N_CHANNELS
+        random = torch.Generator().manual_seed(0)
+        # candles of the codes, as Tokenizer.decode_tables: z = D1[coarse] + M[coarse] g[fine], standardized channels
+        self.register_buffer("D1", torch.randn(V1, n, generator=random))
+        self.register_buffer("M", 0.3 * torch.randn(V1, n, n, generator=random))
+        self.register_buffer("g", torch.randn(V2, n, generator=random))
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("std", torch.ones(n))
+        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that say "up"
+        # log shares of the codes in the training data: what the heads say before they have learned anything
+        self.register_buffer("coarse_share", torch.zeros(V1))
+        self.register_buffer("fine_share", torch.zeros(V2))
+
+        n_seen = n + len(HALF_LIVES) + 2 * HARMONICS
+        self.candle = mlp(n_seen, C, C)
+        self.candle_linear = nn.Linear(n_seen, C, bias=False)   # sums over past moves stay linear
+        offsets = torch.tensor(CALENDAR).cumsum(0) - torch.tensor(CALENDAR)
         self.register_buffer("offsets", offsets, persistent=False)
-        # coarse tokens that say "up"; without a direction bit pretrain.py asks the tokenizer
-        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)
+        self.calendar = nn.Embedding(sum(CALENDAR), C)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.reasoner = Reasoner(config) if config.reasoner else None
         self.mid = config.n_layer // 2
-        self.grad_ckpt = False                          # see run
-        self.parts = {}
+        self.coarse_head = mlp(n, C, C)             # logits = share + h . coarse_head(D1)
+        self.fine_given = mlp(n + n * n, C, C)      # fine logits = share + gelu(fine_mix h + fine_given(D1, M)) . fine_head(g)
+        self.fine_mix = nn.Linear(C, C, bias=False)
+        self.fine_head = mlp(n, C, C)
+        self.grad_ckpt = False                      # see run
+        self.codes = None                           # see code_vectors
         # maps back into the residual stream start smaller, the more layers there are; latent and offset as they are
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2 and not name.endswith(("latent", "offset")):
+            elif p.dim() == 2 and not name.startswith(("candle", "coarse_head", "fine_head", "fine_given")) and not name.endswith(("latent", "offset")):
                 nn.init.normal_(p, std=0.02)
+        for head in (self.coarse_head, self.fine_head):
+            nn.init.normal_(head[2].weight, std=0.02)
 
-    def embedding(self, coarse, fine, time, gaps):
-        """Normed sum of a bar's eight rows: tokens and stamps [...], gaps [..., GAPS] -> [..., C], in autocast's type."""
-        rows = torch.cat((coarse[..., None], fine[..., None], data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets
-        x = norm(F.embedding_bag(rows.flatten(0, -2), self.embed.weight, mode="sum"))
-        x = x.view(*coarse.shape, -1)                                           # [..., C]
-        kind = x.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    def read_codes(self, tokenizer, shares=None):
+        """Takes the candles that the tokenizer's codes decode to.
 
-    def trunk(self, coarse, fine, time, phase, keep=None, depth=None):
+        shares: how often each code occurs, [2^k1] and [2^k2], above 0; None: all alike.
+        """
+        with torch.no_grad():
+            for buffer, table in zip((self.D1, self.M, self.g), tokenizer.frozen_tables()):
+                buffer.copy_(table)
+            self.mean.copy_(tokenizer.mean)
+            self.std.copy_(tokenizer.std)
+            self.up_mask.copy_(tokenizer.decode(torch.arange(len(self.D1)))[:, 0] > 0)
+            for buffer, share in zip((self.coarse_share, self.fine_share), shares or ()):
+                buffer.copy_(torch.log(torch.as_tensor(share) / sum(share)))
+
+    # ---- what it reads
+
+    def range_means(self, z, before=None):
+        """Logs of decayed means of the true range, relative to s_t, with half-lives HALF_LIVES: z [B, T, 6] -> [B, T, n].
+
+        Also the means after the last bar, float64 [B, n]; `before`: those before the first, else 1. The candle gives
+        k_t = TR_t / s_t, and with it all the rest:  s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,
+        a and b the decays of s and e. The means are e_{t+1} / s_{t+1}: known once bar t is.
+        """
+        close, open_, upper, lower = (self.mean + self.std * z.double())[..., :4].clamp(-20, 20).sinh().unbind(-1)
+        top, bottom = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
+        k = (top.clamp(min=0) - bottom.clamp(max=0)).clamp(1e-3, 1e3)           # [B, T], true range / s_t
+        growth = (data.DECAY + (1 - data.DECAY) * k).log().cumsum(-1)           # [B, T], log(s_{t+1} / s_0)
+        ranges = k * torch.exp(F.pad(growth[:, :-1], (1, 0)))                   # [B, T], true range / s_0
+        b = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64, device=z.device))         # [n]
+        before = torch.ones_like(b).expand(len(z), -1) if before is None else before            # [B, n]
+        e = (1 - b)[:, None] * ranges[:, None]                                  # [B, n, T]
+        shift, T = 1, z.shape[1]
+        while shift < T:            # after each pass a term is the sum of twice as many bars
+            e = e + (b ** shift)[:, None] * F.pad(e[..., :-shift], (shift, 0))
+            shift *= 2
+        e = e + before[..., None] * b[:, None] ** torch.arange(1, T + 1, device=z.device)
+        means = e.mT * torch.exp(-growth)[..., None]                            # [B, T, n]
+        return means.log().clamp(-MAX_LOG, MAX_LOG).float(), means[:, -1]
+
+    def embedding(self, coarse, fine, time, gaps, before=None):
+        """What the model reads of bars: tokens and stamps [B, T], gaps [B, T, GAPS] -> [B, T, C]; and the range means."""
+        z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
+        ranges, after = self.range_means(z, before)
+        angle = 2 * math.pi / data.DAY * (time % data.DAY)[..., None] * torch.arange(1, HARMONICS + 1, device=time.device)
+        seen = torch.cat((z, ranges, angle.sin(), angle.cos()), -1)
+        rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, T, 6]
+        stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum").view(*coarse.shape, -1)
+        return norm(self.candle(seen) + self.candle_linear(seen) + stamp), after
+
+    def trunk(self, coarse, fine, time, phase=0, keep=None, depth=None, drop=None):
         """Hidden states [B, T, C] after `depth` layers (None: all), and the slots of the borders [B, M, 16, C].
 
         phase: borders lie where (p + phase) % border == 0. keep: a dict that collects what step needs. slots are None
-        without reasoner, or above depth.
+        without reasoner, or above depth. drop: see forward.
         """
         gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
-        x, slots = self.embedding(coarse, fine, time, gaps.unfold(1, GAPS, 1)), None
+        x, ranges = self.embedding(coarse, fine, time, gaps.unfold(1, GAPS, 1))
+        slots = None
         rot = rotation(torch.arange(x.shape[1], device=x.device), self.config.n_embd // self.config.n_head)
         rot = [a.to(x.dtype) for a in rot]
+        layers, reasoner = None, None
         if keep is not None:
-            keep.update(layers=[], gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone())
-        for n, block in enumerate(self.blocks[:depth]):
+            layers, reasoner = [], {}
+            keep.update(layers=layers, reasoner=reasoner, gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone(), ranges=ranges)
+        for n, layer in enumerate(self.layers[:depth]):
             if n == self.mid and self.reasoner:
-                x, slots = self.run(self.reasoner, x, phase, keep)
-            x = self.run(block, x, rot, keep and keep["layers"])
+                x, slots = self.run(self.reasoner, x, phase, reasoner)
+            x = self.run(layer, x, rot, layers, None if drop is None else drop[n])
         return x, slots
 
-    def run(self, part, x, given, keep):
-        """part(x, given, keep); with grad_ckpt its activations are made again in the backward pass, not kept."""
-        if self.grad_ckpt and torch.is_grad_enabled() and keep is None:
-            return checkpoint(part, x, given, use_reentrant=False)
-        return part(x, given, keep)
+    def run(self, part, *args):
+        """part(*args); with grad_ckpt its activations are made again in the backward pass, not kept."""
+        if self.grad_ckpt and torch.is_grad_enabled():
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
-    def forward(self, coarse, fine, time, targets=None, phase=0):
-        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count; phase
-        as in trunk.
+    # ---- what it says
 
-        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest),
-        and the loss in nats per bar, None without targets. Its parts stay in self.parts: coarse, fine, aux.
-        """
-        x, slots = self.trunk(coarse, fine, time, phase)
-        h = norm(x)
-        coarse_logits = self.coarse_logits(h)
-        given = coarse_logits.argmax(-1) if targets is None else targets[0].clamp(min=0)
-        fine_logits = self.fine_logits(h, given)
-        if targets is None:
-            return coarse_logits, fine_logits, None
-        parts = dict(coarse=mean_nats(coarse_logits, targets[0]), fine=mean_nats(fine_logits, targets[1]))
-        loss = parts["coarse"] + parts["fine"]
-        if slots is not None and self.config.aux_weight:
-            parts["aux"] = self.slot_loss(slots, targets, phase)
-            loss = loss + self.config.aux_weight * parts["aux"]
-        self.parts = {name: part.detach() for name, part in parts.items()}
-        return coarse_logits, fine_logits, loss
+    def code_vectors(self):
+        """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; kept where none learns."""
+        parts = (self.coarse_head, self.fine_given, self.fine_head)
+        if torch.is_grad_enabled():
+            return self.make_code_vectors()
+        weights = [*self.coarse_head.parameters(), *self.fine_given.parameters(), *self.fine_head.parameters(), self.D1, self.M, self.g]
+        key = [(w.data_ptr(), w._version) for w in weights]     # training changes the weights, which raises their version
+        if self.codes is None or self.codes[0] != key:
+            self.codes = key, self.make_code_vectors()
+        return self.codes[1]
 
-    def slot_loss(self, slots, targets, phase):
-        """Slot m at border p predicts bar p + m, which is the target at p + m - 1."""
-        border, (B, M, n, _) = self.config.border, slots.shape
-        m, i = torch.arange(M, device=slots.device), torch.arange(n, device=slots.device)
-        at = border * (m[:, None] + 1) - phase % border - 1 + i                 # [M, 16]
-        coarse, fine = (F.pad(target, (0, n), value=-1)[:, at] for target in targets)  # [B, M, 16]
-        h = norm(slots)
-        return mean_nats(self.coarse_logits(h), coarse) + mean_nats(self.fine_logits(h, coarse.clamp(min=0)), fine)
-
-    def prefill(self, coarse, fine, time, phase=0):
-        """The State after coarse, fine, time int64 [B, T], from which step goes on."""
-        keep = dict(slots=None, pending=None, past=None)
-        x, slots = self.trunk(coarse, fine, time, phase, keep)
-        if slots is not None and slots.shape[1]:
-            keep["slots"] = torch.stack(self.reasoner.keys_values(slots[:, -1:])).float()
-        state = State(pos=coarse.shape[1], phase=phase, h=norm(x[:, -1]).float(), bias=self.blocks[0].ring_bias(),
-                      weights=self.step_weights(x.dtype), **keep)
-        if self.reasoner:
-            self.reason_border(state)
-        return state
-
-    def step_weights(self, dtype):
-        """Copies of the linear maps' weights for a few rows at a time: in float32 by columns, 3 times as fast for one."""
-        maps = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
-        if self.reasoner:
-            maps += [self.reasoner.read_q, self.reasoner.read_out]
-        by_columns = lambda w: w.T.contiguous().T
-        return {m: by_columns(m.weight.detach()) if dtype == torch.float32 else m.weight.detach().to(dtype) for m in maps}
-
-    def step(self, coarse, fine, time, state):
-        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients.
-
-        Its matmuls run in the type of the prefill, its states in float32; call step itself outside of autocast.
-        """
-        state.gaps = torch.cat((state.gaps[:, 1:], (time - state.time)[:, None]), dim=1)
-        state.time = time
-        x, pos, W = self.embedding(coarse, fine, time, state.gaps), state.pos, state.bias.shape[1] // 2
-        rot = rotation(torch.tensor([pos], device=x.device), self.config.n_embd // self.config.n_head)
-        place = W - 1 - pos % W
-        bias = state.bias[:, None, None, place:place + min(pos + 1, W)]
-        for n, block in enumerate(self.blocks):
-            if n == self.mid and self.reasoner:
-                x = self.reason_step(x, pos, state)
-            x = block.step(x, rot, pos, state.layers[n], bias, state.weights)
-        state.h, state.pos = norm(x), pos + 1
-        if self.reasoner:
-            self.reason_border(state)
-        return state.h, state
-
-    def reason_step(self, x, pos, state):
-        """The reasoner for one bar x [B, C]."""
-        r, offset = self.reasoner, (pos + state.phase) % self.config.border
-        state.pending[:, offset] = x
-        if state.slots is None:
-            return x
-        q = linear(state.weights, r.read_q, norm(x)) + r.offset[offset]
-        q = q.view(len(x), r.H, 1, -1).transpose(0, 1)                          # [H, B, 1, D]
-        o = F.scaled_dot_product_attention(q, *state.slots[:, :, :, 0])
-        return torch.addcmul(x, r.gate, linear(state.weights, r.read_out, r.join(o[:, :, 0])))
-
-    def reason_border(self, state):
-        """Before a bar at a border: the bars since the last one become keys and values, and the slots are made anew."""
-        r, border = self.reasoner, self.config.border
-        if (state.pos + state.phase) % border:
-            return
-        dtype = state.weights[r.read_q].dtype
-        with torch.autocast(state.h.device.type, dtype, enabled=dtype != torch.float32):
-            block = torch.stack(r.heads(r.look_kv(norm(state.pending)))).float()  # [2, H, B, border, D]
-            state.past = torch.cat((state.past[:, :, :, border:], block), dim=3)
-            slots = r.think(*state.past[:, :, :, None], torch.tensor([state.pos], device=block.device))
-            state.slots = torch.stack(r.keys_values(slots)).float()
-
-    def parallel(self, coarse, fine, time):
-        """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C].
-
-        fine_logits, p_up and sample take the rest from h. Raises UserError if the model has no reasoner.
-        """
-        if not self.reasoner:
-            raise data.UserError("the model has no latent reasoner: parallel forecasts need one; "
-                                 "train it with the reasoner, or forecast step by step")
-        span, r = self.config.span, self.reasoner
-        x, _ = self.trunk(coarse, fine, time, 0, depth=self.mid)
-        x = F.pad(x[:, -span:], (0, 0, max(0, span - x.shape[1]), 0))           # [B, span, C]
-        k, v = r.heads(r.look_kv(norm(x)))
-        h = norm(r.think(k[:, :, None], v[:, :, None], torch.tensor([coarse.shape[1]], device=x.device))[:, 0])
-        return self.coarse_logits(h), h
+    def make_code_vectors(self):
+        given = torch.cat((self.D1, self.M.flatten(1)), 1)
+        return self.coarse_head(self.D1), self.fine_given(given), self.fine_head(self.g)
 
     def coarse_logits(self, h):
         """h [..., C] -> [..., 2^k1]."""
-        return self.coarse_head(h)
+        return h @ self.code_vectors()[0].T.to(h.dtype) + self.coarse_share
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
-        return self.fine_head(F.gelu(self.fine_mix(h) + self.fine_given(coarse)))
+        _, given, vectors = self.code_vectors()
+        mixed = F.gelu(self.fine_mix(h) + given[coarse])
+        return mixed @ vectors.T.to(mixed.dtype) + self.fine_share
 
-    def p_up(self, h):
-        """P(close rises | it moves) for h [..., C]: the exact P(up token), over the share of training bars that moved."""
+    def p_up(self, h, unmoved=None):
+        """P(close rises | it moves) [...] for h [..., C]: the exact P(up token), over the share of bars that move.
+
+        unmoved: share of bars that do not, a number or a tensor that broadcasts to [...]; None: that of the training data.
+        """
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
-        return (p / (1 - self.config.unmoved)).clamp(max=1)
+        return (p / (1 - (self.config.unmoved if unmoved is None else unmoved))).clamp(max=1)
 
     def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
         """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
@@ -607,11 +622,93 @@ class Model(nn.Module):
         coarse = coarse if order is None else order[coarse]
         return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:]).squeeze(-1)
 
+    # ---- many bars at once
+
+    def forward(self, coarse, fine, time, targets=None, phase=0, drop=None):
+        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count; phase
+        as in trunk; drop: masks of dropout [n_layer, 2, B, 1, C], or None.
+
+        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest),
+        and the loss in nats per bar, None without targets.
+        """
+        h, slots = self.trunk(coarse, fine, time, phase, drop=drop)
+        h = norm(h)
+        coarse_logits = self.coarse_logits(h)
+        given = coarse_logits.argmax(-1) if targets is None else targets[0].clamp(min=0)
+        fine_logits = self.fine_logits(h, given)
+        if targets is None:
+            return coarse_logits, fine_logits, None
+        loss = mean_nats(coarse_logits, targets[0]) + mean_nats(fine_logits, targets[1])
+        if slots is not None and self.config.aux_weight:
+            loss = loss + self.config.aux_weight * self.slot_loss(slots, targets, phase)
+        return coarse_logits, fine_logits, loss
+
+    def slot_loss(self, slots, targets, phase):
+        """Slot m at border p predicts bar p + m, which is the target at p + m - 1."""
+        border, (B, M, n, _) = self.config.border, slots.shape
+        m, i = torch.arange(M, device=slots.device), torch.arange(n, device=slots.device)
+        at = border * (m[:, None] + 1) - phase % border - 1 + i                 # [M, 16]
+        coarse, fine = (F.pad(target, (0, n), value=-1)[:, at] for target in targets)  # [B, M, 16]
+        h = norm(slots)
+        return mean_nats(self.coarse_logits(h), coarse) + mean_nats(self.fine_logits(h, coarse.clamp(min=0)), fine)
+
+    def parallel(self, coarse, fine, time):
+        """The next 16 bars at once, from slots at the origin T: coarse logits [B, 16, 2^k1] and h [B, 16, C].
+
+        fine_logits, p_up and sample take the rest from h. Raises UserError if the model has no reasoner.
+        """
+        if not self.reasoner:
+            raise data.UserError("the model has no latent reasoner: parallel forecasts need one; "
+                                 "train it with the reasoner, or forecast step by step")
+        span, r = self.config.span, self.reasoner
+        x, _ = self.trunk(coarse, fine, time, depth=self.mid)
+        x = F.pad(x[:, -span:], (0, 0, max(0, span - x.shape[1]), 0))           # [B, span, C]
+        k, v = r.heads(r.look_kv(norm(x)))
+        h = norm(r.think(k[:, :, None], v[:, :, None], torch.tensor([coarse.shape[1]], device=x.device))[:, 0])
+        return self.coarse_logits(h), h
+
+    # ---- bar by bar
+
+    def prefill(self, coarse, fine, time, phase=0):
+        """The State after coarse, fine, time int64 [B, T], from which step goes on."""
+        keep = {}
+        x, _ = self.trunk(coarse, fine, time, phase, keep)
+        reasoner = keep.pop("reasoner") or None
+        state = State(pos=coarse.shape[1], phase=phase, dtype=x.dtype, h=norm(x[:, -1]).float(), reasoner=reasoner, **keep)
+        self.reach_border(state)
+        return state
+
+    def step(self, coarse, fine, time, state):
+        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients.
+
+        Its matmuls run in the type of the prefill, its states in float32; call step itself outside of autocast.
+        """
+        state.gaps = torch.cat((state.gaps[:, 1:], (time - state.time)[:, None]), dim=1)
+        state.time = time
+        with torch.no_grad(), self.as_prefilled(state):
+            x, state.ranges = self.embedding(coarse[:, None], fine[:, None], time[:, None], state.gaps[:, None], state.ranges)
+            x, pos = x[:, 0].float(), state.pos
+            rot = rotation(torch.tensor([pos], device=x.device), self.config.n_embd // self.config.n_head)
+            for n, layer in enumerate(self.layers):
+                if n == self.mid and self.reasoner:
+                    x = self.reasoner.step(x, (pos + state.phase) % self.config.border, state.reasoner)
+                x = layer.step(x, rot, pos, state.layers[n])
+            state.h, state.pos = norm(x).float(), pos + 1
+            self.reach_border(state)
+        return state.h, state
+
+    def as_prefilled(self, state):
+        return torch.autocast(state.h.device.type, state.dtype, enabled=state.dtype != torch.float32)
+
+    def reach_border(self, state):
+        if self.reasoner and (state.pos + state.phase) % self.config.border == 0:
+            with torch.no_grad(), self.as_prefilled(state):
+                self.reasoner.border_step(state.pos, state.reasoner)
+
 
 def mean_nats(logits, target):
     """Mean cross-entropy of logits [..., V] over the targets int64 [...] that count (>= 0); 0 if none does."""
-    rows = zip(logits.flatten(0, -2).split(1024), target.flatten().split(1024))  # so many stay in the cache in float32
-    total = sum(F.cross_entropy(a.float(), b, ignore_index=-1, reduction="sum") for a, b in rows)
+    total = F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), ignore_index=-1, reduction="sum")
     return total / (target >= 0).sum().clamp(min=1)
 
 
@@ -640,32 +737,6 @@ def close_table(tokenizer):
     k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
     fine = torch.arange(2**k2)
     return torch.stack([tokenizer.decode(torch.full_like(fine, c), fine)[..., 0] for c in range(2**k1)])
-
-
-@torch.no_grad()
-def next_bar(model, table, h, scale, quantiles=(0.05, 0.5, 0.95)):
-    """The next bar in closed form, without sampling noise, from h [B, C] of `prefill` or `step`.
-
-    scale [B]: the s_t that makes the close feature a log return, sinh(feature) * s_t (data.State.scales), at most log 10
-    either way; table: from close_table. Returns P(up token) [B] (Model.p_up divides it by the share of bars that move),
-    the expected return E[C'/C] - 1 [B], and quantiles of the log return [B, Q]. Row by row, since the 2^20 probabilities
-    of a row are 4 MB.
-    """
-    value, order = table.flatten().double().sort()
-    V1 = table.shape[0]
-    every = torch.arange(V1, device=h.device)
-    p_up, mean, quantile = [], [], []
-    for row, s in zip(h, scale.double()):
-        pc = model.coarse_logits(row).double().softmax(-1)                      # [2^k1]
-        pf = model.fine_logits(row.expand(V1, -1), every).double().softmax(-1)  # [2^k1, 2^k2]
-        p = (pc[:, None] * pf).flatten()[order]
-        log_return = (torch.sinh(value) * s).clamp(-math.log(10), math.log(10))
-        c, q = p.cumsum(0), torch.tensor(quantiles, dtype=p.dtype, device=p.device)
-        at = torch.searchsorted(c, q * c[-1]).clamp(max=len(c) - 1)
-        p_up.append(pc[model.up_mask].sum())
-        mean.append((p * torch.expm1(log_return)).sum())
-        quantile.append(log_return[at])
-    return torch.stack(p_up), torch.stack(mean), torch.stack(quantile)
 
 
 # --- The checkpoint --------------------------------------------------------------------------------------------------
@@ -714,12 +785,6 @@ def load_checkpoint(path, device="cpu", weights="best"):
         if set(entry["config"]) - known:
             raise ValueError(f"unknown setting {sorted(set(entry['config']) - known)[0]!r}")
         config = ModelConfig(**entry["config"])
-        with torch.device("meta"):      # compare the shapes before any memory is taken
-            shapes = {name: p.shape for name, p in Model(config).state_dict().items()}
-        found = {name: p.shape for name, p in state.items()}
-        for name in shapes.keys() | found.keys():
-            if shapes.get(name) != found.get(name):
-                raise ValueError(f"weights {name!r} do not fit the config")
         model = Model(config)
         model.load_state_dict(state)
         tokenizer = Tokenizer.load(entry["tokenizer"])
