@@ -467,6 +467,191 @@ def test_tokens_are_those_of_the_features_made_in_pieces():
         data.tokenize(bars, tokenizer, x[1:])
 
 
+# ---- the clock of the future
+
+def stamps(*texts):
+    return np.array([data.parse_time(t) for t in texts], np.int64)
+
+
+def daily(first, n):
+    days = np.arange(np.datetime64(first), np.datetime64(first) + n)
+    return days[(days.astype(int) + 3) % 7 < 5].astype("datetime64[s]").astype(np.int64)
+
+
+@pytest.mark.parametrize("history, future", [
+    (daily("2024-01-01", 60), ("2024-03-01", "2024-03-04", "2024-03-05")),                                     # ends on a Thursday
+    (np.arange(100) * data.DAY + data.parse_time("2024-01-06"), ("2024-04-15", "2024-04-16")),                     # every day
+    (np.arange(9) * 7 * data.DAY + data.parse_time("2024-01-05"), ("2024-03-08", "2024-03-15")),                   # weekly
+    (stamps("2024-01-31", "2024-02-29", "2024-03-31"), ("2024-04-30", "2024-05-31")),                          # month ends
+    (stamps("2024-01-01", "2024-02-01", "2024-03-01"), ("2024-04-01", "2024-05-01")),
+    (np.concatenate([d + 52_200 + 3600 * np.arange(7) for d in daily("2024-01-01", 26)]), ("2024-01-29 14:30", "2024-01-29 15:30")),  # sessions, Friday's close
+    (np.arange(3000) * 60 + data.parse_time("2024-03-01"), ("2024-03-03 02:00", "2024-03-03 02:01")),              # round the clock
+    (stamps("2024-03-01 10:00"), ("2024-03-04 10:00",)),                                                       # one bar, a Friday
+])
+def test_future_times_follow_spacing_and_sessions(history, future):
+    assert data.future_times(np.asarray(history, np.int64), len(future)).tolist() == stamps(*future).tolist()
+
+
+def test_calendar_weekday():
+    assert data.calendar(torch.tensor([0, 3 * data.DAY]))[:, 2].tolist() == [3, 6]  # 1970 began on a Thursday
+
+
+SUMMER = stamps("2024-03-10 07:00", "2024-11-03 06:00")  # of New York
+
+
+def open_times(gap, is_open, first="2024-01-01", days=366):
+    """Stamps of a year at which a market in New York is open. is_open(weekday, seconds of the day), both local."""
+    time = data.parse_time(first) + np.arange(0, days * data.DAY, gap)
+    local = time - 5 * 3600 + 3600 * ((time >= SUMMER[0]) & (time < SUMMER[1]))
+    return time[is_open((local // data.DAY + 3) % 7, local % data.DAY)].astype(np.int64)
+
+
+def hour(h, m=0):
+    return 3600 * h + 60 * m
+
+
+STOCKS = lambda day, s: (day < 5) & (s >= hour(9, 30)) & (s < hour(16))
+CURRENCY = lambda day, s: (day < 4) | ((day == 4) & (s < hour(17))) | ((day == 6) & (s >= hour(17)))
+FUTURES = lambda day, s: CURRENCY(day, s) & ((s < hour(17)) | (s >= hour(18)))
+CLOCKS = {
+    "stocks, 15 minutes": open_times(900, STOCKS),
+    "stocks, hours from half past": open_times(1800, lambda day, s: STOCKS(day, s) & (s % 3600 == 1800)),
+    "stocks, days from midnight there": open_times(3600, lambda day, s: (day < 5) & (s == 0)),
+    "currency, 5 minutes": open_times(300, CURRENCY),
+    "currency, hours": open_times(3600, CURRENCY),
+    "currency, 4 hours": open_times(3600, lambda day, s: CURRENCY(day, s) & (s % hour(4) == hour(1))),
+    "currency, minutes from five past": open_times(60, lambda day, s: CURRENCY(day, s) & ((day < 6) | (s >= hour(17, 5))), days=60),
+    "futures with an hour's break": open_times(1800, FUTURES),
+    "coins, minutes": open_times(60, lambda day, s: day >= 0, days=40),
+    "coins, days": open_times(data.DAY, lambda day, s: day >= 0),
+    "Saturday to Wednesday": open_times(data.DAY, lambda day, s: (day < 2) | (day > 3)),
+    "Shanghai, with lunch": np.concatenate([d + hour(h, m) + 300 * np.arange(24) for d in daily("2024-01-01", 300) for h, m in ((1, 30), (5, 0))]),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_future_times_are_those_that_come(name):
+    """From anywhere in a year, except over a change of the clock and in the day after it."""
+    time, rng = CLOCKS[name], np.random.default_rng(0)
+    first, longest = np.searchsorted(time, time[0] + 15 * data.DAY), 300 if len(time) > 3000 else 30
+    checked = 0
+    for end in rng.integers(first, len(time) - longest, 60):
+        horizon = int(rng.choice([1, 10, longest // 3, longest]))
+        came = time[end:end + horizon]
+        if any(time[end - 1] - 1.5 * data.DAY < change <= came[-1] for change in SUMMER):
+            continue
+        np.testing.assert_array_equal(data.future_times(time[:end], horizon), came, str(data.iso(time[end - 1])))
+        checked += 1
+    assert checked >= 25
+
+
+@pytest.mark.parametrize("name, last, came", [
+    ("stocks, 15 minutes", "2024-03-11 13:30", "2024-03-11 13:45"),           # the first bar of summer time
+    ("stocks, 15 minutes", "2024-03-11 19:45", "2024-03-12 13:30"),
+    ("stocks, 15 minutes", "2024-11-04 20:45", "2024-11-05 14:30"),
+    ("stocks, days from midnight there", "2024-03-12 04:00", "2024-03-13 04:00"),
+    ("currency, 5 minutes", "2024-03-15 20:55", "2024-03-17 21:00"),
+    ("currency, hours", "2024-11-08 21:00", "2024-11-10 22:00"),
+    ("coins, minutes", "2024-01-19 23:59", "2024-01-20 00:00"),                # a Friday
+    ("currency, hours", "2024-01-19 21:00", "2024-01-21 22:00"),
+])
+def test_clocks_of_weekends_and_of_summer(name, last, came):
+    time = CLOCKS[name]
+    time = time[time <= data.parse_time(last)]
+    assert data.iso(data.future_times(time, 1)[0]) == data.iso(data.parse_time(came))
+    week = data.future_times(time, 12_000)
+    week = week[week < data.parse_time(came) + 7 * data.DAY]
+    one = CLOCKS[name]
+    one = one[(one >= data.parse_time(came)) & (one < data.parse_time(came) + 7 * data.DAY)]
+    np.testing.assert_array_equal(week, one)  # each bar once, though both clocks are in the history
+
+
+@pytest.mark.parametrize("name, last, live, came", [
+    ("coins, minutes", "2024-01-19 12:00", "2024-01-19 12:00:41", ("2024-01-19 12:01", "2024-01-19 12:02")),
+    ("currency, hours", "2024-01-18 12:00", "2024-01-18 12:23", ("2024-01-18 13:00", "2024-01-18 14:00")),
+    ("stocks, hours from half past", "2024-01-19 20:30", "2024-01-19 20:48:10", ("2024-01-22 14:30", "2024-01-22 15:30")),
+    ("stocks, days from midnight there", "2024-01-18 05:00", "2024-01-19 18:32:07", ("2024-01-22 05:00", "2024-01-23 05:00")),
+])
+def test_a_live_last_bar_shifts_nothing(name, last, live, came):
+    time = CLOCKS[name]
+    time = np.append(time[time <= data.parse_time(last)], data.parse_time(live)).astype(np.int64)
+    assert data.future_times(time, 2).tolist() == stamps(*came).tolist()
+
+
+def test_weeks_with_a_live_bar_or_a_holiday_keep_their_day():
+    mondays = data.parse_time("2024-01-01") + 7 * data.DAY * np.arange(20)
+    want = [mondays[-1] + 7 * data.DAY, mondays[-1] + 14 * data.DAY]
+    for late in (0, 1, 3, 5, 3.6):
+        time = np.append(mondays[:-1], mondays[-1] + late * data.DAY).astype(np.int64)
+        assert data.future_times(time, 2).tolist() == want
+
+
+@pytest.mark.parametrize("dropped", [("2024-02-19", "2024-02-20"), ("2024-02-12", "2024-02-19"), ("2024-01-22", "2024-02-19")])
+def test_holidays_of_the_past_close_no_day_to_come(dropped):
+    """A Monday, the last whole week, and four weeks without a bar."""
+    time = CLOCKS["stocks, 15 minutes"]
+    began, ended = stamps(*dropped)
+    history = time[(time < data.parse_time("2024-02-21 21:00")) & ((time < began) | (time >= ended))]
+    came = time[time >= data.parse_time("2024-02-21 21:00")][:200]
+    np.testing.assert_array_equal(data.future_times(history, 200), came)
+
+
+def test_a_change_of_the_clock_is_seen_beside_a_holiday_and_a_lone_session_is_no_habit():
+    time = CLOCKS["stocks, 15 minutes"]
+    end = data.parse_time("2024-03-12 20:00")
+    history = time[(time < end) & (time // data.DAY != data.parse_time("2024-03-11") // data.DAY)]
+    saturday = data.parse_time("2024-02-24 12:00") + 900 * np.arange(20)
+    came = time[time >= end][:300]
+    np.testing.assert_array_equal(data.future_times(history, 300), came)
+    np.testing.assert_array_equal(data.future_times(np.sort(np.append(history, saturday)), 300), came)
+
+
+@pytest.mark.parametrize("name, first, last, came", [
+    ("coins, minutes", "2024-01-17 10:00", "2024-01-19 23:59", "2024-01-22 00:00"),       # no weekend seen
+    ("coins, minutes", "2024-01-19 19:00", "2024-01-19 23:59", "2024-01-22 00:00"),
+    ("coins, minutes", "2024-01-20 10:00", "2024-01-20 20:00", "2024-01-20 20:01"),       # a Saturday
+    ("coins, minutes", "2024-01-12 10:00", "2024-01-14 09:00", "2024-01-14 09:01"),
+    ("stocks, 15 minutes", "2024-01-16 14:30", "2024-01-18 20:45", "2024-01-19 14:30"),   # Friday as Thursday
+    ("currency, hours", "2024-01-17 10:00", "2024-01-22 09:00", "2024-01-22 10:00"),      # Monday as Thursday, not as Sunday
+    ("stocks, 15 minutes", "2024-01-18 14:30", "2024-01-18 16:00", "2024-01-18 16:15"),   # less than a day
+    ("currency, hours", "2024-01-14 22:00", "2024-01-19 21:00", "2024-01-19 22:00"),      # Friday as Thursday; Saturday not as Sunday
+])
+def test_short_histories_go_on_as_their_last_day(name, first, last, came):
+    time = CLOCKS[name]
+    time = time[(time >= data.parse_time(first)) & (time <= data.parse_time(last))]
+    future = data.future_times(time, 400)
+    assert data.iso(future[0]) == data.iso(data.parse_time(came))
+    assert len(future) == 400 and (np.diff(future) > 0).all()
+    assert ((future // data.DAY + 3) % 7 != 5).all() or name == "coins, minutes"
+
+
+def test_bars_that_are_missing_at_times_are_expected_and_stamps_without_a_grid_keep_their_number():
+    rng, time = np.random.default_rng(2), CLOCKS["stocks, 15 minutes"]
+    for end in (700, 811, 912):
+        history = time[:end][(rng.random(end) > 0.15) | (np.arange(end) == end - 1)]
+        assert np.isin(time[end:end + 100], data.future_times(history, 100)).mean() > 0.97
+    history = np.cumsum(rng.integers(20, 100, 40_000)) + data.parse_time("2024-01-01")
+    assert 45 < np.diff(data.future_times(history, 5000)).mean() < 75
+
+
+def test_the_day_of_the_last_bar_is_open_whatever_its_weekday_was():
+    time = CLOCKS["stocks, 15 minutes"]
+    holidays = np.isin(time // data.DAY, [data.parse_time(d) // data.DAY for d in ("2024-01-10", "2024-01-17", "2024-01-24", "2024-01-31")])
+    history = time[~holidays & (time <= data.parse_time("2024-02-07 16:00"))]
+    assert data.future_times(history, 1)[0] == data.parse_time("2024-02-07 16:15")
+
+
+def test_future_times_of_any_history_rise():
+    rng = np.random.default_rng(1)
+    for gap in (1, 7, 420, 3600, 5 * 3600, data.DAY, 2 * data.DAY, 7 * data.DAY, 31 * data.DAY):
+        for n in (1, 2, 3, 11, 200):
+            time = 1_700_000_000 + np.cumsum(rng.integers(1, 2 * gap + 1, n))
+            for horizon in (1, 50):
+                future = data.future_times(time, horizon)
+                assert future.shape == (horizon,) and future.dtype == np.int64
+                assert future[0] > time[-1] and (np.diff(future) > 0).all(), (gap, n)
+
+
 # ---- the synthetic market
 
 def wick_rule(bars):
