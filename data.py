@@ -12,6 +12,7 @@ Two parts, to be read apart. The market: bars, features and their inverse, split
 the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -27,6 +28,7 @@ import math
 import os
 import re
 import signal
+import stat
 import statistics
 import sys
 import tempfile
@@ -34,12 +36,22 @@ import threading
 import time
 import types
 import typing
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, fields, replace
 
+# Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
+_OURS = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "-"))
+_LOADING = _OURS == os.path.dirname(os.path.abspath(__file__)) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _LOADING:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
+
+if _LOADING:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of ohlcva
@@ -1143,7 +1155,7 @@ def fingerprint(series) -> str:
     """A hash of every bar, so that a run can tell that it goes on with the data it began with."""
     digest = hashlib.sha256()
     for bars in series:
-        digest.update(bars.symbol.encode())
+        digest.update(bars.symbol.encode("utf-8", "surrogatepass"))  # a file name may hold bytes that are no text
         for i in range(0, len(bars), 1 << 16):
             digest.update(np.ascontiguousarray(bars.time[i:i + (1 << 16)]).tobytes())
             digest.update(np.ascontiguousarray(bars.ohlcva[i:i + (1 << 16)]).tobytes())
@@ -1153,27 +1165,73 @@ def fingerprint(series) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that survive a kill, and what every script's command line shares
 
-def save_atomic(obj, path):
-    """torch.save to a temporary file, flushed, renamed, its folder flushed: a kill leaves the old file or the new one.
+@contextlib.contextmanager
+def write_atomic(path, text=False):
+    """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
 
-    Raises UserError when the disk refuses; the old file is intact then.
+    It is written beside path under a name of its own, flushed, renamed, its folder flushed: a kill or a full disk leaves
+    the old file or the new one, and of two runs that write path the last wins whole. A symlink stays and its target is
+    replaced; a device, a pipe and the process's own output (/dev/stdout) are written through. Text is UTF-8; what is
+    none of it, such as parts of a file name, is written as escapes. UserError where the disk refuses.
     """
-    path = os.path.abspath(path)
-    temporary = path + ".tmp"
+    how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
+    target = os.path.realpath(path)
+    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        stream = _own_stream(path)
+        if stream is not None:
+            with open(os.dup(stream), **how) as f:
+                yield f
+        elif os.path.exists(path) and not os.path.isfile(path):
+            with open(path, **how) as f:
+                yield f
+        else:
+            _remove_leftovers(target)
+            with open(temporary, **how) as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if os.path.exists(target):
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+            os.replace(temporary, target)
+            _flush_folder(os.path.dirname(target))
+    except BrokenPipeError:
+        raise  # who reads our output went away; see run
+    except OSError as e:
+        raise UserError(f"{path}: cannot be saved ({e.strerror or e}); make room or choose another place. "
+                        f"The last good file there, if any, is intact")
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # there only if something went wrong
+
+
+def _own_stream(path):
+    """1 or 2 where path is this process's standard output or error, else None; what was printed so far goes out first."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(number)):
+                stream.flush()
+                return number
+        except (OSError, AttributeError):  # no such path, or a closed stream
+            pass
+    return None
+
+
+def _remove_leftovers(target):
+    """Remove what runs that were killed an hour and more ago left of their saving of target."""
+    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(name) > 3600:
+                os.unlink(name)
+
+
+def save_atomic(obj, path):
+    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
     torch.save(obj, buffer)
-    try:
-        with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _flush_folder(os.path.dirname(path))
-    except OSError as e:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise UserError(f"{path}: cannot be saved ({e.strerror}); make room or choose another --out. "
-                        f"The last good file there, if any, is intact")
+    with write_atomic(path) as f:
+        f.write(buffer.getbuffer())
 
 
 def _flush_folder(path):
@@ -1189,20 +1247,54 @@ def _flush_folder(path):
 
 
 def load_safe(path):
-    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours."""
+    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours.
+
+    A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
+    """
+    train = "train one with python pretrain.py"
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():  # torch.load does not look at checksums
-                    raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
+                raise zipfile.BadZipFile  # torch neither compresses nor looks at checksums
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train one with python pretrain.py")
+        raise UserError(f"{path}: no such file; {train}")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a checkpoint file")
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
         why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
-        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); train one with python pretrain.py")
+        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); {train}")
+    for tensor in _tensors_in(found):
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: not a checkpoint that can be loaded safely (a tensor claims more numbers than the "
+                            f"file holds); {train}")
+    return found
+
+
+def _tensors_in(obj):
+    """Every tensor in dicts, lists and tuples inside one another."""
+    waiting, known = [obj], set()
+    while waiting:
+        obj = waiting.pop()
+        if isinstance(obj, torch.Tensor):
+            yield obj
+        elif isinstance(obj, (dict, list, tuple)) and id(obj) not in known:  # one that holds itself is met once
+            known.add(id(obj))
+            waiting.extend(obj.values() if isinstance(obj, dict) else obj)
+
+
+def printable(text):
+    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def csv_text(text):
+    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
+    text = printable(text)
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
 def check_out(path, overwrite=False, inputs=()):
@@ -1373,15 +1465,17 @@ class StopSignal:
 
 def run(main):
     """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is printed goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     try:
         main()
         sys.stdout.flush()
     except UserError as e:
         sys.stdout.flush()
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(e)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -1390,7 +1484,8 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as e:
-        print(f"error: {e.filename or 'output'}: {e.strerror or e}; make room or choose another place", file=sys.stderr)
+        why = printable(f"{e.filename or 'output'}: {e.strerror or e}")
+        print(f"error: {why}; make room or choose another place", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as e:
         print(f"error: out of memory ({str(e).splitlines()[0][:80]}); lower --batch_size, --n_embd or --paths", file=sys.stderr)
@@ -1400,7 +1495,7 @@ def run(main):
 def progress(text):
     """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
     if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -808,12 +809,126 @@ def test_g5_killed_while_saving(tmp_path):
         assert found["i"] >= done and (found["x"] == found["i"]).all()
 
 
+def test_a_kill_leaves_no_litter_for_ever(tmp_path):
+    old, fresh = tmp_path / "a.pt.123-456.tmp", tmp_path / "a.pt.124-456.tmp"
+    for name in (old, fresh, tmp_path / "b.pt.1-2.tmp"):
+        name.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    data.save_atomic({"a": 1}, tmp_path / "a.pt")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.pt.124-456.tmp", "b.pt.1-2.tmp"]
+
+
+def test_writing_leaves_an_old_file_until_all_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.svg"
+    path.write_text("old")
+    path.chmod(0o640)
+    with data.write_atomic(path, text=True) as f:
+        f.write("caf\u00e9 \udce9\n")
+        f.flush()
+        assert path.read_text() == "old"
+        with data.write_atomic(tmp_path / "b.svg") as other:
+            other.write(b"b")
+    assert path.read_bytes() == "caf\u00e9 \\udce9\n".encode() and path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(ZeroDivisionError):
+        with data.write_atomic(path) as f:
+            f.write(b"half")
+            1 / 0
+    assert path.read_bytes().startswith(b"caf") and sorted(os.listdir(tmp_path)) == ["a.svg", "b.svg"]
+    with pytest.raises(UserError, match="a.svg: cannot be saved .No space"):
+        with data.write_atomic(path) as f:
+            raise OSError(28, "No space left on device")
+    assert path.read_bytes().startswith(b"caf")
+
+
+def test_two_writers_of_one_path_do_not_share_their_file(tmp_path):
+    path, ready, written = tmp_path / "a", threading.Barrier(2, timeout=10), []
+    def write(letter):
+        with data.write_atomic(path) as f:
+            f.write(letter * 1000)
+            ready.wait()  # both are writing now
+            f.write(letter * 1000)
+        written.append(letter)
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 2 and path.read_bytes() in (b"a" * 2000, b"b" * 2000) and os.listdir(tmp_path) == ["a"]
+
+
+def test_links_devices_and_the_own_output_stay_what_they_are(tmp_path):
+    (tmp_path / "real").mkdir()
+    os.symlink(tmp_path / "real" / "a", tmp_path / "link")
+    for text in (b"one", b"two"):
+        with data.write_atomic(tmp_path / "link") as f:
+            f.write(text)
+    assert os.path.islink(tmp_path / "link") and (tmp_path / "real" / "a").read_bytes() == b"two"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with data.write_atomic(tmp_path / "pipe") as f:
+        f.write(b"through")
+    assert os.read(reader, 99) == b"through" and not os.path.isfile(tmp_path / "pipe")
+    os.close(reader)
+    code = "print('before'); f = data.write_atomic(sys.argv[2], text=True); f.__enter__().write('within\\n'); f.__exit__(None, None, None); print('after')"
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import data; " + code, ROOT, "/dev/stdout"], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "before\nwithin\nafter\n"
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, recwarn):
+    path = tmp_path / "a.pt"
+    for wrong in (torch.zeros(1).expand(10**9), torch.zeros(100).as_strided((50, 50), (1, 1)), torch.zeros(5).to_sparse(), torch.zeros(10**9, device="meta")):
+        data.save_atomic({"a": [({"x": wrong},)]}, path)
+        with pytest.raises(UserError, match="a.pt: .*more numbers"):
+            data.load_safe(path)
+    data.save_atomic({"a": [torch.zeros(100)[10:20], torch.zeros(3, 4).T, torch.tensor(1.0), torch.zeros(0), torch.nn.Parameter(torch.zeros(2))]}, path)
+    assert len(data.load_safe(path)["a"]) == 5
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            packed.writestr(entry.filename, whole.read(entry))
+    (tmp_path / "c.pt").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("b.pt", "c.pt"):
+        with pytest.raises(UserError, match="truncated or foreign"):
+            data.load_safe(tmp_path / name)
+    assert not recwarn.list
+
+
+def test_text_that_is_none_is_made_harmless(tmp_path, capfd):
+    assert data.printable("AAPL 5 % \u00e9\u65e5\u672c") == "AAPL 5 % \u00e9\u65e5\u672c"
+    assert data.printable("a\x1b[31m\n\r\t\x07\x9b\u202e\udce9\0") == "a\\x1b[31m\\n\\r\\t\\x07\\x9b\\u202e\\udce9\\x00"
+    assert [data.csv_text(t) for t in ("=1+1", "+A", "-A", "@A", "A=B", "", "\t=1")] == ["'=1+1", "'+A", "'-A", "'@A", "A=B", "", "\\t=1"]
+    def main():
+        raise UserError("no\x1b[2J such \udce9 file\nat all")
+    with pytest.raises(SystemExit):
+        data.run(main)
+    assert capfd.readouterr().err == "error: no\\x1b[2J such \\udce9 file\\nat all\n"
+    bars = Bars("\udce9", np.arange(3), np.ones((3, 6)))
+    assert data.fingerprint([bars]) != data.fingerprint([Bars("e", bars.time, bars.ohlcva)])
+    name = os.path.join(os.fsencode(tmp_path), b"\xe9.csv")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), "--data", name], capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: ") and b"\\udce9.csv: no such file" in done.stderr
+
+
+def test_closed_output_and_an_interrupt_while_torch_loads(tmp_path, monkeypatch):
+    command = [sys.executable, os.path.join(ROOT, "data.py"), "--synthetic", "100", "--out"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command, str(tmp_path / "bars")], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "bars").exists()
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", None)
+        m.setattr(sys, "stderr", None)
+        with pytest.raises(SystemExit) as e:
+            data.run(lambda: data.main(["--seed", "-1"]))
+    assert e.value.code == 2
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(command + ["none"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch hacked",)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Hostile()}, "hostile.pt")
