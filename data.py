@@ -8,8 +8,9 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the synthetic market. Then
-the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
+Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the clock, synthetic
+markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts'
+command line.
 """
 import argparse
 import contextlib
@@ -61,7 +62,7 @@ DECAY = 0.5 ** (1 / HALF_LIFE)
 PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
-DAY = 86400
+HOUR, DAY, WEEK = 3600, 86400, 7 * 86400
 YEAR = 365.25 * DAY
 
 
@@ -421,7 +422,6 @@ def calendar(time):
     return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
 
 
-HOUR, WEEK = 3600, 7 * DAY
 WEEKS = 5  # whole weeks that tell when a market is open, beside the one that runs
 
 
@@ -437,7 +437,7 @@ def future_times(time, horizon):
     gaps = np.sort(np.diff(recent))
     gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
     if gap >= 27 * DAY:
-        return _coming_months(last, gap, horizon)
+        return _coming_months(recent, gap, horizon)
     if gap > 1.5 * DAY:
         return _grid_point(recent, gap) + gap * np.arange(1, horizon + 1)
     on_grid = recent % min(gap, HOUR)
@@ -451,15 +451,20 @@ def future_times(time, horizon):
     return stamps[n % len(stamps)] + n // len(stamps) * WEEK
 
 
-def _coming_months(last, gap, horizon):
-    """Months, quarters, years after `last`: the same day; the last of a month stays the last."""
+def _coming_months(recent, gap, horizon):
+    """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
     start = lambda month: month.astype("datetime64[s]").astype(np.int64)
-    last_day = lambda month: (start(month + 1) - start(month)) // DAY - 1  # days count from 0
-    now = np.datetime64(last, "s").astype("datetime64[M]")
-    day, clock = divmod(last - start(now), DAY)
-    months = now + np.arange(1, horizon + 1) * max(1, round(gap / (YEAR / 12)))
-    day = last_day(months) if day == last_day(now) else np.minimum(day, last_day(months))
-    return start(months) + day * DAY + clock
+    month = recent.astype("datetime64[s]").astype("datetime64[M]")
+    since, left = recent - start(month), start(month + 1) - recent
+    live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
+    last = -2 if live else -1
+    months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
+    if left[last] <= DAY:
+        stamps = start(months + 1) - left[last]
+    else:
+        days = (start(months + 1) - start(months)) // DAY - 1  # of the month's last day, from 0
+        stamps = start(months) + np.minimum(since[last] // DAY, days) * DAY + since[last] % DAY
+    return stamps[stamps > recent[-1]][:horizon]
 
 
 def _grid_point(recent, gap):
@@ -1299,9 +1304,11 @@ def csv_text(text):
 
 def check_out(path, overwrite=False, inputs=()):
     """Refuse, before any work, an output that exists, is an input, or could not be written at the end."""
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(os.path.realpath(path))
     if not path or os.path.isdir(path):
         raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
+    if os.path.exists(path) and (_own_stream(path) or not os.path.isfile(path)):
+        return  # a device, a pipe, our own output: nothing there is replaced
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
     try:
@@ -1494,7 +1501,7 @@ def run(main):
 
 def progress(text):
     """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 

@@ -486,6 +486,10 @@ def daily(first, n):
     (np.arange(9) * 7 * data.DAY + data.parse_time("2024-01-05"), ("2024-03-08", "2024-03-15")),                   # weekly
     (stamps("2024-01-31", "2024-02-29", "2024-03-31"), ("2024-04-30", "2024-05-31")),                          # month ends
     (stamps("2024-01-01", "2024-02-01", "2024-03-01"), ("2024-04-01", "2024-05-01")),
+    (stamps("2023-12-30", "2024-01-30"), ("2024-02-29", "2024-03-30")),
+    (stamps("2023-11-01", "2023-12-01", "2024-01-01", "2024-02-14"), ("2024-03-01", "2024-04-01")),             # a live bar
+    (stamps("2023-11-30", "2023-12-31", "2024-01-31", "2024-02-14"), ("2024-02-29", "2024-03-31")),
+    (stamps("2023-04-01", "2023-07-01", "2023-10-01", "2024-01-01", "2024-02-14"), ("2024-04-01", "2024-07-01")),
     (np.concatenate([d + 52_200 + 3600 * np.arange(7) for d in daily("2024-01-01", 26)]), ("2024-01-29 14:30", "2024-01-29 15:30")),  # sessions, Friday's close
     (np.arange(3000) * 60 + data.parse_time("2024-03-01"), ("2024-03-03 02:00", "2024-03-03 02:01")),              # round the clock
     (stamps("2024-03-01 10:00"), ("2024-03-04 10:00",)),                                                       # one bar, a Friday
@@ -867,6 +871,10 @@ def test_links_devices_and_the_own_output_stay_what_they_are(tmp_path):
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with data.write_atomic(tmp_path / "pipe") as f:
         f.write(b"through")
+    data.check_out(tmp_path / "pipe")
+    data.check_out("/dev/stdout")
+    with pytest.raises(UserError, match="exists already"):
+        data.check_out(tmp_path / "link")
     assert os.read(reader, 99) == b"through" and not os.path.isfile(tmp_path / "pipe")
     os.close(reader)
     code = "print('before'); f = data.write_atomic(sys.argv[2], text=True); f.__enter__().write('within\\n'); f.__exit__(None, None, None); print('after')"
