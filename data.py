@@ -43,15 +43,17 @@ import zlib
 from dataclasses import dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
-_OURS = os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "-"))
-_LOADING = _OURS == os.path.dirname(os.path.abspath(__file__)) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if _LOADING:
+_script = getattr(sys.modules["__main__"], "__file__", None) or ""
+_ours = os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
+_untouched = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+_dies = _ours and _untouched and threading.current_thread() is threading.main_thread()
+if _dies:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
 
-if _LOADING:
+if _dies:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
@@ -508,7 +510,8 @@ def _coming_week(past, after, horizon):
     open_day = 3 * traded.sum(axis=0) >= whole.reshape(-1, 7, 24).any(axis=2).sum(axis=0)
     open_day[now // 24] = True
     n_open = (bars > 0).sum(axis=0)                                     # [168]
-    is_open = (n_open > 0) & (3 * n_open >= (whole & traded.repeat(24, axis=1)).sum(axis=0)) & open_day.repeat(24)
+    n_days = (whole & traded.repeat(24, axis=1)).sum(axis=0)            # [168]
+    is_open = (n_open > 0) & (3 * n_open >= n_days) & open_day.repeat(24)
     source = _hours_that_stand_in(whole.any(axis=0), is_open, now)      # [168]
     if source is None:
         return np.empty(0, np.int64)
@@ -520,9 +523,10 @@ def _coming_week(past, after, horizon):
             continue
         stamps = offsets(at[bars[:, like].argmax(), like])              # of the last of the weeks that had most of them
         if len(stamps) > 1:
-            own = [offsets(k) for k in at[bars[:, like] > 0, like]]
-            days = at[:, like % 24::24][bars[:, like % 24::24] > 0][:max(3, 4000 // len(stamps))]
-            stamps = _without_holes(stamps, own, [offsets(k) for k in days])
+            own = at[bars[:, like] > 0, like]
+            daily = at[:, like % 24::24][bars[:, like % 24::24] > 0]    # this hour of all days, the last first
+            daily = daily[:max(3, 4000 // len(stamps))]                 # enough of them, and quick
+            stamps = _without_holes(stamps, [offsets(k) for k in own], [offsets(k) for k in daily])
         stamps = stamps + (sunday + hour) * HOUR
         stamps = stamps[(stamps > after) & (stamps <= after + WEEK)]
         found.append(stamps)
@@ -530,14 +534,14 @@ def _coming_week(past, after, horizon):
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def _without_holes(fullest, own, others):
+def _without_holes(fullest, own, daily):
     """When in an hour its bars come, in seconds: as in its fullest week, with what only that week lacked.
 
-    own: int64 offsets of the bars of this hour of the week, a list over weeks. others: of the same hour on all days.
+    own: int64 offsets of the bars of this hour of the week, a list over weeks. daily: of the same hour on all days.
     """
-    usual, n_days = np.unique(np.concatenate(others), return_counts=True)
+    usual, n_days = np.unique(np.concatenate(daily), return_counts=True)
     first, last = min(o[0] for o in own), max(o[-1] for o in own)
-    usual = usual[(10 * n_days > len(others)) & (usual >= first) & (usual <= last)]
+    usual = usual[(10 * n_days > len(daily)) & (usual >= first) & (usual <= last)]
     keep_a_grid = len(fullest) <= len(usual) <= 2 * len(fullest)
     return usual if keep_a_grid else fullest
 
