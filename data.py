@@ -525,7 +525,7 @@ def _coming_week(past, after, horizon):
         if len(stamps) > 1:
             own = at[bars[:, like] > 0, like]
             daily = at[:, like % 24::24][bars[:, like % 24::24] > 0]    # this hour of all days, the last first
-            daily = daily[:max(3, 4000 // len(stamps))]                 # enough of them, and quick
+            daily = daily[:max(3, 2000 // len(stamps))]                 # enough of them, and quick
             stamps = _without_holes(stamps, [offsets(k) for k in own], [offsets(k) for k in daily])
         stamps = stamps + (sunday + hour) * HOUR
         stamps = stamps[(stamps > after) & (stamps <= after + WEEK)]
