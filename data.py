@@ -8,10 +8,12 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the synthetic market. Then
-the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
+Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the clock, synthetic
+markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts'
+command line.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -27,17 +29,32 @@ import math
 import os
 import re
 import signal
+import stat
 import statistics
 import sys
 import tempfile
+import threading
+import time
 import types
 import typing
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, fields, replace
 
+# Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
+_script = getattr(sys.modules["__main__"], "__file__", None) or ""
+_ours = os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
+_untouched = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+_dies = _ours and _untouched and threading.current_thread() is threading.main_thread()
+if _dies:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
+
+if _dies:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of ohlcva
@@ -47,7 +64,7 @@ DECAY = 0.5 ** (1 / HALF_LIFE)
 PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
-DAY = 86400
+HOUR, DAY, WEEK = 3600, 86400, 7 * 86400
 YEAR = 365.25 * DAY
 
 
@@ -235,15 +252,15 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     for t in range(n):
         close, open_, upper, lower, volume, vwap = y[t]
         s, m, d, g = st.scales()
-        c = np.clip(st.close * np.exp(np.clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        o = np.clip(st.close * np.exp(np.clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        h = np.maximum(o, c) * np.exp(np.clip(upper * s, 0.0, MAX_MOVE))
-        l = np.minimum(o, c) * np.exp(-np.clip(lower * s, 0.0, MAX_MOVE))
+        c = _clip(st.close * np.exp(_clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
+        o = _clip(st.close * np.exp(_clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
+        h = np.maximum(o, c) * np.exp(_clip(upper * s, 0.0, MAX_MOVE))
+        l = np.minimum(o, c) * np.exp(-_clip(lower * s, 0.0, MAX_MOVE))
         fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
         has_v = ((volume != 0) & ((st.m_w > 0) | fresh)).astype(np.float64)
         has_a = ((vwap != 0) & ((st.g_w > 0) | fresh)).astype(np.float64) * has_v
-        log_v = np.clip(m + volume * d, 0.0, 80.0) * has_v
-        rel = np.clip(g + vwap * s * has_a, -80.0, 80.0)
+        log_v = _clip(m + volume * d, 0.0, 80.0) * has_v
+        rel = _clip(g + vwap * s * has_a, -80.0, 80.0)
         v = np.expm1(log_v)
         out[t] = o, h, l, c, v, v * c * np.exp(rel)
         deviates = has_v * (st.m_w > 0)
@@ -252,6 +269,10 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
                    DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
                    DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
     return np.moveaxis(out, (0, 1), (-2, -1)), st
+
+
+def _clip(x, low, high):  # np.clip, three times as fast on a few numbers
+    return np.minimum(np.maximum(x, low), high)
 
 
 def scales(bars):
@@ -403,39 +424,167 @@ def calendar(time):
     return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
 
 
-def future_times(time, horizon):
-    """Stamps of the next bars, int64 [horizon]: the spacing, weekdays and times of day that the history shows.
+WEEKS = 5  # whole weeks that tell when a market is open, beside the one that runs
 
-    time: int64 [T], UTC seconds. Months keep their day, sessions their hours; with one bar of history, days follow.
+
+def future_times(time, horizon):
+    """Stamps of the next bars, int64 [horizon]: the spacing, and the hours of each weekday, that the history shows.
+
+    time: int64 [T], UTC seconds, rising. Months keep their day. Hours come from the last weeks, each moved to the clock of
+    now where summer time began or ended in between; holidays are not known. A live last bar, off the grid of the others,
+    moves nothing. What a short history has not seen is as its last whole day, without weekends; one bar is taken as daily.
     """
-    recent = time[-4000:]
-    gap = int(np.median(np.diff(recent))) if len(recent) > 1 else DAY
+    recent = np.asarray(time[-500:])
     last = int(recent[-1])
-    if gap >= 27 * DAY:  # months, quarters, years: the same day; the last of a month stays the last
-        start = lambda month: month.astype("datetime64[s]").astype(np.int64)
-        last_day = lambda month: (start(month + 1) - start(month)) // DAY - 1  # days count from 0
-        now = np.datetime64(last, "s").astype("datetime64[M]")
-        day, clock = divmod(last - start(now), DAY)
-        months = now + np.arange(1, horizon + 1) * max(1, round(gap / (YEAR / 12)))
-        day = last_day(months) if day == last_day(now) else np.minimum(day, last_day(months))
-        return start(months) + day * DAY + clock
-    weekdays = np.bincount((recent // DAY + 3) % 7, minlength=7)  # Monday is 0
-    opens = weekdays > 0.1 * weekdays.max()
-    if recent[-1] - recent[0] < 7 * DAY:  # too short to have seen each weekday
-        opens = opens | (np.arange(7) < 5) | bool(opens[5:].any())
-    slots, seen = np.unique(recent % DAY, return_counts=True)  # times of day that bars bear
-    days = len(np.unique(recent // DAY))
-    slots = slots[seen > 0.1 * days] if gap < DAY and days >= 3 else np.empty(0, np.int64)
-    stamps = []
-    for _ in range(horizon):
-        last += gap
-        if len(slots):
-            k = np.searchsorted(slots, last % DAY - gap // 2)
-            last = last // DAY * DAY + (int(slots[k]) if k < len(slots) else DAY + int(slots[0]))
-        while gap < 7 * DAY and not opens[(last // DAY + 3) % 7]:
-            last = (last // DAY + 1) * DAY + (int(slots[0]) if len(slots) else last % DAY)
-        stamps.append(last)
-    return np.array(stamps, np.int64)
+    gaps = np.sort(np.diff(recent))
+    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
+    if gap >= 27 * DAY:
+        return _coming_months(recent, gap, horizon)
+    if gap > 1.5 * DAY:
+        return _grid_point(recent, gap) + gap * np.arange(1, horizon + 1)
+    on_grid = recent % min(gap, HOUR)
+    live = len(recent) > 9 and on_grid[-1] not in on_grid[-50:-1]
+    past = time[:-1] if live else time
+    after = last if live else last + gap // 2  # no bar comes sooner
+    stamps = _coming_week(past, after, horizon)
+    if not len(stamps):
+        stamps = _coming_weekdays(past, gap, after, horizon)
+    n = np.arange(horizon)
+    return stamps[n % len(stamps)] + n // len(stamps) * WEEK
+
+
+def _coming_months(recent, gap, horizon):
+    """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
+    start = lambda month: month.astype("datetime64[s]").astype(np.int64)
+    month = recent.astype("datetime64[s]").astype("datetime64[M]")
+    since, left = recent - start(month), start(month + 1) - recent
+    live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
+    last = -2 if live else -1
+    months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
+    if left[last] <= DAY:
+        stamps = start(months + 1) - left[last]
+    else:
+        days = (start(months + 1) - start(months)) // DAY - 1  # of the month's last day, from 0
+        stamps = start(months) + np.minimum(since[last] // DAY, days) * DAY + since[last] % DAY
+    return stamps[stamps > recent[-1]][:horizon]
+
+
+def _grid_point(recent, gap):
+    """The last stamp, or where that is off the grid of most others by more than an hour, the grid's last point before it."""
+    phases, counts = np.unique(recent % gap, return_counts=True)
+    late = int(recent[-1] - phases[counts.argmax()]) % gap
+    return int(recent[-1]) - (late if HOUR < late < gap - HOUR else 0)
+
+
+def _coming_weekdays(past, gap, after, horizon):
+    """At least `horizon` stamps later than `after`, evenly spaced; weekends are left out unless the past has one."""
+    weekdays = (past[-500:] // DAY + 3) % 7  # Monday is 0
+    days = 2 * math.ceil(horizon * gap / DAY) + 4  # more than enough, weekends included
+    stamps = past[-1] + gap * np.arange(1, days * DAY // gap + 2)
+    if not (weekdays >= 5).any():
+        stamps = stamps[(stamps // DAY + 3) % 7 < 5]
+    return stamps[stamps > after][:horizon]
+
+
+def _coming_week(past, after, horizon):
+    """Stamps of the seven days that follow `after`, as the weeks before had them; of a long week `horizon` are enough.
+
+    Weeks begin on Sunday, when clocks change. A day is open that traded in a third of the weeks, or trades now; an hour,
+    that had bars in a third of those days. Empty where no whole day has been seen.
+    """
+    this_hour = int(past[-1]) // HOUR
+    day = this_hour // 24
+    sunday = 24 * (day - (day + 4) % 7)                                 # its first hour, in hours since 1970
+    now = this_hour - sunday
+    hours = np.arange(sunday - 168 * WEEKS - 1, sunday + 169)           # with one more on either side
+    edges = np.searchsorted(past, np.append(hours, hours[-1] + 1) * HOUR)
+    count = np.diff(edges)
+    begun = hours * HOUR >= past[0]
+    whole = begun & (hours < this_hour)
+    start = 1 + 168 * np.arange(WEEKS, -1, -1)[:, None]                 # [weeks, 1], this week first
+    clock = _clock_of_weeks(count > 0, begun & (hours <= this_hour), start)
+    at = start + np.arange(168) - clock[:, None]                        # [weeks, 168], as the clock is now
+    whole = whole[at] & (count[at] > 0).any(axis=1, keepdims=True)      # a week without a bar says nothing
+    bars = count[at] * whole
+    traded = bars.reshape(-1, 7, 24).any(axis=2)                        # [weeks, 7]
+    open_day = 3 * traded.sum(axis=0) >= whole.reshape(-1, 7, 24).any(axis=2).sum(axis=0)
+    open_day[now // 24] = True
+    n_open = (bars > 0).sum(axis=0)                                     # [168]
+    n_days = (whole & traded.repeat(24, axis=1)).sum(axis=0)            # [168]
+    is_open = (n_open > 0) & (3 * n_open >= n_days) & open_day.repeat(24)
+    source = _hours_that_stand_in(whole.any(axis=0), is_open, now)      # [168]
+    if source is None:
+        return np.empty(0, np.int64)
+    offsets = lambda k: past[edges[k]:edges[k + 1]] - hours[k] * HOUR   # of the bars of an hour, in seconds
+    found, n = [], 0
+    for hour in range(now, now + 169):
+        like = source[hour % 168]
+        if like < 0 or not is_open[like] or n > horizon:
+            continue
+        stamps = offsets(at[bars[:, like].argmax(), like])              # of the last of the weeks that had most of them
+        if len(stamps) > 1:
+            own = at[bars[:, like] > 0, like]
+            daily = at[:, like % 24::24][bars[:, like % 24::24] > 0]    # this hour of all days, the last first
+            daily = daily[:max(3, 2000 // len(stamps))]                 # enough of them, and quick
+            stamps = _without_holes(stamps, [offsets(k) for k in own], [offsets(k) for k in daily])
+        stamps = stamps + (sunday + hour) * HOUR
+        stamps = stamps[(stamps > after) & (stamps <= after + WEEK)]
+        found.append(stamps)
+        n += len(stamps)
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def _without_holes(fullest, own, daily):
+    """When in an hour its bars come, in seconds: as in its fullest week, with what only that week lacked.
+
+    own: int64 offsets of the bars of this hour of the week, a list over weeks. daily: of the same hour on all days.
+    """
+    usual, n_days = np.unique(np.concatenate(daily), return_counts=True)
+    first, last = min(o[0] for o in own), max(o[-1] for o in own)
+    usual = usual[(10 * n_days > len(daily)) & (usual >= first) & (usual <= last)]
+    keep_a_grid = len(fullest) <= len(usual) <= 2 * len(fullest)
+    return usual if keep_a_grid else fullest
+
+
+def _clock_of_weeks(occupied, known, start):
+    """How many hours later than in each week, this one first, things happen now: 0, 1 or -1, int64 [weeks].
+
+    occupied, known: bool, whether an hour has bars, and whether it could have. Each week is compared with the one before
+    it, on days on which both trade, moved by an hour either way: the clock changed where that leaves at most half of the
+    hours unlike.
+    """
+    moves = np.array([0, 1, -1])[:, None, None]
+    newer = start[:-1] + np.arange(168)             # [weeks - 1, 168]
+    older = start[1:] + np.arange(168) - moves      # [3, weeks - 1, 168]
+    both = occupied[newer].reshape(-1, 7, 24).any(2) & occupied[older[0]].reshape(-1, 7, 24).any(2)
+    compared = known[newer] & known[older] & both.repeat(24, axis=1)
+    unlike = (compared & (occupied[newer] != occupied[older])).sum(axis=2)  # [3, weeks - 1]
+    best = unlike[1:].argmin(axis=0) + 1
+    changed = (unlike[0] > 0) & (2 * unlike[1:].min(axis=0) <= unlike[0])
+    return np.append(0, np.cumsum(np.where(changed, moves[best, 0, 0], 0)).clip(-1, 1))
+
+
+def _hours_that_stand_in(seen, is_open, now):
+    """Of each hour of the week the hour whose bars it has, int64 [168]: its own where seen; -1 for none.
+
+    Hours not seen take the last whole day seen with bars, of weekdays if there is one; those of weekends only if what was
+    seen of Saturday, or all of Sunday, was open about as long. None where no whole day has been seen.
+    """
+    source = np.arange(168)
+    if seen.all():
+        return source if is_open.any() else None
+    open_hours = is_open.reshape(7, 24).sum(axis=1)
+    whole_days = seen.reshape(7, 24).all(axis=1) & (open_hours > 0)
+    days_back = [(now // 24 - back) % 7 for back in range(1, 8)]  # 0 is Sunday
+    found = [day for day in days_back if whole_days[day]]
+    if not found:
+        return None
+    model = next((day for day in found if 1 <= day <= 5), found[0])
+    like = model * 24 + source % 24
+    usual = 0.75 * open_hours[model] / 24
+    if open_hours[6] <= usual * seen[-24:].sum() and open_hours[0] < usual * 24:
+        like[:24] = like[-24:] = -1
+    return np.where(seen, source, like)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1015,7 +1164,7 @@ def fingerprint(series) -> str:
     """A hash of every bar, so that a run can tell that it goes on with the data it began with."""
     digest = hashlib.sha256()
     for bars in series:
-        digest.update(bars.symbol.encode())
+        digest.update(bars.symbol.encode("utf-8", "surrogatepass"))  # a file name may hold bytes that are no text
         for i in range(0, len(bars), 1 << 16):
             digest.update(np.ascontiguousarray(bars.time[i:i + (1 << 16)]).tobytes())
             digest.update(np.ascontiguousarray(bars.ohlcva[i:i + (1 << 16)]).tobytes())
@@ -1025,53 +1174,145 @@ def fingerprint(series) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that survive a kill, and what every script's command line shares
 
-def save_atomic(obj, path):
-    """torch.save to a temporary file, flushed, renamed, its folder flushed: a kill leaves the old file or the new one.
+@contextlib.contextmanager
+def write_atomic(path, text=False):
+    """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
 
-    Raises UserError when the disk refuses; the old file is intact then.
+    It is written beside path under a name of its own, flushed, renamed, its folder flushed: a kill or a full disk leaves
+    the old file or the new one, and of two runs that write path the last wins whole. A symlink stays and its target is
+    replaced; a device, a pipe and the process's own output (/dev/stdout) are written through. Text is UTF-8; what is
+    none of it, such as parts of a file name, is written as escapes. UserError where the disk refuses.
     """
-    path = os.path.abspath(path)
-    temporary = path + ".tmp"
+    how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
+    target = os.path.realpath(path)
+    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        stream = _own_stream(path)
+        if stream is not None:
+            with open(os.dup(stream), **how) as f:
+                yield f
+        elif os.path.exists(path) and not os.path.isfile(path):
+            with open(path, **how) as f:
+                yield f
+        else:
+            _remove_leftovers(target)
+            with open(temporary, **how) as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if os.path.exists(target):
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+            os.replace(temporary, target)
+            _flush_folder(os.path.dirname(target))
+    except BrokenPipeError:
+        raise  # who reads our output went away; see run
+    except OSError as e:
+        raise UserError(f"{path}: cannot be saved ({e.strerror or e}); make room or choose another place. "
+                        f"The last good file there, if any, is intact")
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # there only if something went wrong
+
+
+def _own_stream(path):
+    """1 or 2 where path is this process's standard output or error, else None; what was printed so far goes out first."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(number)):
+                stream.flush()
+                return number
+        except (OSError, AttributeError):  # no such path, or a closed stream
+            pass
+    return None
+
+
+def _remove_leftovers(target):
+    """Remove what runs that were killed an hour and more ago left of their saving of target."""
+    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(name) > 3600:
+                os.unlink(name)
+
+
+def save_atomic(obj, path):
+    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
     torch.save(obj, buffer)
+    with write_atomic(path) as f:
+        f.write(buffer.getbuffer())
+
+
+def _flush_folder(path):
+    """Let a rename in this folder outlast a power cut, where the system can (on Windows a folder cannot be opened)."""
     try:
-        with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
         os.fsync(folder)
+    finally:
         os.close(folder)
-    except OSError as e:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise UserError(f"{path}: cannot be saved ({e.strerror}); make room or choose another --out. "
-                        f"The last good file there, if any, is intact")
 
 
 def load_safe(path):
-    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours."""
+    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours.
+
+    A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
+    """
+    train = "train one with python pretrain.py"
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():  # torch.load does not look at checksums
-                    raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
+                raise zipfile.BadZipFile  # torch neither compresses nor looks at checksums
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train one with python pretrain.py")
+        raise UserError(f"{path}: no such file; {train}")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a checkpoint file")
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
         why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
-        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); train one with python pretrain.py")
+        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); {train}")
+    for tensor in _tensors_in(found):
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: not a checkpoint that can be loaded safely (a tensor claims more numbers than the "
+                            f"file holds); {train}")
+    return found
+
+
+def _tensors_in(obj):
+    """Every tensor in dicts, lists and tuples inside one another."""
+    waiting, known = [obj], set()
+    while waiting:
+        obj = waiting.pop()
+        if isinstance(obj, torch.Tensor):
+            yield obj
+        elif isinstance(obj, (dict, list, tuple)) and id(obj) not in known:  # one that holds itself is met once
+            known.add(id(obj))
+            waiting.extend(obj.values() if isinstance(obj, dict) else obj)
+
+
+def printable(text):
+    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def csv_text(text):
+    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
+    text = printable(text)
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
 def check_out(path, overwrite=False, inputs=()):
     """Refuse, before any work, an output that exists, is an input, or could not be written at the end."""
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(os.path.realpath(path))
     if not path or os.path.isdir(path):
         raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
+    if os.path.exists(path) and (_own_stream(path) or not os.path.isfile(path)):
+        return  # a device, a pipe, our own output: nothing there is replaced
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
     try:
@@ -1103,12 +1344,49 @@ def pick_device(name, local_rank=0):
 
 
 def pick_dtype(name, device):
-    """The name and torch.dtype of --dtype; auto takes bf16 where the hardware has it, else fp16 on a GPU, else fp32."""
-    if name == "auto":
-        on_gpu = device.type == "cuda"
-        bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        name = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
-    return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
+
+    On a GPU bf16 where it has it, else fp16. On a processor bf16 only where it multiplies clearly faster than float32,
+    which is measured: some that have it are slower with it. Keep the name in the checkpoint, so that a resumed run has
+    the same.
+    """
+    why = "as asked"
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
+    elif name == "auto":
+        gain = _gain_of_bf16()
+        name = "bf16" if gain > 1.5 else "fp32"  # a gain below is lost in casts
+        why = f"bf16 multiplies {gain:.1f} times as fast as float32 here"
+    return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
+
+
+def _gain_of_bf16():
+    """Speed of a matrix product of a layer's size in bf16 to that in float32, on the CPU; 0.0 where it has none."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    try:
+        pairs = {dtype: (torch.ones(2048, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)) for dtype in seconds}
+        began = time.perf_counter()
+        for turn in range(20):  # in turns, since other jobs come and go
+            for dtype, (a, b) in pairs.items():
+                start = time.perf_counter()
+                a @ b
+                seconds[dtype].append(time.perf_counter() - start)
+            if turn > 1 and time.perf_counter() - began > 0.1:
+                break
+    except RuntimeError:
+        return 0.0
+    return min(seconds[torch.float32][1:]) / min(seconds[torch.bfloat16][1:])
+
+
+def peak_memory():
+    """The most memory that this process has held, in bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def check_numbers(config, positive, others):
@@ -1141,14 +1419,18 @@ def cli(config_class, doc, argv=None) -> dict:
     A field's type is the flag's, the comment behind it the help; a list takes one or more values; a bool is a switch.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(config_class), re.M))
+    try:
+        source = inspect.getsource(config_class)
+    except (OSError, TypeError):  # under a profiler, or typed into a notebook: flags without their help
+        source = ""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
         kind = typing.get_type_hints(config_class)[field.name]
         if typing.get_origin(kind) is types.UnionType:  # X | None
             kind = typing.get_args(kind)[0]
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         default = "" if default in (None, dataclasses.MISSING) else f" (default {default})"
-        how = dict(help=(comments[field.name] + default).replace("%", "%%"), default=argparse.SUPPRESS)
+        how = dict(help=(comments.get(field.name, "") + default).replace("%", "%%"), default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
@@ -1162,11 +1444,20 @@ def cli(config_class, doc, argv=None) -> dict:
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, so that it can save and then exit."""
+    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, so that it can save and then exit.
+
+    In a thread other than the main one, which gets no signals, the flag is never set.
+    """
 
     def __init__(self):
         self.signum = 0
-        self.before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        self.before = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signum = getattr(signal, name)
+                self.before[signum] = signal.signal(signum, self._note)
 
     def release(self):
         """All is saved: from here on the signals do what they did before."""
@@ -1185,24 +1476,27 @@ class StopSignal:
 
 def run(main):
     """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is printed goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     try:
         main()
         sys.stdout.flush()
     except UserError as e:
         sys.stdout.flush()
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(e)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as e:
-        print(f"error: {e.filename or 'output'}: {e.strerror or e}; make room or choose another place", file=sys.stderr)
+        why = printable(f"{e.filename or 'output'}: {e.strerror or e}")
+        print(f"error: {why}; make room or choose another place", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError) as e:
         print(f"error: out of memory ({str(e).splitlines()[0][:80]}); lower --batch_size, --n_embd or --paths", file=sys.stderr)
@@ -1211,8 +1505,8 @@ def run(main):
 
 def progress(text):
     """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
-    if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -1227,8 +1521,8 @@ class Config:
     out: str = "bars"              # folder to write
 
 
-def main():
-    config = Config(**cli(Config, __doc__))
+def main(argv=None):
+    config = Config(**cli(Config, __doc__, argv))
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if (config.data is None) == (config.synthetic is None):

@@ -428,29 +428,6 @@ def test_parallel_forecast_samples_the_slots(loaded, market):
     assert out.shape == (3, 5, 16, 6) and np.isfinite(out).all()
 
 
-def stamps(*texts):
-    return np.array([data.parse_time(t) for t in texts], np.int64)
-
-
-def daily(first, n):
-    days = np.arange(np.datetime64(first), np.datetime64(first) + n)
-    return days[(days.astype(int) + 3) % 7 < 5].astype("datetime64[s]").astype(np.int64)
-
-
-@pytest.mark.parametrize("history, future", [
-    (daily("2024-01-01", 60), ("2024-03-01", "2024-03-04", "2024-03-05")),                                     # ends on a Thursday
-    (np.arange(100) * data.DAY + data.parse_time("2024-01-06"), ("2024-04-15", "2024-04-16")),                     # every day
-    (np.arange(9) * 7 * data.DAY + data.parse_time("2024-01-05"), ("2024-03-08", "2024-03-15")),                   # weekly
-    (stamps("2024-01-31", "2024-02-29", "2024-03-31"), ("2024-04-30", "2024-05-31")),                          # month ends
-    (stamps("2024-01-01", "2024-02-01", "2024-03-01"), ("2024-04-01", "2024-05-01")),
-    (np.concatenate([d + 52_200 + 3600 * np.arange(7) for d in daily("2024-01-01", 26)]), ("2024-01-29 14:30", "2024-01-29 15:30")),  # sessions, Friday's close
-    (np.arange(3000) * 60 + data.parse_time("2024-03-01"), ("2024-03-03 02:00", "2024-03-03 02:01")),              # round the clock
-    (stamps("2024-03-01 10:00"), ("2024-03-04 10:00",)),                                                       # one bar, a Friday
-])
-def test_future_times_follow_spacing_and_sessions(history, future):
-    assert data.future_times(np.asarray(history, np.int64), len(future)).tolist() == stamps(*future).tolist()
-
-
 def test_options_agree_with_black_scholes_on_gaussian_paths():
     from statistics import NormalDist
     N, rng = NormalDist().cdf, np.random.default_rng(0)

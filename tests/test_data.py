@@ -5,6 +5,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -467,6 +469,195 @@ def test_tokens_are_those_of_the_features_made_in_pieces():
         data.tokenize(bars, tokenizer, x[1:])
 
 
+# ---- the clock of the future
+
+def stamps(*texts):
+    return np.array([data.parse_time(t) for t in texts], np.int64)
+
+
+def daily(first, n):
+    days = np.arange(np.datetime64(first), np.datetime64(first) + n)
+    return days[(days.astype(int) + 3) % 7 < 5].astype("datetime64[s]").astype(np.int64)
+
+
+@pytest.mark.parametrize("history, future", [
+    (daily("2024-01-01", 60), ("2024-03-01", "2024-03-04", "2024-03-05")),                                     # ends on a Thursday
+    (np.arange(100) * data.DAY + data.parse_time("2024-01-06"), ("2024-04-15", "2024-04-16")),                     # every day
+    (np.arange(9) * 7 * data.DAY + data.parse_time("2024-01-05"), ("2024-03-08", "2024-03-15")),                   # weekly
+    (stamps("2024-01-31", "2024-02-29", "2024-03-31"), ("2024-04-30", "2024-05-31")),                          # month ends
+    (stamps("2024-01-01", "2024-02-01", "2024-03-01"), ("2024-04-01", "2024-05-01")),
+    (stamps("2023-12-30", "2024-01-30"), ("2024-02-29", "2024-03-30")),
+    (stamps("2023-11-01", "2023-12-01", "2024-01-01", "2024-02-14"), ("2024-03-01", "2024-04-01")),             # a live bar
+    (stamps("2023-11-30", "2023-12-31", "2024-01-31", "2024-02-14"), ("2024-02-29", "2024-03-31")),
+    (stamps("2023-04-01", "2023-07-01", "2023-10-01", "2024-01-01", "2024-02-14"), ("2024-04-01", "2024-07-01")),
+    (np.concatenate([d + 52_200 + 3600 * np.arange(7) for d in daily("2024-01-01", 26)]), ("2024-01-29 14:30", "2024-01-29 15:30")),  # sessions, Friday's close
+    (np.arange(3000) * 60 + data.parse_time("2024-03-01"), ("2024-03-03 02:00", "2024-03-03 02:01")),              # round the clock
+    (stamps("2024-03-01 10:00"), ("2024-03-04 10:00",)),                                                       # one bar, a Friday
+])
+def test_future_times_follow_spacing_and_sessions(history, future):
+    assert data.future_times(np.asarray(history, np.int64), len(future)).tolist() == stamps(*future).tolist()
+
+
+def test_calendar_weekday():
+    assert data.calendar(torch.tensor([0, 3 * data.DAY]))[:, 2].tolist() == [3, 6]  # 1970 began on a Thursday
+
+
+SUMMER = stamps("2024-03-10 07:00", "2024-11-03 06:00")  # of New York
+
+
+def open_times(gap, is_open, first="2024-01-01", days=366):
+    """Stamps of a year at which a market in New York is open. is_open(weekday, seconds of the day), both local."""
+    time = data.parse_time(first) + np.arange(0, days * data.DAY, gap)
+    local = time - 5 * 3600 + 3600 * ((time >= SUMMER[0]) & (time < SUMMER[1]))
+    return time[is_open((local // data.DAY + 3) % 7, local % data.DAY)].astype(np.int64)
+
+
+def hour(h, m=0):
+    return 3600 * h + 60 * m
+
+
+STOCKS = lambda day, s: (day < 5) & (s >= hour(9, 30)) & (s < hour(16))
+CURRENCY = lambda day, s: (day < 4) | ((day == 4) & (s < hour(17))) | ((day == 6) & (s >= hour(17)))
+FUTURES = lambda day, s: CURRENCY(day, s) & ((s < hour(17)) | (s >= hour(18)))
+CLOCKS = {
+    "stocks, 15 minutes": open_times(900, STOCKS),
+    "stocks, hours from half past": open_times(1800, lambda day, s: STOCKS(day, s) & (s % 3600 == 1800)),
+    "stocks, days from midnight there": open_times(3600, lambda day, s: (day < 5) & (s == 0)),
+    "currency, 5 minutes": open_times(300, CURRENCY),
+    "currency, hours": open_times(3600, CURRENCY),
+    "currency, 4 hours": open_times(3600, lambda day, s: CURRENCY(day, s) & (s % hour(4) == hour(1))),
+    "currency, minutes from five past": open_times(60, lambda day, s: CURRENCY(day, s) & ((day < 6) | (s >= hour(17, 5))), days=60),
+    "futures with an hour's break": open_times(1800, FUTURES),
+    "coins, minutes": open_times(60, lambda day, s: day >= 0, days=40),
+    "coins, days": open_times(data.DAY, lambda day, s: day >= 0),
+    "Saturday to Wednesday": open_times(data.DAY, lambda day, s: (day < 2) | (day > 3)),
+    "Shanghai, with lunch": np.concatenate([d + hour(h, m) + 300 * np.arange(24) for d in daily("2024-01-01", 300) for h, m in ((1, 30), (5, 0))]),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_future_times_are_those_that_come(name):
+    """From anywhere in a year, except over a change of the clock and in the day after it."""
+    time, rng = CLOCKS[name], np.random.default_rng(0)
+    first, longest = np.searchsorted(time, time[0] + 15 * data.DAY), 300 if len(time) > 3000 else 30
+    checked = 0
+    for end in rng.integers(first, len(time) - longest, 60):
+        horizon = int(rng.choice([1, 10, longest // 3, longest]))
+        came = time[end:end + horizon]
+        if any(time[end - 1] - 1.5 * data.DAY < change <= came[-1] for change in SUMMER):
+            continue
+        np.testing.assert_array_equal(data.future_times(time[:end], horizon), came, str(data.iso(time[end - 1])))
+        checked += 1
+    assert checked >= 25
+
+
+@pytest.mark.parametrize("name, last, came", [
+    ("stocks, 15 minutes", "2024-03-11 13:30", "2024-03-11 13:45"),           # the first bar of summer time
+    ("stocks, 15 minutes", "2024-03-11 19:45", "2024-03-12 13:30"),
+    ("stocks, 15 minutes", "2024-11-04 20:45", "2024-11-05 14:30"),
+    ("stocks, days from midnight there", "2024-03-12 04:00", "2024-03-13 04:00"),
+    ("currency, 5 minutes", "2024-03-15 20:55", "2024-03-17 21:00"),
+    ("currency, hours", "2024-11-08 21:00", "2024-11-10 22:00"),
+    ("coins, minutes", "2024-01-19 23:59", "2024-01-20 00:00"),                # a Friday
+    ("currency, hours", "2024-01-19 21:00", "2024-01-21 22:00"),
+])
+def test_clocks_of_weekends_and_of_summer(name, last, came):
+    time = CLOCKS[name]
+    time = time[time <= data.parse_time(last)]
+    assert data.iso(data.future_times(time, 1)[0]) == data.iso(data.parse_time(came))
+    week = data.future_times(time, 12_000)
+    week = week[week < data.parse_time(came) + 7 * data.DAY]
+    one = CLOCKS[name]
+    one = one[(one >= data.parse_time(came)) & (one < data.parse_time(came) + 7 * data.DAY)]
+    np.testing.assert_array_equal(week, one)  # each bar once, though both clocks are in the history
+
+
+@pytest.mark.parametrize("name, last, live, came", [
+    ("coins, minutes", "2024-01-19 12:00", "2024-01-19 12:00:41", ("2024-01-19 12:01", "2024-01-19 12:02")),
+    ("currency, hours", "2024-01-18 12:00", "2024-01-18 12:23", ("2024-01-18 13:00", "2024-01-18 14:00")),
+    ("stocks, hours from half past", "2024-01-19 20:30", "2024-01-19 20:48:10", ("2024-01-22 14:30", "2024-01-22 15:30")),
+    ("stocks, days from midnight there", "2024-01-18 05:00", "2024-01-19 18:32:07", ("2024-01-22 05:00", "2024-01-23 05:00")),
+])
+def test_a_live_last_bar_shifts_nothing(name, last, live, came):
+    time = CLOCKS[name]
+    time = np.append(time[time <= data.parse_time(last)], data.parse_time(live)).astype(np.int64)
+    assert data.future_times(time, 2).tolist() == stamps(*came).tolist()
+
+
+def test_weeks_with_a_live_bar_or_a_holiday_keep_their_day():
+    mondays = data.parse_time("2024-01-01") + 7 * data.DAY * np.arange(20)
+    want = [mondays[-1] + 7 * data.DAY, mondays[-1] + 14 * data.DAY]
+    for late in (0, 1, 3, 5, 3.6):
+        time = np.append(mondays[:-1], mondays[-1] + late * data.DAY).astype(np.int64)
+        assert data.future_times(time, 2).tolist() == want
+
+
+@pytest.mark.parametrize("dropped", [("2024-02-19", "2024-02-20"), ("2024-02-12", "2024-02-19"), ("2024-01-22", "2024-02-19")])
+def test_holidays_of_the_past_close_no_day_to_come(dropped):
+    """A Monday, the last whole week, and four weeks without a bar."""
+    time = CLOCKS["stocks, 15 minutes"]
+    began, ended = stamps(*dropped)
+    history = time[(time < data.parse_time("2024-02-21 21:00")) & ((time < began) | (time >= ended))]
+    came = time[time >= data.parse_time("2024-02-21 21:00")][:200]
+    np.testing.assert_array_equal(data.future_times(history, 200), came)
+
+
+def test_a_change_of_the_clock_is_seen_beside_a_holiday_and_a_lone_session_is_no_habit():
+    time = CLOCKS["stocks, 15 minutes"]
+    end = data.parse_time("2024-03-12 20:00")
+    history = time[(time < end) & (time // data.DAY != data.parse_time("2024-03-11") // data.DAY)]
+    saturday = data.parse_time("2024-02-24 12:00") + 900 * np.arange(20)
+    came = time[time >= end][:300]
+    np.testing.assert_array_equal(data.future_times(history, 300), came)
+    np.testing.assert_array_equal(data.future_times(np.sort(np.append(history, saturday)), 300), came)
+
+
+@pytest.mark.parametrize("name, first, last, came", [
+    ("coins, minutes", "2024-01-17 10:00", "2024-01-19 23:59", "2024-01-22 00:00"),       # no weekend seen
+    ("coins, minutes", "2024-01-19 19:00", "2024-01-19 23:59", "2024-01-22 00:00"),
+    ("coins, minutes", "2024-01-20 10:00", "2024-01-20 20:00", "2024-01-20 20:01"),       # a Saturday
+    ("coins, minutes", "2024-01-12 10:00", "2024-01-14 09:00", "2024-01-14 09:01"),
+    ("stocks, 15 minutes", "2024-01-16 14:30", "2024-01-18 20:45", "2024-01-19 14:30"),   # Friday as Thursday
+    ("currency, hours", "2024-01-17 10:00", "2024-01-22 09:00", "2024-01-22 10:00"),      # Monday as Thursday, not as Sunday
+    ("stocks, 15 minutes", "2024-01-18 14:30", "2024-01-18 16:00", "2024-01-18 16:15"),   # less than a day
+    ("currency, hours", "2024-01-14 22:00", "2024-01-19 21:00", "2024-01-19 22:00"),      # Friday as Thursday; Saturday not as Sunday
+])
+def test_short_histories_go_on_as_their_last_day(name, first, last, came):
+    time = CLOCKS[name]
+    time = time[(time >= data.parse_time(first)) & (time <= data.parse_time(last))]
+    future = data.future_times(time, 400)
+    assert data.iso(future[0]) == data.iso(data.parse_time(came))
+    assert len(future) == 400 and (np.diff(future) > 0).all()
+    assert ((future // data.DAY + 3) % 7 != 5).all() or name == "coins, minutes"
+
+
+def test_bars_that_are_missing_at_times_are_expected_and_stamps_without_a_grid_keep_their_number():
+    rng, time = np.random.default_rng(2), CLOCKS["stocks, 15 minutes"]
+    for end in (700, 811, 912):
+        history = time[:end][(rng.random(end) > 0.3) | (np.arange(end) == end - 1)]
+        assert np.isin(time[end:end + 100], data.future_times(history, 100)).mean() > 0.95
+    history = np.cumsum(rng.integers(20, 100, 40_000)) + data.parse_time("2024-01-01")
+    assert 45 < np.diff(data.future_times(history, 5000)).mean() < 75
+
+
+def test_the_day_of_the_last_bar_is_open_whatever_its_weekday_was():
+    time = CLOCKS["stocks, 15 minutes"]
+    holidays = np.isin(time // data.DAY, [data.parse_time(d) // data.DAY for d in ("2024-01-10", "2024-01-17", "2024-01-24", "2024-01-31")])
+    history = time[~holidays & (time <= data.parse_time("2024-02-07 14:30"))]
+    assert data.future_times(history, 1)[0] == data.parse_time("2024-02-07 14:45")
+
+
+def test_future_times_of_any_history_rise():
+    rng = np.random.default_rng(1)
+    for gap in (1, 7, 420, 3600, 5 * 3600, data.DAY, 2 * data.DAY, 7 * data.DAY, 31 * data.DAY):
+        for n in (1, 2, 3, 11, 200):
+            time = 1_700_000_000 + np.cumsum(rng.integers(1, 2 * gap + 1, n))
+            for horizon in (1, 50):
+                future = data.future_times(time, horizon)
+                assert future.shape == (horizon,) and future.dtype == np.int64
+                assert future[0] > time[-1] and (np.diff(future) > 0).all(), (gap, n)
+
+
 # ---- the synthetic market
 
 def wick_rule(bars):
@@ -622,12 +813,130 @@ def test_g5_killed_while_saving(tmp_path):
         assert found["i"] >= done and (found["x"] == found["i"]).all()
 
 
+def test_a_kill_leaves_no_litter_for_ever(tmp_path):
+    old, fresh = tmp_path / "a.pt.123-456.tmp", tmp_path / "a.pt.124-456.tmp"
+    for name in (old, fresh, tmp_path / "b.pt.1-2.tmp"):
+        name.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    data.save_atomic({"a": 1}, tmp_path / "a.pt")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.pt.124-456.tmp", "b.pt.1-2.tmp"]
+
+
+def test_writing_leaves_an_old_file_until_all_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.svg"
+    path.write_text("old")
+    path.chmod(0o640)
+    with data.write_atomic(path, text=True) as f:
+        f.write("caf\u00e9 \udce9\n")
+        f.flush()
+        assert path.read_text() == "old"
+        with data.write_atomic(tmp_path / "b.svg") as other:
+            other.write(b"b")
+    assert path.read_bytes() == "caf\u00e9 \\udce9\n".encode() and path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(ZeroDivisionError):
+        with data.write_atomic(path) as f:
+            f.write(b"half")
+            1 / 0
+    assert path.read_bytes().startswith(b"caf") and sorted(os.listdir(tmp_path)) == ["a.svg", "b.svg"]
+    with pytest.raises(UserError, match="a.svg: cannot be saved .No space"):
+        with data.write_atomic(path) as f:
+            raise OSError(28, "No space left on device")
+    assert path.read_bytes().startswith(b"caf")
+
+
+def test_two_writers_of_one_path_do_not_share_their_file(tmp_path):
+    path, ready, written = tmp_path / "a", threading.Barrier(2, timeout=10), []
+    def write(letter):
+        with data.write_atomic(path) as f:
+            f.write(letter * 1000)
+            ready.wait()  # both are writing now
+            f.write(letter * 1000)
+        written.append(letter)
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 2 and path.read_bytes() in (b"a" * 2000, b"b" * 2000) and os.listdir(tmp_path) == ["a"]
+
+
+def test_links_devices_and_the_own_output_stay_what_they_are(tmp_path):
+    (tmp_path / "real").mkdir()
+    os.symlink(tmp_path / "real" / "a", tmp_path / "link")
+    for text in (b"one", b"two"):
+        with data.write_atomic(tmp_path / "link") as f:
+            f.write(text)
+    assert os.path.islink(tmp_path / "link") and (tmp_path / "real" / "a").read_bytes() == b"two"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with data.write_atomic(tmp_path / "pipe") as f:
+        f.write(b"through")
+    data.check_out(tmp_path / "pipe")
+    data.check_out("/dev/stdout")
+    with pytest.raises(UserError, match="exists already"):
+        data.check_out(tmp_path / "link")
+    assert os.read(reader, 99) == b"through" and not os.path.isfile(tmp_path / "pipe")
+    os.close(reader)
+    code = "print('before'); f = data.write_atomic(sys.argv[2], text=True); f.__enter__().write('within\\n'); f.__exit__(None, None, None); print('after')"
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import data; " + code, ROOT, "/dev/stdout"], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "before\nwithin\nafter\n"
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, recwarn):
+    path = tmp_path / "a.pt"
+    for wrong in (torch.zeros(1).expand(10**9), torch.zeros(100).as_strided((50, 50), (1, 1)), torch.zeros(5).to_sparse(), torch.zeros(10**9, device="meta")):
+        data.save_atomic({"a": [({"x": wrong},)]}, path)
+        with pytest.raises(UserError, match="a.pt: .*more numbers"):
+            data.load_safe(path)
+    data.save_atomic({"a": [torch.zeros(100)[10:20], torch.zeros(3, 4).T, torch.tensor(1.0), torch.zeros(0), torch.nn.Parameter(torch.zeros(2))]}, path)
+    assert len(data.load_safe(path)["a"]) == 5
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            packed.writestr(entry.filename, whole.read(entry))
+    (tmp_path / "c.pt").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("b.pt", "c.pt"):
+        with pytest.raises(UserError, match="truncated or foreign"):
+            data.load_safe(tmp_path / name)
+    assert not recwarn.list
+
+
+def test_text_that_is_none_is_made_harmless(tmp_path, capfd):
+    assert data.printable("AAPL 5 % \u00e9\u65e5\u672c") == "AAPL 5 % \u00e9\u65e5\u672c"
+    assert data.printable("a\x1b[31m\n\r\t\x07\x9b\u202e\udce9\0") == "a\\x1b[31m\\n\\r\\t\\x07\\x9b\\u202e\\udce9\\x00"
+    assert [data.csv_text(t) for t in ("=1+1", "+A", "-A", "@A", "A=B", "", "\t=1")] == ["'=1+1", "'+A", "'-A", "'@A", "A=B", "", "\\t=1"]
+    def main():
+        raise UserError("no\x1b[2J such \udce9 file\nat all")
+    with pytest.raises(SystemExit):
+        data.run(main)
+    assert capfd.readouterr().err == "error: no\\x1b[2J such \\udce9 file\\nat all\n"
+    bars = Bars("\udce9", np.arange(3), np.ones((3, 6)))
+    assert data.fingerprint([bars]) != data.fingerprint([Bars("e", bars.time, bars.ohlcva)])
+    name = os.path.join(os.fsencode(tmp_path), b"\xe9.csv")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), "--data", name], capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: ") and b"\\udce9.csv: no such file" in done.stderr
+
+
+def test_closed_output_and_an_interrupt_while_torch_loads(tmp_path, monkeypatch):
+    command = [sys.executable, os.path.join(ROOT, "data.py"), "--synthetic", "100", "--out"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command, str(tmp_path / "bars")], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "bars").exists()
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", None)
+        m.setattr(sys, "stderr", None)
+        with pytest.raises(SystemExit) as e:
+            data.run(lambda: data.main(["--seed", "-1"]))
+    assert e.value.code == 2
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(command + ["none"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch hacked",)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Hostile()}, "hostile.pt")
@@ -641,6 +950,77 @@ def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
             data.load_safe(name)
         assert "\n" not in str(e.value)
     assert not (tmp_path / "hacked").exists()
+
+
+# ---- the machine it finds
+
+@pytest.mark.parametrize("gain, name", [(8.0, "bf16"), (1.2, "fp32"), (0.0, "fp32")])
+def test_auto_takes_bf16_only_where_it_is_faster(monkeypatch, gain, name):
+    monkeypatch.setattr(data, "_gain_of_bf16", lambda: gain)
+    found, dtype, why = data.pick_dtype("auto", torch.device("cpu"))
+    assert (found, dtype) == (name, dict(bf16=torch.bfloat16, fp32=torch.float32)[name]) and f"{gain:.1f} times" in why
+    assert data.pick_dtype("fp16", torch.device("cpu")) == ("fp16", torch.float16, "as asked")
+
+
+def test_the_speed_of_bf16_is_measured_and_may_be_none(monkeypatch):
+    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)  # a Mac
+    assert data._gain_of_bf16() > 0
+    def refuse(self, other):
+        raise RuntimeError("not implemented for 'BFloat16'")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    assert data._gain_of_bf16() == 0.0
+
+
+def test_systems_without_these_names(monkeypatch, tmp_path):
+    assert 50e6 < data.peak_memory() < 1e12
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert data.peak_memory() is None
+    monkeypatch.delattr(signal, "SIGHUP")
+    stop = data.StopSignal()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signum == signal.SIGTERM and stop.status == 143
+    stop.release()
+    def no_folders(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "open", no_folders)
+    data.save_atomic({"a": 1}, tmp_path / "a.pt")
+    assert data.load_safe(tmp_path / "a.pt") == {"a": 1} and os.listdir(tmp_path) == ["a.pt"]
+
+
+def in_python(code, *argv, **kwargs):
+    """Run code in a process of its own, with data imported."""
+    code = "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import data\n" + code
+    return subprocess.run([sys.executable, "-c", code, ROOT, *map(str, argv)], capture_output=True, text=True, timeout=60, **kwargs)
+
+
+def test_a_pipe_that_closed_where_there_is_no_sigpipe():
+    done = in_python("del signal.SIGPIPE\ndef main(): raise BrokenPipeError\ndata.run(main)")
+    assert done.returncode == 141 and not done.stderr
+
+
+def test_a_thread_other_than_the_main_one():
+    found = []
+    def work():
+        stop = data.StopSignal()
+        found.append((stop.signum, stop.before))
+        stop.release()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(0, {})]
+
+
+def test_under_a_profiler_and_from_a_notebook(tmp_path, monkeypatch, capsys):
+    command = [sys.executable, "-m", "cProfile", "-o", "profile", os.path.join(ROOT, "data.py"), "--synthetic", "100", "--out", "bars"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    data.main(["--synthetic", "100", "--out", "more"])
+    assert "more: 8 series, 96 bars" in capsys.readouterr().out
+    def gone(_):
+        raise OSError("source code not available")
+    monkeypatch.setattr(data.inspect, "getsource", gone)
+    assert data.cli(data.Config, "", ["--seed", "3"]) == {"seed": 3}
 
 
 def test_a_scale_over_the_whole_window_shows_skill_on_a_random_walk_and_a_causal_one_does_not():
