@@ -741,7 +741,7 @@ def close_table(tokenizer):
 
 # --- The checkpoint --------------------------------------------------------------------------------------------------
 
-FIELDS = ("stage", "best", "features", "optimizer", "scaler", "step", "bad_steps", "seed", "data", "splits", "metrics")
+FIELDS = ("stage", "best", "average", "features", "optimizer", "scaler", "step", "bad_steps", "seed", "data", "splits", "metrics")
 
 
 def save_checkpoint(path, model, tokenizer, **meta):
@@ -774,12 +774,12 @@ def read_checkpoint(path):
 def load_checkpoint(path, device="cpu", weights="best"):
     """-> model (in eval mode), tokenizer, meta (all else in the file). Raises UserError for a file that is none.
 
-    weights: "best", those with the best val score (the last if there is none), or "last".
+    weights: "best", those with the best val score (the last if there is none), "last", or "average" of the last updates.
     """
     entry = read_checkpoint(path)
     if entry["model"] is None:
         raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
-    state = entry["best"] if weights == "best" and entry["best"] is not None else entry["model"]
+    state = entry["model"] if weights == "last" or entry[weights] is None else entry[weights]
     try:
         known = {f.name for f in fields(ModelConfig)}
         if set(entry["config"]) - known:
@@ -792,5 +792,5 @@ def load_checkpoint(path, device="cpu", weights="best"):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew"
         raise data.UserError(message) from None
-    meta = {key: value for key, value in entry.items() if key not in ("model", "best", "tokenizer")}
+    meta = {key: value for key, value in entry.items() if key not in ("model", "best", "average", "tokenizer")}
     return model.to(device).eval(), tokenizer, meta

@@ -1,6 +1,6 @@
 """Stage 1: learn the next token of every bar, from bars (or the synthetic market) to a checkpoint that forecasts.
 
-    python pretrain.py                                        # the synthetic market, a few minutes on two CPU cores
+    python pretrain.py                                        # the synthetic market, a minute or two on two CPU cores
     python pretrain.py --data bars.csv                        # your bars; writes out.pt
     python pretrain.py --data bars.csv --resume               # go on after a kill, to the same weights bit for bit
     python pretrain.py --data other.csv --init_from out.pt --out tuned.pt              # fine-tune
@@ -8,19 +8,19 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --data bars.csv
 
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
-token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar (the table leaves out
-the last). The global batch of a step, the place of the reasoner's borders and all other chance come from (seed, step)
-alone, so that a resumed run, or one on another number of processes, sees the same data. It writes one checkpoint, from
-the tokenizer's training on.
+token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of
+a step, the masks of dropout, the place of the reasoner's borders and all other chance come from (seed, step) alone, so
+that a resumed run, or one on another number of processes, sees the same. It writes one checkpoint.
+
+Few bars are soon learned by heart. So the size of the model, the number of updates and dropout follow the number of bars
+(see `budget`); the weights that are kept are averaged over the last updates, and chosen by what users see: the CRPS of
+close, range and volume on val, as a share of the unigram's (the codes' frequencies in training).
 """
-import contextlib
 import datetime
 import math
 import os
-import resource
-import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -39,30 +39,35 @@ class Config:
     resume: bool = False              # go on from --out
     overwrite: bool = False           # replace an existing --out
     init_from: str | None = None      # checkpoint to fine-tune: its weights, tokenizer and sizes, whatever the flags say
+    overlap: bool = False             # fine-tune on bars older than the last that --init_from was trained on
     tokenizer: str | None = None      # checkpoint whose tokenizer is used as it is
     val_start: str | None = None      # first date of val; train is before it (default: after 80 % of the time stamps)
     test_start: str | None = None     # first date of test; val is before it (default: after 90 %)
-    steps: int = 0                    # updates of the model; 0: four passes over the training bars, from 100 to 600 updates
+    steps: int = 0                    # updates of the model; 0: by the number of bars
     tok_steps: int = 3000             # updates of the tokenizer
-    batch_size: int = 16              # windows per update, over all processes
-    block_size: int = 256             # bars in a window
+    batch_size: int = 0               # windows per update, over all processes; 0: by the number of bars
+    block_size: int = 0               # bars in a window; 0: by the number of bars
     micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: its whole share
-    lr: float = 1e-3                  # peak learning rate; warms up, then falls in one cosine to a tenth
-    warmup: int = 50                  # updates of warm-up
+    lr: float = 0.02                  # peak learning rate of Muon (matrices of the layers)
+    adam_lr: float = 3e-3             # peak learning rate of AdamW (all else)
+    warmup: int = 20                  # updates of warm-up; then one cosine to a fiftieth
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
+    dropout: float = -1.0             # share of a layer's outputs that is dropped; -1: by the number of bars
+    average: float = 0.95             # decay of the averaged weights, per update
+    mirror: int = -1                  # 1: also train on the market quoted the other way round, 0: not, -1: with few bars
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
-    n_layer: int = 4                  # layers
-    n_head: int = 8                   # heads: half linear attention, half local
-    n_embd: int = 128                 # width
-    windows: tuple[int, ...] = (16, 64)  # bars that the local heads see
-    pos: str = "rope"                 # position: rope or alibi
+    n_layer: int = 0                  # layers; 0: by the number of bars
+    n_head: int = 0                   # heads, half linear attention, half local; 0: by the number of bars
+    n_embd: int = 0                   # width; 0: by the number of bars
+    windows: tuple[int, ...] = ModelConfig.windows  # bars that the local heads see
+    pos: str = ModelConfig.pos        # position: rope, alibi or both
     reasoner: bool = True             # latent slots at mid depth
     coarse_bits: int = 10             # bits of the coarse token
     fine_bits: int = 10               # bits of the fine token
     direction_bit: bool = True        # the top coarse bit says whether close rose
     device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
-    dtype: str = "auto"               # bf16, fp16 or fp32; auto takes bf16 where the hardware has it
+    dtype: str = "auto"               # bf16, fp16 or fp32; auto takes what is faster here
     compile: bool = False             # torch.compile
     grad_ckpt: bool = False           # recompute activations in the backward pass: less memory, more time
     seed: int = 0                     # of everything
@@ -77,21 +82,27 @@ MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
+PATIENCE = 4         # reports without a better score that end it
 
 
 def check(config):
-    positive = ("tok_steps", "batch_size", "block_size", "lr", "clip", "n_layer", "n_head", "n_embd", "eval_windows",
-                "save_every")
-    data.check_numbers(config, positive, ("steps", "micro_batch", "warmup", "weight_decay", "shift_weeks", "eval_every",
-                                          "seed"))
-    if config.block_size < 2:
-        raise UserError(f"--block_size {config.block_size}: at least 2 bars")
+    positive = ("tok_steps", "lr", "adam_lr", "clip", "eval_windows", "save_every")
+    data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "warmup", "weight_decay",
+                                          "average", "shift_weeks", "n_layer", "n_head", "n_embd", "eval_every", "seed"))
+    if config.block_size == 1:
+        raise UserError("--block_size 1: at least 2 bars")
     if config.init_from and config.tokenizer:
         raise UserError("--tokenizer: the checkpoint of --init_from brings its own; drop one of the two")
+    if not (config.dropout == -1 or 0 <= config.dropout < 1):
+        raise UserError(f"--dropout {config.dropout}: a share from 0 to below 1, or -1")
+    if config.average >= 1:
+        raise UserError(f"--average {config.average}: a decay below 1")
+    if config.mirror not in (-1, 0, 1):
+        raise UserError(f"--mirror {config.mirror}: choose 1, 0 or -1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What every training loop needs
+# What every training loop needs, here and in expo.py and rollout.py
 
 def resumed(given, config_class, free, stages):
     """(config, checkpoint) of --resume: the settings of the file --out.
@@ -108,31 +119,169 @@ def resumed(given, config_class, free, stages):
         saved = entry["run"].get(name)
         if name not in free and value != saved:
             raise UserError(f"--{name} {value}: the run in {path} has {saved}; "
-                                 f"drop the flag to go on, or choose another --out")
+                            f"drop the flag to go on, or choose another --out")
     return config_class(**entry["run"] | dict(overwrite=False) | given), entry
 
 
-def adamw(model, lr, weight_decay):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Matrices and tables decay; a vector, the gate, does not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=matrices[0].device.type in ("cpu", "cuda"))
+class Optimizer:
+    """Muon (Jordan 2024; torch.optim.Muon) for the matrices of the layers, AdamW (arXiv 1711.05101) for all else.
+
+    Muon makes the update of a matrix orthogonal, so that each of its directions moves alike. Only matrices decay.
+    """
+
+    def __init__(self, model, lr, adam_lr, weight_decay):
+        matrices, tables, vectors = [], [], []
+        for name, p in model.named_parameters():
+            inner = name.startswith(("layers", "reasoner")) and not name.endswith(("latent", "offset"))
+            (vectors if p.dim() < 2 else matrices if inner else tables).append(p)
+        groups = [dict(params=tables, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+        on_known = tables[0].device.type in ("cpu", "cuda")
+        self.parts = (torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay),
+                      torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), fused=on_known))
+        self.peaks = lr, adam_lr
+
+    def set_rate(self, share):
+        """The learning rates, as a share of their peaks."""
+        for part, peak in zip(self.parts, self.peaks):
+            for group in part.param_groups:
+                group["lr"] = share * peak
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted."""
+        if not isinstance(states, list) or len(states) != len(self.parts):
+            raise ValueError("the optimizer's state is not two lists")
+        for part, state in zip(self.parts, states):
+            weights = [p for group in part.param_groups for p in group["params"]]
+            for i, entry in state["state"].items():
+                for name, value in entry.items():
+                    whole = name == "step" or value.shape == weights[i].shape
+                    if not torch.is_tensor(value) or value.dtype != torch.float32 or not whole:
+                        raise ValueError(f"the optimizer's {name!r} does not fit its weight")
+            part.load_state_dict(state)
 
 
-def learning_rate(step, config):
-    """Rises over config.warmup updates to config.lr, then falls in one cosine to a tenth of it at config.steps."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    along = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))
+def rate(step, steps, warmup):
+    """The learning rate as a share of its peak: rises over the warm-up, then falls in one cosine to a fiftieth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    along = (step - warmup) / max(1, steps - warmup)
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * along))
+
+
+@dataclass
+class Run:
+    """How far a training has come; all of it is in the checkpoint."""
+    step: int = 0
+    bad_steps: int = 0            # non-finite updates in a row
+    best: dict | None = None      # weights of the best score on val
+    best_val: float = math.inf    # that score, lower is better
+    metrics: list = field(default_factory=list)
+
+    @classmethod
+    def of(cls, entry):
+        return cls(**{f.name: entry[f.name] for f in fields(cls)})
+
+    def update(self, model, optimizer, scaler, loss, clip, say=print):
+        """One update from the gradients of the model, or none where loss or gradient is not finite; the gradient's norm.
+
+        UserError after MAX_BAD_STEPS of these in a row. loss: a float, the same on every process.
+        """
+        for part in optimizer.parts:
+            scaler.unscale_(part)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            for part in optimizer.parts:
+                scaler.step(part)
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            say(f"{self.step + 1:>6} loss {loss}, gradient norm {norm}: not finite, step skipped")
+            if self.bad_steps == MAX_BAD_STEPS:
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {self.step + 1}: "
+                                f"start again with a lower --lr, or with --dtype fp32")
+        scaler.update()
+        optimizer.zero_grad()
+        self.step += 1
+        return norm
+
+    def keep_if_best(self, model, score):
+        """Keeps the weights where their score is the best so far."""
+        if score < self.best_val:
+            self.best_val, self.best = score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+class Clock:
+    """Time left of a loop, and when to save."""
+
+    def __init__(self, step, steps, save_every):
+        self.from_step, self.steps, self.save_every = step, steps, save_every
+        self.began = self.saved_at = time.time()
+
+    def left(self, step):
+        seconds = (time.time() - self.began) / max(1, step - self.from_step) * (self.steps - step)
+        return datetime.timedelta(seconds=round(seconds))
+
+    def save_due(self, step):
+        """True at the end, every save_every steps, and SAVE_SECONDS after the last time that it was."""
+        due = step == self.steps or step % self.save_every == 0 or time.time() - self.saved_at > SAVE_SECONDS
+        if due:
+            self.saved_at = time.time()
+        return due
+
+
+def stop_here(stop, run, out, say=print):
+    """Ends the process after a signal, its state being saved."""
+    say(f"stopped at step {run.step}; saved in {out}; go on with --resume")
+    raise SystemExit(stop.status)
+
+
+def precision(config, device, entry=None):
+    """(autocast, scaler, its name and why) of --dtype; a resumed run keeps the type that it began with."""
+    name = entry["dtype"] if entry else config.dtype
+    name, dtype, why = data.pick_dtype(name, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+    if entry:
+        scaler.load_state_dict(entry["scaler"])
+        why = "as it began"
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=name != "fp32")
+    return autocast, scaler, name, why
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bars, splits, windows
 
+# up to so many bars: layers, heads, width; windows of an update, bars of one, updates; dropout; mirror
+BUDGETS = ((10_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2, mirror=1)),
+           (50_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=16, block_size=256, steps=100, dropout=0.1, mirror=0)),
+           (math.inf, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=200, dropout=0.0, mirror=0)))
+
+
+def budget(config, n_bars, n_stamps):
+    """Fills in what the config leaves to the number of training bars, and returns that number as it counts here.
+
+    Symbols of one time move together, so that a second symbol is worth less than as many later bars: what counts is the
+    geometric mean of the bars and of their distinct time stamps.
+    """
+    count = math.sqrt(n_bars * n_stamps)
+    chosen = next(sizes for most, sizes in BUDGETS if count <= most)
+    for name, value in chosen.items():
+        if getattr(config, name) == getattr(Config, name):
+            setattr(config, name, value)
+    return count
+
+
 def split(config, series, base):
-    """The borders of the splits: as told, else those of the fine-tuned checkpoint where the bars allow, else 80/10/10 %."""
+    """The borders of the splits: as told, else those of the fine-tuned checkpoint where the bars allow, else 80/10/10 %.
+
+    UserError where val would lie among the bars that the fine-tuned checkpoint was trained on, unless by --overlap.
+    """
     if base is None:
         return data.split_borders(series, config.val_start, config.test_start)
     theirs = tuple(base[2]["splits"])
@@ -141,9 +290,10 @@ def split(config, series, base):
         if starts < theirs[0] and ends >= theirs[1]:
             return theirs
     borders = data.split_borders(series, config.val_start, config.test_start)
-    if borders[0] < theirs[0]:
+    if borders[0] < theirs[0] and not config.overlap:
         raise UserError(f"val would start {data.iso(borders[0])}, but {config.init_from} was trained on bars up to "
-                        f"{data.iso(theirs[0])}: a score there would be in-sample; set --val_start to that day or later")
+                        f"{data.iso(theirs[0])}: where these were among them a score would be in-sample; set --val_start "
+                        f"to that day or later, or allow it by --overlap, and every score will say so")
     return borders
 
 
@@ -165,45 +315,25 @@ def fit_window(config, series, borders, sources, say):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tokenizer, and what the model must beat
+# The tokenizer, and the codes' shares
 
-def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device):
-    """Train the tokenizer on the train bars, saving on the way; the report is on val bars."""
-    take = max(1, -(-n_train // TOK_BARS))
-    rows = {"train": [], "val": []}
-    for bars in series:
-        x = np.concatenate([x for x, _ in data.feature_blocks(bars)])
-        for part, chosen in rows.items():
-            first, last = data.targets_of(bars, part, borders)
-            chosen.append(x[first:last:take])
-    x = torch.from_numpy(np.concatenate(rows["train"]))  # (N, 6)
-    k1, k2 = (min(b, int(math.log2(max(1, len(x))))) for b in (config.coarse_bits, config.fine_bits))
+def tokenizer_stage(config, features, spans, metrics, device):
+    """Train the tokenizer on the train bars; the report is on val bars. spans: {split: [(first, last)] of each series}."""
+    rows = {name: [x[first:last] for x, (first, last) in zip(features, spans[name])] for name in ("train", "val")}
+    x = np.concatenate(rows["train"])
+    x = torch.from_numpy(x[::-(-len(x) // TOK_BARS)].copy())  # (N, 6)
+    k1, k2 = (min(bits, int(math.log2(len(x)))) for bits in (config.coarse_bits, config.fine_bits))
     if (k1, k2) != (config.coarse_bits, config.fine_bits):
         print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: the tokens shrink to {k1} + {k2} bits")
     print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
-    resume = entry and entry["tokenizer"]["training"]
-    from_step = resume["step"] if resume else 0
-    started = saved_at = time.time()
+    clock = Clock(0, config.tok_steps, config.tok_steps)
 
-    def after(step, loss, snapshot):
-        nonlocal saved_at
-        if step % max(1, config.tok_steps // 5) == 0:
-            left = (time.time() - started) / (step - from_step) * (config.tok_steps - step)
-            data.progress("")  # step, loss and left in the columns of the model's table
-            print(f"{step:>6}{loss:>9.4f}{'':>56}{datetime.timedelta(seconds=round(left))!s:>8}", flush=True)
-        else:
-            data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}")
-        if stop.signum or time.time() - saved_at > SAVE_SECONDS or step % (10 * config.save_every) == 0:
-            snap = dict(training=snapshot())
-            save_checkpoint(config.out, None, snap, **meta, stage="tokenizer", step=step, metrics=metrics)
-            saved_at = time.time()
-        if stop.signum:
-            print(f"stopped at step {step} of the tokenizer; saved in {config.out}; go on with --resume")
-            raise SystemExit(stop.status)
+    def after(step, loss):
+        data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}  {clock.left(step)} left")
 
     sizes = TokenizerConfig(coarse_bits=k1, fine_bits=k2, direction_bit=config.direction_bit)
-    tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device, progress=after,
-                                resume=resume)
+    tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device, progress=after)
+    data.progress("")
     scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
     metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
     print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; "
@@ -212,17 +342,15 @@ def tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop
     return tokenizer
 
 
-def unigram(train, val, column, n_codes):
-    """Cross-entropy, nats, of val's targets under the frequencies of train's, add-one: what a model must beat."""
-    counts = []
-    for streams in (train, val):
-        count = np.zeros(n_codes)
+def code_shares(streams, tokenizer):
+    """How often each code occurs among the targets: coarse [2^k1], fine [2^k2], add-one."""
+    shares = []
+    for column, bits in enumerate((tokenizer.config.coarse_bits, tokenizer.config.fine_bits)):
+        count = np.ones(2**bits)
         for tokens, (first, last) in zip(streams.tokens, streams.targets):
-            for i in range(int(first), int(last), 1 << 20):  # mapped tokens: a piece at a time
-                count += np.bincount(tokens[i:min(i + (1 << 20), int(last)), column], minlength=n_codes)
-        counts.append(count)
-    share = (counts[0] + 1) / (counts[0] + 1).sum()
-    return float(-(counts[1] * np.log(share)).sum() / counts[1].sum())
+            count += np.bincount(tokens[first:max(first, last), column], minlength=2**bits)
+        shares.append(count / count.sum())
+    return shares
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,82 +358,122 @@ def unigram(train, val, column, n_codes):
 
 def new_model(config, tokenizer, series, train, block_size):
     """A model of the config's sizes for these tokens."""
-    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
-    moves = [np.diff(bars.ohlcva[a - 1:b, 3]) for bars, (a, b) in zip(series, train.targets) if a < b]
+    moves = [np.diff(bars.ohlcva[first - 1:last, 3]) for bars, (first, last) in zip(series, train.targets) if first < last]
     n_bars, n_moved = sum(map(len, moves)), sum(map(np.count_nonzero, moves))
     sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
-    sizes |= dict(coarse_bits=k1, fine_bits=k2, block_size=block_size, unmoved=1 - int(n_moved) / max(1, n_bars))
+    sizes |= dict(coarse_bits=tokenizer.config.coarse_bits, fine_bits=tokenizer.config.fine_bits, block_size=block_size,
+                  unmoved=1 - int(n_moved) / max(1, n_bars))
     torch.manual_seed(config.seed)  # here, since what came before took chance in other amounts on other ranks
     try:
         model = Model(ModelConfig(**sizes))
     except ValueError as e:
         raise UserError(f"the model's sizes do not fit: {e}")
-    # with a direction bit the upper half; without, the codes that decode so
-    model.up_mask.copy_(tokenizer.decode(torch.arange(2**k1))[:, 0] > 0)
+    model.read_codes(tokenizer, code_shares(train, tokenizer))
     return model
 
 
-def compile_blocks(model, shape, device, autocast, say):
+def compile_layers(model, shape, device, autocast, say):
     """torch.compile for each layer, or not at all, with a line that says why. shape: of the tokens in a forward pass.
 
     Layers alone: they are alike, so one compilation serves all, while the whole model would be compiled anew for each
     border phase, which changes its shapes.
     """
     try:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        for layer in model.layers:
+            layer.compile(dynamic=False)
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         with autocast():
             loss = model(tokens, tokens, tokens, targets=(tokens, tokens))[2]
         loss.backward()
     except Exception as e:  # a missing compiler, an unsupported platform: many kinds
-        for block in model.blocks:
-            block._compiled_call_impl = None  # what Module.compile sets
+        for layer in model.layers:
+            layer._compiled_call_impl = None  # what Module.compile sets
         say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); going on without")
     model.zero_grad(set_to_none=True)
 
 
+def average_gradients(model, n_params, world):
+    """Over the processes, in one exchange."""
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, grad in zip(model.parameters(), flat.split(n_params)):
+        p.grad = grad.view_as(p)
+
+
+def candle_values(model, coarse, fine=None):
+    """Close, range and volume of codes as the model has them, standardized or in units of s_t: [..., 3]."""
+    z = model.D1[coarse]
+    if fine is not None:
+        z = z + (model.M[coarse] @ model.g[fine][..., None]).squeeze(-1)
+    x = model.mean + model.std * z
+    close, open_, upper, lower = x[..., :4].clamp(-20, 20).sinh().unbind(-1)
+    high, low = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
+    return torch.stack((close, high - low, x[..., 4]), -1)
+
+
+def crps(p, values, y):
+    """CRPS [N] of a distribution over V values, p [N, V], for what came, y [N]: the integral of (F - 1{x >= y})^2."""
+    values, order = values.sort()
+    F, width = p[:, order].cumsum(-1)[:, :-1], values.diff()                    # (N, V - 1), (V - 1,)
+    outside = (values[0] - y).clamp(min=0) + (y - values[-1]).clamp(min=0)
+    came = (y[:, None] - values[:-1]).clamp(min=0).minimum(width)               # part of each gap that lies below y
+    return (F.square() * came + (1 - F).square() * (width - came)).sum(-1) + outside
+
+
 @torch.no_grad()
 def evaluate(model, val, tiles, series, autocast, rank, world):
-    """Over the targets in the tiles of val: coarse and fine CE, nats, and the share of right calls of bars that moved."""
+    """Scores over the targets in the tiles of val, a dict.
+
+    coarse, fine: CE, nats; da: share of right calls of bars that moved; close, range, volume: CRPS by the coarse token
+    alone, as a share of the unigram's; score: the mean of these three.
+    """
     model.eval()
     device, n, n_rows = model.up_mask.device, val.block_size, max(1, 8192 // val.block_size)
-    sums = np.zeros(5)  # targets, coarse, fine; bars called right, bars that moved
+    codes = candle_values(model, torch.arange(len(model.D1), device=device))    # (2^k1, 3)
+    unigram = model.coarse_share.softmax(-1)
+    sums = torch.zeros(11, dtype=torch.float64)  # targets, coarse, fine, right, moved, CRPS x 3, the unigram's CRPS x 3
     for i in range(rank * n_rows, len(tiles), world * n_rows):
         which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
-        coarse, fine, when, target = data.gather(val, which, ends)
-        target = tuple(t.to(device) for t in target)
+        *inputs, targets = data.gather(val, which, ends)
+        targets = tuple(t.to(device) for t in targets)
         with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
-            logits, _, _ = model(coarse.to(device), fine.to(device), when.to(device), target)
-        is_target = target[0] >= 0
-        n_targets = is_target.sum().item()
+            coarse_logits, fine_logits, _ = model(*(a.to(device) for a in inputs), targets)
+        is_target = targets[0] >= 0
+        coarse, fine = targets[0][is_target], targets[1][is_target]             # (N,)
+        log_p = coarse_logits[is_target].float().log_softmax(-1)
+        log_fine = fine_logits[is_target].float().log_softmax(-1)
+        p, came = log_p.exp(), candle_values(model, coarse, fine)               # (N, 2^k1), (N, 3)
         change = np.stack([np.diff(series[s].ohlcva[e - n:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
-        up = logits.float().softmax(-1)[..., model.up_mask].sum(-1) / (1 - model.config.unmoved) > 0.5
-        scored = is_target.cpu().numpy() & (change != 0)
-        right = (up.cpu().numpy() == (change > 0))[scored].sum()
-        sums += n_targets, *(model.parts[k].item() * n_targets for k in ("coarse", "fine")), right, scored.sum()
-    sums = torch.tensor(sums, device=device)
+        change = torch.from_numpy(change).to(device)[is_target]
+        up = p @ model.up_mask.float() / (1 - model.config.unmoved) > 0.5
+        nats = [-a.gather(1, b[:, None]).sum() for a, b in ((log_p, coarse), (log_fine, fine))]
+        ours = [crps(p, codes[:, k], came[:, k]).sum() for k in range(3)]
+        theirs = [crps(unigram.expand(len(p), -1), codes[:, k], came[:, k]).sum() for k in range(3)]
+        right = (up == (change > 0))[change != 0].sum()
+        sums += torch.stack([is_target.sum(), *nats, right, (change != 0).sum(), *ours, *theirs]).double().cpu()
+    sums = sums.to(device)
     if world > 1:
         dist.all_reduce(sums)
     model.train()
-    n_targets, coarse, fine, right, n_moved = sums.tolist()
-    return coarse / n_targets, fine / n_targets, right / max(1, n_moved)
+    n_targets, coarse, fine, right, moved = sums[:5].tolist()
+    shares = (sums[5:8] / sums[8:].clamp(min=1e-12)).tolist()  # without volume: 0 of 0
+    known = [share for share, theirs in zip(shares, sums[8:].tolist()) if theirs > 1e-9]
+    return dict(coarse=coarse / n_targets, fine=fine / n_targets, da=right / max(1, moved), close=shares[0],
+                range=shares[1], volume=shares[2], score=sum(known) / len(known))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
-def main():
-    given = data.cli(Config, __doc__)
+def main(argv=None):
+    given = data.cli(Config, __doc__, argv)
     config, entry = Config(**given), None
     if config.resume:
-        config, entry = resumed(given, Config, FREE, ("tokenizer", "pretrain"))
+        config, entry = resumed(given, Config, FREE, ("pretrain",))
     check(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = data.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    if config.batch_size < world:
-        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
-                        f"give at least one for each")
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # broadcasts and barriers use the current device
@@ -313,14 +481,14 @@ def main():
     say = print if rank == 0 else lambda *a, **k: None
     if entry is None and rank == 0:
         data.check_out(config.out, config.overwrite, (config.init_from, config.tokenizer, *(config.data or ())))
-    trained = entry if entry and entry["stage"] == "pretrain" else None  # resumed, and the model's training has begun
-    if trained and trained["step"] >= config.steps:
-        return say(f"{config.out}: finished at step {trained['step']}; nothing to do")
+    run = Run.of(entry) if entry else Run()
+    if entry and (run.step >= config.steps or entry["ended"]):
+        return say(f"{config.out}: finished at step {run.step}; nothing to do")
     stop = data.StopSignal()
 
     # ---- bars, splits, sizes
     began = time.time()
-    base = load_checkpoint(config.init_from, weights="best") if config.init_from and not trained else None
+    base = load_checkpoint(config.init_from) if config.init_from and not entry else None
     best_da = None
     if config.data is None:
         series, best_da = data.synthetic(seed=config.seed)
@@ -328,172 +496,184 @@ def main():
     else:
         series = data.load(config.data)
     source = {"sources": config.data or ["synthetic"], "fingerprint": data.fingerprint(series)}
-    if entry and entry["data"] != source:
+    if entry and {key: entry["data"][key] for key in source} != source:
         raise UserError(f"{', '.join(source['sources'])}: not the bars that the run in {config.out} began with (fingerprint "
                         f"{source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
-    borders = entry["splits"] if entry else split(config, series, base)
+    borders = tuple(entry["splits"]) if entry else split(config, series, base)
+    if base and (borders[0] < base[2]["splits"][0] or base[2]["data"].get("overlap")):
+        source["overlap"] = True
+    source = entry["data"] if entry else source
+    spans = [data.targets_of(bars, "train", borders) for bars in series]
+    n_train = sum(max(0, last - first) for first, last in spans)
+    train_stamps = np.unique(np.concatenate([bars.time[first:max(first, last)] for bars, (first, last) in zip(series, spans)]))
+    if entry is None:
+        if base:
+            config.n_layer, config.n_head, config.n_embd = (getattr(base[0].config, k) for k in ("n_layer", "n_head", "n_embd"))
+        budget(config, n_train, len(train_stamps))
+    if config.batch_size < world:
+        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
+                        f"give at least one for each")
     block_size, series = fit_window(config, series, borders, source["sources"], say)
-    if not any(first < last for first, last in (data.targets_of(bars, "val", borders) for bars in series)):
+    spans = {name: [data.targets_of(bars, name, borders) for bars in series] for name in ("train", "val")}
+    if not any(first < last for first, last in spans["val"]):
         raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; "
                         f"move --val_start, --test_start")
-    n_train = sum(max(0, last - first) for first, last in (data.targets_of(bars, "train", borders) for bars in series))
-    if config.steps == 0:
-        config.steps = int(np.clip(4 * n_train // (config.batch_size * block_size), 100, 600))
     say(f"{len(series)} symbols, {sum(map(len, series)):,} bars, {n_train:,} to train on; "
         f"val from {data.iso(borders[0])}, test from {data.iso(borders[1])}")
 
-    # ---- tokenizer
-    metrics = entry["metrics"] if entry else []
-    meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config),
-                features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
-    if trained:  # its own, whatever --init_from and --tokenizer hold by now
-        tokenizer = Tokenizer.load(trained["tokenizer"])
+    # ---- tokens and batches
+    features = [data.features(bars)[0] for bars in series]
+    if entry:  # its own, whatever --init_from and --tokenizer hold by now
+        tokenizer = Tokenizer.load(entry["tokenizer"])
     elif base:
         tokenizer = base[1]
     elif config.tokenizer:
         tokenizer = Tokenizer.load(read_checkpoint(config.tokenizer)["tokenizer"])
     elif rank == 0:
-        tokenizer = tokenizer_stage(config, series, borders, n_train, entry, meta, metrics, stop, device)
+        tokenizer = tokenizer_stage(config, features, spans, run.metrics, device)
     if world > 1:
         shared = [tokenizer.dump() if rank == 0 else None]
         dist.broadcast_object_list(shared, src=0)
         tokenizer = Tokenizer.load(shared[0])
-
-    # ---- tokens and batches
-    if rank == 0:
-        tokens = [data.tokenize(bars, tokenizer) for bars in series]  # of mapped bars kept on disk, for the others too
-    if world > 1:
-        dist.barrier()
-        if rank > 0:
-            tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    train = data.make_streams(series, tokens, "train", borders, block_size, config.batch_size)
+    tokens = [data.tokenize(bars, tokenizer, x) for bars, x in zip(series, features)]
+    del features
     val = data.make_streams(series, tokens, "val", borders, block_size, config.batch_size)
     tiles = data.tiles(val, config.eval_windows)
+    both = list(series)
+    if config.mirror == 1:
+        mirrored = [data.mirrored(bars) for bars in series]
+        both, tokens = both + mirrored, tokens + [data.tokenize(bars, tokenizer) for bars in mirrored]
+    train = data.make_streams(both, tokens, "train", borders, block_size, config.batch_size)
 
     # ---- model and optimizer
-    if trained:
+    if entry:
         model, _, _ = load_checkpoint(config.out, weights="last")
+        average, _, _ = load_checkpoint(config.out, weights="average")
     elif base:
-        model = base[0]
-        model.config.block_size = block_size
+        model, average = base[0], load_checkpoint(config.init_from)[0]
+        model.config.block_size = average.config.block_size = block_size
     else:
-        model = new_model(config, tokenizer, series, train, block_size)
+        model, average = (new_model(config, tokenizer, both, train, block_size) for _ in range(2))
     model.to(device).train()
+    average.to(device).requires_grad_(False)
     model.grad_ckpt = config.grad_ckpt
-    dtype_name, dtype = data.pick_dtype(config.dtype, device)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype_name != "fp32")
-    optimizer = adamw(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype_name == "fp16")
+    autocast, scaler, config.dtype, why = precision(config, device, entry)
+    optimizer = Optimizer(model, config.lr, config.adam_lr, config.weight_decay)
     threads = torch.get_num_threads()
-    step, bad_steps, best, best_val = 0, 0, None, math.inf
-    if trained:
-        optimizer.load_state_dict(trained["optimizer"])
-        scaler.load_state_dict(trained["scaler"])
-        step, bad_steps, best, best_val = (trained[k] for k in ("step", "bad_steps", "best", "best_val"))
-        if (trained["world"], trained["threads"]) != (world, threads):
-            say(f"{trained['world']} processes of {trained['threads']} threads before, {world} of {threads} now: "
+    if entry:
+        load_optimizer(optimizer, entry, config.out)
+        if (entry["world"], entry["threads"]) != (world, threads):
+            say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of {threads} now: "
                 f"the weights will agree to rounding, not to the bit")
     if config.compile:
         rows = -(-config.batch_size // world)
         say("compiling the layers, which takes a minute or two", flush=True)
-        compile_blocks(model, (min(rows, config.micro_batch or rows), block_size), device, autocast, say)
-    forward = model
-    if world > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
-    n_params = sum(p.numel() for p in model.parameters())
-    say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size * block_size:,} bars a step, {config.steps} steps; "
-        f"{device}, {dtype_name}, {world} process{'es' * (world > 1)} of {threads} threads")
+        compile_layers(model, (min(rows, config.micro_batch or rows), block_size), device, autocast, say)
+    n_params = [p.numel() for p in model.parameters()]
+    say(f"{sum(n_params) / 1e6:.2f} M parameters, {config.batch_size} windows of {block_size} bars a step, {config.steps} steps; "
+        f"{device}, {config.dtype} ({why}), {world} process{'es' * (world > 1)} of {threads} threads")
+    meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config), world=world, threads=threads,
+                features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
 
-    def save():
+    def save(ended=False):
         if rank == 0:
-            save_checkpoint(config.out, model, tokenizer, **meta, stage="pretrain", best=best, best_val=best_val,
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, bad_steps=bad_steps,
-                            metrics=metrics, world=world, threads=threads)
+            save_checkpoint(config.out, model, tokenizer, **meta, **vars(run), stage="pretrain", average=average.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), dtype=config.dtype, ended=ended)
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 10)
-    say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'right':>8}{'lr':>8}{'|grad|':>7}{'bars/s':>8}{'left':>8}")
-    model_began = saved_at = time.time()
-    from_step, train_loss, n_losses, eval_seconds = step, 0.0, 0, 0.0
-    while step < config.steps:
-        coarse, fine, when, target = data.get_batch(train, config.seed, step, rank, world)
-        chance = np.random.default_rng([config.seed, step, 1])
+    say(f"{'':>6}{'nats per bar':^34}{'CRPS to unigram, val':^24}")
+    say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'close':>8}{'range':>8}{'volume':>8}"
+        f"{'right':>8}{'left':>8}")
+    clock, train_losses, since_best, ended = Clock(run.step, config.steps, config.save_every), [], 0, False
+    while run.step < config.steps and not ended:
+        coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
+        chance = np.random.default_rng([config.seed, run.step, 1])
         phase = int(chance.integers(model.config.border))
         # symbols of one day move together: a model that can tell the date learns the days by heart
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))[rank::world]
         when = when + torch.from_numpy(weeks * 7 * data.DAY)
-        n_rows = len(coarse)
+        drop = None
+        if config.dropout:  # of a window the same channels in all bars, so that few numbers are drawn
+            shape = (config.n_layer, 2, config.batch_size, 1, config.n_embd)
+            kept = chance.random(shape, np.float32)[:, :, rank::world] >= config.dropout
+            drop = (torch.from_numpy(kept) / (1 - config.dropout)).to(device)
+        optimizer.set_rate(rate(run.step, config.steps, config.warmup))
+        n_rows, loss_sum = len(coarse), 0.0
         micro = config.micro_batch or n_rows
-        for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(step, config)
-        step_loss = 0.0
         for i in range(0, n_rows, micro):
             part = [a[i:i + micro].to(device, non_blocking=True) for a in (coarse, fine, when, *target)]
-            last = i + micro >= n_rows
-            with forward.no_sync() if world > 1 and not last else contextlib.nullcontext():  # one exchange a step
-                with autocast():
-                    loss = forward(*part[:3], targets=(part[3], part[4]), phase=phase)[2]
-                weight = len(part[0]) * world / config.batch_size  # DDP averages over the ranks
-                scaler.scale(loss * weight).backward()
-                step_loss += (model.parts["coarse"] + model.parts["fine"]).item() * weight / world
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-        losses = torch.tensor([step_loss, float(stop.signum)], dtype=torch.float64, device=device)
+            masks = None if drop is None else drop[:, :, i:i + micro]
+            with autocast():
+                loss = model(*part[:3], targets=part[3:], phase=phase, drop=masks)[2]
+            weight = len(part[0]) * world / config.batch_size
+            scaler.scale(loss * weight).backward()
+            loss_sum += loss.item() * weight / world
+        told = torch.tensor([loss_sum, float(stop.signum)], dtype=torch.float64, device=device)
         if world > 1:
-            dist.all_reduce(losses)  # the loss of the whole batch, and an agreement to stop
-        if math.isfinite(losses[0].item()) and math.isfinite(norm):
-            scaler.step(optimizer)
-            bad_steps = 0
-            train_loss, n_losses = train_loss + losses[0].item(), n_losses + 1
-        else:  # norm is the same on every rank, so all skip together
-            bad_steps += 1
-            say(f"{step + 1:>7} loss {losses[0].item()}, gradient norm {norm}: not finite, step skipped")
-            if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {step + 1}: start "
-                                f"again with a lower --lr (now {config.lr}), or with --dtype fp32")
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+            average_gradients(model, n_params, world)
+            dist.all_reduce(told)  # the loss of the whole batch, and an agreement to stop
+        loss_sum, stopping = told[0].item(), told[1].item() > 0
+        norm = run.update(model, optimizer, scaler, loss_sum, config.clip, say)
+        train_losses.append(loss_sum)
+        if run.bad_steps == 0:
+            with torch.no_grad():  # young averages are short
+                keep = min(config.average, run.step / (run.step + 10))
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
 
-        if step % eval_every == 0 or step == config.steps:
-            spent = time.time()
-            val_coarse, val_fine, da = evaluate(model, val, tiles, series, autocast, rank, world)
-            val_loss = val_coarse + val_fine
-            eval_seconds += time.time() - spent
-            speed = (step - from_step) * config.batch_size * block_size / (time.time() - model_began - eval_seconds)
-            left = (time.time() - model_began) / (step - from_step) * (config.steps - step)
-            train_loss = train_loss / max(1, n_losses)
-            metrics.append(dict(stage="pretrain", step=step, train=train_loss, val=val_loss, coarse=val_coarse,
-                                fine=val_fine, da=da, lr=lr, grad_norm=norm, bars_per_s=speed))
+        if run.step % eval_every == 0 or run.step == config.steps:
+            scores = evaluate(average, val, tiles, series, autocast, rank, world)
+            since_best = 0 if scores["score"] < run.best_val else since_best + 1
+            run.keep_if_best(average, scores["score"])
+            val_loss, loss_sum = scores["coarse"] + scores["fine"], float(np.mean(train_losses))
+            run.metrics.append(dict(stage="pretrain", step=run.step, train=loss_sum, val=val_loss, grad_norm=norm, **scores))
+            train_losses = []
             data.progress("")
-            say(f"{step:>6}{train_loss:>9.4f}{val_loss:>9.4f}{val_coarse:>8.4f}{val_fine:>8.4f}{da:>8.2%}{lr:>8.1e}{norm:>7.2f}"
-                f"{speed:>8,.0f}{datetime.timedelta(seconds=round(left))!s:>8}", flush=True)
-            train_loss, n_losses = 0.0, 0
-            if val_loss < best_val:
-                best_val, best = val_loss, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            say(f"{run.step:>6}{loss_sum:>9.4f}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
+                f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{clock.left(run.step)!s:>8}", flush=True)
+            ended = since_best == PATIENCE and run.step < config.steps
         elif rank == 0:
-            data.progress(f"step {step}/{config.steps}  loss {losses[0].item():.4f}")
-        stopping = losses[1].item() > 0
-        if step == config.steps or step % config.save_every == 0 or stopping or time.time() - saved_at > SAVE_SECONDS:
-            save()
-            saved_at = time.time()
+            data.progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")
+        if clock.save_due(run.step) or stopping or ended:
+            save(ended)
         if stopping:
-            say(f"stopped at step {step}; saved in {config.out}; go on with --resume")
-            raise SystemExit(stop.status)
+            stop_here(stop, run, config.out, say)
 
     # ---- what came of it
-    row = min((m for m in metrics if "val" in m), key=lambda m: m["val"])  # of the weights that forecasts use
-    marks = unigram(train, val, 0, 2**tokenizer.config.coarse_bits), unigram(train, val, 1, 2**tokenizer.config.fine_bits)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)  # bytes, kB
-    say(f"\n{'nats per bar, val, best':<28}{'model':>9}{'unigram':>9}")
-    say(f"{'  coarse token':<28}{row['coarse']:>9.4f}{marks[0]:>9.4f}")
-    say(f"{'  fine token':<28}{row['fine']:>9.4f}{marks[1]:>9.4f}")
-    say(f"{'direction accuracy, val':<28}{row['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
-    say(f"{'time, peak memory':<28}{time.time() - began:>8.0f}s{memory:>8.2f}G")
-    say(f"{config.out}: step {step}, best val {best_val:.4f}; forecast with: python sample.py --ckpt {config.out}")
+    if ended:
+        say(f"stopped at step {run.step}: no better score on val for {PATIENCE} reports")
+    if rank == 0:
+        tell_result(config, run, average, val, best_da, time.time() - began)
     if world > 1:
         dist.destroy_process_group()
+
+
+def load_optimizer(optimizer, entry, path):
+    try:
+        optimizer.load_state_dict(entry["optimizer"])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
+        raise UserError(f"{path}: damaged checkpoint ({str(e).splitlines()[0]}); restore it from a copy or train it anew")
+
+
+def tell_result(config, run, model, val, best_da, seconds):
+    """The best weights beside the unigram: the frequencies of the codes in training, which a model must beat."""
+    row = min((m for m in run.metrics if "score" in m), key=lambda m: m["score"])
+    marks = []
+    for column, log_share in enumerate((model.coarse_share, model.fine_share)):
+        tokens = np.concatenate([t[first:max(first, last), column] for t, (first, last) in zip(val.tokens, val.targets)])
+        marks.append(-log_share.log_softmax(-1)[torch.from_numpy(tokens.astype(np.int64))].double().mean().item())
+    print(f"\n{'val, best weights':<28}{'model':>9}{'unigram':>9}")
+    print(f"{'coarse token, nats':<28}{row['coarse']:>9.4f}{marks[0]:>9.4f}")
+    print(f"{'fine token, nats':<28}{row['fine']:>9.4f}{marks[1]:>9.4f}")
+    for name in ("close", "range", "volume"):
+        print(f"{'CRPS of ' + name:<28}{row[name]:>9.4f}{1:>9}")
+    print(f"{'direction accuracy':<28}{row['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
+    memory = data.peak_memory()
+    print(f"{'time, peak memory':<28}{seconds:>8.0f}s" + (f"{memory / 1e9:>8.2f}G" if memory else ""))
+    if row["coarse"] >= marks[0] or row["score"] >= 1:
+        print("this model is no better than the frequencies of the codes: the bars are too few to learn from; "
+              "give more, or fine-tune: --init_from")
+    print(f"{config.out}: best weights of step {row['step']}; forecast with: python sample.py --ckpt {config.out}")
 
 
 def alone_or_together():
