@@ -1,26 +1,26 @@
 """The tokenizer: each bar becomes two tokens of 10 bits, and any two tokens become a bar.
 
+Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548):
+
+    bar x --encoder--> v in R^k --> u = v / |v| --> c = sign(u) / sqrt(k) --decoder--> candle
+
+u lies on the unit sphere and c is the corner nearest to it, of the 2^k corners of a cube inscribed in the sphere. The
+codebook is implicit: no corner is stored, each can be reached, and a token is the signs of c read as a binary number.
+Two levels: the `coarse` token carries the bar's shape, the `fine` token what coarse leaves.
+
+Training has two phases. The first is the published one, above: it spreads the bars over the corners. But the signs of
+u often miss the corner whose candle is nearest to the bar, and with k <= 12 all 2^k candles can be looked at, in no
+more time than an encoder takes. So in the second phase a bar takes the nearest candle's corner, and the decoder learns
+from that alone, as in Lloyd's algorithm; the encoder retires. `nearest=False` keeps the published form to the end:
+`python tests/bench.py tokenizer` shows both, beside k-means and other quantizers.
+
+The direction bit: the top bit of coarse is not learned. It is set where close rose, and every candle decoded from it
+rises, so a coarse token always says up or not up.
+
 Trained by `pretrain.py`, from which `--tokenizer out.pt` takes it again.
-
-Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of
-the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A
-decoder D makes a candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes the corner nearest to
-u, sign(u) / sqrt(k), or softly q(c|u) ~ exp(2 tau u . c). Here a bar takes the corner whose *candle* is nearest to it,
-or softly q(c|x) ~ exp(-sharp |x - D(c)|^2).
-
-For a linear D with orthonormal columns, D(c) = A c, the two are one: |x - A c|^2 = const - 2 u . c with u = A^T x. For a
-curved D the signs of a learned u often miss the nearest corner, and with k <= 12 all corners can be looked at, in no
-more time than an encoder takes. So there is no encoder, and no gradient has to go straight through sampled bits: the
-error and the joint entropy are exact sums over the 2^k codes. Training sharpens q from a blur, in which every code
-learns from every bar, to the nearest code alone (deterministic annealing: Rose 1998, Proc. IEEE 86). How close that
-comes to k-means with as many stored centroids: `python tests/bench.py tokenizer`.
-
-Two levels: `coarse` carries the bar's shape, `fine` the residual given coarse. The top bit of coarse is not searched:
-it is set where close rose, and the decoder honours it, so a coarse token always says up or not up.
 """
-import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ from data import CHANNELS, UserError
 
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
-MARGIN = 1e-4     # least |close| of a decode with a direction bit: its sign outlives float32, and S_FLOOR
+MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move the price, however small the scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
 FAR = 1e9         # added to the distance of codes on the wrong side of the direction bit
+FLOOR = 0.1       # least scale of a channel, in that of close (all prices' channels are in one unit)
 WARMUP = 50       # steps in which the learning rate rises
 
 
@@ -43,36 +44,55 @@ class TokenizerConfig:
     """Sizes of a Tokenizer and settings of its training; UserError for what cannot be."""
     coarse_bits: int = 10       # bits of the coarse token, direction bit included
     fine_bits: int = 10         # bits of the fine token
-    n_hidden: int = 128         # width of the decoder's networks
+    n_hidden: int = 128         # width of the networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
-    entropy: float = 0.3        # weight of the entropy term; 0 switches it off
+    nearest: bool = True        # end with the nearest candle's corner; False: the published signs, to the end
+    spread: float = 0.2         # share of the updates that the first phase takes, where a second follows
+    entropy: float = 0.1        # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of using all codes evenly, against each bar being sure of its own
-    sharp_start: float = 8.0    # q(c|x) at first: exp(-sharp x squared error / the level's variance)
-    sharp_end: float = 60.0     # and when annealing ends
-    annealed: float = 0.2       # share of the training that anneals; the rest takes the nearest code
+    joint: bool = True          # the entropy of all 2^k codes in use, exact; False: the published sum over bits
+    tau: float = 20.0           # how sure a bar is: q(c|u) ~ exp(tau u . c)
 
     def __post_init__(self):
-        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), entropy=(0, 100),
-                      gamma=(0, 100), sharp_start=(1e-3, 1e6), sharp_end=(1e-3, 1e6), annealed=(0, 1))
-        for name, (least, most) in limits.items():
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie in {least:g}..{most:g}")
+        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), spread=(0, 1),
+                      entropy=(0, 100), gamma=(0, 100), tau=(0, 1e6))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not type(field.default) and not (type(field.default) is float and type(value) is int):
+                raise UserError(f"--{field.name} {value!r}: must be of type {type(field.default).__name__}")
+            least, most = limits.get(field.name, (False, True))
+            if not least <= value <= most:
+                raise UserError(f"--{field.name} {value}: must lie in {least:g}..{most:g}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Corners and their choice
+# Binary Spherical Quantization
 
-def corners(k, device=None):
-    """The codebook as +-1, float32 [2^k, k]; row i is token i, the first bit its highest. (The decoder scales it.)"""
+def signs(k, device=None):
+    """The codebook, sqrt(k) c for every corner c: -1 or 1, float32 [2^k, k]; row i is token i, its first bit the highest."""
     tokens = torch.arange(2 ** k, device=device)
-    return 2.0 * (tokens[:, None] >> torch.arange(k - 1, -1, -1, device=device) & 1) - 1.0
+    place = torch.arange(k - 1, -1, -1, device=device)
+    return 2.0 * (tokens[:, None] >> place & 1) - 1.0
 
 
-def nearest(distance):
-    """Index of the least along the last axis, the first of equals: [..., K] -> int64 [...]."""
-    if distance.is_cuda:
-        return distance.argmin(-1)
-    return torch.from_numpy(distance.detach().numpy().argmin(-1))  # numpy's is several times as fast on a CPU
+def on_sphere(v):
+    """u = v / |v|: [..., k] -> [..., k]."""
+    return F.normalize(v, dim=-1)
+
+
+def quantize(u):
+    """The corner nearest to u on the sphere, c = sign(u) / sqrt(k): [..., k] -> [..., k].
+
+    The sign has no gradient. Straight-through: c passes its gradient on to u as if it were u.
+    """
+    c = torch.where(u > 0, 1.0, -1.0) / math.sqrt(u.shape[-1])
+    return u + (c - u).detach()
+
+
+def token_of(c):
+    """Corners [..., k] -> int64 [...]: their signs read as a binary number, the first bit its highest."""
+    place = 2 ** torch.arange(c.shape[-1] - 1, -1, -1, device=c.device)
+    return ((c > 0) * place).sum(-1)
 
 
 def entropy(p):
@@ -83,6 +103,39 @@ def entropy(p):
     return -(p * p.clamp(min=1e-20).log()).sum()
 
 
+def joint_entropy_term(u, tau, gamma):
+    """E[H(q(c|u))] - gamma H(E[q(c|u)]) of bars u [B, k], exact: each bar sure of its code, all codes used evenly.
+
+    q(c|u) ~ exp(tau u . c) over the 2^k corners. The exponent is a sum over bits, so q(c|u) = q(a|u) q(b|u), where a is
+    the first half of the code's bits and b the rest. With A and B their tables, E[q] is A^T B / bars: all 2^k codes for
+    the price of a small product of matrices.
+    """
+    half = u.shape[-1] // 2
+    scale = tau / math.sqrt(u.shape[-1])
+    A = F.softmax(scale * u[:, :half] @ signs(half, u.device).T, dim=-1)                         # (B, 2^half)
+    B = F.softmax(scale * u[:, half:] @ signs(u.shape[-1] - half, u.device).T, dim=-1)           # (B, 2^(k - half))
+    sure = (entropy(A) + entropy(B)) / len(u)
+    use = A.T @ B / len(u)                                                                       # (2^half, 2^(k - half))
+    return sure - gamma * entropy(use)
+
+
+def bit_entropy_term(u, tau, gamma):
+    """The same, factorized as published: H(E[q(c|u)]) as the sum over bits, as if the bits in use were independent.
+
+    q(bit = 1 | u) = sigmoid(2 tau u / sqrt(k)). The sum is an upper bound of the joint entropy, and costs k numbers a bar.
+    """
+    one = torch.sigmoid(2 * tau * u / math.sqrt(u.shape[-1]))                                    # (B, k)
+    p = torch.stack([one, 1 - one])                                                              # (2, B, k)
+    return entropy(p) / len(u) - gamma * entropy(p.mean(1))
+
+
+def nearest(distance):
+    """Index of the least along the last axis, the first of equals: [..., K] -> int64 [...]."""
+    if distance.is_cuda:
+        return distance.argmin(-1)
+    return torch.from_numpy(distance.detach().numpy().argmin(-1))  # numpy's is several times as fast on a CPU
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
@@ -90,7 +143,7 @@ def mlp(n_in, n, n_out):
     return nn.Sequential(nn.Linear(n_in, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n_out))
 
 
-def exact(x):
+def full_precision(x):
     """No autocast, whatever the caller has: a bar's tokens are always the same."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -105,31 +158,36 @@ def has_data(x):
 class Tokenizer(nn.Module):
     """Bars' features <-> token pairs, a single bar at a time: a token pair is a candle.
 
-    Decode: D(coarse, fine) = D1(coarse) + M(coarse) g(fine), networks of the bits. A fine code is a pattern g, [6], and the
-    coarse one turns and scales it by M, [6, 6]. On first use all codes are evaluated, then looked up: 2^k rows a level.
+    Decode: D(coarse, fine) = D1(coarse) + M(coarse) g(fine), networks of the signs. A fine code is a pattern g, [6], and
+    the coarse one turns and scales it by M, [6, 6]. All codes are decoded on first use, 2^k rows a level, then looked up.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config = TokenizerConfig(**config) if isinstance(config, dict) else config
         k1, k2, n = config.coarse_bits, config.fine_bits, config.n_hidden
+        self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)     # to the sphere, without the direction bit
+        self.fine_encoder = mlp(N_CHANNELS + k1, n, k2)
         self.coarse_decoder = mlp(k1, n, N_CHANNELS)
         self.fine_mix = mlp(k1, n, N_CHANNELS ** 2)
         self.fine_decoder = mlp(k2, n, N_CHANNELS)
         self.register_buffer("mean", torch.zeros(N_CHANNELS))
-        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there; it decodes to exactly 0
+        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there; it decodes to its mean, 0
         self.tables = None
 
     def decode_tables(self):
         """Of every code, in standardized channels: D1 [2^k1, 6], M [2^k1, 6, 6], g [2^k2, 6]."""
-        c1, c2 = corners(self.config.coarse_bits, self.mean.device), corners(self.config.fine_bits, self.mean.device)
-        mix = self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))
-        return self.coarse_decoder(c1), 0.3 * mix, self.fine_decoder(c2)  # 0.3: a residual's usual size
+        c1, c2 = signs(self.config.coarse_bits, self.mean.device), signs(self.config.fine_bits, self.mean.device)
+        return self.coarse_decoder(c1), self.mix(c1), self.fine_decoder(c2)
+
+    def mix(self, c1):
+        """M of coarse signs [..., k1] -> [..., 6, 6]."""
+        return 0.3 * self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))  # 0.3: a residual's usual size
 
     def frozen_tables(self):
         """decode_tables, made once between two trainings."""
         if self.tables is None or self.tables[0].device != self.mean.device:
-            with torch.no_grad(), exact(self.mean):
+            with torch.no_grad(), full_precision(self.mean):
                 self.tables = self.decode_tables()
         return self.tables
 
@@ -142,6 +200,22 @@ class Tokenizer(nn.Module):
         present = has_data(x) & (self.std > 0)
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
+
+    # ---- the published choice of a code: encoder, sphere, sign
+
+    def published(self, z, present, up):
+        """Bars z [B, 6] -> u1 [B, k1 or k1 - 1] and u2 [B, k2] on the spheres, signs c1 [B, k1] and c2 [B, k2]."""
+        u1 = on_sphere(self.coarse_encoder(z))
+        c1 = quantize(u1) * math.sqrt(u1.shape[-1])
+        if self.config.direction_bit:
+            top = torch.where(up, 1.0, -1.0)[:, None]
+            c1 = torch.cat([top, c1], dim=1)
+        residual = (z - self.coarse_decoder(c1)) * present
+        u2 = on_sphere(self.fine_encoder(torch.cat([residual, c1], dim=1).detach()))
+        c2 = quantize(u2) * math.sqrt(u2.shape[-1])
+        return u1, u2, c1, c2
+
+    # ---- the second phase's: the nearest candle
 
     def coarse_distance(self, z, present, up, d1):
         """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR where the direction bit is wrong."""
@@ -182,9 +256,14 @@ class Tokenizer(nn.Module):
         for i in range(0, len(rows), BLOCK):
             part = rows[i:i + BLOCK]
             padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                                # (BLOCK, 6)
-            with exact(x):
-                found = self.search(*self.standardize(padded), padded[:, 0] > 0, tables)
-            tokens[:, i:i + BLOCK] = torch.stack(found)[:, :len(part)]
+            with full_precision(x):
+                z, present = self.standardize(padded)
+                if self.config.nearest:
+                    coarse, fine = self.search(z, present, padded[:, 0] > 0, tables)
+                else:
+                    _, _, c1, c2 = self.published(z, present, padded[:, 0] > 0)
+                    coarse, fine = token_of(c1), token_of(c2)
+            tokens[:, i:i + BLOCK] = torch.stack([coarse, fine])[:, :len(part)]
         return tokens[0].view(x.shape[:-1]), tokens[1].view(x.shape[:-1])
 
     @torch.no_grad()
@@ -215,11 +294,22 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, entry):
-        """The tokenizer of what `dump` made, in eval mode."""
-        if "config" not in entry:
-            raise UserError("the tokenizer of this checkpoint is still in training; go on with pretrain.py --resume")
-        tokenizer = cls(entry["config"])
-        tokenizer.load_state_dict(entry["state"])
+        """The tokenizer of what `dump` made, in eval mode; UserError where the entry is damaged."""
+        config, state = (entry.get(key) if isinstance(entry, dict) else None for key in ("config", "state"))
+        if not isinstance(config, dict) or not isinstance(state, dict):
+            raise UserError("the tokenizer of this checkpoint is damaged: no config or no weights")
+        names = {field.name for field in fields(TokenizerConfig)}
+        if set(config) != names:
+            odd = sorted(map(str, set(config) ^ names))
+            raise UserError(f"the tokenizer of this checkpoint is damaged or of another version: its config differs in {odd}")
+        tokenizer = cls(config)
+        for name, weights in tokenizer.state_dict().items():
+            kept = state.get(name)
+            if not isinstance(kept, torch.Tensor) or kept.shape != weights.shape or kept.dtype != weights.dtype:
+                raise UserError(f"the tokenizer of this checkpoint is damaged: {name} is no {list(weights.shape)} of {weights.dtype}")
+            if not torch.isfinite(kept).all() or (name == "std" and (kept < 0).any()):
+                raise UserError(f"the tokenizer of this checkpoint is damaged: {name} holds {kept.min()} to {kept.max()}")
+        tokenizer.load_state_dict(state, strict=False)
         return tokenizer.eval()
 
 
@@ -231,12 +321,11 @@ def look_up(table, tokens):
     return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
 
 
-def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None, resume=None):
+def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
-    steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss, snapshot) is called after each
-    step; snapshot() is a plain dict from which `resume` goes on bit for bit. The randomness of a step comes from (seed,
-    step) alone. Raises UserError for bars that cannot be learned from, and when training turns non-finite.
+    steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss) is called after each update.
+    All randomness comes from the seed. UserError for bars that cannot be learned from, and when training turns non-finite.
     """
     config = TokenizerConfig(**config) if isinstance(config, dict) else config
     x = torch.as_tensor(x, dtype=torch.float32)
@@ -244,27 +333,19 @@ def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config)
-    present = has_data(x)
-    n = present.sum(0).clamp(min=1)
-    tokenizer.mean.copy_((x.double() * present).sum(0) / n)
-    tokenizer.std.copy_((((x.double() - tokenizer.mean) ** 2 * present).sum(0) / n).sqrt())
+    set_scale(tokenizer, x)
     tokenizer = tokenizer.to(device).train()
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    first = 0
-    if resume is not None:
-        tokenizer.load_state_dict(resume["model"])
-        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))
-        first = resume["step"]
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    draw = torch.Generator().manual_seed(seed)
+    first_phase = round(config.spread * steps) if config.nearest else steps
 
-    for step in range(first, steps):
-        done = step / steps
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        draw = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+            warm = min(1.0, (step + 1) / WARMUP)
+            group["lr"] = lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         batch = x[torch.randint(len(x), (batch_size,), generator=draw)].to(device)               # (B, 6)
-        if done < config.annealed:
-            sharp = config.sharp_start * (config.sharp_end / config.sharp_start) ** (done / config.annealed)
-            loss = annealed_loss(tokenizer, batch, sharp)
+        if step < first_phase:
+            loss = published_loss(tokenizer, batch)
         else:
             loss = nearest_loss(tokenizer, batch)
         optimizer.zero_grad()
@@ -276,9 +357,18 @@ def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, dev
                                 f"lower the learning rate ({lr:g}) or look for extreme values among the bars")
         optimizer.step()
         if progress is not None:
-            progress(step + 1, loss.item(), lambda: copy.deepcopy(
-                dict(step=step + 1, model=dict(tokenizer.state_dict()), optimizer=optimizer.state_dict())))
+            progress(step + 1, loss.item())
     return tokenizer.eval()
+
+
+def set_scale(tokenizer, x):
+    """Mean and scale of each channel of bars x [N, 6], over the bars that have it."""
+    present = has_data(x)
+    n = present.sum(0).clamp(min=1)
+    mean = (x.double() * present).sum(0) / n
+    std = ((x.double() - mean).square() * present).sum(0).div(n).sqrt()
+    tokenizer.mean.copy_(mean)
+    tokenizer.std.copy_(torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0))
 
 
 def check_bars(x, config):
@@ -298,40 +388,34 @@ def check_bars(x, config):
                             f"constant series: give bars with a close, open, high and low of their own")
 
 
-def annealed_loss(tokenizer, x, sharp):
-    """The loss of both levels for bars x [B, 6], each spread over all codes by q; fine learns what coarse leaves."""
+def published_loss(tokenizer, x):
+    """First phase, bars x [B, 6]: what the decoded corners leave of the bars, and the entropy term of both levels."""
+    config = tokenizer.config
     z, present = tokenizer.standardize(x)
-    d1, mix, g = tokenizer.decode_tables()
-    distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
-    coarse = nearest(distance)
-    residual = (z - look_up(d1, coarse)).detach() * present                                      # (B, 6)
-    fine_distance = tokenizer.fine_distance(residual, present, look_up(mix, coarse), g)          # (B, 2^k2)
-    return sum(level_loss(d, source, present, sharp, tokenizer.config)
-               for d, source in ((distance, z), (fine_distance, residual)))
-
-
-def level_loss(distance, source, present, sharp, config):
-    """Share of the source's variance that a code leaves, its mean over q(c|x), and the entropy term.
-
-    distance [B, 2^k]: |source - D(c)|^2 - |source|^2 over the channels present; source, present [B, 6].
-    """
-    size = (source ** 2).sum()
-    q = F.softmax(-sharp * present.sum() / size * distance, dim=-1)                              # (B, 2^k)
-    loss = 1 + (q * distance).sum() / size
-    if config.entropy:  # E[H(q(c|x))] - gamma H(E[q(c|x)]): each bar's code sure, the codes' use even
-        loss = loss + config.entropy * (entropy(q) / len(q) - config.gamma * entropy(q.mean(0)))
-    return loss
+    u1, u2, c1, c2 = tokenizer.published(z, present, x[:, 0] > 0)
+    mix = tokenizer.mix(c1.detach())                                                             # (B, 6, 6)
+    error = level_errors(z, present, tokenizer.coarse_decoder(c1), mix, tokenizer.fine_decoder(c2))
+    term = joint_entropy_term if config.joint else bit_entropy_term
+    return error + config.entropy * (term(u1, config.tau, config.gamma) + term(u2, config.tau, config.gamma))
 
 
 def nearest_loss(tokenizer, x):
-    """annealed_loss at infinite sharpness: each bar moves its own codes alone, as in Lloyd's algorithm."""
+    """Second phase, bars x [B, 6]: what the nearest candles leave. Each bar moves its own codes, as in Lloyd's algorithm."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     with torch.no_grad():
         coarse, fine = tokenizer.search(z, present, x[:, 0] > 0, (d1, mix, g))                   # (B,)
-    left = (z - look_up(d1, coarse)) * present                                                   # (B, 6)
+    return level_errors(z, present, look_up(d1, coarse), look_up(mix, coarse), look_up(g, fine))
+
+
+def level_errors(z, present, coarse, mix, pattern):
+    """Sum over the levels of the share of variance that is left; the fine one learns from what coarse leaves.
+
+    z, present, coarse D1(c), pattern g(f): [B, 6]; mix M(c): [B, 6, 6].
+    """
+    left = (z - coarse) * present
     residual = left.detach()
-    fine_left = (residual - (look_up(mix, coarse) @ look_up(g, fine)[..., None]).squeeze(-1)) * present
+    fine_left = (residual - (mix @ pattern[..., None]).squeeze(-1)) * present
     return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
 
 
@@ -363,7 +447,7 @@ def report(tokenizer, x):
         out[f"{level}_sign"] = ((y[:, 0] > 0) == (x[:, 0] > 0))[moved].double().mean().item() if moved.any() else 1.0
     use, shares = code_use(tokenizer, coarse, fine)
     for level, share in shares.items():
-        ones = (corners(int(math.log2(len(share)))) > 0).double().T @ share                      # (k,)
+        ones = (signs(int(math.log2(len(share)))) > 0).double().T @ share                      # (k,)
         bits = [entropy(torch.stack([p, 1 - p])).item() / math.log(2) for p in ones]
         out |= {f"{level}_bit_entropy_{i}": b for i, b in enumerate(bits)} | {f"{level}_bit_entropy": min(bits)}
     return out | use
