@@ -20,7 +20,7 @@ rises, so a coarse token always says up or not up.
 Trained by `pretrain.py`, from which `--tokenizer out.pt` takes it again.
 """
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -34,8 +34,7 @@ PRICES = 4        # close, open, upper, lower: always there; volume and vwap are
 MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move the price, however small the scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
-FAR = 1e9         # added to the distance of codes on the wrong side of the direction bit
-FLOOR = 0.1       # least scale of a channel, in that of close (all prices' channels are in one unit)
+FLOOR = 0.05      # least scale of a channel, as a share of close's: else rare gaps of `open` on minute bars take the codes
 WARMUP = 50       # steps in which the learning rate rises
 
 
@@ -47,22 +46,19 @@ class TokenizerConfig:
     n_hidden: int = 128         # width of the networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
     nearest: bool = True        # end with the nearest candle's corner; False: the published signs, to the end
-    spread: float = 0.2         # share of the updates that the first phase takes, where a second follows
+    spread: float = 0.1         # share of the updates that the first phase takes, where a second follows
     entropy: float = 0.1        # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of using all codes evenly, against each bar being sure of its own
     joint: bool = True          # the entropy of all 2^k codes in use, exact; False: the published sum over bits
-    tau: float = 20.0           # how sure a bar is: q(c|u) ~ exp(tau u . c)
+    tau: float = 60.0           # how sure a bar is: q(c|u) ~ exp(tau u . c)
 
     def __post_init__(self):
-        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), spread=(0, 1),
-                      entropy=(0, 100), gamma=(0, 100), tau=(0, 1e6))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not type(field.default) and not (type(field.default) is float and type(value) is int):
-                raise UserError(f"--{field.name} {value!r}: must be of type {type(field.default).__name__}")
-            least, most = limits.get(field.name, (False, True))
-            if not least <= value <= most:
-                raise UserError(f"--{field.name} {value}: must lie in {least:g}..{most:g}")
+        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), direction_bit=(0, 1),
+                      nearest=(0, 1), spread=(0, 1), entropy=(0, 100), gamma=(0, 100), joint=(0, 1), tau=(0, 1e6))
+        for name, (least, most) in limits.items():
+            value, kinds = getattr(self, name), (type(getattr(TokenizerConfig, name)), int)
+            if type(value) not in kinds or not least <= value <= most:
+                raise UserError(f"--{name} {value!r}: must be a {kinds[0].__name__} in {least:g}..{most:g}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,10 +197,11 @@ class Tokenizer(nn.Module):
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
 
-    # ---- the published choice of a code: encoder, sphere, sign
-
     def published(self, z, present, up):
-        """Bars z [B, 6] -> u1 [B, k1 or k1 - 1] and u2 [B, k2] on the spheres, signs c1 [B, k1] and c2 [B, k2]."""
+        """First phase: encoder, sphere, sign. Bars z, present [B, 6]; up, bool [B]: close rose.
+
+        Returns u1 [B, k1], or [B, k1 - 1] with a direction bit, and u2 [B, k2], on their spheres; signs c1 [B, k1], c2 [B, k2].
+        """
         u1 = on_sphere(self.coarse_encoder(z))
         c1 = quantize(u1) * math.sqrt(u1.shape[-1])
         if self.config.direction_bit:
@@ -215,30 +212,26 @@ class Tokenizer(nn.Module):
         c2 = quantize(u2) * math.sqrt(u2.shape[-1])
         return u1, u2, c1, c2
 
-    # ---- the second phase's: the nearest candle
-
-    def coarse_distance(self, z, present, up, d1):
-        """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR where the direction bit is wrong."""
-        bars, codes = [present, z], [d1 ** 2, -2 * d1]  # sum of present d^2 - 2 z d: one product of matrices
-        if self.config.direction_bit:
-            says_up = torch.arange(len(d1), device=d1.device) >= len(d1) // 2
-            bars += [torch.stack([up, ~up], 1).to(z.dtype)]
-            codes += [FAR * torch.stack([~says_up, says_up], 1).to(z.dtype)]
-        return torch.cat(bars, 1) @ torch.cat(codes, 1).T                     # (B, 12 or 14) (12 or 14, 2^k1)
-
-    def fine_distance(self, residual, present, mix, g):
-        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g over present channels; mix [B, 6, 6] -> [B, 2^k2]."""
-        mix = mix * present[..., None]
-        gram = (mix.mT @ mix).flatten(1)                                                     # (B, 36)
-        aim = (mix.mT @ residual[..., None]).squeeze(-1)                                     # (B, 6)
-        outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                   # (2^k2, 36)
-        return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
-
     def search(self, z, present, up, tables):
-        """The nearest codes of bars z [B, 6]: coarse first, then the fine code nearest to what it leaves; int64 [B] each."""
+        """Second phase: the nearest candles' tokens, int64 [B] of coarse, then of the fine code nearest to what it leaves."""
         d1, mix, g = tables
-        coarse = nearest(self.coarse_distance(z, present, up, d1))
-        return coarse, nearest(self.fine_distance((z - d1[coarse]) * present, present, mix[coarse], g))
+        # |z - d|^2 - |z|^2 over present channels = present . d^2 - 2 z . d, of all bars and codes as one product
+        distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T                # (B, 12) (12, 2^k1)
+        if self.config.direction_bit:  # only the half of the codes whose top bit is the bar's
+            half = len(d1) // 2
+            own = distance.view(-1, 2, half)[torch.arange(len(z), device=z.device), up.long()]   # (B, 2^(k1 - 1))
+            coarse = nearest(own) + half * up
+        else:
+            coarse = nearest(distance)
+        residual = (z - d1[coarse]) * present
+        return coarse, nearest(self.fine_distance(residual, mix[coarse] * present[..., None], g))
+
+    def fine_distance(self, residual, mix, g):
+        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g, of r [B, 6], M [B, 6, 6] and all g [2^k2, 6]: [B, 2^k2]."""
+        gram = (mix.mT @ mix).flatten(1)                                                         # (B, 36)
+        aim = (mix.mT @ residual[..., None]).squeeze(-1)                                         # (B, 6)
+        outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                       # (2^k2, 36)
+        return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
 
     # ---- the interface
 
@@ -295,21 +288,20 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, entry):
         """The tokenizer of what `dump` made, in eval mode; UserError where the entry is damaged."""
-        config, state = (entry.get(key) if isinstance(entry, dict) else None for key in ("config", "state"))
-        if not isinstance(config, dict) or not isinstance(state, dict):
-            raise UserError("the tokenizer of this checkpoint is damaged: no config or no weights")
-        names = {field.name for field in fields(TokenizerConfig)}
-        if set(config) != names:
-            odd = sorted(map(str, set(config) ^ names))
-            raise UserError(f"the tokenizer of this checkpoint is damaged or of another version: its config differs in {odd}")
-        tokenizer = cls(config)
+        damaged = "the tokenizer of this checkpoint is damaged or of another version"
+        if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict) or not isinstance(entry.get("state"), dict):
+            raise UserError(f"{damaged}: its config or its weights are missing")
+        known = set(asdict(TokenizerConfig()))
+        if set(entry["config"]) != known:
+            raise UserError(f"{damaged}: its config has other names: {sorted(map(str, known ^ set(entry['config'])))}")
+        tokenizer = cls(entry["config"])
         for name, weights in tokenizer.state_dict().items():
-            kept = state.get(name)
+            kept = entry["state"].get(name)
             if not isinstance(kept, torch.Tensor) or kept.shape != weights.shape or kept.dtype != weights.dtype:
-                raise UserError(f"the tokenizer of this checkpoint is damaged: {name} is no {list(weights.shape)} of {weights.dtype}")
+                raise UserError(f"{damaged}: {name} should be {weights.dtype} of shape {list(weights.shape)}")
             if not torch.isfinite(kept).all() or (name == "std" and (kept < 0).any()):
-                raise UserError(f"the tokenizer of this checkpoint is damaged: {name} holds {kept.min()} to {kept.max()}")
-        tokenizer.load_state_dict(state, strict=False)
+                raise UserError(f"{damaged}: {name} holds numbers from {kept.min():g} to {kept.max():g}")
+        tokenizer.load_state_dict(entry["state"], strict=False)
         return tokenizer.eval()
 
 
@@ -321,7 +313,7 @@ def look_up(table, tokens):
     return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
 
 
-def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None):
+def train_tokenizer(x, config, seed=0, steps=2000, batch_size=1024, lr=8e-3, device="cpu", progress=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
     steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss) is called after each update.
@@ -464,16 +456,3 @@ def code_use(tokenizer, coarse, fine):
         use[f"{level}_used"] = (share > 0).double().mean().item()
         use[f"{level}_perplexity"] = entropy(share).exp().item()
     return use | dict(pairs=float(len(torch.unique(coarse << config.fine_bits | fine)))), shares
-
-
-def print_report(scores):
-    """The report as an aligned table for a person."""
-    channels = [""] + [f"_{c}" for c in CHANNELS if f"full_r2_{c}" in scores]
-    print(f"{'':13} " + " ".join(f"{c[1:] or 'mean':>8}" for c in channels))
-    for row in ("coarse_error", "coarse_r2", "full_error", "full_r2"):
-        print(f"{row.replace('_', ' '):13} " + " ".join(f"{scores[row + c]:8.4f}" for c in channels))
-    print(f"\n{'':13} {'used':>8} {'perplexity':>10} {'least bit':>9} {'sign':>8}")
-    for row, decode in (("coarse", "coarse"), ("fine", "full")):
-        used, perplexity, bit = (scores[f"{row}_{what}"] for what in ("used", "perplexity", "bit_entropy"))
-        print(f"{row:13} {used:8.1%} {perplexity:10.1f} {bit:9.3f} {scores[f'{decode}_sign']:8.2%}")
-    print(f"\n{scores['pairs']:,.0f} distinct pairs in {scores['bars']:,.0f} bars")
