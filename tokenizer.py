@@ -160,7 +160,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config = TokenizerConfig(**config) if isinstance(config, dict) else config
+        self.config = config = config if isinstance(config, TokenizerConfig) else TokenizerConfig(**config)
         k1, k2, n = config.coarse_bits, config.fine_bits, config.n_hidden
         self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)     # to the sphere, without the direction bit
         self.fine_encoder = mlp(N_CHANNELS + k1, n, k2)
@@ -289,19 +289,15 @@ class Tokenizer(nn.Module):
     def load(cls, entry):
         """The tokenizer of what `dump` made, in eval mode; UserError where the entry is damaged."""
         damaged = "the tokenizer of this checkpoint is damaged or of another version"
-        if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict) or not isinstance(entry.get("state"), dict):
-            raise UserError(f"{damaged}: its config or its weights are missing")
-        known = set(asdict(TokenizerConfig()))
-        if set(entry["config"]) != known:
-            raise UserError(f"{damaged}: its config has other names: {sorted(map(str, known ^ set(entry['config'])))}")
-        tokenizer = cls(entry["config"])
+        try:
+            tokenizer = cls(entry["config"])
+            tokenizer.load_state_dict(entry["state"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, UserError) as e:
+            reason = " ".join(str(e).split())
+            raise UserError(f"{damaged}: {reason}") from None
         for name, weights in tokenizer.state_dict().items():
-            kept = entry["state"].get(name)
-            if not isinstance(kept, torch.Tensor) or kept.shape != weights.shape or kept.dtype != weights.dtype:
-                raise UserError(f"{damaged}: {name} should be {weights.dtype} of shape {list(weights.shape)}")
-            if not torch.isfinite(kept).all() or (name == "std" and (kept < 0).any()):
-                raise UserError(f"{damaged}: {name} holds numbers from {kept.min():g} to {kept.max():g}")
-        tokenizer.load_state_dict(entry["state"], strict=False)
+            if not torch.isfinite(weights).all() or (name == "std" and weights.min() < 0):
+                raise UserError(f"{damaged}: {name} holds numbers from {weights.min():g} to {weights.max():g}")
         return tokenizer.eval()
 
 
@@ -319,12 +315,12 @@ def train_tokenizer(x, config, seed=0, steps=2000, batch_size=1024, lr=8e-3, dev
     steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss) is called after each update.
     All randomness comes from the seed. UserError for bars that cannot be learned from, and when training turns non-finite.
     """
-    config = TokenizerConfig(**config) if isinstance(config, dict) else config
     x = torch.as_tensor(x, dtype=torch.float32)
-    check_bars(x, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config)
+    config = tokenizer.config
+    check_bars(x, config)
     set_scale(tokenizer, x)
     tokenizer = tokenizer.to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -419,30 +415,32 @@ def report(tokenizer, x):
 
     {coarse,full}_{error,r2}[_channel]: R^2 = 1 - error, error = mean square / variance over the bars that have the
     channel, or the mean over channels. {coarse,full}_sign: share of decodes on close's side, where it moved.
-    {coarse,fine}_{used,perplexity}: see code_use; _bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least
-    of them. pairs: distinct ones.
+    {coarse,fine}_bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least of them. And what code_use says.
     """
     x = torch.as_tensor(x, dtype=torch.float32)
-    coarse, fine = (t.cpu() for t in tokenizer.encode(x))
-    decoded = {"coarse": tokenizer.decode(coarse).cpu(), "full": tokenizer.decode(coarse, fine).cpu()}
+    tokens = [level.cpu() for level in tokenizer.encode(x)]
     present, moved = has_data(x), x[:, 0] != 0
-    out = {"bars": float(len(x))}
-    for level, y in decoded.items():
-        errors = {}
+    use, shares = code_use(tokenizer, *tokens)
+    out = use | {"bars": float(len(x))}
+    for level, read in (("coarse", tokens[:1]), ("full", tokens)):
+        y, errors = tokenizer.decode(*read).cpu(), {}
         for i, channel in enumerate(CHANNELS):
             true, got = x[present[:, i], i].double(), y[present[:, i], i].double()
             if len(true) > 1 and true.var() > 0:
-                errors[channel] = ((true - got).square().mean() / true.var(correction=0)).item()
-        errors = {f"_{c}": e for c, e in errors.items()} | {"": sum(errors.values()) / max(1, len(errors))}
+                errors[f"_{channel}"] = ((true - got).square().mean() / true.var(correction=0)).item()
+        errors[""] = sum(errors.values()) / max(1, len(errors))
         for channel, error in errors.items():
-            out |= {f"{level}_error{channel}": error, f"{level}_r2{channel}": 1 - error}
-        out[f"{level}_sign"] = ((y[:, 0] > 0) == (x[:, 0] > 0))[moved].double().mean().item() if moved.any() else 1.0
-    use, shares = code_use(tokenizer, coarse, fine)
+            out[f"{level}_error{channel}"], out[f"{level}_r2{channel}"] = error, 1 - error
+        right = (y[:, 0] > 0) == (x[:, 0] > 0)
+        out[f"{level}_sign"] = right[moved].double().mean().item() if moved.any() else 1.0
     for level, share in shares.items():
-        ones = (signs(int(math.log2(len(share)))) > 0).double().T @ share                      # (k,)
+        k = int(math.log2(len(share)))
+        ones = (signs(k) > 0).double().T @ share                                                 # (k,)
         bits = [entropy(torch.stack([p, 1 - p])).item() / math.log(2) for p in ones]
-        out |= {f"{level}_bit_entropy_{i}": b for i, b in enumerate(bits)} | {f"{level}_bit_entropy": min(bits)}
-    return out | use
+        out[f"{level}_bit_entropy"] = min(bits)
+        for i, bit in enumerate(bits):
+            out[f"{level}_bit_entropy_{i}"] = bit
+    return out
 
 
 def code_use(tokenizer, coarse, fine):
@@ -450,9 +448,11 @@ def code_use(tokenizer, coarse, fine):
 
     {coarse,fine}_used: share of codes met. {coarse,fine}_perplexity: exp of their entropy. pairs: distinct ones.
     """
-    config, use, shares = tokenizer.config, {}, {}
+    config, shares = tokenizer.config, {}
+    use = {"pairs": float(len(torch.unique(coarse << config.fine_bits | fine)))}
     for level, tokens, k in (("coarse", coarse, config.coarse_bits), ("fine", fine, config.fine_bits)):
-        shares[level] = share = torch.bincount(tokens, minlength=2 ** k).double() / max(1, len(tokens))
+        share = torch.bincount(tokens, minlength=2 ** k).double() / max(1, len(tokens))
         use[f"{level}_used"] = (share > 0).double().mean().item()
         use[f"{level}_perplexity"] = entropy(share).exp().item()
-    return use | dict(pairs=float(len(torch.unique(coarse << config.fine_bits | fine)))), shares
+        shares[level] = share
+    return use, shares

@@ -343,7 +343,7 @@ def test_a_damaged_entry_is_refused_in_one_line(small):
     missing = small.dump()
     del missing["state"]["mean"]
     for entry in (None, [], {}, {"config": config}, {"config": 3, "state": {}}, {"config": config, "state": {}}, missing,
-                  damaged(std=std), damaged(mean=torch.zeros(5)), damaged(mean="mean"), damaged(mean=torch.zeros(6).long()),
+                  damaged(std=std), damaged(mean=torch.zeros(5)), damaged(mean="mean"), damaged(mean=None),
                   damaged(std=torch.full((6,), math.inf)), damaged(**{"coarse_decoder.0.weight": weight}),
                   small.dump() | {"config": config | {"coarse_bits": 7}}, small.dump() | {"config": config | {"coarse_bits": "6"}},
                   small.dump() | {"config": config | {"coarse_bits": 6.5}}, small.dump() | {"config": config | {"colour": 1}},
@@ -360,11 +360,11 @@ def test_rare_gaps_take_few_codes(bars, monkeypatch):
     x[:, 1] = torch.where(torch.arange(len(x)) % 20 == 0, gaps, 0.0)
     for floor in (0.0, tok.FLOOR):
         monkeypatch.setattr(tok, "FLOOR", floor)
-        net = train_tokenizer(x, SMALL, seed=1, steps=150, batch_size=256)
+        net = train_tokenizer(x, TokenizerConfig(7, 3, n_hidden=64), seed=1, steps=150, batch_size=256)
         plain = x[x[:, 1] == 0]
         used[floor] = report(net, plain)["coarse_used"]
     assert net.std[1] == pytest.approx(tok.FLOOR * net.std[0].item())
-    assert used[0.0] + 0.05 < used[tok.FLOOR]
+    assert used[0.0] < 0.7 and used[tok.FLOOR] > 0.85, used
 
 
 def test_the_second_phase_earns_its_place(bars):
@@ -438,7 +438,7 @@ def test_training_that_turns_non_finite_stops_with_step_and_cause(bars, monkeypa
     refuse(bars, r"step \d+: its (loss|gradient) is (nan|inf)", lr=1e30, steps=20, batch_size=64)
     plain = tok.nearest_loss
     monkeypatch.setattr(tok, "nearest_loss", lambda net, x: plain(net, x) * math.nan)
-    refuse(bars, "step 13: its loss is nan", steps=60, batch_size=64)
+    refuse(bars, "step 7: its loss is nan", steps=60, batch_size=64)
 
 
 def test_configs_that_make_no_sense_are_refused():
