@@ -22,7 +22,6 @@ Trained by `pretrain.py`, from which `--tokenizer out.pt` takes it again.
 import math
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -309,7 +308,7 @@ def look_up(table, tokens):
     return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
 
 
-def train_tokenizer(x, config, seed=0, steps=2000, batch_size=1024, lr=8e-3, device="cpu", progress=None):
+def train_tokenizer(x, config, seed=0, steps=1200, batch_size=2048, lr=7e-3, device="cpu", progress=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
     steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss) is called after each update.

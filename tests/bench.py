@@ -21,7 +21,7 @@ import torch
 
 import data
 from model import read_checkpoint
-from tokenizer import CHANNELS, TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
+from tokenizer import TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
 
 SECTIONS = {}
 
@@ -148,7 +148,7 @@ class Quantized(torch.nn.Module):
         return decodes, tokens, total
 
 
-def train_quantized(quantizer, z, steps, seed=0, batch_size=1024, lr=4e-3, look=None):
+def train_quantized(quantizer, z, steps, seed=0, batch_size=2048, lr=7e-3, look=None):
     """A Quantized trained on standardized bars z [N, C]; look(step, model) is called before each update."""
     torch.manual_seed(seed)
     model = Quantized(quantizer, z.shape[1])
@@ -176,24 +176,22 @@ def tokenizer(args):
         rows = [x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)]
         parts[split] = torch.from_numpy(np.concatenate(rows))
     train, test = parts["train"], parts[args.split]
-    has = [i for i in range(6) if (train[:, i] != 0).any()]
-    z, z_test = ((x[:, has] - train[:, has].mean(0)) / train[:, has].std(0) for x in (train, test))
+    has = (train != 0).any(0)
+    mean, std = train[:, has].mean(0), train[:, has].std(0)
+    z, z_test = (train[:, has] - mean) / std, (test[:, has] - mean) / std
+    steps = args.steps or 1200
     torch.set_num_threads(1)
-    print(f"{len(train):,} bars to train on, {len(test):,} of {args.split}, one thread, seed {args.seed}\n")
-    channels = " ".join(f"{'open' if i == 1 else CHANNELS[i]:>8}" for i in has)
-    print(f"{'':28}{'cpu s':>6}   error {channels}    used perplexity")
+    print(f"{len(train):,} bars to train on, {len(test):,} of {args.split}, {steps:,} updates, one thread, seed {args.seed}\n")
+    print(f"{'':24}{'cpu s':>6}   {'coarse error':>12}{'used':>8}{'perplexity':>12}   {'both, error':>12}{'fine used':>11}{'perplexity':>12}")
 
-    def row(name, seconds, y, tokens):
-        errors = ((z_test - y) ** 2).mean(0) / z_test.var(0, correction=0)
-        share = torch.bincount(tokens, minlength=1024) / len(tokens)
-        perplexity = torch.exp(-torch.xlogy(share, share).sum())
-        times = f"{seconds:6.0f}" if seconds is not None else " " * 6
-        print(f"{name:28}{times} {errors.mean():.5f} " + " ".join(f"{e:8.5f}" for e in errors) +
-              f" {(share > 0).float().mean():7.1%} {perplexity:10.0f}", flush=True)
-
-    def rows(name, seconds, decodes, tokens):
-        row(f"{name}, coarse", seconds, decodes[0], tokens[0])
-        row(f"{' ' * len(name)}  both", None, decodes[1], tokens[1])
+    def row(name, seconds, decodes, tokens):
+        line = f"{name:24}{seconds:>6.0f}"
+        for y, token, width in zip(decodes, tokens, (8, 11)):
+            error = (((z_test - y) ** 2).mean(0) / z_test.var(0, correction=0)).mean()
+            share = torch.bincount(token, minlength=1024) / len(token)
+            perplexity = torch.exp(-torch.xlogy(share, share).sum())
+            line += f"   {error:>12.5f}{(share > 0).float().mean():>{width}.1%}{perplexity:>12.0f}"
+        print(line, flush=True)
 
     began = time.process_time()
     generator = torch.Generator().manual_seed(args.seed)
@@ -202,28 +200,27 @@ def tokenizer(args):
     seconds = time.process_time() - began
     coarse = assign(z_test, c1)
     fine = assign(z_test - c1[coarse], c2)
-    rows("k-means", seconds, (c1[coarse], c1[coarse] + c2[fine]), (coarse, fine))
+    row("k-means", seconds, (c1[coarse], c1[coarse] + c2[fine]), (coarse, fine))
 
-    steps = args.steps or 1000
     for name, quantizer in (("VQ, learned codes", VQ), ("FSQ", FSQ)):
         began = time.process_time()
         model = train_quantized(quantizer, z, steps, args.seed)
         seconds = time.process_time() - began
         with torch.no_grad():
             decodes, tokens, _ = model(z_test)
-        rows(name, seconds, decodes, tokens)
+        row(name, seconds, decodes, tokens)
 
-    forms = {"BSQ alone": dict(nearest=False), "BSQ, entropy per bit": dict(nearest=False, joint=False),
-             "BSQ, no entropy term": dict(nearest=False, entropy=0.0), "BSQ, then nearest": {},
-             "the same, no direction bit": dict(direction_bit=False)}
+    forms = {"BSQ alone": dict(nearest=False), "  entropy per bit": dict(nearest=False, joint=False),
+             "  no entropy term": dict(nearest=False, entropy=0.0), "BSQ, then nearest": {},
+             "  no direction bit": dict(direction_bit=False)}
     for name, settings in forms.items():
         began = time.process_time()
         net = train_tokenizer(train, TokenizerConfig(**settings), seed=args.seed, steps=steps)
         seconds = time.process_time() - began
-        coarse, fine = net.encode(test)
-        decodes = [(x[:, has] - train[:, has].mean(0)) / train[:, has].std(0) for x in (net.decode(coarse), net.decode(coarse, fine))]
-        rows(name, seconds, decodes, (coarse, fine))
-    speed = [len(test) / best_of(3, f) for f in (lambda: net.encode(test), lambda: net.decode(coarse, fine))]
+        tokens = net.encode(test)
+        decodes = [(net.decode(*read)[:, has] - mean) / std for read in (tokens[:1], tokens)]
+        row(name, seconds, decodes, tokens)
+    speed = [len(test) / best_of(3, f) for f in (lambda: net.encode(test), lambda: net.decode(*tokens))]
     print(f"\nencode {speed[0]:,.0f} bars/s, decode {speed[1]:,.0f} bars/s")
 
 
