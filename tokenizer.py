@@ -33,7 +33,7 @@ PRICES = 4        # close, open, upper, lower: always there; volume and vwap are
 MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move the price, however small the scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
-FLOOR = 0.05      # least scale of a channel, as a share of close's: else rare gaps of `open` on minute bars take the codes
+FLOOR = 0.05      # least scale of a channel, as a share of close's; else rare gaps between minute bars take the codes
 WARMUP = 50       # steps in which the learning rate rises
 
 
@@ -64,14 +64,14 @@ class TokenizerConfig:
 # Binary Spherical Quantization
 
 def signs(k, device=None):
-    """The codebook, sqrt(k) c for every corner c: -1 or 1, float32 [2^k, k]; row i is token i, its first bit the highest."""
+    """The codebook, sqrt(k) c for all corners c: -1 or 1, float32 [2^k, k]. Row i is token i, its top bit first."""
     tokens = torch.arange(2 ** k, device=device)
     place = torch.arange(k - 1, -1, -1, device=device)
     return 2.0 * (tokens[:, None] >> place & 1) - 1.0
 
 
 def on_sphere(v):
-    """u = v / |v|: [..., k] -> [..., k]."""
+    """v [..., k] -> u = v / |v|."""
     return F.normalize(v, dim=-1)
 
 
@@ -91,36 +91,31 @@ def token_of(c):
 
 
 def entropy(p):
-    """In nats, summed over all elements of p: of one distribution, or of several in all.
-
-    The clamp keeps the gradient at p = 0 finite.
-    """
-    return -(p * p.clamp(min=1e-20).log()).sum()
+    """In nats, summed over all elements of p: of one distribution, or of several in all."""
+    return -(p * p.clamp(min=1e-20).log()).sum()  # the clamp keeps the gradient at p = 0 finite
 
 
 def joint_entropy_term(u, tau, gamma):
-    """E[H(q(c|u))] - gamma H(E[q(c|u)]) of bars u [B, k], exact: each bar sure of its code, all codes used evenly.
+    """E[H(q(c|u))] - gamma H(E[q(c|u)]) of points u [N, k], exact: each bar sure of its code, all codes used evenly.
 
-    q(c|u) ~ exp(tau u . c) over the 2^k corners. The exponent is a sum over bits, so q(c|u) = q(a|u) q(b|u), where a is
-    the first half of the code's bits and b the rest. With A and B their tables, E[q] is A^T B / bars: all 2^k codes for
-    the price of a small product of matrices.
+    q(c|u) ~ exp(tau u . c) over all corners c. The exponent is a sum over bits, so q(c|u) = q(a|u) q(b|u), where a is
+    the first half of the bits and b the rest. With A and B their tables, E[q] = A^T B / N, over all 2^k codes, and cheap.
     """
-    half = u.shape[-1] // 2
-    scale = tau / math.sqrt(u.shape[-1])
-    A = F.softmax(scale * u[:, :half] @ signs(half, u.device).T, dim=-1)                         # (B, 2^half)
-    B = F.softmax(scale * u[:, half:] @ signs(u.shape[-1] - half, u.device).T, dim=-1)           # (B, 2^(k - half))
-    sure = (entropy(A) + entropy(B)) / len(u)
-    use = A.T @ B / len(u)                                                                       # (2^half, 2^(k - half))
-    return sure - gamma * entropy(use)
+    k = u.shape[1]
+    scale = tau / math.sqrt(k)
+    A = F.softmax(scale * u[:, :k // 2] @ signs(k // 2, u.device).T, dim=1)                      # (N, 2^a)
+    B = F.softmax(scale * u[:, k // 2:] @ signs(k - k // 2, u.device).T, dim=1)                  # (N, 2^b), a + b = k
+    use = A.T @ B / len(u)                                                                       # (2^a, 2^b)
+    return (entropy(A) + entropy(B)) / len(u) - gamma * entropy(use)
 
 
 def bit_entropy_term(u, tau, gamma):
-    """The same, factorized as published: H(E[q(c|u)]) as the sum over bits, as if the bits in use were independent.
+    """The same, factorized as published: H(E[q(c|u)]) is taken for the sum over bits, which is never less.
 
-    q(bit = 1 | u) = sigmoid(2 tau u / sqrt(k)). The sum is an upper bound of the joint entropy, and costs k numbers a bar.
+    q(bit = 1 | u) = sigmoid(2 tau u / sqrt(k)).
     """
-    one = torch.sigmoid(2 * tau * u / math.sqrt(u.shape[-1]))                                    # (B, k)
-    p = torch.stack([one, 1 - one])                                                              # (2, B, k)
+    one = torch.sigmoid(2 * tau * u / math.sqrt(u.shape[1]))                                     # (N, k)
+    p = torch.stack([one, 1 - one])                                                              # (2, N, k)
     return entropy(p) / len(u) - gamma * entropy(p.mean(1))
 
 
@@ -153,21 +148,21 @@ def has_data(x):
 class Tokenizer(nn.Module):
     """Bars' features <-> token pairs, a single bar at a time: a token pair is a candle.
 
-    Decode: D(coarse, fine) = D1(coarse) + M(coarse) g(fine), networks of the signs. A fine code is a pattern g, [6], and
-    the coarse one turns and scales it by M, [6, 6]. All codes are decoded on first use, 2^k rows a level, then looked up.
+    The candle is D1(coarse) + M(coarse) g(fine), networks of the signs: a fine code is a pattern g, [6], which the
+    coarse one turns and scales by M, [6, 6]. All codes are decoded on first use, 2^k rows a level, then looked up.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config = config if isinstance(config, TokenizerConfig) else TokenizerConfig(**config)
         k1, k2, n = config.coarse_bits, config.fine_bits, config.n_hidden
-        self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)     # to the sphere, without the direction bit
+        self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)  # the direction bit is not learned
         self.fine_encoder = mlp(N_CHANNELS + k1, n, k2)
         self.coarse_decoder = mlp(k1, n, N_CHANNELS)
         self.fine_mix = mlp(k1, n, N_CHANNELS ** 2)
         self.fine_decoder = mlp(k2, n, N_CHANNELS)
         self.register_buffer("mean", torch.zeros(N_CHANNELS))
-        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there; it decodes to its mean, 0
+        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there, and decodes to 0
         self.tables = None
 
     def decode_tables(self):
@@ -191,7 +186,7 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def standardize(self, x):
-        """x [..., 6] -> z [..., 6] of mean 0 and variance 1 a channel, 0 where one is missing; present: 1.0 where not."""
+        """x [..., 6] -> z [..., 6], in units of std from the mean; present [..., 6]: 0.0 where a channel is missing, else 1."""
         present = has_data(x) & (self.std > 0)
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
@@ -199,7 +194,7 @@ class Tokenizer(nn.Module):
     def published(self, z, present, up):
         """First phase: encoder, sphere, sign. Bars z, present [B, 6]; up, bool [B]: close rose.
 
-        Returns u1 [B, k1], or [B, k1 - 1] with a direction bit, and u2 [B, k2], on their spheres; signs c1 [B, k1], c2 [B, k2].
+        Returns u1 [B, k1 less a direction bit] and u2 [B, k2] on their spheres, and signs c1 [B, k1], c2 [B, k2].
         """
         u1 = on_sphere(self.coarse_encoder(z))
         c1 = quantize(u1) * math.sqrt(u1.shape[-1])
@@ -212,7 +207,7 @@ class Tokenizer(nn.Module):
         return u1, u2, c1, c2
 
     def search(self, z, present, up, tables):
-        """Second phase: the nearest candles' tokens, int64 [B] of coarse, then of the fine code nearest to what it leaves."""
+        """Second phase: the nearest candles' tokens, int64 [B]; fine is the nearest to what coarse leaves."""
         d1, mix, g = tables
         # |z - d|^2 - |z|^2 over present channels = present . d^2 - 2 z . d, of all bars and codes as one product
         distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T                # (B, 12) (12, 2^k1)
@@ -226,7 +221,7 @@ class Tokenizer(nn.Module):
         return coarse, nearest(self.fine_distance(residual, mix[coarse] * present[..., None], g))
 
     def fine_distance(self, residual, mix, g):
-        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g, of r [B, 6], M [B, 6, 6] and all g [2^k2, 6]: [B, 2^k2]."""
+        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g of r [B, 6], M [B, 6, 6], all g [2^k2, 6]: [B, 2^k2]."""
         gram = (mix.mT @ mix).flatten(1)                                                         # (B, 36)
         aim = (mix.mT @ residual[..., None]).squeeze(-1)                                         # (B, 6)
         outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                       # (2^k2, 36)
@@ -262,8 +257,8 @@ class Tokenizer(nn.Module):
     def decode(self, coarse, fine=None):
         """Tokens int64 [...] -> features float32 [..., 6]; without fine, what coarse alone says.
 
-        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError where there
-        is no such token.
+        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError for tokens
+        that there are none of.
         """
         d1, mix, g = self.frozen_tables()
         coarse = torch.as_tensor(coarse, device=d1.device)
@@ -312,7 +307,7 @@ def train_tokenizer(x, config, seed=0, steps=1200, batch_size=2048, lr=7e-3, dev
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
     steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss) is called after each update.
-    All randomness comes from the seed. UserError for bars that cannot be learned from, and when training turns non-finite.
+    All randomness comes from the seed. UserError for bars that cannot be learned from, or a loss that is not finite.
     """
     x = torch.as_tensor(x, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -387,7 +382,7 @@ def published_loss(tokenizer, x):
 
 
 def nearest_loss(tokenizer, x):
-    """Second phase, bars x [B, 6]: what the nearest candles leave. Each bar moves its own codes, as in Lloyd's algorithm."""
+    """Second phase, bars x [B, 6]: what the nearest candles leave. A bar moves its own codes alone, as in Lloyd's."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     with torch.no_grad():
@@ -396,9 +391,9 @@ def nearest_loss(tokenizer, x):
 
 
 def level_errors(z, present, coarse, mix, pattern):
-    """Sum over the levels of the share of variance that is left; the fine one learns from what coarse leaves.
+    """Sum over the levels of the share that is left of z, and by the fine pattern of what coarse leaves.
 
-    z, present, coarse D1(c), pattern g(f): [B, 6]; mix M(c): [B, 6, 6].
+    z, present, coarse, pattern: [B, 6]; mix: [B, 6, 6].
     """
     left = (z - coarse) * present
     residual = left.detach()
