@@ -99,7 +99,7 @@ def joint_entropy_term(u, tau, gamma):
     """E[H(q(c|u))] - gamma H(E[q(c|u)]) of points u [N, k], exact: each bar sure of its code, all codes used evenly.
 
     q(c|u) ~ exp(tau u . c) over all corners c. The exponent is a sum over bits, so q(c|u) = q(a|u) q(b|u), where a is
-    the first half of the bits and b the rest. With A and B their tables, E[q] = A^T B / N, over all 2^k codes, and cheap.
+    the first half of the bits and b the rest. With A and B their tables, E[q] = A^T B / N: all 2^k codes, and cheap.
     """
     k = u.shape[1]
     scale = tau / math.sqrt(k)
@@ -186,7 +186,7 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def standardize(self, x):
-        """x [..., 6] -> z [..., 6], in units of std from the mean; present [..., 6]: 0.0 where a channel is missing, else 1."""
+        """x [..., 6] -> z, in units of std from the mean, and present: 0.0 where a channel is missing, else 1.0."""
         present = has_data(x) & (self.std > 0)
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
@@ -221,7 +221,7 @@ class Tokenizer(nn.Module):
         return coarse, nearest(self.fine_distance(residual, mix[coarse] * present[..., None], g))
 
     def fine_distance(self, residual, mix, g):
-        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g of r [B, 6], M [B, 6, 6], all g [2^k2, 6]: [B, 2^k2]."""
+        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g. r [B, 6], M [B, 6, 6], g [2^k2, 6] -> [B, 2^k2]."""
         gram = (mix.mT @ mix).flatten(1)                                                         # (B, 36)
         aim = (mix.mT @ residual[..., None]).squeeze(-1)                                         # (B, 6)
         outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                       # (2^k2, 36)
