@@ -1,28 +1,27 @@
 """The tokenizer: each bar becomes two tokens of 10 bits, and any two tokens become a bar.
 
+Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548):
+
+    bar x --encoder--> v in R^k --> u = v / |v| --> c = sign(u) / sqrt(k) --decoder--> candle
+
+u lies on the unit sphere and c is the corner nearest to it, of the 2^k corners of a cube inscribed in the sphere. The
+codebook is implicit: no corner is stored, each can be reached, and a token is the signs of c read as a binary number.
+Two levels: the `coarse` token carries the bar's shape, the `fine` token what coarse leaves.
+
+Training has two phases. The first is the published one, above: it spreads the bars over the corners. But the signs of
+u often miss the corner whose candle is nearest to the bar, and with k <= 12 all 2^k candles can be looked at, in no
+more time than an encoder takes. So in the second phase a bar takes the nearest candle's corner, and the decoder learns
+from that alone, as in Lloyd's algorithm; the encoder retires. `nearest=False` keeps the published form to the end:
+`python tests/bench.py tokenizer` shows both, beside k-means and other quantizers.
+
+The direction bit: the top bit of coarse is not learned. It is set where close rose, and every candle decoded from it
+rises, so a coarse token always says up or not up.
+
 Trained by `pretrain.py`, from which `--tokenizer out.pt` takes it again.
-
-Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548) has for codebook the 2^k corners of
-the cube inscribed in the unit sphere, c in {-1, 1}^k / sqrt(k): implicit, nothing stored, every code reachable. A
-decoder D makes a candle of a corner. BSQ's encoder projects a bar to u on the sphere and takes the corner nearest to
-u, sign(u) / sqrt(k), or softly q(c|u) ~ exp(2 tau u . c). Here a bar takes the corner whose *candle* is nearest to it,
-or softly q(c|x) ~ exp(-sharp |x - D(c)|^2).
-
-For a linear D with orthonormal columns, D(c) = A c, the two are one: |x - A c|^2 = const - 2 u . c with u = A^T x. For a
-curved D the signs of a learned u often miss the nearest corner, and with k <= 12 all corners can be looked at, in no
-more time than an encoder takes. So there is no encoder, and no gradient has to go straight through sampled bits: the
-error and the joint entropy are exact sums over the 2^k codes. Training sharpens q from a blur, in which every code
-learns from every bar, to the nearest code alone (deterministic annealing: Rose 1998, Proc. IEEE 86). How close that
-comes to k-means with as many stored centroids: `python tests/bench.py tokenizer`.
-
-Two levels: `coarse` carries the bar's shape, `fine` the residual given coarse. The top bit of coarse is not searched:
-it is set where close rose, and the decoder honours it, so a coarse token always says up or not up.
 """
-import copy
 import math
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,10 +30,10 @@ from data import CHANNELS, UserError
 
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower: always there; volume and vwap are missing where they are exactly 0
-MARGIN = 1e-4     # least |close| of a decode with a direction bit: its sign outlives float32, and S_FLOOR
+MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move the price, however small the scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
-FAR = 1e9         # added to the distance of codes on the wrong side of the direction bit
+FLOOR = 0.05      # least scale of a channel, as a share of close's; else rare gaps between minute bars take the codes
 WARMUP = 50       # steps in which the learning rate rises
 
 
@@ -43,29 +42,81 @@ class TokenizerConfig:
     """Sizes of a Tokenizer and settings of its training; UserError for what cannot be."""
     coarse_bits: int = 10       # bits of the coarse token, direction bit included
     fine_bits: int = 10         # bits of the fine token
-    n_hidden: int = 128         # width of the decoder's networks
+    n_hidden: int = 128         # width of the networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
-    entropy: float = 0.3        # weight of the entropy term; 0 switches it off
+    nearest: bool = True        # end with the nearest candle's corner; False: the published signs, to the end
+    spread: float = 0.1         # share of the updates that the first phase takes, where a second follows
+    entropy: float = 0.1        # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of using all codes evenly, against each bar being sure of its own
-    sharp_start: float = 8.0    # q(c|x) at first: exp(-sharp x squared error / the level's variance)
-    sharp_end: float = 60.0     # and when annealing ends
-    annealed: float = 0.2       # share of the training that anneals; the rest takes the nearest code
+    joint: bool = True          # the entropy of all 2^k codes in use, exact; False: the published sum over bits
+    tau: float = 60.0           # how sure a bar is: q(c|u) ~ exp(tau u . c)
 
     def __post_init__(self):
-        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), entropy=(0, 100),
-                      gamma=(0, 100), sharp_start=(1e-3, 1e6), sharp_end=(1e-3, 1e6), annealed=(0, 1))
+        limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), direction_bit=(0, 1),
+                      nearest=(0, 1), spread=(0, 1), entropy=(0, 100), gamma=(0, 100), joint=(0, 1), tau=(0, 1e6))
         for name, (least, most) in limits.items():
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie in {least:g}..{most:g}")
+            value, kinds = getattr(self, name), (type(getattr(TokenizerConfig, name)), int)
+            if type(value) not in kinds or not least <= value <= most:
+                raise UserError(f"--{name} {value!r}: must be a {kinds[0].__name__} in {least:g}..{most:g}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Corners and their choice
+# Binary Spherical Quantization
 
-def corners(k, device=None):
-    """The codebook as +-1, float32 [2^k, k]; row i is token i, the first bit its highest. (The decoder scales it.)"""
+def signs(k, device=None):
+    """The codebook, sqrt(k) c for all corners c: -1 or 1, float32 [2^k, k]. Row i is token i, its top bit first."""
     tokens = torch.arange(2 ** k, device=device)
-    return 2.0 * (tokens[:, None] >> torch.arange(k - 1, -1, -1, device=device) & 1) - 1.0
+    place = torch.arange(k - 1, -1, -1, device=device)
+    return 2.0 * (tokens[:, None] >> place & 1) - 1.0
+
+
+def on_sphere(v):
+    """v [..., k] -> u = v / |v|."""
+    return F.normalize(v, dim=-1)
+
+
+def quantize(u):
+    """The corner nearest to u on the sphere, c = sign(u) / sqrt(k): [..., k] -> [..., k].
+
+    The sign has no gradient. Straight-through: c passes its gradient on to u as if it were u.
+    """
+    c = torch.where(u > 0, 1.0, -1.0) / math.sqrt(u.shape[-1])
+    return u + (c - u).detach()
+
+
+def token_of(c):
+    """Corners [..., k] -> int64 [...]: their signs read as a binary number, the first bit its highest."""
+    place = 2 ** torch.arange(c.shape[-1] - 1, -1, -1, device=c.device)
+    return ((c > 0) * place).sum(-1)
+
+
+def entropy(p):
+    """In nats, summed over all elements of p: of one distribution, or of several in all."""
+    return -(p * p.clamp(min=1e-20).log()).sum()  # the clamp keeps the gradient at p = 0 finite
+
+
+def joint_entropy_term(u, tau, gamma):
+    """E[H(q(c|u))] - gamma H(E[q(c|u)]) of points u [N, k], exact: each bar sure of its code, all codes used evenly.
+
+    q(c|u) ~ exp(tau u . c) over all corners c. The exponent is a sum over bits, so q(c|u) = q(a|u) q(b|u), where a is
+    the first half of the bits and b the rest. With A and B their tables, E[q] = A^T B / N: all 2^k codes, and cheap.
+    """
+    k = u.shape[1]
+    scale = tau / math.sqrt(k)
+    A = F.softmax(scale * u[:, :k // 2] @ signs(k // 2, u.device).T, dim=1)                      # (N, 2^a)
+    B = F.softmax(scale * u[:, k // 2:] @ signs(k - k // 2, u.device).T, dim=1)                  # (N, 2^b), a + b = k
+    use = A.T @ B / len(u)                                                                       # (2^a, 2^b)
+    return (entropy(A) + entropy(B)) / len(u) - gamma * entropy(use)
+
+
+def bit_entropy_term(u, tau, gamma):
+    """The same, factorized as published: H(E[q(c|u)]) is taken for the sum over bits, which is never less.
+
+    q(bit = 1 | u) = sigmoid(2 tau u / sqrt(k)).
+    """
+    one = torch.sigmoid(2 * tau * u / math.sqrt(u.shape[1]))                                     # (N, k)
+    p = torch.stack([one, 1 - one])                                                              # (2, N, k)
+    return entropy(p) / len(u) - gamma * entropy(p.mean(1))
 
 
 def nearest(distance):
@@ -75,14 +126,6 @@ def nearest(distance):
     return torch.from_numpy(distance.detach().numpy().argmin(-1))  # numpy's is several times as fast on a CPU
 
 
-def entropy(p):
-    """In nats, summed over all elements of p: of one distribution, or of several in all.
-
-    The clamp keeps the gradient at p = 0 finite.
-    """
-    return -(p * p.clamp(min=1e-20).log()).sum()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
@@ -90,7 +133,7 @@ def mlp(n_in, n, n_out):
     return nn.Sequential(nn.Linear(n_in, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n_out))
 
 
-def exact(x):
+def full_precision(x):
     """No autocast, whatever the caller has: a bar's tokens are always the same."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -105,31 +148,36 @@ def has_data(x):
 class Tokenizer(nn.Module):
     """Bars' features <-> token pairs, a single bar at a time: a token pair is a candle.
 
-    Decode: D(coarse, fine) = D1(coarse) + M(coarse) g(fine), networks of the bits. A fine code is a pattern g, [6], and the
-    coarse one turns and scales it by M, [6, 6]. On first use all codes are evaluated, then looked up: 2^k rows a level.
+    The candle is D1(coarse) + M(coarse) g(fine), networks of the signs: a fine code is a pattern g, [6], which the
+    coarse one turns and scales by M, [6, 6]. All codes are decoded on first use, 2^k rows a level, then looked up.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config = TokenizerConfig(**config) if isinstance(config, dict) else config
+        self.config = config = config if isinstance(config, TokenizerConfig) else TokenizerConfig(**config)
         k1, k2, n = config.coarse_bits, config.fine_bits, config.n_hidden
+        self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)  # the direction bit is not learned
+        self.fine_encoder = mlp(N_CHANNELS + k1, n, k2)
         self.coarse_decoder = mlp(k1, n, N_CHANNELS)
         self.fine_mix = mlp(k1, n, N_CHANNELS ** 2)
         self.fine_decoder = mlp(k2, n, N_CHANNELS)
         self.register_buffer("mean", torch.zeros(N_CHANNELS))
-        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there; it decodes to exactly 0
+        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there, and decodes to 0
         self.tables = None
 
     def decode_tables(self):
         """Of every code, in standardized channels: D1 [2^k1, 6], M [2^k1, 6, 6], g [2^k2, 6]."""
-        c1, c2 = corners(self.config.coarse_bits, self.mean.device), corners(self.config.fine_bits, self.mean.device)
-        mix = self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))
-        return self.coarse_decoder(c1), 0.3 * mix, self.fine_decoder(c2)  # 0.3: a residual's usual size
+        c1, c2 = signs(self.config.coarse_bits, self.mean.device), signs(self.config.fine_bits, self.mean.device)
+        return self.coarse_decoder(c1), self.mix(c1), self.fine_decoder(c2)
+
+    def mix(self, c1):
+        """M of coarse signs [..., k1] -> [..., 6, 6]."""
+        return 0.3 * self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))  # 0.3: a residual's usual size
 
     def frozen_tables(self):
         """decode_tables, made once between two trainings."""
         if self.tables is None or self.tables[0].device != self.mean.device:
-            with torch.no_grad(), exact(self.mean):
+            with torch.no_grad(), full_precision(self.mean):
                 self.tables = self.decode_tables()
         return self.tables
 
@@ -138,33 +186,46 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def standardize(self, x):
-        """x [..., 6] -> z [..., 6] of mean 0 and variance 1 a channel, 0 where one is missing; present: 1.0 where not."""
+        """x [..., 6] -> z, in units of std from the mean, and present: 0.0 where a channel is missing, else 1.0."""
         present = has_data(x) & (self.std > 0)
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
 
-    def coarse_distance(self, z, present, up, d1):
-        """|z - D1(c)|^2 - |z|^2 over present channels, of all codes c: [B, 2^k1]; FAR where the direction bit is wrong."""
-        bars, codes = [present, z], [d1 ** 2, -2 * d1]  # sum of present d^2 - 2 z d: one product of matrices
-        if self.config.direction_bit:
-            says_up = torch.arange(len(d1), device=d1.device) >= len(d1) // 2
-            bars += [torch.stack([up, ~up], 1).to(z.dtype)]
-            codes += [FAR * torch.stack([~says_up, says_up], 1).to(z.dtype)]
-        return torch.cat(bars, 1) @ torch.cat(codes, 1).T                     # (B, 12 or 14) (12 or 14, 2^k1)
+    def published(self, z, present, up):
+        """First phase: encoder, sphere, sign. Bars z, present [B, 6]; up, bool [B]: close rose.
 
-    def fine_distance(self, residual, present, mix, g):
-        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g over present channels; mix [B, 6, 6] -> [B, 2^k2]."""
-        mix = mix * present[..., None]
-        gram = (mix.mT @ mix).flatten(1)                                                     # (B, 36)
-        aim = (mix.mT @ residual[..., None]).squeeze(-1)                                     # (B, 6)
-        outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                   # (2^k2, 36)
-        return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
+        Returns u1 [B, k1 less a direction bit] and u2 [B, k2] on their spheres, and signs c1 [B, k1], c2 [B, k2].
+        """
+        u1 = on_sphere(self.coarse_encoder(z))
+        c1 = quantize(u1) * math.sqrt(u1.shape[-1])
+        if self.config.direction_bit:
+            top = torch.where(up, 1.0, -1.0)[:, None]
+            c1 = torch.cat([top, c1], dim=1)
+        residual = (z - self.coarse_decoder(c1)) * present
+        u2 = on_sphere(self.fine_encoder(torch.cat([residual, c1], dim=1).detach()))
+        c2 = quantize(u2) * math.sqrt(u2.shape[-1])
+        return u1, u2, c1, c2
 
     def search(self, z, present, up, tables):
-        """The nearest codes of bars z [B, 6]: coarse first, then the fine code nearest to what it leaves; int64 [B] each."""
+        """Second phase: the nearest candles' tokens, int64 [B]; fine is the nearest to what coarse leaves."""
         d1, mix, g = tables
-        coarse = nearest(self.coarse_distance(z, present, up, d1))
-        return coarse, nearest(self.fine_distance((z - d1[coarse]) * present, present, mix[coarse], g))
+        # |z - d|^2 - |z|^2 over present channels = present . d^2 - 2 z . d, of all bars and codes as one product
+        distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T                # (B, 12) (12, 2^k1)
+        if self.config.direction_bit:  # only the half of the codes whose top bit is the bar's
+            half = len(d1) // 2
+            own = distance.view(-1, 2, half)[torch.arange(len(z), device=z.device), up.long()]   # (B, 2^(k1 - 1))
+            coarse = nearest(own) + half * up
+        else:
+            coarse = nearest(distance)
+        residual = (z - d1[coarse]) * present
+        return coarse, nearest(self.fine_distance(residual, mix[coarse] * present[..., None], g))
+
+    def fine_distance(self, residual, mix, g):
+        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g. r [B, 6], M [B, 6, 6], g [2^k2, 6] -> [B, 2^k2]."""
+        gram = (mix.mT @ mix).flatten(1)                                                         # (B, 36)
+        aim = (mix.mT @ residual[..., None]).squeeze(-1)                                         # (B, 6)
+        outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                       # (2^k2, 36)
+        return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
 
     # ---- the interface
 
@@ -182,17 +243,22 @@ class Tokenizer(nn.Module):
         for i in range(0, len(rows), BLOCK):
             part = rows[i:i + BLOCK]
             padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                                # (BLOCK, 6)
-            with exact(x):
-                found = self.search(*self.standardize(padded), padded[:, 0] > 0, tables)
-            tokens[:, i:i + BLOCK] = torch.stack(found)[:, :len(part)]
+            with full_precision(x):
+                z, present = self.standardize(padded)
+                if self.config.nearest:
+                    coarse, fine = self.search(z, present, padded[:, 0] > 0, tables)
+                else:
+                    _, _, c1, c2 = self.published(z, present, padded[:, 0] > 0)
+                    coarse, fine = token_of(c1), token_of(c2)
+            tokens[:, i:i + BLOCK] = torch.stack([coarse, fine])[:, :len(part)]
         return tokens[0].view(x.shape[:-1]), tokens[1].view(x.shape[:-1])
 
     @torch.no_grad()
     def decode(self, coarse, fine=None):
         """Tokens int64 [...] -> features float32 [..., 6]; without fine, what coarse alone says.
 
-        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError where there
-        is no such token.
+        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError for tokens
+        that there are none of.
         """
         d1, mix, g = self.frozen_tables()
         coarse = torch.as_tensor(coarse, device=d1.device)
@@ -215,11 +281,17 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, entry):
-        """The tokenizer of what `dump` made, in eval mode."""
-        if "config" not in entry:
-            raise UserError("the tokenizer of this checkpoint is still in training; go on with pretrain.py --resume")
-        tokenizer = cls(entry["config"])
-        tokenizer.load_state_dict(entry["state"])
+        """The tokenizer of what `dump` made, in eval mode; UserError where the entry is damaged."""
+        damaged = "the tokenizer of this checkpoint is damaged or of another version"
+        try:
+            tokenizer = cls(entry["config"])
+            tokenizer.load_state_dict(entry["state"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, UserError) as e:
+            reason = " ".join(str(e).split())
+            raise UserError(f"{damaged}: {reason}") from None
+        for name, weights in tokenizer.state_dict().items():
+            if not torch.isfinite(weights).all() or (name == "std" and weights.min() < 0):
+                raise UserError(f"{damaged}: {name} holds numbers from {weights.min():g} to {weights.max():g}")
         return tokenizer.eval()
 
 
@@ -231,40 +303,31 @@ def look_up(table, tokens):
     return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
 
 
-def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, device="cpu", progress=None, resume=None):
+def train_tokenizer(x, config, seed=0, steps=1200, batch_size=2048, lr=7e-3, device="cpu", progress=None):
     """Train on features x float32 [N, 6] (context bars left out) -> Tokenizer.
 
-    steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss, snapshot) is called after each
-    step; snapshot() is a plain dict from which `resume` goes on bit for bit. The randomness of a step comes from (seed,
-    step) alone. Raises UserError for bars that cannot be learned from, and when training turns non-finite.
+    steps: updates; batch_size: bars of one; lr: peak learning rate. progress(step, loss) is called after each update.
+    All randomness comes from the seed. UserError for bars that cannot be learned from, or a loss that is not finite.
     """
-    config = TokenizerConfig(**config) if isinstance(config, dict) else config
     x = torch.as_tensor(x, dtype=torch.float32)
-    check_bars(x, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config)
-    present = has_data(x)
-    n = present.sum(0).clamp(min=1)
-    tokenizer.mean.copy_((x.double() * present).sum(0) / n)
-    tokenizer.std.copy_((((x.double() - tokenizer.mean) ** 2 * present).sum(0) / n).sqrt())
+    config = tokenizer.config
+    check_bars(x, config)
+    set_scale(tokenizer, x)
     tokenizer = tokenizer.to(device).train()
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    first = 0
-    if resume is not None:
-        tokenizer.load_state_dict(resume["model"])
-        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))
-        first = resume["step"]
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    draw = torch.Generator().manual_seed(seed)
+    first_phase = round(config.spread * steps) if config.nearest else steps
 
-    for step in range(first, steps):
-        done = step / steps
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        draw = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+            warm = min(1.0, (step + 1) / WARMUP)
+            group["lr"] = lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         batch = x[torch.randint(len(x), (batch_size,), generator=draw)].to(device)               # (B, 6)
-        if done < config.annealed:
-            sharp = config.sharp_start * (config.sharp_end / config.sharp_start) ** (done / config.annealed)
-            loss = annealed_loss(tokenizer, batch, sharp)
+        if step < first_phase:
+            loss = published_loss(tokenizer, batch)
         else:
             loss = nearest_loss(tokenizer, batch)
         optimizer.zero_grad()
@@ -276,9 +339,18 @@ def train_tokenizer(x, config, seed=0, steps=3000, batch_size=1024, lr=4e-3, dev
                                 f"lower the learning rate ({lr:g}) or look for extreme values among the bars")
         optimizer.step()
         if progress is not None:
-            progress(step + 1, loss.item(), lambda: copy.deepcopy(
-                dict(step=step + 1, model=dict(tokenizer.state_dict()), optimizer=optimizer.state_dict())))
+            progress(step + 1, loss.item())
     return tokenizer.eval()
+
+
+def set_scale(tokenizer, x):
+    """Mean and scale of each channel of bars x [N, 6], over the bars that have it."""
+    present = has_data(x)
+    n = present.sum(0).clamp(min=1)
+    mean = (x.double() * present).sum(0) / n
+    std = ((x.double() - mean).square() * present).sum(0).div(n).sqrt()
+    tokenizer.mean.copy_(mean)
+    tokenizer.std.copy_(torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0))
 
 
 def check_bars(x, config):
@@ -298,40 +370,34 @@ def check_bars(x, config):
                             f"constant series: give bars with a close, open, high and low of their own")
 
 
-def annealed_loss(tokenizer, x, sharp):
-    """The loss of both levels for bars x [B, 6], each spread over all codes by q; fine learns what coarse leaves."""
+def published_loss(tokenizer, x):
+    """First phase, bars x [B, 6]: what the decoded corners leave of the bars, and the entropy term of both levels."""
+    config = tokenizer.config
     z, present = tokenizer.standardize(x)
-    d1, mix, g = tokenizer.decode_tables()
-    distance = tokenizer.coarse_distance(z, present, x[:, 0] > 0, d1)                            # (B, 2^k1)
-    coarse = nearest(distance)
-    residual = (z - look_up(d1, coarse)).detach() * present                                      # (B, 6)
-    fine_distance = tokenizer.fine_distance(residual, present, look_up(mix, coarse), g)          # (B, 2^k2)
-    return sum(level_loss(d, source, present, sharp, tokenizer.config)
-               for d, source in ((distance, z), (fine_distance, residual)))
-
-
-def level_loss(distance, source, present, sharp, config):
-    """Share of the source's variance that a code leaves, its mean over q(c|x), and the entropy term.
-
-    distance [B, 2^k]: |source - D(c)|^2 - |source|^2 over the channels present; source, present [B, 6].
-    """
-    size = (source ** 2).sum()
-    q = F.softmax(-sharp * present.sum() / size * distance, dim=-1)                              # (B, 2^k)
-    loss = 1 + (q * distance).sum() / size
-    if config.entropy:  # E[H(q(c|x))] - gamma H(E[q(c|x)]): each bar's code sure, the codes' use even
-        loss = loss + config.entropy * (entropy(q) / len(q) - config.gamma * entropy(q.mean(0)))
-    return loss
+    u1, u2, c1, c2 = tokenizer.published(z, present, x[:, 0] > 0)
+    mix = tokenizer.mix(c1.detach())                                                             # (B, 6, 6)
+    error = level_errors(z, present, tokenizer.coarse_decoder(c1), mix, tokenizer.fine_decoder(c2))
+    term = joint_entropy_term if config.joint else bit_entropy_term
+    return error + config.entropy * (term(u1, config.tau, config.gamma) + term(u2, config.tau, config.gamma))
 
 
 def nearest_loss(tokenizer, x):
-    """annealed_loss at infinite sharpness: each bar moves its own codes alone, as in Lloyd's algorithm."""
+    """Second phase, bars x [B, 6]: what the nearest candles leave. A bar moves its own codes alone, as in Lloyd's."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     with torch.no_grad():
         coarse, fine = tokenizer.search(z, present, x[:, 0] > 0, (d1, mix, g))                   # (B,)
-    left = (z - look_up(d1, coarse)) * present                                                   # (B, 6)
+    return level_errors(z, present, look_up(d1, coarse), look_up(mix, coarse), look_up(g, fine))
+
+
+def level_errors(z, present, coarse, mix, pattern):
+    """Sum over the levels of the share that is left of z, and by the fine pattern of what coarse leaves.
+
+    z, present, coarse, pattern: [B, 6]; mix: [B, 6, 6].
+    """
+    left = (z - coarse) * present
     residual = left.detach()
-    fine_left = (residual - (look_up(mix, coarse) @ look_up(g, fine)[..., None]).squeeze(-1)) * present
+    fine_left = (residual - (mix @ pattern[..., None]).squeeze(-1)) * present
     return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
 
 
@@ -343,30 +409,32 @@ def report(tokenizer, x):
 
     {coarse,full}_{error,r2}[_channel]: R^2 = 1 - error, error = mean square / variance over the bars that have the
     channel, or the mean over channels. {coarse,full}_sign: share of decodes on close's side, where it moved.
-    {coarse,fine}_{used,perplexity}: see code_use; _bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least
-    of them. pairs: distinct ones.
+    {coarse,fine}_bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least of them. And what code_use says.
     """
     x = torch.as_tensor(x, dtype=torch.float32)
-    coarse, fine = (t.cpu() for t in tokenizer.encode(x))
-    decoded = {"coarse": tokenizer.decode(coarse).cpu(), "full": tokenizer.decode(coarse, fine).cpu()}
+    tokens = [level.cpu() for level in tokenizer.encode(x)]
     present, moved = has_data(x), x[:, 0] != 0
-    out = {"bars": float(len(x))}
-    for level, y in decoded.items():
-        errors = {}
+    use, shares = code_use(tokenizer, *tokens)
+    out = use | {"bars": float(len(x))}
+    for level, read in (("coarse", tokens[:1]), ("full", tokens)):
+        y, errors = tokenizer.decode(*read).cpu(), {}
         for i, channel in enumerate(CHANNELS):
             true, got = x[present[:, i], i].double(), y[present[:, i], i].double()
             if len(true) > 1 and true.var() > 0:
-                errors[channel] = ((true - got).square().mean() / true.var(correction=0)).item()
-        errors = {f"_{c}": e for c, e in errors.items()} | {"": sum(errors.values()) / max(1, len(errors))}
+                errors[f"_{channel}"] = ((true - got).square().mean() / true.var(correction=0)).item()
+        errors[""] = sum(errors.values()) / max(1, len(errors))
         for channel, error in errors.items():
-            out |= {f"{level}_error{channel}": error, f"{level}_r2{channel}": 1 - error}
-        out[f"{level}_sign"] = ((y[:, 0] > 0) == (x[:, 0] > 0))[moved].double().mean().item() if moved.any() else 1.0
-    use, shares = code_use(tokenizer, coarse, fine)
+            out[f"{level}_error{channel}"], out[f"{level}_r2{channel}"] = error, 1 - error
+        right = (y[:, 0] > 0) == (x[:, 0] > 0)
+        out[f"{level}_sign"] = right[moved].double().mean().item() if moved.any() else 1.0
     for level, share in shares.items():
-        ones = (corners(int(math.log2(len(share)))) > 0).double().T @ share                      # (k,)
+        k = int(math.log2(len(share)))
+        ones = (signs(k) > 0).double().T @ share                                                 # (k,)
         bits = [entropy(torch.stack([p, 1 - p])).item() / math.log(2) for p in ones]
-        out |= {f"{level}_bit_entropy_{i}": b for i, b in enumerate(bits)} | {f"{level}_bit_entropy": min(bits)}
-    return out | use
+        out[f"{level}_bit_entropy"] = min(bits)
+        for i, bit in enumerate(bits):
+            out[f"{level}_bit_entropy_{i}"] = bit
+    return out
 
 
 def code_use(tokenizer, coarse, fine):
@@ -374,22 +442,11 @@ def code_use(tokenizer, coarse, fine):
 
     {coarse,fine}_used: share of codes met. {coarse,fine}_perplexity: exp of their entropy. pairs: distinct ones.
     """
-    config, use, shares = tokenizer.config, {}, {}
+    config, shares = tokenizer.config, {}
+    use = {"pairs": float(len(torch.unique(coarse << config.fine_bits | fine)))}
     for level, tokens, k in (("coarse", coarse, config.coarse_bits), ("fine", fine, config.fine_bits)):
-        shares[level] = share = torch.bincount(tokens, minlength=2 ** k).double() / max(1, len(tokens))
+        share = torch.bincount(tokens, minlength=2 ** k).double() / max(1, len(tokens))
         use[f"{level}_used"] = (share > 0).double().mean().item()
         use[f"{level}_perplexity"] = entropy(share).exp().item()
-    return use | dict(pairs=float(len(torch.unique(coarse << config.fine_bits | fine)))), shares
-
-
-def print_report(scores):
-    """The report as an aligned table for a person."""
-    channels = [""] + [f"_{c}" for c in CHANNELS if f"full_r2_{c}" in scores]
-    print(f"{'':13} " + " ".join(f"{c[1:] or 'mean':>8}" for c in channels))
-    for row in ("coarse_error", "coarse_r2", "full_error", "full_r2"):
-        print(f"{row.replace('_', ' '):13} " + " ".join(f"{scores[row + c]:8.4f}" for c in channels))
-    print(f"\n{'':13} {'used':>8} {'perplexity':>10} {'least bit':>9} {'sign':>8}")
-    for row, decode in (("coarse", "coarse"), ("fine", "full")):
-        used, perplexity, bit = (scores[f"{row}_{what}"] for what in ("used", "perplexity", "bit_entropy"))
-        print(f"{row:13} {used:8.1%} {perplexity:10.1f} {bit:9.3f} {scores[f'{decode}_sign']:8.2%}")
-    print(f"\n{scores['pairs']:,.0f} distinct pairs in {scores['bars']:,.0f} bars")
+        shares[level] = share
+    return use, shares

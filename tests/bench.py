@@ -6,6 +6,7 @@ Sections: data, tokenizer, backtest, model, training, tuning. Each prints a tabl
 without --data it runs on the synthetic market.
 """
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 
 import data
 from model import read_checkpoint
+from tokenizer import TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
 
 SECTIONS = {}
 
@@ -81,65 +83,153 @@ def assign(x, c):
     return torch.cat([torch.from_numpy(((c ** 2).sum(1) - 2 * part @ c.T).numpy().argmin(1)) for part in x.split(4096)])
 
 
+class VQ(torch.nn.Module):
+    """A learned codebook (van den Oord et al. 2017, arXiv 1711.00937): the nearest code, straight-through."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.codes = torch.nn.Parameter(torch.randn(2 ** bits, bits))
+
+    def forward(self, v):
+        """Encoder outputs v [B, bits] -> what the decoder reads [B, bits], tokens [B], loss."""
+        token = assign(v.detach(), self.codes.detach())
+        c = self.codes[token]
+        commitment = 0.25 * (v - c.detach()).square().mean()
+        return v + (c - v).detach(), token, (c - v.detach()).square().mean() + commitment
+
+
+class FSQ(torch.nn.Module):
+    """Each number rounded to one of four levels (Mentzer et al. 2023, arXiv 2309.15505): bits / 2 numbers, 2^bits codes."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.n = bits // 2
+
+    def forward(self, v):
+        v = 1.5 + 1.5 * torch.tanh(v[:, :self.n])
+        level = v.round()
+        token = (level.long() * 4 ** torch.arange(self.n)).sum(1)
+        return v + (level - v).detach() - 1.5, token, 0.0
+
+
+class BSQ(torch.nn.Module):
+    """The sphere and the signs, with the entropy term: the first phase of tokenizer.py."""
+
+    def __init__(self, bits):
+        super().__init__()
+
+    def forward(self, v):
+        config, u = TokenizerConfig(), on_sphere(v)
+        c = quantize(u)
+        term = joint_entropy_term(u, config.tau, config.gamma)
+        return c * math.sqrt(u.shape[1]), token_of(c), config.entropy * term
+
+
+class Quantized(torch.nn.Module):
+    """Two levels of encoder, quantizer and decoder, the second on what the first leaves; networks as in tokenizer.py."""
+
+    def __init__(self, quantizer, channels, bits=10, n_hidden=128):
+        super().__init__()
+        self.quantizers = torch.nn.ModuleList(quantizer(bits) for _ in range(2))
+        self.encoders = torch.nn.ModuleList(mlp(channels, n_hidden, bits) for _ in range(2))
+        width = bits // 2 if quantizer is FSQ else bits
+        self.decoders = torch.nn.ModuleList(mlp(width, n_hidden, channels) for _ in range(2))
+
+    def forward(self, z):
+        """Standardized bars z [B, C] -> decodes after each level [B, C], tokens [B] of each, loss."""
+        left, total, decodes, tokens = z, 0.0, [], []
+        for encoder, quantizer, decoder in zip(self.encoders, self.quantizers, self.decoders):
+            c, token, extra = quantizer(encoder(left))
+            decoded = decoder(c)
+            total = total + (left - decoded).square().sum() / left.square().sum() + extra
+            left = (left - decoded).detach()
+            decodes.append(z - left)
+            tokens.append(token)
+        return decodes, tokens, total
+
+
+def train_quantized(quantizer, z, steps, seed=0, batch_size=2048, lr=7e-3, look=None):
+    """A Quantized trained on standardized bars z [N, C]; look(step, model) is called before each update."""
+    torch.manual_seed(seed)
+    model = Quantized(quantizer, z.shape[1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step in range(steps):
+        if look is not None:
+            look(step, model)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        loss = model(z[torch.randint(len(z), (batch_size,))])[2]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
 @section
 def tokenizer(args):
-    """Error and codes' use on the test bars, beside k-means: 1,024 centroids, then 1,024 on the residual."""
-    from tokenizer import CHANNELS, TokenizerConfig, report, train_tokenizer
+    """Error, codes' use and seconds of quantizers of 10 + 10 bits, on the bars of --split (val: what choices are made by)."""
     series, borders = read(args)
     features = [data.features(bars)[0] for bars in series]
-    rows = lambda split: [x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)]
-    train, test = (torch.from_numpy(np.concatenate(rows(split))) for split in ("train", "test"))
-    has = [i for i in range(6) if (train[:, i] != 0).any()]
-    print(f"{len(train):,} bars to train on, {len(test):,} to test, {torch.get_num_threads()} threads\n")
-    channels = " ".join(f"{CHANNELS[i]:>8}" for i in has)
-    print(f"{'':26} {'train s':>8} {'cpu s':>6} {'mean':>8} {channels}   used perplexity least bit   sign")
-
-    def row(name, errors, seconds=None, use=""):
-        times = f"{seconds[0]:8.0f} {seconds[1]:6.0f}" if seconds else " " * 15
-        print(f"{name:26} {times} {np.mean(errors):8.5f} " + " ".join(f"{e:8.5f}" for e in errors) + use, flush=True)
-
-    def timed(f):
-        wall, cpu = time.perf_counter(), time.process_time()
-        return f(), (time.perf_counter() - wall, time.process_time() - cpu)
-
-    def use_of(tokens):
-        share = torch.bincount(tokens, minlength=1024) / len(tokens)
-        return f" {(share > 0).float().mean():6.1%} {torch.exp(-torch.xlogy(share, share).sum()):10.0f}"
-
+    parts = {}
+    for split in ("train", args.split):
+        rows = [x[slice(*data.targets_of(bars, split, borders))] for bars, x in zip(series, features)]
+        parts[split] = torch.from_numpy(np.concatenate(rows))
+    train, test = parts["train"], parts[args.split]
+    has = (train != 0).any(0)
     mean, std = train[:, has].mean(0), train[:, has].std(0)
-    z, z_test = ((x[:, has] - mean) / std for x in (train, test))
+    z, z_test = (train[:, has] - mean) / std, (test[:, has] - mean) / std
+    steps = args.steps or 1200
+    torch.set_num_threads(1)
+    print(f"{len(train):,} bars to train on, {len(test):,} of {args.split}, {steps:,} updates, one thread, seed {args.seed}\n")
+    print(f"{'':24}{'cpu s':>6}   {'coarse error':>12}{'used':>8}{'perplexity':>12}   {'both, error':>12}{'fine used':>11}{'perplexity':>12}")
+
+    def row(name, seconds, decodes, tokens):
+        line = f"{name:24}{seconds:>6.0f}"
+        for y, token, width in zip(decodes, tokens, (8, 11)):
+            error = (((z_test - y) ** 2).mean(0) / z_test.var(0, correction=0)).mean()
+            share = torch.bincount(token, minlength=1024) / len(token)
+            perplexity = torch.exp(-torch.xlogy(share, share).sum())
+            line += f"   {error:>12.5f}{(share > 0).float().mean():>{width}.1%}{perplexity:>12.0f}"
+        print(line, flush=True)
+
+    began = time.process_time()
     generator = torch.Generator().manual_seed(args.seed)
-    c1, t1 = timed(lambda: k_means(z, 1024, generator))
-    c2, t2 = timed(lambda: k_means(z - c1[assign(z, c1)], 1024, generator))
+    c1 = k_means(z, 1024, generator)
+    c2 = k_means(z - c1[assign(z, c1)], 1024, generator)
+    seconds = time.process_time() - began
     coarse = assign(z_test, c1)
     fine = assign(z_test - c1[coarse], c2)
-    error = lambda y: ((z_test - y) ** 2).mean(0) / z_test.var(0, correction=0)
-    marks = error(c1[coarse]), error(c1[coarse] + c2[fine])
-    row("k-means coarse", marks[0].tolist(), t1, use_of(coarse))
-    row("k-means full", marks[1].tolist(), t2, use_of(fine))
-    for name, config in (("tokenizer", TokenizerConfig()), ("without direction bit", TokenizerConfig(direction_bit=False))):
-        model, seconds = timed(lambda: train_tokenizer(train, config, seed=args.seed, steps=args.steps or 3000))
-        scores = report(model, test)
-        for level, tokens, mark in (("coarse", "coarse", marks[0]), ("full", "fine", marks[1])):
-            errors = [scores[f"{level}_error_{CHANNELS[i]}"] for i in has]
-            row(f"{name} {level}"[:26], errors, seconds if level == "coarse" else None,
-                f" {scores[f'{tokens}_used']:6.1%} {scores[f'{tokens}_perplexity']:10.0f} {scores[f'{tokens}_bit_entropy']:9.3f} "
-                f"{scores[f'{level}_sign']:7.2%}")
-            print(f"{'  of k-means':26} {'':15} {scores[f'{level}_error'] / mark.mean():8.2f}")
-        if config.direction_bit:
-            kept = model
-    tokens = kept.encode(test)
-    speed = lambda f: len(test) / min(timed(f)[1][0] for _ in range(5))
-    print(f"\nencode {speed(lambda: kept.encode(test)):,.0f} bars/s, decode {speed(lambda: kept.decode(*tokens)):,.0f} bars/s")
+    row("k-means", seconds, (c1[coarse], c1[coarse] + c2[fine]), (coarse, fine))
+
+    for name, quantizer in (("VQ, learned codes", VQ), ("FSQ", FSQ)):
+        began = time.process_time()
+        model = train_quantized(quantizer, z, steps, args.seed)
+        seconds = time.process_time() - began
+        with torch.no_grad():
+            decodes, tokens, _ = model(z_test)
+        row(name, seconds, decodes, tokens)
+
+    forms = {"BSQ alone": dict(nearest=False), "  entropy per bit": dict(nearest=False, joint=False),
+             "  no entropy term": dict(nearest=False, entropy=0.0), "BSQ, then nearest": {},
+             "  no direction bit": dict(direction_bit=False)}
+    for name, settings in forms.items():
+        began = time.process_time()
+        net = train_tokenizer(train, TokenizerConfig(**settings), seed=args.seed, steps=steps)
+        seconds = time.process_time() - began
+        tokens = net.encode(test)
+        decodes = [(net.decode(*read)[:, has] - mean) / std for read in (tokens[:1], tokens)]
+        row(name, seconds, decodes, tokens)
+    speed = [len(test) / best_of(3, f) for f in (lambda: net.encode(test), lambda: net.decode(*tokens))]
+    print(f"\nencode {speed[0]:,.0f} bars/s, decode {speed[1]:,.0f} bars/s")
 
 
 @section
 def backtest(args):
     """Seconds of a backtest, part by part: an untrained model, ten origins a symbol, 10 steps, 100 paths."""
     import backtest
-import sample
+    import sample
     from model import Model, ModelConfig
-    from tokenizer import TokenizerConfig, train_tokenizer
     series, borders = read(args)
     x = np.concatenate([data.features(bars)[0][data.CONTEXT:] for bars in series[:64]])
     tokenizer, model = train_tokenizer(x, TokenizerConfig(), steps=30), Model(ModelConfig()).eval()
@@ -437,6 +527,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", nargs="+")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
+    parser.add_argument("--split", default="val", choices=("val", "test"), help="bars that score the tokenizers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")

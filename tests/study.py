@@ -1,7 +1,8 @@
 """Which part earns its place, measured beside its control: run by hand, ten minutes to an hour and more.
 
     python tests/study.py model --data bars.csv.gz      # variants of the model in equal processor time; the context's worth
-    python tests/study.py tokenizer --data bars.csv.gz  # 5 to 12 bits a level, with and without the entropy term
+    python tests/study.py tokenizer --data bars.csv.gz  # 8 to 12 bits a level, through the whole pipeline
+    python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
@@ -27,8 +28,8 @@ import numpy as np
 import torch
 
 import data
-from model import Model, save_checkpoint
-from tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from model import Model, load_checkpoint, save_checkpoint
+from tokenizer import TokenizerConfig, report, train_tokenizer
 
 SIZE = dict(n_layer=3, n_head=4, n_embd=64)
 SMALL = [f"--{name}={n}" for name, n in SIZE.items()]
@@ -201,84 +202,191 @@ def print_model_study(results, args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers: do the codes that a tokenizer uses tell how well the model calls directions?
+# Tokenizers: how many bits, and do the codes in use tell how well the model calls directions?
 
-BITS = (5, 7, 8, 10, 12)    # of each level
 CODES = (("coarse_used", "coarse codes used"), ("coarse_perplexity", "coarse perplexity"), ("pairs", "distinct pairs"))
+TARGETS = (("da", "right calls %", 100, 2), ("crps", "CRPS close", 1, 4), ("range_crps", "CRPS range", 1, 4),
+           ("volume_crps", "CRPS volume", 1, 4))
 
 
 def tokenizer_study(argv):
-    """Tokenizers of 5 to 12 bits a level, with and without the entropy term, each with a small model of its own."""
+    """Tokenizers of several sizes, ended with the nearest candle or with signs, each with a small model of its own.
+
+    On bars that are given, or on a market in which a direction is planted: --market edge, reverting.
+    """
     parser = argparse.ArgumentParser(prog="study.py tokenizer")
-    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--data", nargs="+", help="files or folders of bars")
+    parser.add_argument("--market", help="kind of synthetic market, in place of --data")
+    parser.add_argument("--bars", type=int, default=50_000, help="of each of the synthetic market's 4 symbols")
     parser.add_argument("--out", default="study_tokenizer", help="folder of the checkpoints; what is there is not trained again")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
-    parser.add_argument("--tok_steps", type=int, default=1000)
+    parser.add_argument("--split", default="test", choices=("val", "test"))
+    parser.add_argument("--tok_steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--bits", type=int, nargs="+", default=BITS)
-    parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "tokenizers.svg"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--bits", type=int, nargs="+", default=(8, 10, 12), help="of each level")
+    parser.add_argument("--signs", action="store_true", help="also the published form alone, at every size")
+    parser.add_argument("--plot", help="write a picture of direction accuracy over codes in use")
     args = parser.parse_args(argv)
     import backtest
-    import sample
+    if (args.data is None) == (args.market is None):
+        parser.error("give --data or --market")
     os.makedirs(args.out, exist_ok=True)
-    dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
+    if args.market:
+        args.data = [os.path.join(args.out, args.market)]
+        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
+            series, best_da = data.synthetic(seed=0, n_symbols=4, n_bars=args.bars, kind=args.market)
+            data.write_folder(series, args.data[0])
+            print(f"{args.market}: at best {best_da:.2%} of directions can be called right")
     series = data.load(args.data)
     borders = data.split_borders(series, args.val_start, args.test_start)
-    train = np.concatenate([data.features(bars)[0][slice(*data.targets_of(bars, "train", borders))] for bars in series])
-    names, paths = [], []
+    features = [data.features(bars)[0] for bars in series]
+    rows = {split: np.concatenate([x[slice(*data.targets_of(bars, split, borders))] for x, bars in zip(features, series)])
+            for split in ("train", args.split)}
+    arms = []
     for bits in args.bits:
-        for entropy in (TokenizerConfig.entropy, 0.0):
-            names.append(f"{bits} bits{', no entropy' if not entropy else ''}")
-            stem = os.path.join(args.out, f"{bits}-{'entropy' if entropy else 'plain'}")
-            paths.append(stem + ".pt")
-            print(names[-1], file=sys.stderr, flush=True)
-            if not os.path.exists(stem + ".tok.pt"):
-                tokenizer = train_tokenizer(train, TokenizerConfig(bits, bits, entropy=entropy), steps=args.tok_steps)
-                save_checkpoint(stem + ".tok.pt", None, tokenizer, stage="tokenizer", splits=borders)
-            command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", *args.data, *dates, "--out", paths[-1],
-                       f"--tokenizer={stem}.tok.pt", f"--steps={args.steps}", *SMALL, *["--resume"] * os.path.exists(paths[-1])]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    result = backtest.evaluate(paths, series, horizon=1, paths=2, stride=10**9)
-    print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} steps of the "
-          f"tokenizer, {args.steps} of the model")
-    print(f"\n{'tokenizer':22}{'coarse used':>12}{'perplexity':>11}{'fine used':>10}{'perplexity':>11}{'pairs':>8}"
-          f"{'right calls, 95 % interval':>30}{'CRPS':>8}")
-    for name, entry in zip(names, result["checkpoints"]):
-        use, da = entry["tokens"], entry["da"]
-        print(f"{name:22}{use['coarse_used']:>12.1%}{use['coarse_perplexity']:>11.1f}{use['fine_used']:>10.1%}"
-              f"{use['fine_perplexity']:>11.1f}{use['pairs']:>8,}{backtest.show(da, 100, 2):>30}{entry['crps']['value']:>8.4f}")
-    print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
-    for key, row in result["correlations"].items():
-        pearson, spearman = (backtest.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
-        print(f"{key:30}{pearson:>22}{spearman:>24}")
-    plot_tokenizers(args.plot, names, result)
+        for nearest in (True, False) if args.signs else (True,):
+            for seed in range(args.seeds):
+                arms.append(tokenizer_arm(args, bits, nearest, seed, rows, borders))
+    result = backtest.evaluate([path for _, path, _, _ in arms], series, split=args.split, horizon=1, paths=2, stride=10**9)
+    print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} updates of the "
+          f"tokenizer, {args.steps} of the model; nats are of its whole tokens, on val")
+    shown = [target for target in TARGETS if target[0] in result["checkpoints"][0]]
+    print(f"\n{'bits a level':20}{'error coarse':>13}{'both':>9}{'used':>8}{'perplexity':>11}{'fine':>7}{'pairs':>8}{'nats':>8}" +
+          "".join(f"{title:>26}" for _, title, _, _ in shown))
+    for (name, _, scores, nats), entry in zip(arms, result["checkpoints"]):
+        use = entry["tokens"]
+        print(f"{name:20}{scores['coarse_error']:>13.4f}{scores['full_error']:>9.4f}{use['coarse_used']:>8.1%}"
+              f"{use['coarse_perplexity']:>11.0f}{use['fine_perplexity']:>7.0f}{use['pairs']:>8,.0f}{nats:>8.3f}" +
+              "".join(f"{backtest.show(entry[key], scale, digits):>26}" for key, _, scale, digits in shown))
+    if "correlations" in result:
+        print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
+        for key, row in result["correlations"].items():
+            pearson, spearman = (backtest.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
+            print(f"{key:30}{pearson:>22}{spearman:>24}")
+    if args.plot:
+        plot_tokenizers(args.plot, [name for name, *_ in arms], result)
+
+
+def tokenizer_arm(args, bits, nearest, seed, rows, borders):
+    """A tokenizer and a small model on its tokens -> name, path, the tokenizer's scores, the model's nats a bar."""
+    name = f"{bits}{'' if nearest else ', signs alone'}{f', seed {seed}' if args.seeds > 1 else ''}"
+    stem = os.path.join(args.out, f"{bits}-{'nearest' if nearest else 'signs'}-{seed}")
+    print(name, file=sys.stderr, flush=True)
+    if not os.path.exists(stem + ".tok.pt"):
+        config = TokenizerConfig(bits, bits, nearest=nearest)
+        tokenizer = train_tokenizer(rows["train"], config, seed=seed, steps=args.tok_steps)
+        save_checkpoint(stem + ".tok.pt", None, tokenizer, stage="tokenizer", splits=borders)
+    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", *args.data, f"--tokenizer={stem}.tok.pt",
+               f"--steps={args.steps}", f"--seed={seed}", "--out", stem + ".pt", *SMALL]
+    for date in ("val_start", "test_start"):
+        if getattr(args, date):
+            command.append(f"--{date}={getattr(args, date)}")
+    if os.path.exists(stem + ".pt"):
+        command.append("--resume")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    _, tokenizer, meta = load_checkpoint(stem + ".pt")
+    nats = min(row["val"] for row in meta["metrics"] if "val" in row)
+    return name, stem + ".pt", report(tokenizer, rows[args.split]), nats
 
 
 def plot_tokenizers(path, names, result):
     """Direction accuracy, with its interval, over each number of codes, on a log scale."""
-    import backtest
     import sample
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     score = [{k: v and 100 * v for k, v in entry["da"].items()} for entry in result["checkpoints"]]
     values = [v for s in score for v in s.values() if v is not None]
     low, high = min(values) - 0.2, max(values) + 0.2
-    parts, w, h = [sample.label(10, 16, "direction accuracy on test, %, with 95 % intervals", css="t")], 250, 200
+    parts, w, h = [sample.label(10, 16, "right calls of direction, %, with 95 % intervals", css="t")], 250, 200
     for panel, (key, title) in enumerate(CODES):
         x = [math.log(max(entry["tokens"][key], 1e-9)) for entry in result["checkpoints"]]
         x0, left, wide = 50 + panel * (w + 50), min(x), max(max(x) - min(x), 1e-9)
-        X, Y = lambda v: x0 + 10 + (v - left) / wide * (w - 20), lambda v: 40 + (high - v) / (high - low) * h
+
+        def X(v):
+            return x0 + 10 + (v - left) / wide * (w - 20)
+
+        def Y(v):
+            return 40 + (high - v) / (high - low) * h
+
         for tick in sample.round_ticks(low, high):
             parts.append(sample.grid_line(x0, x0 + w, Y(tick)) + sample.label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
         for name, v, s in zip(names, x, score):
+            css = "dn" if "signs" in name else "up"
             if s["lo"] is not None:
-                parts.append(f'<line class="g" x1="{X(v):.1f}" x2="{X(v):.1f}" y1="{Y(s["lo"]):.1f}" y2="{Y(s["hi"]):.1f}"/>')
-            parts.append(f'<circle class="{"dn" if "no" in name else "up"}" cx="{X(v):.1f}" cy="{Y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
+                parts.append(sample.line([(X(v), Y(s["lo"])), (X(v), Y(s["hi"]))], "p"))
+            parts.append(f'<circle class="{css}" cx="{X(v):.1f}" cy="{Y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
         for v, anchor in ((min(x), "start"), (max(x), "end")):
-            parts.append(sample.label(X(v), h + 58, f"{math.exp(v):,.0f}" if v > math.log(10) else f"{math.exp(v):.3g}", anchor))
+            text = f"{math.exp(v):,.0f}" if v > math.log(10) else f"{math.exp(v):.3g}"
+            parts.append(sample.label(X(v), h + 58, text, anchor))
         parts.append(sample.label(x0 + w / 2, h + 74, title + ", log scale", "middle"))
-    parts.append(sample.label(3 * (w + 50) + 40, 16, "green: with the entropy term, red: without", "end"))
+    parts.append(sample.label(3 * (w + 50) + 40, 16, "green: nearest candle, red: signs alone", "end"))
     sample.write_svg(path, 3 * (w + 50) + 50, h + 86, parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes in use over the updates: a learned codebook beside the corners of the sphere
+
+def codes_study(argv):
+    """Trains VQ and BSQ of bench.py with equal networks and draws the share of coarse codes in use on val bars."""
+    parser = argparse.ArgumentParser(prog="study.py codes")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--val_start")
+    parser.add_argument("--test_start")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=20, help="updates between two looks")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "codes.svg"))
+    args = parser.parse_args(argv)
+    from bench import BSQ, VQ, train_quantized
+    series = data.load(args.data)
+    borders = data.split_borders(series, args.val_start, args.test_start)
+    parts = {"train": [], "val": []}
+    for bars in series:
+        x = data.features(bars)[0]
+        for split, rows in parts.items():
+            rows.append(x[slice(*data.targets_of(bars, split, borders))])
+    train, val = (torch.from_numpy(np.concatenate(rows)) for rows in parts.values())
+    has = (train != 0).any(0)
+    mean, std = train[:, has].mean(0), train[:, has].std(0)
+    z, probe = (train[:, has] - mean) / std, (val[:, has] - mean) / std
+    probe = probe[torch.randperm(len(probe), generator=torch.Generator().manual_seed(0))[:16384]]
+    curves = {}
+    for name, quantizer in (("VQ", VQ), ("BSQ", BSQ)):
+        for seed in range(args.seeds):
+            curves[name, seed] = curve = []
+
+            @torch.no_grad()
+            def look(step, model):
+                if step % args.every == 0 or step == args.steps - 1:
+                    _, tokens, _ = model(probe)
+                    curve.append((step, len(torch.unique(tokens[0])) / 1024))
+
+            train_quantized(quantizer, z, args.steps, seed, look=look)
+            print(f"{name}, seed {seed}: {curve[-1][1]:.1%} of the codes in use on {len(probe):,} bars", flush=True)
+    plot_codes(args.plot, curves, args.steps)
+
+
+def plot_codes(path, curves, steps):
+    """curves: {(name, seed): [(update, share of codes in use)]}, a line each."""
+    import sample
+    x0, y0, w, h = 50, 40, 480, 220
+
+    def at(step, share):
+        return x0 + step / steps * w, y0 + (1 - share) * h
+
+    parts = [sample.label(x0, 20, "coarse codes in use on bars not trained on, % of 1,024", css="t")]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = at(0, share)[1]
+        parts += [sample.grid_line(x0, x0 + w, y), sample.label(x0 - 6, y + 4, f"{share:.0%}", "end")]
+    for step in (0, steps // 2, steps):
+        parts.append(sample.label(at(step, 0)[0], y0 + h + 18, f"{step:,}", "middle"))
+    parts.append(sample.label(x0 + w / 2, y0 + h + 36, "updates", "middle"))
+    for (name, seed), curve in curves.items():
+        parts.append(sample.line([at(*point) for point in curve], "m" if name == "BSQ" else "m2"))
+        if seed == 0:
+            text = "BSQ: corners of the sphere" if name == "BSQ" else "VQ: learned codes"
+            parts.append(sample.label(x0 + w + 8, at(*curve[-1])[1] + 4, text))
+    sample.write_svg(path, x0 + w + 170, y0 + h + 46, parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,7 +526,6 @@ def null_study(argv):
     parser.add_argument("--steps", type=int, default=150, help="of the model; expo.py takes 2 for each 5 of them")
     args = parser.parse_args(argv)
     import backtest
-    import sample
     os.makedirs(args.out, exist_ok=True)
     held, harmed = {"pretrain": 0, "expo": 0}, 0
     for seed in range(args.seeds):
@@ -485,7 +592,8 @@ def leak_study(argv):
         print(f"{name:32}{window:>8,}{kept:>15.1%}{share:>9.1%} ±{half:>5.1%}")
 
 
-SECTIONS = {"null": null_study, "leak": leak_study, "model": model_study, "tokenizer": tokenizer_study, "stages": stages_study}
+SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
+            "leak": leak_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
