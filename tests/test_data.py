@@ -762,6 +762,9 @@ def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
 @pytest.mark.parametrize("gain, name", [(8.0, "bf16"), (1.2, "fp32"), (0.0, "fp32")])
 def test_auto_takes_bf16_only_where_it_is_faster(monkeypatch, gain, name):
     monkeypatch.setattr(data, "_gain_of_bf16", lambda: gain)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert data.pick_dtype("auto", torch.device("cpu"))[:2] == ("bf16", torch.bfloat16)  # without measuring
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     found, dtype, why = data.pick_dtype("auto", torch.device("cpu"))
     assert (found, dtype) == (name, dict(bf16=torch.bfloat16, fp32=torch.float32)[name]) and f"{gain:.1f} times" in why
     assert data.pick_dtype("fp16", torch.device("cpu")) == ("fp16", torch.float16, "as asked")
