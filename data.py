@@ -1356,19 +1356,26 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor bf16 only where it multiplies clearly faster than float32,
-    which is measured: some that have it are slower with it. Keep the name in the checkpoint, so that a resumed run has
-    the same.
+    On a GPU bf16 where it has it, else fp16. On a processor bf16 where it has matrix units for it (AMX), or multiplies
+    clearly faster than float32, which is measured: some that have bf16 are slower with it. Keep the name in the
+    checkpoint, so that a resumed run has the same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
+    elif name == "auto" and _has_amx():
+        name, why = "bf16", "this processor has matrix units for bf16"
     elif name == "auto":
         gain = _gain_of_bf16()
         name = "bf16" if gain > 1.5 else "fp32"  # a gain below is lost in casts
         why = f"bf16 multiplies {gain:.1f} times as fast as float32 here"
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
+
+
+def _has_amx():
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not part of torch's promised interface
+    return known is not None and known()
 
 
 def _gain_of_bf16():
@@ -1382,7 +1389,7 @@ def _gain_of_bf16():
                 start = time.perf_counter()
                 a @ b
                 seconds[dtype].append(time.perf_counter() - start)
-            if turn > 1 and time.perf_counter() - began > 0.1:
+            if turn > 5 and time.perf_counter() - began > 0.1:
                 break
     except RuntimeError:
         return 0.0
