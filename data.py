@@ -12,9 +12,12 @@ Two parts, to be read apart. The market: bars, features and their inverse, split
 the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts' command line.
 """
 import argparse
+import bz2
+import codecs
 import csv
 import dataclasses
 import datetime
+import functools
 import gc
 import glob
 import gzip
@@ -22,6 +25,7 @@ import hashlib
 import inspect
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -29,10 +33,12 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 import types
 import typing
 import zipfile
 import zlib
+import zoneinfo
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -536,29 +542,53 @@ def leak_demo(seed=0, n_windows=4000):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bars from files: CSV as people have it
+#
+# One way for every file: bytes -> lines -> delimiter and header -> columns -> numbers and dates, each in the one format
+# that fits the whole file -> faults -> bars. What cannot be told for certain is refused, never guessed.
 
-HEADERS = {  # column -> names it goes by, best first, in the files of the sources that `load` names
-    "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time", "trade_time", "trade_date", "时间", "日期"),
-    "open": ("open", "开盘", "开盘价"),
-    "high": ("high", "最高", "最高价"),
-    "low": ("low", "最低", "最低价"),
-    "close": ("close", "收盘", "收盘价"),
-    "volume": ("volume", "vol", "成交量", "tickvol"),
-    "amount": ("amount", "turnover", "quote_volume", "value", "成交额"),
-    "symbol": ("symbol", "ticker", "ts_code", "code", "name", "instrument", "pair", "asset", "股票代码", "代码", "名称"),
+HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
+    "time": "time timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
+            "gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts dt t datum zeit data fecha дата "
+            "时间 日期 交易日期 日付 날짜",
+    "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
+    "open": "open bidopen erster eröffnung eröffn apertura abertura ouv откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima massimo plushaut макс максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima minimo plusbas мин минимум 最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price schlusskurs schluss zuletzt letzter último ultimo dernier "
+             "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
+              "totaltradedquantity tottrdqty quantity qty volumen объём объем 成交量 成交股數 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney totalturnover tottrdval umsatz 成交额 成交金額",
+    "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
+    "interval": "timeframe interval resolution per",
 }
-CLOCK = re.compile(r"(\d{1,2}):?(\d\d)(?::?(\d\d))?")  # a time of day in a column of its own, beside a date
-BINANCE = ("open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume") + ("",) * 4
-MAX_BAD = 0.05  # share of bad rows above which a file is refused
-EXTENSIONS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
+HEADERS = {column: names.split() for column, names in HEADERS.items()}
+KNOWN = {name for names in HEADERS.values() for name in names}
+PRICES = COLUMNS[:4]
+MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
+INDICATORS = "ma sma ema avg change pct osc delta buy sell".split()     # "Volume MA" is neither
+FIELD = "(adj close|adjusted|open|high|low|close|volume)"
+BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
+MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
+ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
+SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
+FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
+FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"FEA1": "Feather", b"\x89HDF": "HDF5", b"SQLite": "SQLite", b"{": "JSON",
+           b"[": "JSON", b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "Excel"}
+
+
+class _NoBars(UserError):
+    """A file that is empty, or holds nothing but a header."""
 
 
 def load(paths) -> list[Bars]:
-    """Read bars from CSV files, folders, globs (`.gz` too), or folders that `python data.py --out` wrote.
+    """Read bars from CSV files, folders or globs (also in gzip, xz, bz2, zip), or what `python data.py --out` wrote.
 
     paths: a string or a list of them. Raises UserError, naming file, line and remedy, when nothing usable is there.
-    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Known by their
-    headers: pandas, yfinance, Binance (with and without), TradingView, Stooq, MetaTrader, Tushare, AkShare, Kronos.
+    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Columns are found
+    by name, in English and a few other languages; a time without a zone means UTC.
     """
     found: dict[str, list[Bars]] = {}
     for bars in read_files(paths):
@@ -567,80 +597,295 @@ def load(paths) -> list[Bars]:
 
 
 def _joined(parts):
-    """Stretches of one symbol as one series; of equal times the last wins."""
-    return _sorted(parts[0].symbol, np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts]))
+    """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
+    gaps = [_interval(part.time) for part in parts if len(part) > 2]
+    if gaps and max(gaps) >= 2 * min(gaps):
+        raise UserError(f"{parts[0].symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
+                        f"give --data the files of one interval")
+    time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
+    order = np.argsort(time, kind="stable")
+    last = np.append(np.diff(time[order]) != 0, True)
+    return Bars(parts[0].symbol, time[order[last]], ohlcva[order[last]])
+
+
+def _interval(time):
+    """Seconds between bars where they come close: holes and sparse trading only make gaps longer."""
+    gaps = np.sort(np.diff(time))
+    return int(gaps[len(gaps) // 20])
 
 
 def read_files(paths):
-    """Yield Bars file by file, so that a corpus larger than memory can be converted."""
+    """Yield Bars file by file, so that a corpus larger than memory can be converted.
+
+    A file that was named must be good. Of those found in a folder or by a glob the useless ones are skipped and counted,
+    unless more are bad than good.
+    """
+    files = list(_files(paths))
+    symbols = _symbols([path for path, _ in files])
+    skipped = []
+    for path, named in files:
+        if os.path.isdir(path):
+            yield from _open_folder(path)
+            continue
+        try:
+            series = _read_csv(path, symbols[path])
+        except UserError as e:
+            if named:
+                raise
+            skipped.append(e)
+            continue
+        yield from series
+    bad = [e for e in skipped if not isinstance(e, _NoBars)]
+    if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
+        raise (bad or skipped)[0]
+    if skipped:
+        print(f"{len(skipped)} of {len(files)} files skipped: {'; '.join(map(str, skipped[:3]))}", file=sys.stderr)
+
+
+def _files(paths):
+    """Yield (path, whether the user named it) of each CSV file and each folder of arrays."""
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.fspath(path)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matches:
             raise UserError(f"{path}: no such file; give --data a CSV file, a folder of them, or a quoted glob")
         for match in matches:
-            if os.path.exists(os.path.join(match, "symbols.json")):
-                yield from _open_folder(match)
-            elif os.path.isdir(match):
-                names = [os.path.join(match, n) for n in sorted(os.listdir(match)) if n.lower().endswith(EXTENSIONS)]
-                if not names:
-                    raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
-                for name in names:
-                    yield from _read_csv(name)
-            else:
-                yield from _read_csv(match)
+            if not os.path.isdir(match) or os.path.exists(os.path.join(match, "symbols.json")):
+                yield match, match == path
+                continue
+            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))  # no locks
+            if not names:
+                raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
+            yield from ((os.path.join(match, name), False) for name in names)
 
 
-def _read_csv(path):
-    head = _bytes(path, 1 << 16).removeprefix(b"\xef\xbb\xbf")
-    lines = head.decode("utf-8", "replace").splitlines()
-    delimiter = max(",;\t", key=next(line for line in lines if line.strip()).count)
-    first, second = (next(csv.reader([line.strip("\r")], delimiter=delimiter), []) for line in (lines + [""])[:2])
-    if lines[0].strip() and second and all(map(_is_number, second)):
-        names, has_header = _header(path, first)
-        bars = _read_numeric(path, names, _columns(path, names), delimiter, has_header)
-        if bars:
-            return [bars]
-    return _read_text(path, delimiter)
+def _symbols(paths):
+    """{path: symbol of a file that names none}: its stem, without interval and date where several files differ by date alone.
+
+    BTCUSDT-1h-2024-01.csv and BTCUSDT-1h-2024-02.csv are BTCUSDT, but where BTCUSDT-1d-2024-01.csv lies beside them they
+    are BTCUSDT-1h.
+    """
+    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
+    undated = {path: re.sub(r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$", "", stem) for path, stem in stems.items()}
+    several = [stem for stem in set(undated.values()) if list(undated.values()).count(stem) > 1]
+    bare = {stem: re.sub(r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$", "", stem, flags=re.I) for stem in several}
+    symbols = {}
+    for path, stem in stems.items():
+        key = undated[path]
+        if key in bare:
+            stem = bare[key] if list(bare.values()).count(bare[key]) == 1 else key
+        symbols[path] = "".join(c if c.isprintable() else "?" for c in stem)
+    return symbols
 
 
-def _bytes(path, at_most=-1):
+# -- bytes -> lines
+
+def _bytes(path):
+    """What the file holds, out of its containers, which are told by their first bytes and not by name."""
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
-            raw = f.read(at_most)
-    except (OSError, EOFError, zlib.error) as e:
+        with open(path, "rb") as f:
+            raw = f.read()
+        for _ in range(3):  # such as a .csv.gz in a .zip
+            if raw.startswith(b"\x1f\x8b"):
+                raw = gzip.decompress(raw)
+            elif raw.startswith(b"\xfd7zXZ\0"):
+                raw = lzma.decompress(raw)
+            elif raw.startswith(b"BZh"):
+                raw = bz2.decompress(raw)
+            elif raw.startswith(b"PK\3\4"):
+                with zipfile.ZipFile(io.BytesIO(raw)) as file:
+                    names = [n for n in file.namelist() if not n.startswith("__MACOSX/") and not n.endswith("/")]
+                    if "[Content_Types].xml" in names:
+                        raise UserError(f"{path}: an Excel file, not a CSV; export it as CSV")
+                    if len(names) != 1:
+                        raise UserError(f"{path}: {len(names)} files in one archive; unpack it into a folder and name that")
+                    raw = file.read(names[0])
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
-    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
-        raise UserError(f"{path}: the file is empty; it needs a header line and rows of bars")
-    if b"\0" in raw:
-        raise UserError(f"{path}: a binary file, not a CSV; export it as text")
     return raw
 
 
-def _columns(path, names):
-    """{column: its index, or None}; UserError if one is missing that must be there."""
-    columns = {c: next((names.index(n) for n in known if n in names), None) for c, known in HEADERS.items()}
-    if columns["time"] is None and names[0] == "":
-        columns["time"] = 0  # pandas writes its index without a name
-    if "tickvol" in names and "vol" in names:
-        columns["volume"] = names.index("tickvol")  # MetaTrader: brokers of currencies leave vol at 0
-    for column, i in columns.items():
-        if i is not None and names.count(names[i]) > 1:
-            raise UserError(f"{path}:1: two columns {names[i]!r} in the header; keep one of them")
-    missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
+def _lines(path):
+    """The lines of a text file in whatever encoding; UserError for a file that is none."""
+    raw = _bytes(path)
+    for magic, kind in FOREIGN.items():
+        if raw.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(magic):
+            raise UserError(f"{path}: {kind}, not CSV; export it as CSV")
+    raw = raw.rstrip(b"\0") + b"\0" * raw.startswith(b"\xff\xfe")  # NULs at the end: the disk filled up, or the machine died
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = raw.decode("utf-16", "replace").rstrip("\0\ufffd")
+    elif raw[1:400:2].count(0) > 0.8 * len(raw[1:400:2]) > 0:
+        text = (raw + b"\0" * (len(raw) % 2)).decode("utf-16-le", "replace")
+    else:
+        text = _decoded(raw)
+    if not text.strip():
+        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
+    if "\0" in text:
+        raise UserError(f"{path}: a binary file, not a CSV; export it as text")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _decoded(raw):
+    """Text by the first encoding that fits; of those other than UTF-8, the one in which most names of columns are known."""
+    best, most = raw.decode("latin-1"), -1  # which takes anything
+    for encoding in ("utf-8-sig", "gb18030", "latin-1", "cp1251", "shift_jis"):
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if encoding == "utf-8-sig":
+            return text
+        known = max(_n_known(map(_fold, re.split("[,;\t|]", line))) for line in text[:4000].split("\n")[:40])
+        if known > most:
+            best, most = text, known
+    return best
+
+
+# -- lines -> delimiter, header, columns
+
+@dataclass
+class Table:
+    """A text file and its columns. line first is the first below the header; lines count from 0 here, from 1 in messages."""
+    path: str
+    lines: list[str]
+    delimiter: str
+    first: int
+    names: list[str]    # of each column, as in the file
+    fields: list[str]   # the same folded
+    tickers: list[str]  # whose the column is, "" where the header names no symbols
+    has_header: bool = True
+
+
+@functools.lru_cache(10_000)
+def _fold(name):
+    """A column's name in lower case, letters and digits only, without "1. ", "(USD)" and " Price"."""
+    name = re.sub(r"^\d+[a-z]?\.\s+", "", name.strip().lower())
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?", name)
+    if what and what[1] not in INDICATORS:
+        return "volumemoney" if what[1] in MONEY else "volumecoin"
+    what = re.fullmatch(r"volume(to|from)", name)
+    if what:
+        return "volumemoney" if what[1] == "to" else "volumecoin"
+    folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
+    return folded.removesuffix("price") or folded
+
+
+def _n_known(fields):
+    """How many of time, open, high, low, close and volume have a column."""
+    fields = set(fields)
+    return sum(not fields.isdisjoint(HEADERS[column]) for column in ("time", *PRICES, "volume"))
+
+
+def _split(line, delimiter):
+    if delimiter == " ":
+        return line.split()
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _names(cells):
+    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
+    fields = [_fold(cell) for cell in cells]
+    if _n_known(fields) < 3:
+        texts = [cell.strip(" '\"()") for cell in cells]
+        parts = [re.fullmatch(f"(?P<f>{FIELD}){BETWEEN}(?P<t>.+)", text, re.I)
+                 or re.fullmatch(f"(?P<t>.+?){BETWEEN}(?P<f>{FIELD})", text, re.I) for text in texts]
+        if _n_known(_fold(part["f"]) for part in parts if part) >= 4:
+            return [(_fold(p["f"]), p["t"]) if p else (f, "") for p, f in zip(parts, fields)]
+    return [(field, "") for field in fields]
+
+
+def _table(path, lines):
+    """Find the delimiter and the header: what makes most names of columns known, in the first lines of text."""
+    filled = [i for i, line in enumerate(lines[:200]) if line.strip()][:40]
+    best = 0, ",", filled[0], []
+    for delimiter in ",;\t| ":
+        for i in filled:
+            names = _names(_split(lines[i], delimiter))
+            known = _n_known(field for field, _ in names) if len(names) > 4 else 0
+            if known > best[0]:
+                best = known, delimiter, i, names
+            if known == 6:
+                break
+        if best[0] == 6:
+            break
+    known, delimiter, i, names = best
+    if known < 2:
+        return _without_header(path, lines, filled)
+    if delimiter == " ":  # or runs of blanks
+        lines, delimiter = ["\t".join(line.split()) for line in lines], "\t"
+    cells = _split(lines[i], delimiter)
+    table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
+    if not any(table.tickers):
+        _find_tickers(table, filled)
+    if any(table.tickers) and table.fields[0] in ("price", "ticker"):
+        table.fields[0] = ""  # what yfinance calls its column of dates
+    return _fit(table)
+
+
+def _find_tickers(table, filled):
+    """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
+    at = filled.index(table.first - 1)
+    for k in (at + 1, at - 1):
+        cells = _split(table.lines[filled[k]], table.delimiter) if 0 <= k < len(filled) else []
+        if len(cells) != len(table.fields) or _fold(cells[0]) not in ("", "ticker", "price", "symbol"):
+            continue
+        if all(cell.strip() and not _is_number(cell) for cell in cells[1:]):
+            table.tickers = ["", *(cell.strip() for cell in cells[1:])]
+            table.first = max(table.first, filled[k] + 1)
+            return
+
+
+def _fit(table):
+    """Rows with one cell more than the header: a delimiter at the end, or row names without a title."""
+    rows = [_split(line, table.delimiter) for line in table.lines[table.first:table.first + 9]]
+    if any(len(row) == len(table.names) + 1 for row in rows) and not any(len(row) == len(table.names) for row in rows):
+        at_end = all(not row[-1].strip() for row in rows if row)
+        at = len(table.names) if at_end else 0
+        for cells in (table.names, table.fields, table.tickers):
+            cells.insert(at, "")
+    return table
+
+
+def _without_header(path, lines, filled):
+    """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
+    for delimiter in ",;\t| ":
+        first = filled[0]
+        cells = _split(lines[first], delimiter)
+        if cells == [str(k) for k in range(len(cells))] and len(filled) > 1:  # numbers of columns, as pandas writes them
+            first = filled[1]
+            cells = _split(lines[first], delimiter)
+        stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
+        rest = cells[len(stamp):]
+        if not all(_is_number(cell) for cell in rest) or np.isnan(_dates([cells[0]])[0][0] if cells else np.nan):
+            continue
+        fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
+        if len(rest) in (5, 6) or len(cells) == 12:
+            return Table(path, lines, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
+    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; "
+                    f"put a first line such as time,open,high,low,close,volume")
+
+
+def _columns(table, ticker):
+    """{column: its index} of one symbol; UserError if a price is missing, or a name is there twice."""
+    fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
+    columns = {}
+    for column in (*COLUMNS, "symbol", "interval"):
+        field = next((name for name in HEADERS[column] if name in fields), None)
+        if field is None:
+            continue
+        if fields.count(field) > 1:
+            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
+        columns[column] = fields.index(field)
+    missing = [c for c in PRICES if c not in columns]
     if missing:
-        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; "
-                        f"name it one of {', '.join(HEADERS[missing[0]])}")
+        raise UserError(f"{table.path}:{table.first}: no column {missing[0]!r} in the header; "
+                        f"name it one of {', '.join(HEADERS[missing[0]][:4])}")
+    if "volume" not in columns and "volumemoney" in fields:
+        columns["volume"] = columns.pop("amount")
     return columns
-
-
-def _header(path, cells):
-    names = [c.strip().strip("<>").lower() for c in cells]
-    if not any(_is_number(c) for c in names):
-        return names, True
-    if len(names) == len(BINANCE) and all(_is_number(c) for c in names):
-        return list(BINANCE), False
-    raise UserError(f"{path}:1: no header; put a first line such as time,open,high,low,close,volume")
 
 
 def _is_number(text):
@@ -651,129 +896,467 @@ def _is_number(text):
         return False
 
 
-def _read_numeric(path, names, columns, delimiter, has_header):
-    """Bars of a plain numeric file without a bad row, at the speed of numpy.loadtxt; None for any other."""
-    if columns["symbol"] is not None or {"date", "time"} <= set(names):
-        return None
+# -- columns -> numbers
+
+def _cells(table, numbers, texts):
+    """({index: column}, line of each row, {line: why it is bad}): columns are float64 where that is quick, else lists of text."""
+    lines, wanted = table.lines[table.first:], numbers | texts
+    line = np.array([k for k, text in enumerate(lines, table.first + 1) if text], np.int64)
+    kinds = [(f"f{i}", "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
     try:
-        table = np.loadtxt(path, delimiter=delimiter, skiprows=int(has_header), comments=None, ndmin=2)
-    except (ValueError, OSError, EOFError, zlib.error):
-        return None
-    if table.shape[1] != len(names):
-        return None
-    time = _epoch_seconds(table[:, columns["time"]].copy())
-    ohlcva = np.full((6, len(table)), np.nan)
-    for i, c in enumerate(COLUMNS):
-        if columns[c] is not None:
-            ohlcva[i] = table[:, columns[c]]
-    if any(failed.any() for failed, _ in _faults(time, ohlcva)):
-        return None  # _read_text can name the lines
-    return _one_series(path, time.astype(np.int64), ohlcva.T)
-
-
-def _one_series(path, time, ohlcva):
-    """Bars of a file without a column of symbols, with a word where many rows share their times."""
-    bars = _sorted(_stem(path), time, ohlcva)
-    if len(bars) < (1 - MAX_BAD) * len(time):
-        print(f"{path}: {len(time) - len(bars)} of {len(time)} rows have the time of a later one and give way to it; "
-              f"where they are other symbols, name their column symbol", file=sys.stderr)
-    return bars
-
-
-def _read_text(path, delimiter):
-    """Rows with symbols, dates, holes or faults, through the csv module."""
-    text, raw = None, _bytes(path)
-    for encoding in ("utf-8-sig", "gb18030", "latin-1"):  # the last takes anything
-        try:
-            text = raw.decode(encoding)
-            break
-        except UnicodeDecodeError:
-            pass
-    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter)
-    rows, line, reasons, n_columns, read = [], [], {}, 0, 0
+        got = np.loadtxt(lines, kinds, None, table.delimiter, ndmin=1, quotechar='"') if len(line) else ()
+        if len(got) == len(line) > 0:
+            return {i: got[f"f{i}"] for i in wanted}, line, {}
+    except ValueError:
+        pass  # holes, faults, numbers with commas: row by row
+    rows, line, reasons, price = [], [], {}, min(numbers)
+    reader = csv.reader(lines, delimiter=table.delimiter)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
-        for row in reader:
-            read += 1
+        for read, row in enumerate(reader, 1):
+            at = table.first + read
             if reader.line_num > read:
-                raise UserError(f"{path}:{read}: a quote is opened and not closed in this line; mend or remove the line")
-            if not any(cell.strip() for cell in row):
-                continue
-            if not n_columns and row[0].strip().lower() == "price":
-                return _read_wide(path, row, reader)
-            if not n_columns:
-                names, has_header = _header(path, row)
-                columns, n_columns = _columns(path, names), len(names)
-                if has_header:
-                    continue
-            if len(row) != n_columns:
-                reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
-                row = [""] * n_columns
+                raise UserError(f"{table.path}:{at}: a quote is opened and not closed in this line; mend or remove the line")
+            filled = [cell for cell in row if cell.strip()] if len(row) != len(kinds) or not row[price] else row
+            if not filled or row[0].startswith(("#", "//")) or (len(filled) == 1 and not _is_number(filled[0])):
+                continue  # blank, a comment, a note at the end
+            if len(row) != len(kinds):
+                reasons[at] = f"{len(row)} cells where the header has {len(kinds)}"
+                row = [""] * len(kinds)
+            elif row[price][:1] > "9" and _fold(row[price]) == table.fields[price]:
+                continue  # the header again: files were put one behind the other
             rows.append(row)
-            line.append(reader.line_num)
+            line.append(at)
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
+        raise UserError(f"{table.path}:{table.first + reader.line_num}: not a CSV row ({e}); mend or remove the line")
     finally:
         gc.enable()
-    clocks = lambda: (CLOCK.fullmatch(row[names.index("time")].strip()) for row in rows[:9])
-    if rows and {"date", "time"} <= set(names) and any(clocks()):
-        columns["time"] = names.index("date")
-        for row in rows:
-            clock = CLOCK.fullmatch(row[names.index("time")].strip())
-            row[columns["time"]] += " " + ":".join((clock[1].zfill(2), clock[2], clock[3] or "00")) if clock else "?"
-    cells = list(zip(*rows)) if rows else [()] * n_columns
-    return _bars_of(path, cells, columns, line, reasons)
+    return {i: [row[i] for row in rows] for i in wanted}, np.array(line, np.int64), reasons
 
 
-def _read_wide(path, first, reader):
-    """What yfinance exports: a column for each price and symbol, in three lines of header: Price, Ticker, Date."""
-    rows = [row for row in reader if any(cell.strip() for cell in row)]
-    if len(rows) < 3 or rows[0][0].strip().lower() != "ticker" or any(len(row) != len(first) for row in rows):
-        raise UserError(f"{path}:2: a first column 'Price' needs lines 'Ticker' and 'Date' after it, "
-                        f"and as many cells in each row, as yfinance writes them")
-    names, tickers, found = [c.strip().lower() for c in first], [c.strip() for c in rows[0]], []
-    for ticker in dict.fromkeys(tickers[1:]):
-        at = [i for i, t in enumerate(tickers) if i and t == ticker]
-        columns = _columns(path, ["time"] + [names[i] for i in at])
-        has_bar = [any(row[i].strip() for i in at) for row in rows[2:]]  # other tickers may have days of their own
-        cells = [[row[0], *(row[i] for i in at)] for row, has in zip(rows[2:], has_bar) if has]
-        if cells:
-            [bars] = _bars_of(path, list(zip(*cells)), columns, [n + 4 for n, has in enumerate(has_bar) if has], {})
-            found.append(Bars(ticker, bars.time, bars.ohlcva))
-    if not found:
-        raise UserError(f"{path}:4: no rows after the header; there is no bar to read: check the columns")
-    return found
+NOISE = str.maketrans("", "", "$€£¥₹' \u00a0\u202f\u2009\u2019\t")
+NUMBER = [re.compile(rf"[-+]?(\d{{1,3}}({comma}\d{{2,3}})*{comma}\d{{3}}|\d*)({point}\d*)?(e[-+]?\d+)?(?P<suffix>[kmbt]?)")
+          for comma, point in ((",", "\\."), ("\\.", ","))]  # 1,234.50 and 1.234,50
+SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
 
 
-def _bars_of(path, cells, columns, line, reasons):
-    """Bars from columns of text. line: of each row; reasons: {row: why it is bad}, as far as known."""
-    stamps = {s: parse_time(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
-    time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
-    ohlcva = np.full((6, len(line)), np.nan)
-    for i, c in enumerate(COLUMNS):
-        if columns[c] is None:
+def _numbers(table, cells, line, reasons):
+    """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
+    try:
+        return {i: np.array(column, np.float64) for i, column in cells.items()}
+    except ValueError:
+        pass
+    cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
+    try:
+        return {i: np.array(column, np.float64) for i, column in cells.items()}
+    except ValueError:
+        pass
+    plain = {i: "\0".join(column).lower().translate(NOISE).split("\0") for i, column in cells.items()}
+    distinct = {c for column in plain.values() for c in column}
+    votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
+    by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
+    comma = votes[1] > votes[0] or (votes[1] == votes[0] and by_comma)
+    values = {"nan": np.nan}
+    for text in distinct:
+        found = NUMBER[comma].fullmatch(text)
+        if found and any(map(str.isdigit, text)):
+            digits = text.replace(".", "").replace(",", ".") if comma else text.replace(",", "")
+            values[text] = float(digits.rstrip("kmbt") + SUFFIX[found["suffix"]])
+    for i, column in plain.items():
+        for text, cell, at in zip(column, cells[i], line.tolist()):
+            if text not in values:
+                reasons.setdefault(at, f"{table.fields[i]} {cell!r} is not a number")
+    return {i: np.array([values.get(c, np.nan) for c in column], np.float64) for i, column in plain.items()}
+
+
+# -- texts -> UTC seconds
+
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+GERMAN_MONTHS = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
+ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?")
+STAMP = re.compile(r"""
+    (?:[^\W\d]{2,10}\.?,?\s+)?                                                                       # a weekday
+    (?:(?P<a>\d{1,4}|[^\W\d]{3,9})[-/.\s年]\s*(?P<b>\d\d?|[^\W\d]{3,9})\.?,?[-/.\s月]\s*(?P<c>\d{1,4})日?
+      |(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d))
+    (?:[T\s,;]\s*(?P<h>\d\d?)(?::?(?P<m>\d\d)(?::?(?P<s>\d\d)(?:[.,]\d+)?)?)?(?:[\s-]*(?P<half>[ap])\.?m\b\.?)?)?
+    \s*(?P<zone>[a-z]+(?:/[a-z_/+-]+)?)?(?P<offset>[+-]\d\d(?::?\d\d)?)?(?:\s*\(.*\))?""", re.X | re.I)
+ORDERS = {"year-month-day": (0, 1, 2), "day/month/year": (2, 1, 0), "month/day/year": (2, 0, 1)}  # places of year, month, day
+ZONES = dict(z=0, utc=0, gmt=0, est=-5, edt=-4, cdt=-5, mst=-7, mdt=-6, pst=-8, pdt=-7, cet=1, cest=2, eet=2, eest=3, bst=1,
+             msk=3, hkt=8, sgt=8, jst=9, kst=9, aest=10, aedt=11)  # hours; not CST, which is Chicago's or China's
+DIGITS = (  # numbers that spell a date: name, fields of two digits behind the year, digits of the year, of a fraction
+    ("YYYYMM", 1, 4, 0), ("YYMMDD", 2, 2, 0), ("YYYYMMDD", 2, 4, 0), ("YYYYMMDDHH", 3, 4, 0), ("YYMMDDHHMM", 4, 2, 0),
+    ("YYYYMMDDHHMM", 4, 4, 0), ("YYYYMMDDHHMMSS", 5, 4, 0), ("YYYYMMDDHHMMSSmmm", 5, 4, 3))
+CLOCK = re.compile(r"(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
+
+
+def parse_time(text):
+    """One time stamp as UTC seconds (float; NaN if it is none, may be two, or lies past 2199). Naive means UTC.
+
+    ISO 8601 and the other forms of `_dates`; of numbers YYYYMMDD[HHMM[SS]] and epochs from 1973 up to now.
+    """
+    return float(_dates([str(text)])[0][0])
+
+
+def _dates(cells):
+    """(UTC seconds, NaN where a cell is no date; why there is none, or ""), in one form for all cells, float64 or texts."""
+    if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
+        return _dates_of_numbers(cells)
+    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
+        seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
+    elif ISO.fullmatch(texts[0]) and ISO.fullmatch(texts[-1]) and np.ptp(np.char.str_len(texts)) == 0:
+        seconds, why = _dates_of_iso(texts)
+    else:
+        seconds, why = _dates_of_texts(texts.tolist())
+    return seconds[which], why
+
+
+def _dates_of_iso(texts):
+    try:
+        return texts.astype("M8[s]").astype(np.int64).astype(np.float64), ""
+    except ValueError:  # one of them is none
+        return _dates_of_texts(texts.tolist())
+
+
+def _dates_of_texts(texts):
+    found = [STAMP.fullmatch(text) for text in texts]
+    parts = np.array([_parts(match) for match in found]).T  # (8, n): date as it stands, clock, place of a month's name, shift
+    readings = {}
+    for name, (y, m, d) in ORDERS.items():
+        wrong = (parts[6] >= 0) & ((parts[6] != m) | ((y == 0) & (parts[0] < 32)))  # 02-Jan-24 is a day of 2024
+        readings[name] = np.where(wrong, np.nan, _civil(parts[y], parts[m], parts[d], *parts[3:6]))
+    seconds, why = _told_apart(readings, texts, prefer="day/month/year" if "." in texts[-1] else None)  # dots: never m.d.y
+    zones = {}
+    for k, match in enumerate(found):
+        if match and (match["zone"] or match["offset"]):
+            zones.setdefault((match["zone"] or "", match["offset"] or ""), []).append(k)
+    for (zone, offset), rows in zones.items():
+        seconds[rows] -= _offset(zone.lower(), offset, seconds[rows], zone)
+    return seconds, why
+
+
+def _parts(match):
+    """The three numbers of a date in the order of the text, hour, minute, second, and where a month has a name, or -1."""
+    if not match:
+        return [np.nan] * 6 + [-1]
+    date = [match["a"], match["b"], match["c"]] if match["a"] else [match["year"], match["month"], match["day"]]
+    named = -1
+    for k, part in enumerate(date):
+        if not part.isdecimal():
+            named, part = k, part[:3].lower()
+            date[k] = MONTHS.index(part) + 1 if part in MONTHS else GERMAN_MONTHS.get(part, np.nan)
+    hour = int(match["h"] or 0)
+    if match["half"]:
+        hour = _half_day(hour, match["half"])
+    return [*map(float, date), hour, int(match["m"] or 0), int(match["s"] or 0), named]
+
+
+def _half_day(hour, half):
+    """12 am is 0, 12 pm is 12."""
+    return hour % 12 + 12 * (half in "pP") if 1 <= hour <= 12 else 99
+
+
+def _offset(zone, offset, seconds, name):
+    """Seconds that local time is ahead of UTC; NaN for an unknown zone."""
+    if offset and zone in ("", "utc", "gmt"):
+        digits = offset[1:].replace(":", "").ljust(4, "0")
+        return int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
+    if zone in ZONES:
+        return ZONES[zone] * 3600
+    try:
+        zone = zoneinfo.ZoneInfo(name)
+        local = [datetime.datetime.fromtimestamp(s, datetime.UTC).replace(tzinfo=zone) if s == s else None for s in seconds]
+        return np.array([when.utcoffset().total_seconds() if when else np.nan for when in local])
+    except (KeyError, ValueError, OSError):
+        return np.nan
+
+
+def _dates_of_numbers(values):
+    """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
+    readings, sample = {}, values[::max(1, len(values) // 200)]
+    for name, *form in DIGITS:
+        if np.isfinite(_spelled(sample, *form)).mean() > 0.5:
+            readings[name] = _spelled(values, *form)
+    epoch = _epoch(values)
+    if readings and len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
+        readings = {}  # one or two numbers may spell a date by chance, three don't
+    readings = readings or {"an epoch": epoch}
+    seconds, why = _told_apart(readings, values)
+    if not np.isfinite(seconds).any():
+        typical = np.nanmedian(values) if np.isfinite(values).any() else np.nan
+        why = why or ("it counts as .NET does" if typical > 6e17 else "it is a clock, a count, a year or a spreadsheet's number"
+                      if typical < 1e8 else "it lies in the future")
+    return seconds, why
+
+
+def _spelled(values, n_fields, n_year, fraction):
+    values = np.floor(values / 10 ** fraction)
+    fields = [1.0, 1.0, 0.0, 0.0, 0.0]
+    for k in reversed(range(n_fields)):
+        values, fields[k] = np.divmod(values, 100)
+    fits = (values >= 1900) & (values < 2200) if n_year == 4 else (values >= 10) & (values < 100)
+    seconds = _civil(np.where(fits, values, np.nan), *fields)
+    return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
+
+
+def _epoch(values):
+    """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us): NaN from tomorrow on."""
+    none = np.full(len(values), np.nan)
+    finite = np.abs(values[np.isfinite(values)])
+    if not len(finite):
+        return none
+    in_us = values >= 1e15
+    if in_us.any() and 1e12 < finite.min() < 1e13 and finite.max() < 1e16:
+        values = np.where(in_us, values / 1e3, values)
+        finite = np.abs(values[np.isfinite(values)])
+    size, now = np.sort(finite)[int(0.95 * (len(finite) - 1))], time.time() + 2 * DAY
+    unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), None)
+    if unit is None or (unit == 1e9 and 6.2e17 < size < 6.4e17):  # .NET counts 100 ns from year 1: now at 6.39e17
+        return none
+    if size / unit < 1e8 and ((values % (DAY * unit) != 0).any() or size == 0):  # before 1973 only whole days are safe
+        return none
+    seconds = np.floor(values / unit)
+    return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
+
+
+def _civil(year, month, day, hour, minute, second):
+    """UTC seconds of civil times, float64 [n]; NaN where there is no such day or clock. A year of two digits is not ahead."""
+    year = np.where(year < 100, year + np.where(year + 2000 > time.gmtime().tm_year + 1, 1900, 2000), year)
+    ok = (year >= 1770) & (year < 2200) & (month >= 1) & (month <= 12) & (day >= 1)
+    ok &= (hour * 60 + minute <= 1440) & (hour <= 24) & (minute < 60) & (second < 61)
+    months = np.where(ok, (year - 1970) * 12 + month - 1, 0).astype(np.int64).astype("M8[M]")
+    first, next_first = (m.astype("M8[D]").astype(np.int64) for m in (months, months + 1))
+    ok &= first + day <= next_first
+    return np.where(ok, (first + day - 1) * DAY + hour * 3600 + minute * 60 + second, np.nan)
+
+
+def _told_apart(readings, cells, prefer=None):
+    """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and differ."""
+    fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
+    most = max(fits.values())
+    name, *others = [name for name in readings if fits[name] == most]
+    for other in others:
+        differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
+        if most and len(differ) and prefer in (name, other):
+            name = prefer
+        elif most and len(differ):
+            one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
+            return np.full(len(cells), np.nan), f"it may be {one} ({name}) or {two} ({other}), as may all others here"
+    return readings[name].copy(), ""
+
+
+def _clock(cells, field):
+    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
+    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    if texts[-1].isdecimal():
+        values = np.array([float(t) if t.isdecimal() else np.nan for t in texts])
+        top, width = np.nanmax(values), max(map(len, texts))
+        if field == "minute" and top < 60:
+            values *= 100  # of minutes and seconds
+        elif top <= 24:
+            values *= 10000  # hours
+        elif top <= 2400 and width <= 4:
+            values *= 100
+        elif top >= 10_000_000:
+            values //= 1000  # with milliseconds
+        hour, minute, second = values // 10000, values // 100 % 100, values % 100
+    else:
+        found = [CLOCK.fullmatch(text) for text in texts]
+        hour = np.array([np.nan if not m else _half_day(int(m[1]), m[4]) if m[4] else int(m[1]) for m in found], np.float64)
+        minute, second = (np.array([int(m[k] or 0) if m else np.nan for m in found]) for k in (2, 3))
+    ok = (hour <= 24) & (minute < 60) & (second < 61)
+    return np.where(ok, hour * 3600 + minute * 60 + second, np.nan)[which]
+
+
+def _clock(cells, field):
+    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
+    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    if texts[-1].isdecimal():
+        values = np.array([float(t) if t.isdecimal() else np.nan for t in texts])
+        top, width = np.nanmax(values), max(map(len, texts))
+        if field == "minute" and top < 60:
+            values *= 100
+        elif top <= 24:  # hours
+            values *= 10000
+        elif top <= 2400 and width <= 4:
+            values *= 100
+        elif top > 240000:  # with milliseconds
+            values //= 1000
+        hour, minute, second = values // 10000, values // 100 % 100, values % 100
+    else:
+        found = [CLOCK.fullmatch(text) for text in texts]
+        hour = np.array([(_half_day(int(m[1]), m[4]) if m[4] else int(m[1])) if m else np.nan for m in found])
+        minute, second = (np.array([int(m[k] or 0) if m else np.nan for m in found]) for k in (2, 3))
+    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
+    return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)[which]
+
+
+def _times(table, cells, named, clocks=(), rising=False):
+    """(UTC seconds of each row, "") of the most distinct column of dates among `named`; (None, why) if none holds dates.
+
+    clocks: columns that may hold the time of day beside a date. rising: where names say nothing of time, a column must rise
+    or fall all the way.
+    """
+    best, most, at, why = None, 0, None, ""
+    for i in named:
+        seconds, reason = _dates(cells[i])
+        good = seconds[np.isfinite(seconds)]
+        steps = np.diff(good)
+        if len(good) <= len(seconds) / 2 or (rising and not (steps > 0).all() and not (steps < 0).all()):
+            cell = next((c for c in cells[i] if str(c).strip()), "")
+            why = why or f"{table.names[i] or 'time'} {str(cell)!r} is no date" + (f": {reason}" if reason else "")
             continue
-        try:
-            ohlcva[i] = np.array(cells[columns[c]], dtype=np.float64)
-        except ValueError:
-            for r, cell in enumerate(cells[columns[c]]):
-                try:
-                    ohlcva[i, r] = float(cell) if cell.strip() or i < 4 else np.nan  # volume and amount may be missing
-                except ValueError:
-                    reasons.setdefault(r, f"{c} {cell!r} is not a number")
-    for r in np.flatnonzero(np.isnan(time)):
-        reasons.setdefault(int(r), f"time {cells[columns['time']][r]!r} is no date")
-    if columns["symbol"] is not None:
-        for r, cell in enumerate(cells[columns["symbol"]]):
-            if not cell.strip():
-                reasons.setdefault(r, "no symbol")
-    good = _good(path, line, _faults(time, ohlcva), reasons)
-    time, ohlcva = time[good].astype(np.int64), ohlcva.T[good]
-    if columns["symbol"] is None:
-        return [_one_series(path, time, ohlcva)]
-    names, which = np.unique(np.array([s.strip() for s in cells[columns["symbol"]]])[good], return_inverse=True)
-    parts = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
-    return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]
+        distinct = len(np.unique(good)) if len(named) > 1 else 1
+        if distinct > most:
+            best, most, at = seconds, distinct, i
+    if best is None or (best[np.isfinite(best)] % DAY != 0).any():
+        return best, why
+    for i in clocks:
+        clock = _clock(cells[i], table.fields[i]) if i != at else np.full(len(best), np.nan)
+        if np.isfinite(clock).sum() <= len(clock) / 2:
+            continue
+        best = best + clock
+        if table.fields[i] != "hour" or (clock % 3600 != 0).any():
+            break  # else there may be minutes, too
+    return best, ""
+
+
+# -- columns -> bars
+
+def _read_csv(path, symbol):
+    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
+    table = _table(path, _lines(path))
+    tickers = list(dict.fromkeys(ticker for ticker in table.tickers if ticker)) or [""]
+    parts = {ticker: _columns(table, ticker) for ticker in tickers}
+    numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
+    words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
+    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
+    named = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
+    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
+
+    alone = set(named) if len(set(named + clocks)) == 1 and _is_number(_first_cell(table, named[:1])) else set()
+    cells, line, reasons = _cells(table, numbers | alone, words | set(named + clocks) - alone)
+    if not len(line):
+        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
+    time, why = _times(table, cells, named, clocks)
+    unnamed = [i for i in free if i not in named]
+    if time is None and unnamed:
+        time, _ = _times(table, _cells(table, numbers, set(unnamed))[0], unnamed, rising=True)
+    if time is None and not named:
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
+    if time is None:
+        raise UserError(f"{path}:{line[0]}: {why}; give dates with their clock, best as 2024-03-04 14:30")
+    values = _numbers(table, {i: cells[i] for i in numbers}, line, reasons)
+
+    series = []
+    for ticker, columns in parts.items():
+        ohlcva = np.array([values[columns[c]] if c in columns else np.full(len(line), np.nan) for c in COLUMNS])
+        _check_columns(table, columns, cells, ohlcva)
+        symbols = _symbol_of_rows(table, columns, cells, time, line, reasons) if "symbol" in columns else None
+        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, line, dict(reasons))
+    if not series:
+        raise UserError(f"{path}:{line[0]}: no row has a price; there is no bar to read: check the columns")
+    return series
+
+
+def _first_cell(table, columns):
+    """The cell of the first row in the first of these columns."""
+    row = _split(next((line for line in table.lines[table.first:] if line.strip()), ""), table.delimiter)
+    return row[columns[0]] if columns and columns[0] < len(row) else ""
+
+
+def _check_columns(table, columns, cells, ohlcva):
+    """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
+    path, names = table.path, table.names
+    if "interval" in columns:
+        intervals = sorted({str(cell).strip() for cell in cells[columns["interval"]]})
+        if len(intervals) > 1:
+            raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
+                            f"{names[columns['interval']]!r}; keep one of them a file")
+    open_, high, low, close, volume, amount = ohlcva
+    if "volume" in columns and not table.has_header and len(names) != len(BINANCE):
+        if (volume > 0.5 * low).mean() > 0.9 and (volume < 2 * high).mean() > 0.9:
+            raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
+                            f"put a first line such as time,open,high,low,close,volume")
+    if "amount" in columns:
+        traded = amount > 0
+        if "volume" in columns:
+            traded &= volume > 0
+        ratio = np.median(amount[traded] / (volume[traded] * close[traded] if "volume" in columns else 1)) if traded.any() else 1
+        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
+            amount[:] = np.nan
+            print(f"{path}: {names[columns['amount']]!r} is not volume times price; no amount is read", file=sys.stderr)
+    others = [name for i, name in enumerate(names) if name.strip() and table.fields[i] not in KNOWN]
+    if "volume" not in columns and others:
+        print(f"{path}: no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; "
+              f"name it volume", file=sys.stderr)
+
+
+def _symbol_of_rows(table, columns, cells, time, line, reasons):
+    """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
+    symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
+    distinct, which = np.unique(symbols, return_inverse=True)
+    name = table.fields[columns["symbol"]]
+    if name in ("code", "name") and len(distinct) > 1 and len(np.unique(time)) == len(time):
+        if (np.diff(which) != 0).mean() > 0.5:  # it changes from row to row, and no two share a time
+            return None
+    bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
+    if bad == list(range(len(distinct))):
+        return None
+    for at in line[np.isin(which, bad)].tolist() if bad else ():
+        reasons.setdefault(at, "no symbol, or one with control characters")
+    return symbols
+
+
+def _bars(table, symbols, time, ohlcva, line, reasons):
+    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  line: of each row.  reasons: {line: fault}."""
+    names, code = np.unique(symbols, return_inverse=True)
+    code = np.broadcast_to(code, len(line))
+    for k in _strays(time, code):
+        reasons.setdefault(int(line[k]), f"time {iso(time[k])} is a year or more off the rows around it")
+    bad = np.isin(line, list(reasons)) if reasons else np.zeros(len(line), bool)
+    rows = np.flatnonzero(bad | ~np.isnan(ohlcva[:4]).all(0))  # a row without any price is no bar, and no fault
+    if not len(rows):
+        return []
+    if len(rows) < len(line) and len(names) == 1 and not any(table.tickers):
+        print(f"{table.path}: {len(line) - len(rows)} of {len(line)} rows have no price: no bars", file=sys.stderr)
+    steps = np.diff(code[rows]), np.diff(time[rows])
+    if not ((steps[0] > 0) | ((steps[0] == 0) & (steps[1] >= 0))).all():
+        rows = rows[np.lexsort((time[rows], code[rows]))]  # stable: of equal times the last stays last
+    time, code, line, bad, ohlcva = time[rows], code[rows], line[rows], bad[rows], np.ascontiguousarray(ohlcva[:, rows])
+    same = np.diff(code) == 0
+    _mend(table, ohlcva, same)
+    good = _good(table, line, bad, _faults(time, ohlcva), reasons)
+    good[:-1] &= ~_again(table, names, time, code, ohlcva, line, good)
+    time, code, line, ohlcva = time[good].astype(np.int64), code[good], line[good], ohlcva.T[good]
+    _look_for_jumps(table, names, time, code, ohlcva[:, 3])
+    starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
+    ends = np.append(starts[1:], len(code))
+    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, ends)]
+
+
+def _strays(time, code):
+    """Rows that lie a year or more from both rows around them, which are close: a mistyped year."""
+    before, here, after = time[:-2], time[1:-1], time[2:]
+    far = 360 * DAY
+    stray = (np.abs(here - before) > far) & (np.abs(after - here) > far) & (np.abs(after - before) < far)
+    return np.flatnonzero(stray & (code[:-2] == code[1:-1]) & (code[1:-1] == code[2:])) + 1
+
+
+def _mend(table, ohlcva, same):
+    """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
+    open_, high, low, close = ohlcva[:4]
+    lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
+    if lacks.any():
+        before = np.append(close[:1], np.where(same, close[:-1], close[1:]))
+        open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
+        print(f"{table.path}: {lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it", file=sys.stderr)
+    top, bottom = np.maximum(open_, close), np.minimum(open_, close)
+    rounded = (high < top) & (high >= top * (1 - ROUNDING))
+    high[rounded] = top[rounded]
+    rounded = (low > bottom) & (low <= bottom * (1 + ROUNDING))
+    low[rounded] = bottom[rounded]
 
 
 def _faults(time, ohlcva):
@@ -781,7 +1364,8 @@ def _faults(time, ohlcva):
     o, h, l, c, v, a = ohlcva
     price = ohlcva[:4]
     return ((np.isnan(time), "time is no date"),
-            (~np.isfinite(price).all(0), "a price is not a finite number"),
+            (np.isnan(price).any(0), "a price is missing"),
+            (np.isinf(price).any(0), "a price is not a finite number"),
             ((price <= 0).any(0), "a price is zero or negative"),
             (((price < 1e-30) | (price > 1e30)).any(0), "a price outside of 1e-30 to 1e30"),
             (h < l, "high below low"),
@@ -791,75 +1375,65 @@ def _faults(time, ohlcva):
             ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
 
 
-def _good(path, line, faults, reasons):
+def _good(table, line, bad, faults, reasons):
     """Which rows are good, bool [rows]; the bad ones are counted, the first three named; too many are an error."""
-    bad = np.zeros(len(line), bool)
-    bad[list(reasons)] = True
     for failed, why in faults:
-        reasons |= {int(r): why for r in np.flatnonzero(failed & ~bad)}
-        bad |= failed
+        reasons |= {at: why for at in line[failed & ~bad].tolist()}
+        bad = bad | failed
     n_bad = int(bad.sum())
-    examples = [f"{path}:{line[r]}: {reasons[r]}" for r in sorted(reasons)[:3]]
+    examples = [f"{table.path}:{at}: {reasons[at]}" for at in sorted(set(line[bad].tolist()))[:3]]
+    remedy = "mend the file" if table.has_header else "put a first line such as time,open,high,low,close,volume"
     if n_bad == len(line):
-        why = f"{examples[0]} (and every other row is bad too)" if examples else f"{path}:2: no rows after the header"
-        raise UserError(f"{why}; there is no bar to read: check the columns")
+        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: check the columns")
     if n_bad > MAX_BAD * len(line):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(line)} rows are bad, more than {MAX_BAD:.0%}: mend the file")
+        raise UserError(f"{examples[0]}; {n_bad} of {len(line)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
     if n_bad:
         print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(line)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _stem(path):
-    return re.sub(r"(\.(csv|tsv|txt|gz))+$", "", os.path.basename(path), flags=re.IGNORECASE)
+def _again(table, names, time, code, ohlcva, line, good):
+    """Which rows have the time of the row behind them, which takes their place; UserError if that loses many unlike bars."""
+    again = (np.diff(code) == 0) & (np.diff(time) == 0)
+    unlike = again & good[:-1] & good[1:]
+    if not unlike.any():
+        return again
+    left, right = ohlcva[:, :-1], ohlcva[:, 1:]
+    unlike &= ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+    lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
+    worst = int(np.argmax(lost / np.maximum(rows, 1)))
+    if lost[worst] > MAX_BAD * rows[worst]:
+        k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
+        raise UserError(f"{table.path}:{line[k + 1]}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of "
+                        f"another, as {iso(time[k])} in line {line[k]}; {_cause(table, line[k], line[k + 1])}")
+    if lost.any():
+        print(f"{table.path}: {lost.sum()} of {len(line)} rows have the time of a later one and give way to it", file=sys.stderr)
+    return again
 
 
-def _epoch_seconds(value):
-    """YYYYMMDD[HHMM[SS]], or an epoch in s, ms, us, ns (told apart by size), to UTC seconds; NaN where it is no date."""
-    size = np.abs(value)
-    seconds = np.floor(value / np.select([size < 1e11, size < 1e14, size < 1e17], [1.0, 1e3, 1e6], 1e9))
-    for digits, form in ((1, "%Y%m%d"), (1e4, "%Y%m%d%H%M"), (1e6, "%Y%m%d%H%M%S")):
-        dates = (value >= 19000101 * digits) & (value < 21991232 * digits) & (value == np.floor(value))
-        if dates.any():
-            distinct, which = np.unique(value[dates], return_inverse=True)
-            seconds[dates] = np.array([_date(f"{int(v)}", form) for v in distinct])[which]
-    seconds[~(np.abs(seconds) < 200 * 365.25 * DAY)] = np.nan
-    return seconds
+def _cause(table, one, other):
+    """Why two lines may have one time, and what to do."""
+    rows = [_split(table.lines[at - 1], table.delimiter) for at in (one, other)]
+    if re.search(r"\de\+\d", table.lines[one - 1], re.I):
+        return "a spreadsheet has rounded the numbers of the times: export them in full"
+    for name, field, cell, theirs in zip(table.names, table.fields, *rows):
+        if cell != theirs and not _is_number(cell) and field not in KNOWN:
+            return f"they differ in the column {name!r}: keep one value of it a file, or name it symbol"
+    return "several symbols, contracts or intervals, or dates without their clock? Keep one a file, or name their column symbol"
 
 
-def _date(text, form):
-    try:
-        return datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC).timestamp()
-    except ValueError:
-        return np.nan
-
-
-def parse_time(text):
-    """One time stamp as UTC seconds (float; NaN if it is none or past 2199). Naive means UTC.
-
-    ISO 8601, also with / or . in the date; YYYYMMDD, YYYYMMDDHHMM, YYYYMMDDHHMMSS; or an epoch.
-    """
-    text = text.strip()
-    if _is_number(text):
-        return float(_epoch_seconds(np.array([float(text)]))[0])
-    if text[4:5] in ("/", "."):
-        text = text.replace("/", "-").replace(".", "-", 2)
-    try:
-        when = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return np.nan
-    if when.year > 2199:
-        return np.nan
-    return float(np.floor((when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()))
-
-
-def _sorted(symbol, time, ohlcva):
-    """Bars in order of time; of equal times the last wins."""
-    if (np.diff(time) <= 0).any():
-        order = np.argsort(time, kind="stable")
-        last = np.append(np.diff(time[order]) != 0, True)  # of equal times the last wins
-        time, ohlcva = time[order[last]], ohlcva[order[last]]
-    return Bars(symbol, time, ohlcva)
+def _look_for_jumps(table, names, time, code, close):
+    """A word on closes that move as splits and mixed-up units do."""
+    move = np.diff(np.log(close))
+    at = np.flatnonzero((np.abs(move) > np.log(SPLIT)) & (np.diff(code) == 0))
+    if not len(at):
+        return
+    k = int(at[0])
+    back = k + 1 < len(move) and abs(move[k] + move[k + 1]) < 0.2 * abs(move[k])
+    why = "and back: other units, or a mistyped price?" if back else "an unadjusted split?"
+    more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
+    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {np.exp(abs(move[k])):.2f} at {iso(time[k + 1])} "
+          f"{why}{more}".replace(" an un", ": an un"), file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -892,15 +1466,36 @@ def _open_series(stem, symbol):
 
 
 def _open_folder(folder):
+    """The series of a folder, mapped into memory and checked whole: who reads on may trust them."""
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        series = [_open_series(os.path.join(folder, f"{i:06d}"), str(name)) for i, name in enumerate(names)]
-        if any(bars.ohlcva.shape != (len(bars), 6) for bars in series):
-            raise ValueError("a series has more times than bars")
+        if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+            raise ValueError("symbols.json is no list of different names")
+        series = []
+        for i, name in enumerate(names):
+            if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
+                raise ValueError(f"{name!r:.60} is no symbol")
+            series.append(_open_series(os.path.join(folder, f"{i:06d}"), name))
+            _check_series(series[-1])
         return series
-    except (OSError, ValueError, TypeError, EOFError) as e:
-        raise UserError(f"{folder}: not a whole data set ({e}); write it again with python data.py --out")
+    except Exception as e:  # numpy and json raise many kinds for a damaged file
+        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
+
+
+def _check_series(bars, piece=1 << 16):
+    """ValueError for arrays that are no bars; reads them once, piece by piece."""
+    time, ohlcva = bars.time, bars.ohlcva
+    if time.dtype != np.int64 or ohlcva.dtype != np.float64 or time.ndim != 1 or ohlcva.shape != (len(time), 6) or not len(time):
+        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    for i in range(0, len(time), piece):
+        stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
+        if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
+            raise ValueError(f"{bars.symbol}: its times do not rise")
+        for failed, why in _faults(stamps[:piece], np.asarray(ohlcva[i:i + piece]).T):
+            if failed.any():
+                raise ValueError(f"{bars.symbol}: bar {i + int(np.argmax(failed))}: {why}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
