@@ -598,7 +598,8 @@ def load(paths) -> list[Bars]:
 
 def _joined(parts):
     """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
-    gaps = [_interval(part.time) for part in parts if len(part) > 2]
+    gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
+    gaps = [int(gap[len(gap) // 20]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
     if gaps and max(gaps) >= 2 * min(gaps):
         raise UserError(f"{parts[0].symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
                         f"give --data the files of one interval")
@@ -606,12 +607,6 @@ def _joined(parts):
     order = np.argsort(time, kind="stable")
     last = np.append(np.diff(time[order]) != 0, True)
     return Bars(parts[0].symbol, time[order[last]], ohlcva[order[last]])
-
-
-def _interval(time):
-    """Seconds between bars where they come close: holes and sparse trading only make gaps longer."""
-    gaps = np.sort(np.diff(time))
-    return int(gaps[len(gaps) // 20])
 
 
 def read_files(paths):
@@ -693,31 +688,36 @@ def _bytes(path):
             elif raw.startswith(b"BZh"):
                 raw = bz2.decompress(raw)
             elif raw.startswith(b"PK\3\4"):
-                with zipfile.ZipFile(io.BytesIO(raw)) as file:
-                    names = [n for n in file.namelist() if not n.startswith("__MACOSX/") and not n.endswith("/")]
-                    if "[Content_Types].xml" in names:
-                        raise UserError(f"{path}: an Excel file, not a CSV; export it as CSV")
-                    if len(names) != 1:
-                        raise UserError(f"{path}: {len(names)} files in one archive; unpack it into a folder and name that")
-                    raw = file.read(names[0])
+                raw = _unzipped(path, raw)
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
     return raw
 
 
+def _unzipped(path, raw):
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        names = [name for name in file.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
+        if "[Content_Types].xml" in names:
+            raise UserError(f"{path}: Excel, not CSV; export it as CSV")
+        if len(names) != 1:
+            raise UserError(f"{path}: {len(names)} files in one archive; unpack it into a folder and name that")
+        return file.read(names[0])
+
+
 def _lines(path):
     """The lines of a text file in whatever encoding; UserError for a file that is none."""
     raw = _bytes(path)
+    start = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip()
     for magic, kind in FOREIGN.items():
-        if raw.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(magic):
+        if start.startswith(magic):
             raise UserError(f"{path}: {kind}, not CSV; export it as CSV")
-    raw = raw.rstrip(b"\0") + b"\0" * raw.startswith(b"\xff\xfe")  # NULs at the end: the disk filled up, or the machine died
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = raw.decode("utf-16", "replace").rstrip("\0\ufffd")
+        text = raw.decode("utf-16", "replace")
     elif raw[1:400:2].count(0) > 0.8 * len(raw[1:400:2]) > 0:
-        text = (raw + b"\0" * (len(raw) % 2)).decode("utf-16-le", "replace")
+        text = raw.decode("utf-16-le", "replace")
     else:
-        text = _decoded(raw)
+        text = _decoded(raw.rstrip(b"\0"))
+    text = text.rstrip("\0")  # the disk filled up, or the machine died
     if not text.strip():
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
     if "\0" in text:
@@ -726,34 +726,53 @@ def _lines(path):
 
 
 def _decoded(raw):
-    """Text by the first encoding that fits; of those other than UTF-8, the one in which most names of columns are known."""
-    best, most = raw.decode("latin-1"), -1  # which takes anything
-    for encoding in ("utf-8-sig", "gb18030", "latin-1", "cp1251", "shift_jis"):
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if encoding == "utf-8-sig":
-            return text
-        known = max(_n_known(map(_fold, re.split("[,;\t|]", line))) for line in text[:4000].split("\n")[:40])
-        if known > most:
-            best, most = text, known
-    return best
+    """Text in UTF-8, else in the encoding of these in which most names of columns are known."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
+    return max(texts, key=lambda text: max(_n_known(map(_fold, re.split("[,;\t|]", line))) for line in text[:4000].split("\n")))
+
+
+def _head(path):
+    """The first lines of a long plain file in UTF-8, so that numpy can read the rest; None for any other file."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read(1 << 16)
+        raw = raw[:raw.rfind(b"\n") + 1] if len(raw) == 1 << 16 else b""
+        lines = raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError):
+        return None
+    return lines if lines and b"\0" not in raw else None
 
 
 # -- lines -> delimiter, header, columns
 
 @dataclass
 class Table:
-    """A text file and its columns. line first is the first below the header; lines count from 0 here, from 1 in messages."""
+    """A text file and its columns."""
     path: str
-    lines: list[str]
+    lines: list[str]    # or, of a long plain file, the first of them
     delimiter: str
-    first: int
+    first: int          # index of the first line below the header
     names: list[str]    # of each column, as in the file
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
+    is_head: bool = False
+    line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
+
+    def line(self, row):
+        """The line of a row, from 1, for messages."""
+        self.whole()
+        if self.line_of is None:
+            self.line_of = np.array([k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line])
+        return int(self.line_of[row])
+
+    def whole(self):
+        if self.is_head:
+            self.lines, self.is_head = _lines(self.path), False
+        return self
 
 
 @functools.lru_cache(10_000)
@@ -797,8 +816,10 @@ def _names(cells):
     return [(field, "") for field in fields]
 
 
-def _table(path, lines):
-    """Find the delimiter and the header: what makes most names of columns known, in the first lines of text."""
+def _table(path):
+    """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
+    head = _head(path)
+    lines = head or _lines(path)
     filled = [i for i, line in enumerate(lines[:200]) if line.strip()][:40]
     best = 0, ",", filled[0], []
     for delimiter in ",;\t| ":
@@ -813,11 +834,12 @@ def _table(path, lines):
             break
     known, delimiter, i, names = best
     if known < 2:
-        return _without_header(path, lines, filled)
+        return _without_header(path, _lines(path), filled)
     if delimiter == " ":  # or runs of blanks
-        lines, delimiter = ["\t".join(line.split()) for line in lines], "\t"
+        head, lines, delimiter = None, ["\t".join(line.split()) for line in _lines(path)], "\t"
     cells = _split(lines[i], delimiter)
-    table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
+    table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names],
+                  is_head=head is not None)
     if not any(table.tickers):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
@@ -899,39 +921,48 @@ def _is_number(text):
 # -- columns -> numbers
 
 def _cells(table, numbers, texts):
-    """({index: column}, line of each row, {line: why it is bad}): columns are float64 where that is quick, else lists of text."""
-    lines, wanted = table.lines[table.first:], numbers | texts
-    line = np.array([k for k, text in enumerate(lines, table.first + 1) if text], np.int64)
+    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
     kinds = [(f"f{i}", "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
+    options = dict(dtype=kinds, comments=None, delimiter=table.delimiter, ndmin=1, quotechar='"', encoding="utf-8-sig")
+    lines = table.lines[table.first:]
     try:
-        got = np.loadtxt(lines, kinds, None, table.delimiter, ndmin=1, quotechar='"') if len(line) else ()
-        if len(got) == len(line) > 0:
-            return {i: got[f"f{i}"] for i in wanted}, line, {}
+        if table.is_head:
+            got = np.loadtxt(table.path, skiprows=table.first, **options)
+        else:
+            got = np.loadtxt(lines, **options) if any(lines) else ()
+        if table.is_head or len(got) == len(lines) - lines.count("") > 0:  # else a quote spans lines
+            return {i: got[f"f{i}"] for i in numbers | texts}, {}
     except ValueError:
         pass  # holes, faults, numbers with commas: row by row
-    rows, line, reasons, price = [], [], {}, min(numbers)
-    reader = csv.reader(lines, delimiter=table.delimiter)
+    rows, line_of, reasons, price = [], [], {}, min(numbers)
+    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
-        for read, row in enumerate(reader, 1):
-            at = table.first + read
-            if reader.line_num > read:
-                raise UserError(f"{table.path}:{at}: a quote is opened and not closed in this line; mend or remove the line")
-            filled = [cell for cell in row if cell.strip()] if len(row) != len(kinds) or not row[price] else row
-            if not filled or row[0].startswith(("#", "//")) or (len(filled) == 1 and not _is_number(filled[0])):
-                continue  # blank, a comment, a note at the end
-            if len(row) != len(kinds):
-                reasons[at] = f"{len(row)} cells where the header has {len(kinds)}"
+        for line, row in enumerate(reader, table.first + 1):
+            if table.first + reader.line_num > line:
+                raise UserError(f"{table.path}:{line}: a quote is opened and not closed in this line; mend or remove the line")
+            whole = len(row) == len(kinds)
+            if whole and row[price][:1].isdecimal():
+                pass
+            elif _is_note(row) or (whole and _fold(row[price]) == table.fields[price]):
+                continue  # or the header again: files were put one behind the other
+            elif not whole:
+                reasons[len(rows)] = f"{len(row)} cells where the header has {len(kinds)}"
                 row = [""] * len(kinds)
-            elif row[price][:1] > "9" and _fold(row[price]) == table.fields[price]:
-                continue  # the header again: files were put one behind the other
             rows.append(row)
-            line.append(at)
+            line_of.append(line)
     except csv.Error as e:
         raise UserError(f"{table.path}:{table.first + reader.line_num}: not a CSV row ({e}); mend or remove the line")
     finally:
         gc.enable()
-    return {i: [row[i] for row in rows] for i in wanted}, np.array(line, np.int64), reasons
+    table.line_of = np.array(line_of, np.int64)
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
+
+
+def _is_note(row):
+    """A row that is blank, a comment, or a single text, as at the end of an export."""
+    filled = [cell for cell in row if cell.strip()]
+    return not filled or filled[0].startswith(("#", "//")) or (len(filled) == 1 and not _is_number(filled[0]))
 
 
 NOISE = str.maketrans("", "", "$€£¥₹' \u00a0\u202f\u2009\u2019\t")
@@ -940,7 +971,7 @@ NUMBER = [re.compile(rf"[-+]?(\d{{1,3}}({comma}\d{{2,3}})*{comma}\d{{3}}|\d*)({p
 SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
 
 
-def _numbers(table, cells, line, reasons):
+def _numbers(table, cells, reasons):
     """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
     try:
         return {i: np.array(column, np.float64) for i, column in cells.items()}
@@ -963,9 +994,9 @@ def _numbers(table, cells, line, reasons):
             digits = text.replace(".", "").replace(",", ".") if comma else text.replace(",", "")
             values[text] = float(digits.rstrip("kmbt") + SUFFIX[found["suffix"]])
     for i, column in plain.items():
-        for text, cell, at in zip(column, cells[i], line.tolist()):
+        for row, text in enumerate(column):
             if text not in values:
-                reasons.setdefault(at, f"{table.fields[i]} {cell!r} is not a number")
+                reasons.setdefault(row, f"{table.fields[i]} {cells[i][row]!r} is not a number")
     return {i: np.array([values.get(c, np.nan) for c in column], np.float64) for i, column in plain.items()}
 
 
@@ -1013,7 +1044,8 @@ def _dates(cells):
 
 def _dates_of_iso(texts):
     try:
-        return texts.astype("M8[s]").astype(np.int64).astype(np.float64), ""
+        seconds = texts.astype("M8[s]").astype(np.int64).astype(np.float64)
+        return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan), ""
     except ValueError:  # one of them is none
         return _dates_of_texts(texts.tolist())
 
@@ -1109,7 +1141,8 @@ def _epoch(values):
     if in_us.any() and 1e12 < finite.min() < 1e13 and finite.max() < 1e16:
         values = np.where(in_us, values / 1e3, values)
         finite = np.abs(values[np.isfinite(values)])
-    size, now = np.sort(finite)[int(0.95 * (len(finite) - 1))], time.time() + 2 * DAY
+    sample = np.sort(finite[::max(1, len(finite) // 1000)])
+    size, now = sample[int(0.95 * (len(sample) - 1))], time.time() + 2 * DAY  # not the largest, which may be mistyped
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), None)
     if unit is None or (unit == 1e9 and 6.2e17 < size < 6.4e17):  # .NET counts 100 ns from year 1: now at 6.39e17
         return none
@@ -1152,29 +1185,6 @@ def _clock(cells, field):
         values = np.array([float(t) if t.isdecimal() else np.nan for t in texts])
         top, width = np.nanmax(values), max(map(len, texts))
         if field == "minute" and top < 60:
-            values *= 100  # of minutes and seconds
-        elif top <= 24:
-            values *= 10000  # hours
-        elif top <= 2400 and width <= 4:
-            values *= 100
-        elif top >= 10_000_000:
-            values //= 1000  # with milliseconds
-        hour, minute, second = values // 10000, values // 100 % 100, values % 100
-    else:
-        found = [CLOCK.fullmatch(text) for text in texts]
-        hour = np.array([np.nan if not m else _half_day(int(m[1]), m[4]) if m[4] else int(m[1]) for m in found], np.float64)
-        minute, second = (np.array([int(m[k] or 0) if m else np.nan for m in found]) for k in (2, 3))
-    ok = (hour <= 24) & (minute < 60) & (second < 61)
-    return np.where(ok, hour * 3600 + minute * 60 + second, np.nan)[which]
-
-
-def _clock(cells, field):
-    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
-    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
-    if texts[-1].isdecimal():
-        values = np.array([float(t) if t.isdecimal() else np.nan for t in texts])
-        top, width = np.nanmax(values), max(map(len, texts))
-        if field == "minute" and top < 60:
             values *= 100
         elif top <= 24:  # hours
             values *= 10000
@@ -1200,34 +1210,38 @@ def _times(table, cells, named, clocks=(), rising=False):
     best, most, at, why = None, 0, None, ""
     for i in named:
         seconds, reason = _dates(cells[i])
-        good = seconds[np.isfinite(seconds)]
-        steps = np.diff(good)
-        if len(good) <= len(seconds) / 2 or (rising and not (steps > 0).all() and not (steps < 0).all()):
-            cell = next((c for c in cells[i] if str(c).strip()), "")
-            why = why or f"{table.names[i] or 'time'} {str(cell)!r} is no date" + (f": {reason}" if reason else "")
+        good = np.isfinite(seconds)
+        if good.sum() <= len(good) / 2 or (rising and not _is_monotone(seconds[good])):
+            if not why or "may be" in reason:
+                why = f"{table.names[i] or 'time'} {_first_cell(table, i)!r} is no date" + (f": {reason}" if reason else "")
             continue
-        distinct = len(np.unique(good)) if len(named) > 1 else 1
+        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if distinct > most:
             best, most, at = seconds, distinct, i
-    if best is None or (best[np.isfinite(best)] % DAY != 0).any():
+    others = [i for i in clocks if i != at and best is not None]
+    if not others or (best[np.isfinite(best)] % DAY != 0).any():
         return best, why
-    for i in clocks:
-        clock = _clock(cells[i], table.fields[i]) if i != at else np.full(len(best), np.nan)
+    for i in others:
+        clock = _clock(cells[i], table.fields[i])
         if np.isfinite(clock).sum() <= len(clock) / 2:
             continue
         best = best + clock
         if table.fields[i] != "hour" or (clock % 3600 != 0).any():
-            break  # else there may be minutes, too
-    return best, ""
+            break  # else there may be a column of minutes, too
+    return best, why
+
+
+def _is_monotone(x):
+    steps = np.diff(x)
+    return (steps > 0).all() or (steps < 0).all()
 
 
 # -- columns -> bars
 
 def _read_csv(path, symbol):
     """The Bars of one file, a list. symbol: whose they are in a file that names none."""
-    table = _table(path, _lines(path))
-    tickers = list(dict.fromkeys(ticker for ticker in table.tickers if ticker)) or [""]
-    parts = {ticker: _columns(table, ticker) for ticker in tickers}
+    table = _table(path)
+    parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
     numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
     words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
     free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
@@ -1235,9 +1249,10 @@ def _read_csv(path, symbol):
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
 
-    alone = set(named) if len(set(named + clocks)) == 1 and _is_number(_first_cell(table, named[:1])) else set()
-    cells, line, reasons = _cells(table, numbers | alone, words | set(named + clocks) - alone)
-    if not len(line):
+    alone = set(named) if named and len({*named, *clocks}) == 1 and _is_number(_first_cell(table, named[0])) else set()
+    cells, reasons = _cells(table, numbers | alone, (words | {*named, *clocks}) - alone)
+    n = len(cells[min(numbers)])
+    if not n:
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     time, why = _times(table, cells, named, clocks)
     unnamed = [i for i in free if i not in named]
@@ -1246,24 +1261,24 @@ def _read_csv(path, symbol):
     if time is None and not named:
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
     if time is None:
-        raise UserError(f"{path}:{line[0]}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    values = _numbers(table, {i: cells[i] for i in numbers}, line, reasons)
+        raise UserError(f"{path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
+    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
 
     series = []
     for ticker, columns in parts.items():
-        ohlcva = np.array([values[columns[c]] if c in columns else np.full(len(line), np.nan) for c in COLUMNS])
+        ohlcva = np.array([values[columns[c]] if c in columns else np.full(n, np.nan) for c in COLUMNS])
         _check_columns(table, columns, cells, ohlcva)
-        symbols = _symbol_of_rows(table, columns, cells, time, line, reasons) if "symbol" in columns else None
-        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, line, dict(reasons))
+        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
+        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
     if not series:
-        raise UserError(f"{path}:{line[0]}: no row has a price; there is no bar to read: check the columns")
+        raise UserError(f"{path}:{table.line(0)}: no row has a price; there is no bar to read: check the columns")
     return series
 
 
-def _first_cell(table, columns):
-    """The cell of the first row in the first of these columns."""
+def _first_cell(table, column):
+    """The cell of the first row in a column."""
     row = _split(next((line for line in table.lines[table.first:] if line.strip()), ""), table.delimiter)
-    return row[columns[0]] if columns and columns[0] < len(row) else ""
+    return row[column] if column < len(row) else ""
 
 
 def _check_columns(table, columns, cells, ohlcva):
@@ -1280,10 +1295,10 @@ def _check_columns(table, columns, cells, ohlcva):
             raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
                             f"put a first line such as time,open,high,low,close,volume")
     if "amount" in columns:
-        traded = amount > 0
-        if "volume" in columns:
-            traded &= volume > 0
-        ratio = np.median(amount[traded] / (volume[traded] * close[traded] if "volume" in columns else 1)) if traded.any() else 1
+        some = slice(None, None, max(1, len(amount) // 1000))
+        base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
+        traded = (amount[some] > 0) & (base > 0)
+        ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
         if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
             amount[:] = np.nan
             print(f"{path}: {names[columns['amount']]!r} is not volume times price; no amount is read", file=sys.stderr)
@@ -1293,7 +1308,7 @@ def _check_columns(table, columns, cells, ohlcva):
               f"name it volume", file=sys.stderr)
 
 
-def _symbol_of_rows(table, columns, cells, time, line, reasons):
+def _symbol_of_rows(table, columns, cells, time, reasons):
     """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
     symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
     distinct, which = np.unique(symbols, return_inverse=True)
@@ -1304,32 +1319,36 @@ def _symbol_of_rows(table, columns, cells, time, line, reasons):
     bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
     if bad == list(range(len(distinct))):
         return None
-    for at in line[np.isin(which, bad)].tolist() if bad else ():
-        reasons.setdefault(at, "no symbol, or one with control characters")
+    for row in np.flatnonzero(np.isin(which, bad)).tolist():
+        reasons.setdefault(row, "no symbol, or one with control characters")
     return symbols
 
 
-def _bars(table, symbols, time, ohlcva, line, reasons):
-    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  line: of each row.  reasons: {line: fault}."""
+def _bars(table, symbols, time, ohlcva, reasons):
+    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
     names, code = np.unique(symbols, return_inverse=True)
-    code = np.broadcast_to(code, len(line))
-    for k in _strays(time, code):
-        reasons.setdefault(int(line[k]), f"time {iso(time[k])} is a year or more off the rows around it")
-    bad = np.isin(line, list(reasons)) if reasons else np.zeros(len(line), bool)
-    rows = np.flatnonzero(bad | ~np.isnan(ohlcva[:4]).all(0))  # a row without any price is no bar, and no fault
-    if not len(rows):
+    code = np.broadcast_to(code, len(time))
+    for row in _strays(time, code).tolist():
+        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    row = np.arange(len(time))
+    bad = np.zeros(len(time), bool)
+    bad[list(reasons)] = True
+    empty = np.isnan(ohlcva[:4]).all(0) & ~bad  # a row without any price is no bar, and no fault
+    if empty.all():
         return []
-    if len(rows) < len(line) and len(names) == 1 and not any(table.tickers):
-        print(f"{table.path}: {len(line) - len(rows)} of {len(line)} rows have no price: no bars", file=sys.stderr)
-    steps = np.diff(code[rows]), np.diff(time[rows])
-    if not ((steps[0] > 0) | ((steps[0] == 0) & (steps[1] >= 0))).all():
-        rows = rows[np.lexsort((time[rows], code[rows]))]  # stable: of equal times the last stays last
-    time, code, line, bad, ohlcva = time[rows], code[rows], line[rows], bad[rows], np.ascontiguousarray(ohlcva[:, rows])
-    same = np.diff(code) == 0
-    _mend(table, ohlcva, same)
-    good = _good(table, line, bad, _faults(time, ohlcva), reasons)
-    good[:-1] &= ~_again(table, names, time, code, ohlcva, line, good)
-    time, code, line, ohlcva = time[good].astype(np.int64), code[good], line[good], ohlcva.T[good]
+    if empty.any() and not any(table.tickers):
+        print(f"{table.path}: {empty.sum()} of {len(empty)} rows have no price: no bars", file=sys.stderr)
+    after = np.diff(code) * 1e12 + np.diff(time)
+    if empty.any() or not (after >= 0).all():
+        row = np.lexsort((time, code))  # stable: of equal times the last stays last
+        row = row[~empty[row]]
+        time, code, bad, ohlcva = time[row], code[row], bad[row], ohlcva[:, row]
+    _mend(table, ohlcva, code)
+    good = _good(table, row, bad, _faults(time, ohlcva), reasons)
+    good[:-1] &= ~_again(table, names, time, code, ohlcva, row, good)
+    if not good.all():
+        time, code, ohlcva = time[good], code[good], ohlcva[:, good]
+    time, ohlcva = time.astype(np.int64), ohlcva.T
     _look_for_jumps(table, names, time, code, ohlcva[:, 3])
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
     ends = np.append(starts[1:], len(code))
@@ -1338,18 +1357,21 @@ def _bars(table, symbols, time, ohlcva, line, reasons):
 
 def _strays(time, code):
     """Rows that lie a year or more from both rows around them, which are close: a mistyped year."""
-    before, here, after = time[:-2], time[1:-1], time[2:]
-    far = 360 * DAY
-    stray = (np.abs(here - before) > far) & (np.abs(after - here) > far) & (np.abs(after - before) < far)
-    return np.flatnonzero(stray & (code[:-2] == code[1:-1]) & (code[1:-1] == code[2:])) + 1
+    step, same, year = np.diff(time), np.diff(code) == 0, 360 * DAY
+    far = (np.abs(step) > year) & same
+    if not far.any():
+        return np.flatnonzero(far)
+    return np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < year)) + 1
 
 
-def _mend(table, ohlcva, same):
+def _mend(table, ohlcva, code):
     """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
     open_, high, low, close = ohlcva[:4]
+    if ((low > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
+        return
     lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
     if lacks.any():
-        before = np.append(close[:1], np.where(same, close[:-1], close[1:]))
+        before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
         open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
         print(f"{table.path}: {lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it", file=sys.stderr)
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
@@ -1375,65 +1397,67 @@ def _faults(time, ohlcva):
             ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
 
 
-def _good(table, line, bad, faults, reasons):
-    """Which rows are good, bool [rows]; the bad ones are counted, the first three named; too many are an error."""
+def _good(table, row, bad, faults, reasons):
+    """Which bars are good, bool; the bad ones are counted, the first three named; too many are an error. row: of each bar."""
     for failed, why in faults:
-        reasons |= {at: why for at in line[failed & ~bad].tolist()}
-        bad = bad | failed
+        if failed.any():
+            reasons |= {k: why for k in row[failed & ~bad].tolist()}
+            bad = bad | failed
     n_bad = int(bad.sum())
-    examples = [f"{table.path}:{at}: {reasons[at]}" for at in sorted(set(line[bad].tolist()))[:3]]
+    examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
     remedy = "mend the file" if table.has_header else "put a first line such as time,open,high,low,close,volume"
-    if n_bad == len(line):
+    if n_bad == len(row):
         raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: check the columns")
-    if n_bad > MAX_BAD * len(line):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(line)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
+    if n_bad > MAX_BAD * len(row):
+        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
     if n_bad:
-        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(line)} dropped: " + "; ".join(examples), file=sys.stderr)
+        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _again(table, names, time, code, ohlcva, line, good):
-    """Which rows have the time of the row behind them, which takes their place; UserError if that loses many unlike bars."""
-    again = (np.diff(code) == 0) & (np.diff(time) == 0)
-    unlike = again & good[:-1] & good[1:]
-    if not unlike.any():
+def _again(table, names, time, code, ohlcva, row, good):
+    """Which bars have the time of the bar behind them, which takes their place; UserError if that loses many unlike ones."""
+    again = (np.diff(time) == 0) & (np.diff(code) == 0)
+    if not again.any():
         return again
     left, right = ohlcva[:, :-1], ohlcva[:, 1:]
-    unlike &= ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+    unlike = again & good[:-1] & good[1:] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        raise UserError(f"{table.path}:{line[k + 1]}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of "
-                        f"another, as {iso(time[k])} in line {line[k]}; {_cause(table, line[k], line[k + 1])}")
+        lines = table.line(row[k]), table.line(row[k + 1])
+        raise UserError(f"{table.path}:{lines[1]}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of "
+                        f"another, as {iso(time[k])} in line {lines[0]}; {_cause(table, *lines)}")
     if lost.any():
-        print(f"{table.path}: {lost.sum()} of {len(line)} rows have the time of a later one and give way to it", file=sys.stderr)
+        print(f"{table.path}: {lost.sum()} of {len(row)} rows have the time of a later one and give way to it", file=sys.stderr)
     return again
 
 
-def _cause(table, one, other):
+def _cause(table, *lines):
     """Why two lines may have one time, and what to do."""
-    rows = [_split(table.lines[at - 1], table.delimiter) for at in (one, other)]
-    if re.search(r"\de\+\d", table.lines[one - 1], re.I):
+    one, other = (_split(table.lines[line - 1], table.delimiter) for line in lines)
+    if any(re.fullmatch(r"\d\.\d+e\+\d+", cell.strip(), re.I) for cell in one):
         return "a spreadsheet has rounded the numbers of the times: export them in full"
-    for name, field, cell, theirs in zip(table.names, table.fields, *rows):
+    for name, field, cell, theirs in zip(table.names, table.fields, one, other):
         if cell != theirs and not _is_number(cell) and field not in KNOWN:
-            return f"they differ in the column {name!r}: keep one value of it a file, or name it symbol"
+            return f"they differ in the column {name!r}: keep one of its values a file"
     return "several symbols, contracts or intervals, or dates without their clock? Keep one a file, or name their column symbol"
 
 
 def _look_for_jumps(table, names, time, code, close):
     """A word on closes that move as splits and mixed-up units do."""
-    move = np.diff(np.log(close))
-    at = np.flatnonzero((np.abs(move) > np.log(SPLIT)) & (np.diff(code) == 0))
+    ratio = close[1:] / close[:-1]
+    at = np.flatnonzero(((ratio > SPLIT) | (ratio < 1 / SPLIT)) & (np.diff(code) == 0))
     if not len(at):
         return
     k = int(at[0])
-    back = k + 1 < len(move) and abs(move[k] + move[k + 1]) < 0.2 * abs(move[k])
-    why = "and back: other units, or a mistyped price?" if back else "an unadjusted split?"
+    factor = max(ratio[k], 1 / ratio[k])
+    back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
+    why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
     more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {np.exp(abs(move[k])):.2f} at {iso(time[k + 1])} "
-          f"{why}{more}".replace(" an un", ": an un"), file=sys.stderr)
+    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}"
+          f"{why}{more}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
