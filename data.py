@@ -547,7 +547,7 @@ def leak_demo(seed=0, n_windows=4000):
 # that fits the whole file -> faults -> bars. What cannot be told for certain is refused, never guessed.
 
 HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
-    "time": "time timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
+    "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
             "gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts dt t datum zeit data fecha дата "
             "时间 日期 交易日期 日付 날짜",
     "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
@@ -558,7 +558,7 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
              "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
     "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
               "totaltradedquantity tottrdqty quantity qty volumen объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney totalturnover tottrdval umsatz 成交额 成交金額",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz 成交额 成交金额 成交金額",
     "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
     "interval": "timeframe interval resolution per",
 }
@@ -986,7 +986,8 @@ def _numbers(table, cells, reasons):
     distinct = {c for column in plain.values() for c in column}
     votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
     by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
-    comma = votes[1] > votes[0] or (votes[1] == votes[0] and by_comma)
+    few = 0.02 * len(distinct)  # a mistyped cell or two decide nothing
+    comma = votes[1] - votes[0] > (-few if by_comma else few)
     values = {"nan": np.nan}
     for text in distinct:
         found = NUMBER[comma].fullmatch(text)
@@ -1105,6 +1106,7 @@ def _offset(zone, offset, seconds, name):
 
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
+    values = np.where(np.abs(values) < 1e19, values, np.nan)
     readings, sample = {}, values[::max(1, len(values) // 200)]
     for name, *form in DIGITS:
         if np.isfinite(_spelled(sample, *form)).mean() > 0.5:
@@ -1132,22 +1134,21 @@ def _spelled(values, n_fields, n_year, fraction):
 
 
 def _epoch(values):
-    """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us): NaN from tomorrow on."""
-    none = np.full(len(values), np.nan)
-    finite = np.abs(values[np.isfinite(values)])
-    if not len(finite):
-        return none
-    in_us = values >= 1e15
-    if in_us.any() and 1e12 < finite.min() < 1e13 and finite.max() < 1e16:
-        values = np.where(in_us, values / 1e3, values)
-        finite = np.abs(values[np.isfinite(values)])
-    sample = np.sort(finite[::max(1, len(finite) // 1000)])
-    size, now = sample[int(0.95 * (len(sample) - 1))], time.time() + 2 * DAY  # not the largest, which may be mistyped
-    unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), None)
-    if unit is None or (unit == 1e9 and 6.2e17 < size < 6.4e17):  # .NET counts 100 ns from year 1: now at 6.39e17
-        return none
-    if size / unit < 1e8 and ((values % (DAY * unit) != 0).any() or size == 0):  # before 1973 only whole days are safe
-        return none
+    """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us); NaN from tomorrow on."""
+    sample = np.abs(values[::max(1, len(values) // 1000)])
+    sample = np.sort(sample[np.isfinite(sample)])
+    if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
+        values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
+        sample = np.sort(sample)
+    size = sample[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
+    now = time.time() + 2 * DAY
+    unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
+    while unit < 1e9 and size > 0 and (values % (1000 * DAY * unit) == 0).mean() > 0.9:  # days of 1970 in ms, not every 1000th day
+        unit *= 1000
+    if unit == 1e9 and 6.2e17 < size < 6.4e17:  # .NET counts 100 ns from year 1: now at 6.39e17
+        unit = np.nan
+    if size / unit < 1e8 and (size == 0 or (values % (DAY * unit) == 0).mean() < 0.9):  # before 1973 only whole days are safe
+        unit = np.nan
     seconds = np.floor(values / unit)
     return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
 
@@ -1181,9 +1182,10 @@ def _told_apart(readings, cells, prefer=None):
 def _clock(cells, field):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
     texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
-    if texts[-1].isdecimal():
-        values = np.array([float(t) if t.isdecimal() else np.nan for t in texts])
-        top, width = np.nanmax(values), max(map(len, texts))
+    numbers = sorted((int(text), len(text)) for text in texts if text.isdecimal())
+    if len(numbers) > len(texts) / 2:
+        values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
+        top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
         if field == "minute" and top < 60:
             values *= 100
         elif top <= 24:  # hours
