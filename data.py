@@ -599,7 +599,7 @@ def load(paths) -> list[Bars]:
 def _joined(parts):
     """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
     gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
-    gaps = [int(gap[len(gap) // 20]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
+    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
     if gaps and max(gaps) >= 2 * min(gaps):
         raise UserError(f"{parts[0].symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
                         f"give --data the files of one interval")
@@ -857,6 +857,8 @@ def _find_tickers(table, filled):
         if all(cell.strip() and not _is_number(cell) for cell in cells[1:]):
             table.tickers = ["", *(cell.strip() for cell in cells[1:])]
             table.first = max(table.first, filled[k] + 1)
+            below = _split(table.lines[table.first], table.delimiter) if table.first < len(table.lines) else []
+            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             return
 
 
@@ -944,7 +946,7 @@ def _cells(table, numbers, texts):
             whole = len(row) == len(kinds)
             if whole and row[price][:1].isdecimal():
                 pass
-            elif _is_note(row) or (whole and _fold(row[price]) == table.fields[price]):
+            elif _is_note(row, len(kinds)) or (whole and _fold(row[price]) == table.fields[price]):
                 continue  # or the header again: files were put one behind the other
             elif not whole:
                 reasons[len(rows)] = f"{len(row)} cells where the header has {len(kinds)}"
@@ -959,10 +961,11 @@ def _cells(table, numbers, texts):
     return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
-def _is_note(row):
+def _is_note(row, n_columns):
     """A row that is blank, a comment, or a single text, as at the end of an export."""
     filled = [cell for cell in row if cell.strip()]
-    return not filled or filled[0].startswith(("#", "//")) or (len(filled) == 1 and not _is_number(filled[0]))
+    alone = len(filled) == 1 and len(row) != n_columns and not _is_number(filled[0])
+    return not filled or alone or filled[0].startswith(("#", "//"))
 
 
 NOISE = str.maketrans("", "", "$€£¥₹' \u00a0\u202f\u2009\u2019\t")
@@ -1112,8 +1115,8 @@ def _dates_of_numbers(values):
         if np.isfinite(_spelled(sample, *form)).mean() > 0.5:
             readings[name] = _spelled(values, *form)
     epoch = _epoch(values)
-    if readings and len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
-        readings = {}  # one or two numbers may spell a date by chance, three don't
+    if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
+        readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
     readings = readings or {"an epoch": epoch}
     seconds, why = _told_apart(readings, values)
     if not np.isfinite(seconds).any():
@@ -1182,9 +1185,9 @@ def _told_apart(readings, cells, prefer=None):
 def _clock(cells, field):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
     texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
-    numbers = sorted((int(text), len(text)) for text in texts if text.isdecimal())
-    if len(numbers) > len(texts) / 2:
-        values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
+    numbers = sorted((float(text), len(text)) for text in texts if text.isdecimal())
+    values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
+    if np.isfinite(values[which]).mean() > 0.5:
         top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
         if field == "minute" and top < 60:
             values *= 100
@@ -1408,8 +1411,9 @@ def _good(table, row, bad, faults, reasons):
     n_bad = int(bad.sum())
     examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
     remedy = "mend the file" if table.has_header else "put a first line such as time,open,high,low,close,volume"
+    remedy = remedy.replace("mend the file", "check the columns") if n_bad == len(row) else remedy
     if n_bad == len(row):
-        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: check the columns")
+        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: {remedy}")
     if n_bad > MAX_BAD * len(row):
         raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
     if n_bad:
