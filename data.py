@@ -739,11 +739,11 @@ def _head(path):
     try:
         with open(path, "rb") as f:
             raw = f.read(1 << 16)
-        raw = raw[:raw.rfind(b"\n") + 1] if len(raw) == 1 << 16 else b""
-        lines = raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n")[:-1]
+        if len(raw) < 1 << 16 or b"\0" in raw or b'"' in raw:
+            return None
+        return raw[:raw.rfind(b"\n") + 1].decode("utf-8-sig").replace("\r\n", "\n").split("\n")[:-1] or None
     except (OSError, UnicodeDecodeError):
         return None
-    return lines if lines and b"\0" not in raw else None
 
 
 # -- lines -> delimiter, header, columns
@@ -883,10 +883,10 @@ def _without_header(path, lines, filled):
             cells = _split(lines[first], delimiter)
         stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
         rest = cells[len(stamp):]
-        if not all(_is_number(cell) for cell in rest) or np.isnan(_dates([cells[0]])[0][0] if cells else np.nan):
-            continue
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        if len(rest) in (5, 6) or len(cells) == 12:
+        if len(fields) != len(cells) or len(rest) < 5 or not all(map(_is_number, rest)):
+            continue
+        if _is_number(cells[0]) or STAMP.fullmatch(cells[0].strip()):
             return Table(path, lines, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; "
                     f"put a first line such as time,open,high,low,close,volume")
@@ -925,17 +925,17 @@ def _is_number(text):
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
     kinds = [(f"f{i}", "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
-    options = dict(dtype=kinds, comments=None, delimiter=table.delimiter, ndmin=1, quotechar='"', encoding="utf-8-sig")
-    lines = table.lines[table.first:]
+    options = dict(dtype=kinds, comments=None, delimiter=table.delimiter, ndmin=1, encoding="utf-8-sig")
+    lines = [line for line in table.lines[table.first:] if line]
     try:
         if table.is_head:
             got = np.loadtxt(table.path, skiprows=table.first, **options)
         else:
-            got = np.loadtxt(lines, **options) if any(lines) else ()
-        if table.is_head or len(got) == len(lines) - lines.count("") > 0:  # else a quote spans lines
+            got = np.loadtxt(lines, quotechar='"', **options) if lines else ()
+        if table.is_head or len(got) == len(lines) > 0:  # else a quote spans lines
             return {i: got[f"f{i}"] for i in numbers | texts}, {}
-    except ValueError:
-        pass  # holes, faults, numbers with commas: row by row
+    except (ValueError, OSError):
+        pass  # holes, faults, numbers with commas, a text file named .gz: row by row
     rows, line_of, reasons, price = [], [], {}, min(numbers)
     reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
@@ -1039,19 +1039,22 @@ def _dates(cells):
     texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
-    elif ISO.fullmatch(texts[0]) and ISO.fullmatch(texts[-1]) and np.ptp(np.char.str_len(texts)) == 0:
-        seconds, why = _dates_of_iso(texts)
     else:
-        seconds, why = _dates_of_texts(texts.tolist())
+        seconds, why = _dates_of_iso(texts), ""
+        if seconds is None:
+            seconds, why = _dates_of_texts(texts.tolist())
     return seconds[which], why
 
 
 def _dates_of_iso(texts):
+    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates of one length."""
+    if not ISO.fullmatch(texts[0]) or not ISO.fullmatch(texts[-1]) or np.ptp(np.char.str_len(texts)) > 0:
+        return None
     try:
         seconds = texts.astype("M8[s]").astype(np.int64).astype(np.float64)
-        return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan), ""
     except ValueError:  # one of them is none
-        return _dates_of_texts(texts.tolist())
+        return None
+    return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan)
 
 
 def _dates_of_texts(texts):
@@ -1207,10 +1210,10 @@ def _clock(cells, field):
 
 
 def _times(table, cells, named, clocks=(), rising=False):
-    """(UTC seconds of each row, "") of the most distinct column of dates among `named`; (None, why) if none holds dates.
+    """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
 
-    clocks: columns that may hold the time of day beside a date. rising: where names say nothing of time, a column must rise
-    or fall all the way.
+    Dates without a clock take it from one of the columns `clocks`. rising: where names say nothing of time, a column must
+    rise or fall all the way. (None, why) if there are no dates.
     """
     best, most, at, why = None, 0, None, ""
     for i in named:
@@ -1223,17 +1226,19 @@ def _times(table, cells, named, clocks=(), rising=False):
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if distinct > most:
             best, most, at = seconds, distinct, i
-    others = [i for i in clocks if i != at and best is not None]
-    if not others or (best[np.isfinite(best)] % DAY != 0).any():
-        return best, why
-    for i in others:
+    if best is None:
+        return None, why
+    clocks = [i for i in clocks if i != at]
+    if not clocks or (best[np.isfinite(best)] % DAY != 0).any():
+        return best, at
+    for i in clocks:
         clock = _clock(cells[i], table.fields[i])
         if np.isfinite(clock).sum() <= len(clock) / 2:
             continue
         best = best + clock
         if table.fields[i] != "hour" or (clock % 3600 != 0).any():
             break  # else there may be a column of minutes, too
-    return best, why
+    return best, at
 
 
 def _is_monotone(x):
@@ -1259,15 +1264,20 @@ def _read_csv(path, symbol):
     n = len(cells[min(numbers)])
     if not n:
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
-    time, why = _times(table, cells, named, clocks)
+    time, at = _times(table, cells, named, clocks)
     unnamed = [i for i in free if i not in named]
     if time is None and unnamed:
-        time, _ = _times(table, _cells(table, numbers, set(unnamed))[0], unnamed, rising=True)
+        others, _ = _cells(table, numbers, set(unnamed))
+        time, found = _times(table, others, unnamed, rising=True)
+        cells, at = cells | others, at if time is None else found
     if time is None and not named:
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
     if time is None:
-        raise UserError(f"{path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
+        raise UserError(f"{path}:{table.line(0)}: {at}; give dates with their clock, best as 2024-03-04 14:30")
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    for row in np.flatnonzero(np.isnan(time)).tolist():
+        if not all(np.isnan(values[i][row]) for i in numbers):
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
 
     series = []
     for ticker, columns in parts.items():
@@ -1350,9 +1360,11 @@ def _bars(table, symbols, time, ohlcva, reasons):
         time, code, bad, ohlcva = time[row], code[row], bad[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
     good = _good(table, row, bad, _faults(time, ohlcva), reasons)
-    good[:-1] &= ~_again(table, names, time, code, ohlcva, row, good)
     if not good.all():
-        time, code, ohlcva = time[good], code[good], ohlcva[:, good]
+        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    last = ~_again(table, names, row, time, code, ohlcva)
+    if not last.all():
+        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
     time, ohlcva = time.astype(np.int64), ohlcva.T
     _look_for_jumps(table, names, time, code, ohlcva[:, 3])
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
@@ -1410,24 +1422,23 @@ def _good(table, row, bad, faults, reasons):
             bad = bad | failed
     n_bad = int(bad.sum())
     examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
-    remedy = "mend the file" if table.has_header else "put a first line such as time,open,high,low,close,volume"
-    remedy = remedy.replace("mend the file", "check the columns") if n_bad == len(row) else remedy
+    remedy = None if table.has_header else "put a first line such as time,open,high,low,close,volume"
     if n_bad == len(row):
-        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: {remedy}")
+        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: {remedy or 'check the columns'}")
     if n_bad > MAX_BAD * len(row):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
+        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy or 'mend the file'}")
     if n_bad:
         print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _again(table, names, time, code, ohlcva, row, good):
+def _again(table, names, row, time, code, ohlcva):
     """Which bars have the time of the bar behind them, which takes their place; UserError if that loses many unlike ones."""
-    again = (np.diff(time) == 0) & (np.diff(code) == 0)
+    again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
     if not again.any():
         return again
     left, right = ohlcva[:, :-1], ohlcva[:, 1:]
-    unlike = again & good[:-1] & good[1:] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+    unlike = again[:-1] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:

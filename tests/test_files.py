@@ -265,8 +265,8 @@ def test_one_mistyped_number_decides_nothing(tmp_path, capfd):
     ("2020-03-03,1,2,0.5,1,1e40", "above 1e30"),
     ("9000-01-03,1,2,0.5,1,1", "no date"),
     ("2020-03-03,1,2,0.5,1,-3", "negative volume"),
-    ("2020-02-30,1,2,0.5,1,3", "no date"),
-    ("today,1,2,0.5,1,3", "no date"),
+    ("2020-02-30,1,2,0.5,1,3", "time '2020-02-30' is no date"),
+    ("today,1,2,0.5,1,3", "time 'today' is no date"),
     ("2020-03-03,1,2,0.5", "4 cells where the header has 6"),
     ("1920-01-15,1,2,0.5,1,3", "a year or more off"),
 ])
@@ -337,6 +337,7 @@ def test_unusable_files_get_one_line(tmp_path, text, words):
     (days(20) + "2020-02-20,,,,,\n" * 5, 20, "5 of 25 rows have no price"),
     (days(40) + "2020-01-03,1,3,0.5,1.9,7\n", 40, "1 of 41 rows have the time of a later one"),
     (days(40) + days(40), 40, ""),
+    (days(40) + "2020-01-03,1,3,5,1.9,7\n", 40, "1 bad row of 41"),
     (days(20) + "time,open,high,low,close,volume\n" + days(20, first=20), 40, ""),
     ("2020-01-02,1.5,1.999999999,1,2,7\n2020-01-03,1.5,2,1.500000001,2,7\n", 2, ""),
 ])
