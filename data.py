@@ -39,6 +39,7 @@ import typing
 import zipfile
 import zlib
 import zoneinfo
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -661,14 +662,16 @@ def _symbols(paths):
     are BTCUSDT-1h.
     """
     stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
-    undated = {path: re.sub(r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$", "", stem) for path, stem in stems.items()}
-    several = [stem for stem in set(undated.values()) if list(undated.values()).count(stem) > 1]
-    bare = {stem: re.sub(r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$", "", stem, flags=re.I) for stem in several}
+    date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
+    interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
+    undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
+    bare = {stem: re.sub(interval, "", stem, flags=re.I) for stem, n in Counter(undated.values()).items() if n > 1}
+    n_intervals = Counter(bare.values())
     symbols = {}
     for path, stem in stems.items():
-        key = undated[path]
-        if key in bare:
-            stem = bare[key] if list(bare.values()).count(bare[key]) == 1 else key
+        if undated[path] in bare:
+            stem = undated[path]
+            stem = bare[stem] if n_intervals[bare[stem]] == 1 else stem
         symbols[path] = "".join(c if c.isprintable() else "?" for c in stem)
     return symbols
 
@@ -1112,7 +1115,6 @@ def _offset(zone, offset, seconds, name):
 
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
-    values = np.where(np.abs(values) < 1e19, values, np.nan)
     readings, sample = {}, values[::max(1, len(values) // 200)]
     for name, *form in DIGITS:
         if np.isfinite(_spelled(sample, *form)).mean() > 0.5:
@@ -1130,8 +1132,9 @@ def _dates_of_numbers(values):
 
 
 def _spelled(values, n_fields, n_year, fraction):
-    values = np.floor(values / 10 ** fraction)
-    fields = [1.0, 1.0, 0.0, 0.0, 0.0]
+    """UTC seconds of numbers such as 20240304143000, taken apart from behind."""
+    values = np.floor(np.where(np.abs(values) < 1e18, values, np.nan) / 10 ** fraction)
+    fields = [1.0, 1.0, 0.0, 0.0, 0.0]  # month, day, hour, minute, second
     for k in reversed(range(n_fields)):
         values, fields[k] = np.divmod(values, 100)
     fits = (values >= 1900) & (values < 2200) if n_year == 4 else (values >= 10) & (values < 100)
@@ -1142,18 +1145,18 @@ def _spelled(values, n_fields, n_year, fraction):
 def _epoch(values):
     """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us); NaN from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
-    sample = np.sort(sample[np.isfinite(sample)])
+    sample = np.sort(sample[sample < 1e19])
     if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
         values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
         sample = np.sort(sample)
     size = sample[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    while unit < 1e9 and size > 0 and (values % (1000 * DAY * unit) == 0).mean() > 0.9:  # days of 1970 in ms, not every 1000th day
+    while unit < 1e9 and size > 0 and (sample % (1000 * DAY * unit) == 0).mean() > 0.9:  # days of 1970 in ms, not 1000 days each
         unit *= 1000
     if unit == 1e9 and 6.2e17 < size < 6.4e17:  # .NET counts 100 ns from year 1: now at 6.39e17
         unit = np.nan
-    if size / unit < 1e8 and (size == 0 or (values % (DAY * unit) == 0).mean() < 0.9):  # before 1973 only whole days are safe
+    if size / unit < 1e8 and (size == 0 or (sample % (DAY * unit) == 0).mean() < 0.9):  # before 1973 only whole days are safe
         unit = np.nan
     seconds = np.floor(values / unit)
     return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
