@@ -719,7 +719,7 @@ def _lines(path):
     elif raw[1:400:2].count(0) > 0.8 * len(raw[1:400:2]) > 0:
         text = raw.decode("utf-16-le", "replace")
     else:
-        text = _decoded(raw.rstrip(b"\0"))
+        text = _decoded(raw)
     text = text.rstrip("\0")  # the disk filled up, or the machine died
     if not text.strip():
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")

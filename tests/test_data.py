@@ -1,5 +1,4 @@
 """Bars, features, splits and batches, against naive forms and against what users feed in."""
-import gzip
 import os
 import pickle
 import signal
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import data
-from conftest import ROOT, write_csv
+from conftest import ROOT
 from data import Bars, UserError
 
 
@@ -30,179 +29,7 @@ def random_bars(n, seed=0, volatility=0.01, holes=True):
     return Bars("X", np.arange(n) * 60, np.stack([open_, high, low, close, volume, amount], axis=1))
 
 
-# ---- reading
-
-BARS = "2020-01-01,10,12,9,11,100\n2020-01-02,11,13,10,12,200\n"
-
-
-def read(tmp_path, text, name="a.csv"):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return data.load(str(path))
-
-
-@pytest.mark.parametrize("header, row", [
-    ("time,open,high,low,close,volume", "2020-01-02,1,3,0.5,2,7"),
-    ("Timestamps,OPEN,High,low,Close,VOL,Turnover", "2020-01-02 00:00:00,1,3,0.5,2,7,9"),
-    ("date;open;high;low;close;vol;value", "20200102;1;3;0.5;2;7;9"),
-    ("datetime\topen\thigh\tlow\tclose", "2020-01-02T00:00:00Z\t1\t3\t0.5\t2"),
-    ("open_time,open,high,low,close,volume,quote_volume", "1577923200000,1,3,0.5,2,7,9"),
-    (",open,high,low,close,amount", "2020-01-02 01:00:00+01:00,1,3,0.5,2,9"),
-    ("close,low,high,open,timestamp", "2,0.5,3,1,1577923200"),
-    ("time,open,high,low,close", "1577923200000000,1,3,0.5,2"),
-    ("time,open,high,low,close", "1577923200000000000,1,3,0.5,2"),
-    ('"time","open","high","low","close"', '"2020/01/02","1","3","0.5","2"'),
-])
-def test_headers_and_times(tmp_path, header, row):
-    [bars] = read(tmp_path, f"{header}\n{row}\n")
-    assert bars.symbol == "a" and bars.time.tolist() == [1577923200] and bars.time.dtype == np.int64
-    assert bars.ohlcva[0, :4].tolist() == [1, 3, 0.5, 2]
-    names = [n.lower() for n in header.replace(";", ",").replace("\t", ",").split(",")]
-    has_volume, has_amount = bool({"volume", "vol"} & set(names)), bool({"turnover", "value", "quote_volume", "amount"} & set(names))
-    assert bars.ohlcva[0, 4] == 7 if has_volume else np.isnan(bars.ohlcva[0, 4])
-    assert bars.ohlcva[0, 5] == 9 if has_amount else np.isnan(bars.ohlcva[0, 5])
-
-
-LAYOUTS = {  # as people have them: name -> (text, symbol, time of the first bar, its bar); the second bar is not looked at
-    "yfinance": ("Date,Open,High,Low,Close,Adj Close,Volume\n2020-01-02,1,3,0.5,2,1.9,7\n2020-01-03,2,3,1,2,1.9,8\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
-    "yfinance, history": ("Date,Open,High,Low,Close,Volume,Dividends,Stock Splits\n2020-01-02 00:00:00-05:00,1,3,0.5,2,7,0.0,0.0\n", "a", 1577941200, [1, 3, 0.5, 2, 7, None]),
-    "yfinance, three lines": ("Price,Close,High,Low,Open,Volume\nTicker,MSFT,MSFT,MSFT,MSFT,MSFT\nDate,,,,,\n2020-01-02,2,3,0.5,1,7\n2020-01-03,2,3,1,2,8\n",
-                              "MSFT", 1577923200, [1, 3, 0.5, 2, 7, None]),
-    "Binance": ("1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n1577923260000,2,3,1,2,8,1577923319999,9,5,1,1,0\n", "a", 1577923200, [1, 3, 0.5, 2, 7, 9]),
-    "Binance, header": ("open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore\n"
-                        "1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n", "a", 1577923200, [1, 3, 0.5, 2, 7, 9]),
-    "TradingView": ("time,open,high,low,close,Volume,Volume MA\n1577923200,1,3,0.5,2,7,6.5\n1577926800,2,3,1,2,8,\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
-    "TradingView, ISO": ("time,open,high,low,close,Volume\n2020-01-02T00:00:00Z,1,3,0.5,2,7\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
-    "Stooq": ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
-    "Stooq, bulk": ("<TICKER>,<PER>,<DATE>,<TIME>,<OPEN>,<HIGH>,<LOW>,<CLOSE>,<VOL>,<OPENINT>\nAAPL.US,5,20200102,153500,1,3,0.5,2,7,0\n", "AAPL.US", 1577979300, [1, 3, 0.5, 2, 7, None]),
-    "Tushare": ("ts_code,trade_date,open,high,low,close,pre_close,change,pct_chg,vol,amount\n000001.SZ,20200103,2,3,1,2,2,0,0,8,16\n000001.SZ,20200102,1,3,0.5,2,1,1,100,7,9\n",
-                "000001.SZ", 1577923200, [1, 3, 0.5, 2, 7, 9]),
-    "AkShare": ("日期,股票代码,开盘,收盘,最高,最低,成交量,成交额,振幅,涨跌幅,涨跌额,换手率\n2020-01-02,000001,1,2,3,0.5,7,9,1,1,1,1\n", "000001", 1577923200, [1, 3, 0.5, 2, 7, 9]),
-    "MetaTrader": ("<DATE>\t<TIME>\t<OPEN>\t<HIGH>\t<LOW>\t<CLOSE>\t<TICKVOL>\t<VOL>\t<SPREAD>\n2020.01.02\t00:05:00\t1\t3\t0.5\t2\t7\t0\t1\n", "a", 1577923500, [1, 3, 0.5, 2, 7, None]),
-    "MetaTrader, daily": ("<DATE>\t<OPEN>\t<HIGH>\t<LOW>\t<CLOSE>\t<TICKVOL>\t<VOL>\t<SPREAD>\n2020.01.02\t1\t3\t0.5\t2\t7\t0\t1\n", "a", 1577923200, [1, 3, 0.5, 2, 7, None]),
-    "Kronos": ("timestamps,open,high,low,close,volume,amount\n2020-01-02 00:00:00,1,3,0.5,2,7,9\n", "a", 1577923200, [1, 3, 0.5, 2, 7, 9]),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
-def test_layouts_that_people_have_are_read_as_they_are(tmp_path, layout, encoding):
-    text, symbol, time, bar = LAYOUTS[layout]
-    [bars] = read(tmp_path, text.encode(encoding))
-    assert bars.symbol == symbol and bars.time[0] == time
-    assert [None if np.isnan(v) else v for v in bars.ohlcva[0]] == bar
-
-
-def test_yfinance_with_several_symbols(tmp_path):
-    text = ("Price,Close,Close,High,High,Low,Low,Open,Open,Volume,Volume\nTicker,A,B,A,B,A,B,A,B,A,B\nDate,,,,,,,,,,\n"
-            "2020-01-02,2,20,3,30,1,10,2,20,7,70\n2020-01-03,2,,3,,1,,2,,8,\n")
-    a, b = read(tmp_path, text)
-    assert (a.symbol, len(a), b.symbol, len(b)) == ("A", 2, "B", 1) and b.ohlcva[0, :5].tolist() == [20, 30, 10, 20, 70]
-    with pytest.raises(UserError, match="a.csv:2: .*Ticker"):
-        read(tmp_path, "Price,Close\n2020-01-02,1\n")
-
-
-def test_symbol_column_and_its_order_of_preference(tmp_path):
-    text = "date,name,ticker,open,high,low,close\n2020-01-01,Long Name,B,1,1,1,1\n2020-01-02,Long Name,B,1,1,1,1\n2020-01-01,Other,A,2,2,2,2\n"
-    assert {b.symbol: len(b) for b in read(tmp_path, text)} == {"A": 1, "B": 2}
-
-
-def test_binance_rows_without_header(tmp_path):
-    row = "1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n"
-    [bars] = read(tmp_path, row)
-    assert bars.time[0] == 1577923200 and bars.ohlcva[0].tolist() == [1, 3, 0.5, 2, 7, 9]
-
-
-def test_sorted_and_of_equal_times_the_last_wins(tmp_path):
-    [bars] = read(tmp_path, "time,open,high,low,close\n3,1,1,1,1\n1,2,2,2,2\n3,4,4,4,4\n2,5,5,5,5\n1,6,6,6,6\n")
-    assert bars.time.tolist() == [1, 2, 3] and bars.ohlcva[:, 3].tolist() == [6, 5, 4]
-
-
-def test_gz_folder_glob_and_a_symbol_in_two_files(tmp_path):
-    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"time,open,high,low,close,volume\n" + BARS.encode()))
-    (tmp_path / "y.csv").write_text("time,symbol,open,high,low,close\n2020-01-03,x,1,1,1,1\n2020-01-02,x,5,5,5,5\n")
-    (tmp_path / "notes.md").write_text("no bars")
-    for paths in (str(tmp_path), str(tmp_path / "*.csv*"), [str(tmp_path / "x.csv.gz"), str(tmp_path / "y.csv")]):
-        [bars] = data.load(paths)
-        assert bars.symbol == "x" and bars.ohlcva[:, 3].tolist() == [11, 5, 1]
-
-
-def test_fast_and_slow_reading_agree(tmp_path):
-    bars = random_bars(300, holes=False)
-    write_csv(tmp_path / "fast.csv", bars)
-    text = (tmp_path / "fast.csv").read_text().splitlines()
-    quoted = [text[0]] + ['"' + '","'.join(line.split(",")) + '"' for line in text[1:]]
-    [fast], [slow] = data.load(str(tmp_path / "fast.csv")), read(tmp_path, "\r\n".join(quoted))
-    for got in (fast, slow):
-        np.testing.assert_array_equal(got.time, bars.time)
-        np.testing.assert_array_equal(got.ohlcva, bars.ohlcva)
-
-
-@pytest.mark.parametrize("row, why", [
-    ("2020-01-03,1,2,0.5,x,1", "close 'x' is not a number"),
-    ("2020-01-03,1,2,0.5,nan,1", "not a finite number"),
-    ("2020-01-03,1,2,0.5,,1", "close '' is not a number"),
-    ("2020-01-03,0,2,0,1,1", "zero or negative"),
-    ("2020-01-03,-1,2,-1,1,1", "zero or negative"),
-    ("2020-01-03,1,0.5,2,1,1", "high below low"),
-    ("2020-01-03,1,2,0.5,3,1", "high below open or close"),
-    ("2020-01-03,1,2,1.5,2,1", "low above open or close"),
-    ("2020-01-03,1e200,1e200,1e200,1e200,1", "outside of 1e-30 to 1e30"),
-    ("2020-01-03,1,2,0.5,1,1e40", "above 1e30"),
-    ("9000-01-03,1,2,0.5,1,1", "no date"),
-    ("2020-01-03,1,2,0.5,1,-3", "negative volume"),
-    ("2020-02-30,1,2,0.5,1,3", "'2020-02-30' is no date"),
-    ("soon,1,2,0.5,1,3", "'soon' is no date"),
-    ("2020-01-03,1,2,0.5", "4 cells where the header has 6"),
-    ("1e300,1,2,0.5,1,3", "no date"),
-])
-def test_bad_rows_are_dropped_counted_and_named(tmp_path, capfd, row, why):
-    good = "".join(f"2021-01-{d:02d},1,2,0.5,1,1\n2021-02-{d:02d},1,2,0.5,1,1\n" for d in range(1, 29))
-    [bars] = read(tmp_path, "time,open,high,low,close,volume\n" + good + row + "\n")
-    err = capfd.readouterr().err
-    assert len(bars) == 56 and "1 bad row of 57 dropped" in err and "a.csv:58: " in err and why in err
-
-
-def test_a_numeric_file_names_its_bad_lines_too(tmp_path, capfd):
-    good = "".join(f"{t},1,2,0.5,1,1\n" for t in range(100))
-    read(tmp_path, "time,open,high,low,close,volume\n" + good + "101,1,0.2,0.5,1,1\n102,0,2,0,1,1\n")
-    assert capfd.readouterr().err.count("a.csv:") == 2
-
-
-@pytest.mark.parametrize("text, why", [
-    ("", "empty"),
-    ("\n \n", "empty"),
-    (b"\x89PNG\0\0\0", "binary"),
-    ("1,2,3,4\n", "a.csv:1: no header"),
-    ("2020-01-01,1,1,1,1\n", "a.csv:1: no header"),
-    ("time,open,high,low\n1,1,1,1\n", "a.csv:1: no column 'close'"),
-    ("open,high,low,close\n1,1,1,1\n", "a.csv:1: no column 'time'"),
-    ("time,open,high,low,close\n", "a.csv:2: no rows"),
-    (b"\xef\xbb\xbf\n", "empty"),
-    ("time,open,high,low,close,Close\n1,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
-    ("time,open,high,low,close\n1,1,1,1,1\n\"2,1,1,1,1\n3,1,1,1,1\n4,1,1,1,1\n", "a.csv:3: a quote"),
-    ("time,open,high,low,close\nx,1,1,1,1\n", "a.csv:2: "),
-    ("time,open,high,low,close\n" + "1,1,1,1,1\n" * 9 + "2,0,0,0,0\n", "a.csv:11: "),
-])
-def test_unusable_files_get_one_line(tmp_path, text, why):
-    with pytest.raises(UserError) as e:
-        read(tmp_path, text)
-    assert why in str(e.value) and "\n" not in str(e.value)
-
-
-def test_line_ends_and_stamps_as_people_have_them(tmp_path, capfd):
-    rows = ["time,open,high,low,close"] + [f"2018010{d}{h:02d}30,1,2,0.5,1" for d in (1, 2) for h in (9, 10)]
-    want = [data.parse_time(f"2018-01-0{d} {h}:30") for d in (1, 2) for h in ("09", "10")]
-    for end in ("\n", "\r\n", "\r"):
-        for text in (rows, [row.replace("30,", "3000,", 1) for row in rows]):  # with and without seconds
-            [bars] = read(tmp_path, end.join(text) + end)
-            assert bars.time.tolist() == want
-    assert not capfd.readouterr().err
-    read(tmp_path, "time,coin,open,high,low,close\n" + "".join(f"{t},{c},1,1,1,1\n" for t in (1, 2, 3) for c in "ab"))
-    assert "3 of 6 rows" in capfd.readouterr().err  # an unknown name of the symbols: one series of two
-    read(tmp_path, "time,number,open,high,low,close\n" + "".join(f"{t},{c},1,1,1,1\n" for t in (1, 2, 3) for c in (7, 8)))
-    assert "3 of 6 rows" in capfd.readouterr().err
-
+# ---- folders and caches
 
 def test_damaged_folders_and_caches(tmp_path):
     class Tokens:  # codes of nothing in particular
@@ -228,14 +55,6 @@ def test_damaged_folders_and_caches(tmp_path):
             (folder / "symbols.json").write_text(name)
         with pytest.raises(UserError, match="not a whole data set"):
             data.load(str(folder))
-
-
-def test_missing_paths_folders_and_broken_gz(tmp_path):
-    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(BARS.encode() * 100)[:60])
-    os.mkdir(tmp_path / "none")
-    for path, why in ((tmp_path / "no.csv", "no such file"), (tmp_path / "none", "no CSV"), (tmp_path / "cut.csv.gz", "cannot be read")):
-        with pytest.raises(UserError, match=why):
-            data.load(str(path))
 
 
 # ---- features

@@ -285,6 +285,23 @@ def test_lines_are_named_right_in_a_long_numeric_file_with_blank_lines(tmp_path,
     assert "a.csv:3003: high below low" in capfd.readouterr().err and len(bars) == 3999
 
 
+def test_a_long_file_with_quoted_texts(tmp_path):
+    rows = "".join(f'{1577923200 + 60 * t},"{"AB"[t % 2]}",1,3,0.5,2\n' for t in range(4000))
+    assert [(bars.symbol, len(bars)) for bars in read(tmp_path, '"time","symbol","open","high","low","close"\n' + rows)] == [("A", 2000), ("B", 2000)]
+
+
+def test_an_epoch_ahead_of_now_is_a_bad_row(tmp_path, capfd):
+    rows = "".join(f"{1577923200 + 60 * t},1,3,0.5,2\n" for t in range(40))
+    [bars] = read(tmp_path, "time,open,high,low,close\n" + rows + "4102444800,1,3,0.5,2\n")
+    assert len(bars) == 40 and "a.csv:42: time '4102444800.0' is no date" in capfd.readouterr().err
+
+
+def test_of_equal_times_the_last_wins(tmp_path):
+    rows = days(40).splitlines()[::-1] + ["2020-01-03,1,3,0.5,1.9,7", "2020-01-03,1,3,0.5,1.8,7"]
+    [bars] = read(tmp_path, "time,open,high,low,close,volume\n" + "\n".join(rows))
+    assert len(bars) == 40 and bars.ohlcva[2, 3] == 1.8
+
+
 def test_fast_and_slow_reading_agree(tmp_path):
     bars = data.synthetic(n_symbols=1, n_bars=2000)[0][0]
     write_csv(tmp_path / "fast.csv", bars)
@@ -416,9 +433,9 @@ def test_of_a_folder_the_useless_files_are_skipped_and_counted(tmp_path, capfd):
     with pytest.raises(UserError, match="page.csv:1: no header"):  # who names a file means it
         data.load([str(tmp_path / "A.csv"), str(tmp_path / "page.csv")])
     for name in "AB":
-        (tmp_path / f"{name}.csv").write_text("<html>")
-    with pytest.raises(UserError, match="A.csv:1: no header"):
-        data.load(str(tmp_path))
+        (tmp_path / f"{name}.csv").write_text("<html>")  # with A more are bad than good; with B none is good
+        with pytest.raises(UserError, match="A.csv:1: no header"):
+            data.load(str(tmp_path))
     for path, words in ((tmp_path / "no.csv", "no such file"), (tmp_path / "empty", "no CSV")):
         os.makedirs(tmp_path / "empty", exist_ok=True)
         with pytest.raises(UserError, match=words):
@@ -485,6 +502,9 @@ def edits(folder):
         for spoiled in (array[:50], array[:0], array.astype(np.float32), array.astype(object), array.astype(str), array.astype(">f8"),
                         array[None], np.zeros_like(array), np.float64(3), array.astype(complex)):
             yield f"{kind} {spoiled.dtype} {spoiled.shape}", lambda path=path, spoiled=spoiled: np.save(path, spoiled, allow_pickle=True)
+    times = np.load(folder / "000001.time.npy")
+    times[1 << 16:] -= 9  # where the second piece begins
+    yield "times fall between pieces", lambda: np.save(folder / "000001.time.npy", times)
     path = folder / "000001.ohlcva.npy"
     for row, column, value in [(0, c, v) for c in range(4) for v in (0, -1, np.nan, np.inf, 1e40)] + [(70_000, 3, 0), (9, 4, -1), (9, 5, -1)]:
         spoiled = np.load(path)
