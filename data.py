@@ -14,6 +14,8 @@ command line.
 """
 import argparse
 import contextlib
+import bz2
+import codecs
 import csv
 import dataclasses
 import datetime
@@ -25,6 +27,7 @@ import hashlib
 import inspect
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -40,6 +43,8 @@ import typing
 import warnings
 import zipfile
 import zlib
+import zoneinfo
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
@@ -768,29 +773,53 @@ def _student4(x):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bars from files: CSV as people have it
+#
+# One way for every file: bytes -> lines -> delimiter and header -> columns -> numbers and dates, each in the one format
+# that fits the whole file -> faults -> bars. What cannot be told for certain is refused, never guessed.
 
-HEADERS = {  # column -> names it goes by, best first, in the files of the sources that `load` names
-    "time": ("time", "timestamp", "timestamps", "date", "datetime", "open_time", "trade_time", "trade_date", "时间", "日期"),
-    "open": ("open", "开盘", "开盘价"),
-    "high": ("high", "最高", "最高价"),
-    "low": ("low", "最低", "最低价"),
-    "close": ("close", "收盘", "收盘价"),
-    "volume": ("volume", "vol", "成交量", "tickvol"),
-    "amount": ("amount", "turnover", "quote_volume", "value", "成交额"),
-    "symbol": ("symbol", "ticker", "ts_code", "code", "name", "instrument", "pair", "asset", "股票代码", "代码", "名称"),
+HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
+    "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
+            "gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts dt t datum zeit data fecha дата "
+            "时间 日期 交易日期 日付 날짜",
+    "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
+    "open": "open bidopen erster eröffnung eröffn apertura abertura ouv откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima massimo plushaut макс максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima minimo plusbas мин минимум 最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price schlusskurs schluss zuletzt letzter último ultimo dernier "
+             "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
+              "totaltradedquantity tottrdqty quantity qty volumen объём объем 成交量 成交股數 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz 成交额 成交金额 成交金額",
+    "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
+    "interval": "timeframe interval resolution per",
 }
-CLOCK = re.compile(r"(\d{1,2}):?(\d\d)(?::?(\d\d))?")  # a time of day in a column of its own, beside a date
-BINANCE = ("open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume") + ("",) * 4
-MAX_BAD = 0.05  # share of bad rows above which a file is refused
-EXTENSIONS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
+HEADERS = {column: names.split() for column, names in HEADERS.items()}
+KNOWN = {name for names in HEADERS.values() for name in names}
+PRICES = COLUMNS[:4]
+MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
+INDICATORS = "ma sma ema avg change pct osc delta buy sell".split()     # "Volume MA" is neither
+FIELD = "(adj close|adjusted|open|high|low|close|volume)"
+BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
+MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
+ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
+SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
+FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
+FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"FEA1": "Feather", b"\x89HDF": "HDF5", b"SQLite": "SQLite", b"{": "JSON",
+           b"[": "JSON", b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "Excel"}
+
+
+class _NoBars(UserError):
+    """A file that is empty, or holds nothing but a header."""
 
 
 def load(paths) -> list[Bars]:
-    """Read bars from CSV files, folders, globs (`.gz` too), or folders that `python data.py --out` wrote.
+    """Read bars from CSV files, folders or globs (also in gzip, xz, bz2, zip), or what `python data.py --out` wrote.
 
     paths: a string or a list of them. Raises UserError, naming file, line and remedy, when nothing usable is there.
-    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Known by their
-    headers: pandas, yfinance, Binance (with and without), TradingView, Stooq, MetaTrader, Tushare, AkShare, Kronos.
+    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Columns are found
+    by name, in English and a few other languages; a time without a zone means UTC.
     """
     found: dict[str, list[Bars]] = {}
     for bars in read_files(paths):
@@ -799,80 +828,321 @@ def load(paths) -> list[Bars]:
 
 
 def _joined(parts):
-    """Stretches of one symbol as one series; of equal times the last wins."""
-    return _sorted(parts[0].symbol, np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts]))
+    """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
+    gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
+    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
+    if gaps and max(gaps) >= 2 * min(gaps):
+        raise UserError(f"{parts[0].symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
+                        f"give --data the files of one interval")
+    time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
+    order = np.argsort(time, kind="stable")
+    last = np.append(np.diff(time[order]) != 0, True)
+    return Bars(parts[0].symbol, time[order[last]], ohlcva[order[last]])
 
 
 def read_files(paths):
-    """Yield Bars file by file, so that a corpus larger than memory can be converted."""
+    """Yield Bars file by file, so that a corpus larger than memory can be converted.
+
+    A file that was named must be good. Of those found in a folder or by a glob the useless ones are skipped and counted,
+    unless more are bad than good.
+    """
+    files = list(_files(paths))
+    symbols = _symbols([path for path, _ in files])
+    skipped = []
+    for path, named in files:
+        if os.path.isdir(path):
+            yield from _open_folder(path)
+            continue
+        try:
+            series = _read_csv(path, symbols[path])
+        except UserError as e:
+            if named:
+                raise
+            skipped.append(e)
+            continue
+        yield from series
+    bad = [e for e in skipped if not isinstance(e, _NoBars)]
+    if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
+        raise (bad or skipped)[0]
+    if skipped:
+        print(f"{len(skipped)} of {len(files)} files skipped: {'; '.join(map(str, skipped[:3]))}", file=sys.stderr)
+
+
+def _files(paths):
+    """Yield (path, whether the user named it) of each CSV file and each folder of arrays."""
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.fspath(path)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matches:
             raise UserError(f"{path}: no such file; give --data a CSV file, a folder of them, or a quoted glob")
         for match in matches:
-            if os.path.exists(os.path.join(match, "symbols.json")):
-                yield from _open_folder(match)
-            elif os.path.isdir(match):
-                names = [os.path.join(match, n) for n in sorted(os.listdir(match)) if n.lower().endswith(EXTENSIONS)]
-                if not names:
-                    raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
-                for name in names:
-                    yield from _read_csv(name)
-            else:
-                yield from _read_csv(match)
+            if not os.path.isdir(match) or os.path.exists(os.path.join(match, "symbols.json")):
+                yield match, match == path
+                continue
+            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))  # no locks
+            if not names:
+                raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
+            yield from ((os.path.join(match, name), False) for name in names)
 
 
-def _read_csv(path):
-    head = _bytes(path, 1 << 16).removeprefix(b"\xef\xbb\xbf")
-    lines = head.decode("utf-8", "replace").splitlines()
-    delimiter = max(",;\t", key=next(line for line in lines if line.strip()).count)
-    first, second = (next(csv.reader([line.strip("\r")], delimiter=delimiter), []) for line in (lines + [""])[:2])
-    if lines[0].strip() and second and all(map(_is_number, second)):
-        names, has_header = _header(path, first)
-        bars = _read_numeric(path, names, _columns(path, names), delimiter, has_header)
-        if bars:
-            return [bars]
-    return _read_text(path, delimiter)
+def _symbols(paths):
+    """{path: symbol of a file that names none}: its stem, without interval and date where several files differ by date alone.
+
+    BTCUSDT-1h-2024-01.csv and BTCUSDT-1h-2024-02.csv are BTCUSDT, but where BTCUSDT-1d-2024-01.csv lies beside them they
+    are BTCUSDT-1h.
+    """
+    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
+    date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
+    interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
+    undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
+    bare = {stem: re.sub(interval, "", stem, flags=re.I) for stem, n in Counter(undated.values()).items() if n > 1}
+    n_intervals = Counter(bare.values())
+    symbols = {}
+    for path, stem in stems.items():
+        if undated[path] in bare:
+            stem = undated[path]
+            stem = bare[stem] if n_intervals[bare[stem]] == 1 else stem
+        symbols[path] = "".join(c if c.isprintable() else "?" for c in stem)
+    return symbols
 
 
-def _bytes(path, at_most=-1):
+# -- bytes -> lines
+
+def _bytes(path):
+    """What the file holds, out of its containers, which are told by their first bytes and not by name."""
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
-            raw = f.read(at_most)
-    except (OSError, EOFError, zlib.error) as e:
+        with open(path, "rb") as f:
+            raw = f.read()
+        for _ in range(3):  # such as a .csv.gz in a .zip
+            if raw.startswith(b"\x1f\x8b"):
+                raw = gzip.decompress(raw)
+            elif raw.startswith(b"\xfd7zXZ\0"):
+                raw = lzma.decompress(raw)
+            elif raw.startswith(b"BZh"):
+                raw = bz2.decompress(raw)
+            elif raw.startswith(b"PK\3\4"):
+                raw = _unzipped(path, raw)
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
-    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
-        raise UserError(f"{path}: the file is empty; it needs a header line and rows of bars")
-    if b"\0" in raw:
-        raise UserError(f"{path}: a binary file, not a CSV; export it as text")
     return raw
 
 
-def _columns(path, names):
-    """{column: its index, or None}; UserError if one is missing that must be there."""
-    columns = {c: next((names.index(n) for n in known if n in names), None) for c, known in HEADERS.items()}
-    if columns["time"] is None and names[0] == "":
-        columns["time"] = 0  # pandas writes its index without a name
-    if "tickvol" in names and "vol" in names:
-        columns["volume"] = names.index("tickvol")  # MetaTrader: brokers of currencies leave vol at 0
-    for column, i in columns.items():
-        if i is not None and names.count(names[i]) > 1:
-            raise UserError(f"{path}:1: two columns {names[i]!r} in the header; keep one of them")
-    missing = [c for c in ("time", "open", "high", "low", "close") if columns[c] is None]
+def _unzipped(path, raw):
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        names = [name for name in file.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
+        if "[Content_Types].xml" in names:
+            raise UserError(f"{path}: Excel, not CSV; export it as CSV")
+        if len(names) != 1:
+            raise UserError(f"{path}: {len(names)} files in one archive; unpack it into a folder and name that")
+        return file.read(names[0])
+
+
+def _lines(path):
+    """The lines of a text file in whatever encoding; UserError for a file that is none."""
+    raw = _bytes(path)
+    start = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip()
+    for magic, kind in FOREIGN.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: {kind}, not CSV; export it as CSV")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = raw.decode("utf-16", "replace")
+    elif raw[1:400:2].count(0) > 0.8 * len(raw[1:400:2]) > 0:
+        text = raw.decode("utf-16-le", "replace")
+    else:
+        text = _decoded(raw)
+    text = text.rstrip("\0")  # the disk filled up, or the machine died
+    if not text.strip():
+        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
+    if "\0" in text:
+        raise UserError(f"{path}: a binary file, not a CSV; export it as text")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _decoded(raw):
+    """Text in UTF-8, else in the encoding of these in which most names of columns are known."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
+    return max(texts, key=lambda text: max(_n_known(map(_fold, re.split("[,;\t|]", line))) for line in text[:4000].split("\n")))
+
+
+def _head(path):
+    """The first lines of a long plain file in UTF-8, so that numpy can read the rest; None for any other file."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read(1 << 16)
+        if len(raw) < 1 << 16 or b"\0" in raw or b'"' in raw:
+            return None
+        return raw[:raw.rfind(b"\n") + 1].decode("utf-8-sig").replace("\r\n", "\n").split("\n")[:-1] or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+# -- lines -> delimiter, header, columns
+
+@dataclass
+class Table:
+    """A text file and its columns."""
+    path: str
+    lines: list[str]    # or, of a long plain file, the first of them
+    delimiter: str
+    first: int          # index of the first line below the header
+    names: list[str]    # of each column, as in the file
+    fields: list[str]   # the same folded
+    tickers: list[str]  # whose the column is, "" where the header names no symbols
+    has_header: bool = True
+    is_head: bool = False
+    line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
+
+    def line(self, row):
+        """The line of a row, from 1, for messages."""
+        self.whole()
+        if self.line_of is None:
+            self.line_of = np.array([k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line])
+        return int(self.line_of[row])
+
+    def whole(self):
+        if self.is_head:
+            self.lines, self.is_head = _lines(self.path), False
+        return self
+
+
+@functools.lru_cache(10_000)
+def _fold(name):
+    """A column's name in lower case, letters and digits only, without "1. ", "(USD)" and " Price"."""
+    name = re.sub(r"^\d+[a-z]?\.\s+", "", name.strip().lower())
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?", name)
+    if what and what[1] not in INDICATORS:
+        return "volumemoney" if what[1] in MONEY else "volumecoin"
+    what = re.fullmatch(r"volume(to|from)", name)
+    if what:
+        return "volumemoney" if what[1] == "to" else "volumecoin"
+    folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
+    return folded.removesuffix("price") or folded
+
+
+def _n_known(fields):
+    """How many of time, open, high, low, close and volume have a column."""
+    fields = set(fields)
+    return sum(not fields.isdisjoint(HEADERS[column]) for column in ("time", *PRICES, "volume"))
+
+
+def _split(line, delimiter):
+    if delimiter == " ":
+        return line.split()
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _names(cells):
+    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
+    fields = [_fold(cell) for cell in cells]
+    if _n_known(fields) < 3:
+        texts = [cell.strip(" '\"()") for cell in cells]
+        parts = [re.fullmatch(f"(?P<f>{FIELD}){BETWEEN}(?P<t>.+)", text, re.I)
+                 or re.fullmatch(f"(?P<t>.+?){BETWEEN}(?P<f>{FIELD})", text, re.I) for text in texts]
+        if _n_known(_fold(part["f"]) for part in parts if part) >= 4:
+            return [(_fold(p["f"]), p["t"]) if p else (f, "") for p, f in zip(parts, fields)]
+    return [(field, "") for field in fields]
+
+
+def _table(path):
+    """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
+    head = _head(path)
+    lines = head or _lines(path)
+    filled = [i for i, line in enumerate(lines[:200]) if line.strip()][:40]
+    best = 0, ",", filled[0], []
+    for delimiter in ",;\t| ":
+        for i in filled:
+            names = _names(_split(lines[i], delimiter))
+            known = _n_known(field for field, _ in names) if len(names) > 4 else 0
+            if known > best[0]:
+                best = known, delimiter, i, names
+            if known == 6:
+                break
+        if best[0] == 6:
+            break
+    known, delimiter, i, names = best
+    if known < 2:
+        return _without_header(path, _lines(path), filled)
+    if delimiter == " ":  # or runs of blanks
+        head, lines, delimiter = None, ["\t".join(line.split()) for line in _lines(path)], "\t"
+    cells = _split(lines[i], delimiter)
+    table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names],
+                  is_head=head is not None)
+    if not any(table.tickers):
+        _find_tickers(table, filled)
+    if any(table.tickers) and table.fields[0] in ("price", "ticker"):
+        table.fields[0] = ""  # what yfinance calls its column of dates
+    return _fit(table)
+
+
+def _find_tickers(table, filled):
+    """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
+    at = filled.index(table.first - 1)
+    for k in (at + 1, at - 1):
+        cells = _split(table.lines[filled[k]], table.delimiter) if 0 <= k < len(filled) else []
+        if len(cells) != len(table.fields) or _fold(cells[0]) not in ("", "ticker", "price", "symbol"):
+            continue
+        if all(cell.strip() and not _is_number(cell) for cell in cells[1:]):
+            table.tickers = ["", *(cell.strip() for cell in cells[1:])]
+            table.first = max(table.first, filled[k] + 1)
+            below = _split(table.lines[table.first], table.delimiter) if table.first < len(table.lines) else []
+            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
+            return
+
+
+def _fit(table):
+    """Rows with one cell more than the header: a delimiter at the end, or row names without a title."""
+    rows = [_split(line, table.delimiter) for line in table.lines[table.first:table.first + 9]]
+    if any(len(row) == len(table.names) + 1 for row in rows) and not any(len(row) == len(table.names) for row in rows):
+        at_end = all(not row[-1].strip() for row in rows if row)
+        at = len(table.names) if at_end else 0
+        for cells in (table.names, table.fields, table.tickers):
+            cells.insert(at, "")
+    return table
+
+
+def _without_header(path, lines, filled):
+    """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
+    for delimiter in ",;\t| ":
+        first = filled[0]
+        cells = _split(lines[first], delimiter)
+        if cells == [str(k) for k in range(len(cells))] and len(filled) > 1:  # numbers of columns, as pandas writes them
+            first = filled[1]
+            cells = _split(lines[first], delimiter)
+        stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
+        rest = cells[len(stamp):]
+        fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
+        if len(fields) != len(cells) or len(rest) < 5 or not all(map(_is_number, rest)):
+            continue
+        if _is_number(cells[0]) or STAMP.fullmatch(cells[0].strip()):
+            return Table(path, lines, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
+    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; "
+                    f"put a first line such as time,open,high,low,close,volume")
+
+
+def _columns(table, ticker):
+    """{column: its index} of one symbol; UserError if a price is missing, or a name is there twice."""
+    fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
+    columns = {}
+    for column in (*COLUMNS, "symbol", "interval"):
+        field = next((name for name in HEADERS[column] if name in fields), None)
+        if field is None:
+            continue
+        if fields.count(field) > 1:
+            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
+        columns[column] = fields.index(field)
+    missing = [c for c in PRICES if c not in columns]
     if missing:
-        raise UserError(f"{path}:1: no column {missing[0]!r} in the header; "
-                        f"name it one of {', '.join(HEADERS[missing[0]])}")
+        raise UserError(f"{table.path}:{table.first}: no column {missing[0]!r} in the header; "
+                        f"name it one of {', '.join(HEADERS[missing[0]][:4])}")
+    if "volume" not in columns and "volumemoney" in fields:
+        columns["volume"] = columns.pop("amount")
     return columns
-
-
-def _header(path, cells):
-    names = [c.strip().strip("<>").lower() for c in cells]
-    if not any(_is_number(c) for c in names):
-        return names, True
-    if len(names) == len(BINANCE) and all(_is_number(c) for c in names):
-        return list(BINANCE), False
-    raise UserError(f"{path}:1: no header; put a first line such as time,open,high,low,close,volume")
 
 
 def _is_number(text):
@@ -883,129 +1153,482 @@ def _is_number(text):
         return False
 
 
-def _read_numeric(path, names, columns, delimiter, has_header):
-    """Bars of a plain numeric file without a bad row, at the speed of numpy.loadtxt; None for any other."""
-    if columns["symbol"] is not None or {"date", "time"} <= set(names):
-        return None
+# -- columns -> numbers
+
+def _cells(table, numbers, texts):
+    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
+    kinds = [(f"f{i}", "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
+    options = dict(dtype=kinds, comments=None, delimiter=table.delimiter, ndmin=1, encoding="utf-8-sig")
+    lines = [line for line in table.lines[table.first:] if line]
     try:
-        table = np.loadtxt(path, delimiter=delimiter, skiprows=int(has_header), comments=None, ndmin=2)
-    except (ValueError, OSError, EOFError, zlib.error):
-        return None
-    if table.shape[1] != len(names):
-        return None
-    time = _epoch_seconds(table[:, columns["time"]].copy())
-    ohlcva = np.full((6, len(table)), np.nan)
-    for i, c in enumerate(COLUMNS):
-        if columns[c] is not None:
-            ohlcva[i] = table[:, columns[c]]
-    if any(failed.any() for failed, _ in _faults(time, ohlcva)):
-        return None  # _read_text can name the lines
-    return _one_series(path, time.astype(np.int64), ohlcva.T)
-
-
-def _one_series(path, time, ohlcva):
-    """Bars of a file without a column of symbols, with a word where many rows share their times."""
-    bars = _sorted(_stem(path), time, ohlcva)
-    if len(bars) < (1 - MAX_BAD) * len(time):
-        print(f"{path}: {len(time) - len(bars)} of {len(time)} rows have the time of a later one and give way to it; "
-              f"where they are other symbols, name their column symbol", file=sys.stderr)
-    return bars
-
-
-def _read_text(path, delimiter):
-    """Rows with symbols, dates, holes or faults, through the csv module."""
-    text, raw = None, _bytes(path)
-    for encoding in ("utf-8-sig", "gb18030", "latin-1"):  # the last takes anything
-        try:
-            text = raw.decode(encoding)
-            break
-        except UnicodeDecodeError:
-            pass
-    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter)
-    rows, line, reasons, n_columns, read = [], [], {}, 0, 0
+        if table.is_head:
+            got = np.loadtxt(table.path, skiprows=table.first, **options)
+        else:
+            got = np.loadtxt(lines, quotechar='"', **options) if lines else ()
+        if table.is_head or len(got) == len(lines) > 0:  # else a quote spans lines
+            return {i: got[f"f{i}"] for i in numbers | texts}, {}
+    except (ValueError, OSError):
+        pass  # holes, faults, numbers with commas, a text file named .gz: row by row
+    rows, line_of, reasons, price = [], [], {}, min(numbers)
+    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
-        for row in reader:
-            read += 1
-            if reader.line_num > read:
-                raise UserError(f"{path}:{read}: a quote is opened and not closed in this line; mend or remove the line")
-            if not any(cell.strip() for cell in row):
-                continue
-            if not n_columns and row[0].strip().lower() == "price":
-                return _read_wide(path, row, reader)
-            if not n_columns:
-                names, has_header = _header(path, row)
-                columns, n_columns = _columns(path, names), len(names)
-                if has_header:
-                    continue
-            if len(row) != n_columns:
-                reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
-                row = [""] * n_columns
+        for line, row in enumerate(reader, table.first + 1):
+            if table.first + reader.line_num > line:
+                raise UserError(f"{table.path}:{line}: a quote is opened and not closed in this line; mend or remove the line")
+            whole = len(row) == len(kinds)
+            if whole and row[price][:1].isdecimal():
+                pass
+            elif _is_note(row, len(kinds)) or (whole and _fold(row[price]) == table.fields[price]):
+                continue  # or the header again: files were put one behind the other
+            elif not whole:
+                reasons[len(rows)] = f"{len(row)} cells where the header has {len(kinds)}"
+                row = [""] * len(kinds)
             rows.append(row)
-            line.append(reader.line_num)
+            line_of.append(line)
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num + 1}: not a CSV row ({e}); mend or remove the line")
+        raise UserError(f"{table.path}:{table.first + reader.line_num}: not a CSV row ({e}); mend or remove the line")
     finally:
         gc.enable()
-    clocks = lambda: (CLOCK.fullmatch(row[names.index("time")].strip()) for row in rows[:9])
-    if rows and {"date", "time"} <= set(names) and any(clocks()):
-        columns["time"] = names.index("date")
-        for row in rows:
-            clock = CLOCK.fullmatch(row[names.index("time")].strip())
-            row[columns["time"]] += " " + ":".join((clock[1].zfill(2), clock[2], clock[3] or "00")) if clock else "?"
-    cells = list(zip(*rows)) if rows else [()] * n_columns
-    return _bars_of(path, cells, columns, line, reasons)
+    table.line_of = np.array(line_of, np.int64)
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
-def _read_wide(path, first, reader):
-    """What yfinance exports: a column for each price and symbol, in three lines of header: Price, Ticker, Date."""
-    rows = [row for row in reader if any(cell.strip() for cell in row)]
-    if len(rows) < 3 or rows[0][0].strip().lower() != "ticker" or any(len(row) != len(first) for row in rows):
-        raise UserError(f"{path}:2: a first column 'Price' needs lines 'Ticker' and 'Date' after it, "
-                        f"and as many cells in each row, as yfinance writes them")
-    names, tickers, found = [c.strip().lower() for c in first], [c.strip() for c in rows[0]], []
-    for ticker in dict.fromkeys(tickers[1:]):
-        at = [i for i, t in enumerate(tickers) if i and t == ticker]
-        columns = _columns(path, ["time"] + [names[i] for i in at])
-        has_bar = [any(row[i].strip() for i in at) for row in rows[2:]]  # other tickers may have days of their own
-        cells = [[row[0], *(row[i] for i in at)] for row, has in zip(rows[2:], has_bar) if has]
-        if cells:
-            [bars] = _bars_of(path, list(zip(*cells)), columns, [n + 4 for n, has in enumerate(has_bar) if has], {})
-            found.append(Bars(ticker, bars.time, bars.ohlcva))
-    if not found:
-        raise UserError(f"{path}:4: no rows after the header; there is no bar to read: check the columns")
-    return found
+def _is_note(row, n_columns):
+    """A row that is blank, a comment, or a single text, as at the end of an export."""
+    filled = [cell for cell in row if cell.strip()]
+    alone = len(filled) == 1 and len(row) != n_columns and not _is_number(filled[0])
+    return not filled or alone or filled[0].startswith(("#", "//"))
 
 
-def _bars_of(path, cells, columns, line, reasons):
-    """Bars from columns of text. line: of each row; reasons: {row: why it is bad}, as far as known."""
-    stamps = {s: parse_time(s) for s in set(cells[columns["time"]])}  # few distinct ones in a panel of symbols
-    time = np.array([stamps[s] for s in cells[columns["time"]]], np.float64)
-    ohlcva = np.full((6, len(line)), np.nan)
-    for i, c in enumerate(COLUMNS):
-        if columns[c] is None:
+NOISE = str.maketrans("", "", "$€£¥₹' \u00a0\u202f\u2009\u2019\t")
+NUMBER = [re.compile(rf"[-+]?(\d{{1,3}}({comma}\d{{2,3}})*{comma}\d{{3}}|\d*)({point}\d*)?(e[-+]?\d+)?(?P<suffix>[kmbt]?)")
+          for comma, point in ((",", "\\."), ("\\.", ","))]  # 1,234.50 and 1.234,50
+SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
+
+
+def _numbers(table, cells, reasons):
+    """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
+    try:
+        return {i: np.array(column, np.float64) for i, column in cells.items()}
+    except ValueError:
+        pass
+    cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
+    try:
+        return {i: np.array(column, np.float64) for i, column in cells.items()}
+    except ValueError:
+        pass
+    plain = {i: "\0".join(column).lower().translate(NOISE).split("\0") for i, column in cells.items()}
+    distinct = {c for column in plain.values() for c in column}
+    votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
+    by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
+    few = 0.02 * len(distinct)  # a mistyped cell or two decide nothing
+    comma = votes[1] - votes[0] > (-few if by_comma else few)
+    values = {"nan": np.nan}
+    for text in distinct:
+        found = NUMBER[comma].fullmatch(text)
+        if found and any(map(str.isdigit, text)):
+            digits = text.replace(".", "").replace(",", ".") if comma else text.replace(",", "")
+            values[text] = float(digits.rstrip("kmbt") + SUFFIX[found["suffix"]])
+    for i, column in plain.items():
+        for row, text in enumerate(column):
+            if text not in values:
+                reasons.setdefault(row, f"{table.fields[i]} {cells[i][row]!r} is not a number")
+    return {i: np.array([values.get(c, np.nan) for c in column], np.float64) for i, column in plain.items()}
+
+
+# -- texts -> UTC seconds
+
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+GERMAN_MONTHS = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
+ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?")
+STAMP = re.compile(r"""
+    (?:[^\W\d]{2,10}\.?,?\s+)?                                                                       # a weekday
+    (?:(?P<a>\d{1,4}|[^\W\d]{3,9})[-/.\s年]\s*(?P<b>\d\d?|[^\W\d]{3,9})\.?,?[-/.\s月]\s*(?P<c>\d{1,4})日?
+      |(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d))
+    (?:[T\s,;]\s*(?P<h>\d\d?)(?::?(?P<m>\d\d)(?::?(?P<s>\d\d)(?:[.,]\d+)?)?)?(?:[\s-]*(?P<half>[ap])\.?m\b\.?)?)?
+    \s*(?P<zone>[a-z]+(?:/[a-z_/+-]+)?)?(?P<offset>[+-]\d\d(?::?\d\d)?)?(?:\s*\(.*\))?""", re.X | re.I)
+ORDERS = {"year-month-day": (0, 1, 2), "day/month/year": (2, 1, 0), "month/day/year": (2, 0, 1)}  # places of year, month, day
+ZONES = dict(z=0, utc=0, gmt=0, est=-5, edt=-4, cdt=-5, mst=-7, mdt=-6, pst=-8, pdt=-7, cet=1, cest=2, eet=2, eest=3, bst=1,
+             msk=3, hkt=8, sgt=8, jst=9, kst=9, aest=10, aedt=11)  # hours; not CST, which is Chicago's or China's
+DIGITS = (  # numbers that spell a date: name, fields of two digits behind the year, digits of the year, of a fraction
+    ("YYYYMM", 1, 4, 0), ("YYMMDD", 2, 2, 0), ("YYYYMMDD", 2, 4, 0), ("YYYYMMDDHH", 3, 4, 0), ("YYMMDDHHMM", 4, 2, 0),
+    ("YYYYMMDDHHMM", 4, 4, 0), ("YYYYMMDDHHMMSS", 5, 4, 0), ("YYYYMMDDHHMMSSmmm", 5, 4, 3))
+CLOCK = re.compile(r"(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
+
+
+def parse_time(text):
+    """One time stamp as UTC seconds (float; NaN if it is none, may be two, or lies past 2199). Naive means UTC.
+
+    ISO 8601 and the other forms of `_dates`; of numbers YYYYMMDD[HHMM[SS]] and epochs from 1973 up to now.
+    """
+    return float(_dates([str(text)])[0][0])
+
+
+def _dates(cells):
+    """(UTC seconds, NaN where a cell is no date; why there is none, or ""), in one form for all cells, float64 or texts."""
+    if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
+        return _dates_of_numbers(cells)
+    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
+        seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
+    else:
+        seconds, why = _dates_of_iso(texts), ""
+        if seconds is None:
+            seconds, why = _dates_of_texts(texts.tolist())
+    return seconds[which], why
+
+
+def _dates_of_iso(texts):
+    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates of one length."""
+    if not ISO.fullmatch(texts[0]) or not ISO.fullmatch(texts[-1]) or np.ptp(np.char.str_len(texts)) > 0:
+        return None
+    try:
+        seconds = texts.astype("M8[s]").astype(np.int64).astype(np.float64)
+    except ValueError:  # one of them is none
+        return None
+    return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan)
+
+
+def _dates_of_texts(texts):
+    found = [STAMP.fullmatch(text) for text in texts]
+    parts = np.array([_parts(match) for match in found]).T  # (8, n): date as it stands, clock, place of a month's name, shift
+    readings = {}
+    for name, (y, m, d) in ORDERS.items():
+        wrong = (parts[6] >= 0) & ((parts[6] != m) | ((y == 0) & (parts[0] < 32)))  # 02-Jan-24 is a day of 2024
+        readings[name] = np.where(wrong, np.nan, _civil(parts[y], parts[m], parts[d], *parts[3:6]))
+    seconds, why = _told_apart(readings, texts, prefer="day/month/year" if "." in texts[-1] else None)  # dots: never m.d.y
+    zones = {}
+    for k, match in enumerate(found):
+        if match and (match["zone"] or match["offset"]):
+            zones.setdefault((match["zone"] or "", match["offset"] or ""), []).append(k)
+    for (zone, offset), rows in zones.items():
+        seconds[rows] -= _offset(zone.lower(), offset, seconds[rows], zone)
+    return seconds, why
+
+
+def _parts(match):
+    """The three numbers of a date in the order of the text, hour, minute, second, and where a month has a name, or -1."""
+    if not match:
+        return [np.nan] * 6 + [-1]
+    date = [match["a"], match["b"], match["c"]] if match["a"] else [match["year"], match["month"], match["day"]]
+    named = -1
+    for k, part in enumerate(date):
+        if not part.isdecimal():
+            named, part = k, part[:3].lower()
+            date[k] = MONTHS.index(part) + 1 if part in MONTHS else GERMAN_MONTHS.get(part, np.nan)
+    hour = int(match["h"] or 0)
+    if match["half"]:
+        hour = _half_day(hour, match["half"])
+    return [*map(float, date), hour, int(match["m"] or 0), int(match["s"] or 0), named]
+
+
+def _half_day(hour, half):
+    """12 am is 0, 12 pm is 12."""
+    return hour % 12 + 12 * (half in "pP") if 1 <= hour <= 12 else 99
+
+
+def _offset(zone, offset, seconds, name):
+    """Seconds that local time is ahead of UTC; NaN for an unknown zone."""
+    if offset and zone in ("", "utc", "gmt"):
+        digits = offset[1:].replace(":", "").ljust(4, "0")
+        return int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
+    if zone in ZONES:
+        return ZONES[zone] * 3600
+    try:
+        zone = zoneinfo.ZoneInfo(name)
+        local = [datetime.datetime.fromtimestamp(s, datetime.UTC).replace(tzinfo=zone) if s == s else None for s in seconds]
+        return np.array([when.utcoffset().total_seconds() if when else np.nan for when in local])
+    except (KeyError, ValueError, OSError):
+        return np.nan
+
+
+def _dates_of_numbers(values):
+    """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
+    readings, sample = {}, values[::max(1, len(values) // 200)]
+    for name, *form in DIGITS:
+        if np.isfinite(_spelled(sample, *form)).mean() > 0.5:
+            readings[name] = _spelled(values, *form)
+    epoch = _epoch(values)
+    if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
+        readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
+    readings = readings or {"an epoch": epoch}
+    seconds, why = _told_apart(readings, values)
+    if not np.isfinite(seconds).any():
+        typical = np.nanmedian(values) if np.isfinite(values).any() else np.nan
+        why = why or ("it counts as .NET does" if typical > 6e17 else "it is a clock, a count, a year or a spreadsheet's number"
+                      if typical < 1e8 else "it lies in the future")
+    return seconds, why
+
+
+def _spelled(values, n_fields, n_year, fraction):
+    """UTC seconds of numbers such as 20240304143000, taken apart from behind."""
+    values = np.floor(np.where(np.abs(values) < 1e18, values, np.nan) / 10 ** fraction)
+    fields = [1.0, 1.0, 0.0, 0.0, 0.0]  # month, day, hour, minute, second
+    for k in reversed(range(n_fields)):
+        values, fields[k] = np.divmod(values, 100)
+    fits = (values >= 1900) & (values < 2200) if n_year == 4 else (values >= 10) & (values < 100)
+    seconds = _civil(np.where(fits, values, np.nan), *fields)
+    return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
+
+
+def _epoch(values):
+    """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us); NaN from tomorrow on."""
+    sample = np.abs(values[::max(1, len(values) // 1000)])
+    sample = np.sort(sample[sample < 1e19])
+    if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
+        values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
+        sample = np.sort(sample)
+    size = sample[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
+    now = time.time() + 2 * DAY
+    unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
+    while unit < 1e9 and size > 0 and (sample % (1000 * DAY * unit) == 0).mean() > 0.9:  # days of 1970 in ms, not 1000 days each
+        unit *= 1000
+    if unit == 1e9 and 6.2e17 < size < 6.4e17:  # .NET counts 100 ns from year 1: now at 6.39e17
+        unit = np.nan
+    if size / unit < 1e8 and (size == 0 or (sample % (DAY * unit) == 0).mean() < 0.9):  # before 1973 only whole days are safe
+        unit = np.nan
+    seconds = np.floor(values / unit)
+    return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
+
+
+def _civil(year, month, day, hour, minute, second):
+    """UTC seconds of civil times, float64 [n]; NaN where there is no such day or clock. A year of two digits is not ahead."""
+    year = np.where(year < 100, year + np.where(year + 2000 > time.gmtime().tm_year + 1, 1900, 2000), year)
+    ok = (year >= 1770) & (year < 2200) & (month >= 1) & (month <= 12) & (day >= 1)
+    ok &= (hour * 60 + minute <= 1440) & (hour <= 24) & (minute < 60) & (second < 61)
+    months = np.where(ok, (year - 1970) * 12 + month - 1, 0).astype(np.int64).astype("M8[M]")
+    first, next_first = (m.astype("M8[D]").astype(np.int64) for m in (months, months + 1))
+    ok &= first + day <= next_first
+    return np.where(ok, (first + day - 1) * DAY + hour * 3600 + minute * 60 + second, np.nan)
+
+
+def _told_apart(readings, cells, prefer=None):
+    """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and differ."""
+    fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
+    most = max(fits.values())
+    name, *others = [name for name in readings if fits[name] == most]
+    for other in others:
+        differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
+        if most and len(differ) and prefer in (name, other):
+            name = prefer
+        elif most and len(differ):
+            one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
+            return np.full(len(cells), np.nan), f"it may be {one} ({name}) or {two} ({other}), as may all others here"
+    return readings[name].copy(), ""
+
+
+def _clock(cells, field):
+    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
+    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    numbers = sorted((float(text), len(text)) for text in texts if text.isdecimal())
+    values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
+    if np.isfinite(values[which]).mean() > 0.5:
+        top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
+        if field == "minute" and top < 60:
+            values *= 100
+        elif top <= 24:  # hours
+            values *= 10000
+        elif top <= 2400 and width <= 4:
+            values *= 100
+        elif top > 240000:  # with milliseconds
+            values //= 1000
+        hour, minute, second = values // 10000, values // 100 % 100, values % 100
+    else:
+        found = [CLOCK.fullmatch(text) for text in texts]
+        hour = np.array([(_half_day(int(m[1]), m[4]) if m[4] else int(m[1])) if m else np.nan for m in found])
+        minute, second = (np.array([int(m[k] or 0) if m else np.nan for m in found]) for k in (2, 3))
+    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
+    return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)[which]
+
+
+def _times(table, cells, named, clocks=(), rising=False):
+    """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
+
+    Dates without a clock take it from one of the columns `clocks`. rising: where names say nothing of time, a column must
+    rise or fall all the way. (None, why) if there are no dates.
+    """
+    best, most, at, why = None, 0, None, ""
+    for i in named:
+        seconds, reason = _dates(cells[i])
+        good = np.isfinite(seconds)
+        if good.sum() <= len(good) / 2 or (rising and not _is_monotone(seconds[good])):
+            if not why or "may be" in reason:
+                why = f"{table.names[i] or 'time'} {_first_cell(table, i)!r} is no date" + (f": {reason}" if reason else "")
             continue
-        try:
-            ohlcva[i] = np.array(cells[columns[c]], dtype=np.float64)
-        except ValueError:
-            for r, cell in enumerate(cells[columns[c]]):
-                try:
-                    ohlcva[i, r] = float(cell) if cell.strip() or i < 4 else np.nan  # volume and amount may be missing
-                except ValueError:
-                    reasons.setdefault(r, f"{c} {cell!r} is not a number")
-    for r in np.flatnonzero(np.isnan(time)):
-        reasons.setdefault(int(r), f"time {cells[columns['time']][r]!r} is no date")
-    if columns["symbol"] is not None:
-        for r, cell in enumerate(cells[columns["symbol"]]):
-            if not cell.strip():
-                reasons.setdefault(r, "no symbol")
-    good = _good(path, line, _faults(time, ohlcva), reasons)
-    time, ohlcva = time[good].astype(np.int64), ohlcva.T[good]
-    if columns["symbol"] is None:
-        return [_one_series(path, time, ohlcva)]
-    names, which = np.unique(np.array([s.strip() for s in cells[columns["symbol"]]])[good], return_inverse=True)
-    parts = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
-    return [_sorted(str(name), time[rows], ohlcva[rows]) for name, rows in zip(names, parts)]
+        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
+        if distinct > most:
+            best, most, at = seconds, distinct, i
+    if best is None:
+        return None, why
+    clocks = [i for i in clocks if i != at]
+    if not clocks or (best[np.isfinite(best)] % DAY != 0).any():
+        return best, at
+    for i in clocks:
+        clock = _clock(cells[i], table.fields[i])
+        if np.isfinite(clock).sum() <= len(clock) / 2:
+            continue
+        best = best + clock
+        if table.fields[i] != "hour" or (clock % 3600 != 0).any():
+            break  # else there may be a column of minutes, too
+    return best, at
+
+
+def _is_monotone(x):
+    steps = np.diff(x)
+    return (steps > 0).all() or (steps < 0).all()
+
+
+# -- columns -> bars
+
+def _read_csv(path, symbol):
+    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
+    table = _table(path)
+    parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
+    numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
+    words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
+    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
+    named = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
+    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
+
+    alone = set(named) if named and len({*named, *clocks}) == 1 and _is_number(_first_cell(table, named[0])) else set()
+    cells, reasons = _cells(table, numbers | alone, (words | {*named, *clocks}) - alone)
+    n = len(cells[min(numbers)])
+    if not n:
+        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
+    time, at = _times(table, cells, named, clocks)
+    unnamed = [i for i in free if i not in named]
+    if time is None and unnamed:
+        others, _ = _cells(table, numbers, set(unnamed))
+        time, found = _times(table, others, unnamed, rising=True)
+        cells, at = cells | others, at if time is None else found
+    if time is None and not named:
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
+    if time is None:
+        raise UserError(f"{path}:{table.line(0)}: {at}; give dates with their clock, best as 2024-03-04 14:30")
+    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    for row in np.flatnonzero(np.isnan(time)).tolist():
+        if not all(np.isnan(values[i][row]) for i in numbers):
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
+
+    series = []
+    for ticker, columns in parts.items():
+        ohlcva = np.array([values[columns[c]] if c in columns else np.full(n, np.nan) for c in COLUMNS])
+        _check_columns(table, columns, cells, ohlcva)
+        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
+        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
+    if not series:
+        raise UserError(f"{path}:{table.line(0)}: no row has a price; there is no bar to read: check the columns")
+    return series
+
+
+def _first_cell(table, column):
+    """The cell of the first row in a column."""
+    row = _split(next((line for line in table.lines[table.first:] if line.strip()), ""), table.delimiter)
+    return row[column] if column < len(row) else ""
+
+
+def _check_columns(table, columns, cells, ohlcva):
+    """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
+    path, names = table.path, table.names
+    if "interval" in columns:
+        intervals = sorted({str(cell).strip() for cell in cells[columns["interval"]]})
+        if len(intervals) > 1:
+            raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
+                            f"{names[columns['interval']]!r}; keep one of them a file")
+    open_, high, low, close, volume, amount = ohlcva
+    if "volume" in columns and not table.has_header and len(names) != len(BINANCE):
+        if (volume > 0.5 * low).mean() > 0.9 and (volume < 2 * high).mean() > 0.9:
+            raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
+                            f"put a first line such as time,open,high,low,close,volume")
+    if "amount" in columns:
+        some = slice(None, None, max(1, len(amount) // 1000))
+        base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
+        traded = (amount[some] > 0) & (base > 0)
+        ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
+        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
+            amount[:] = np.nan
+            print(f"{path}: {names[columns['amount']]!r} is not volume times price; no amount is read", file=sys.stderr)
+    others = [name for i, name in enumerate(names) if name.strip() and table.fields[i] not in KNOWN]
+    if "volume" not in columns and others:
+        print(f"{path}: no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; "
+              f"name it volume", file=sys.stderr)
+
+
+def _symbol_of_rows(table, columns, cells, time, reasons):
+    """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
+    symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
+    distinct, which = np.unique(symbols, return_inverse=True)
+    name = table.fields[columns["symbol"]]
+    if name in ("code", "name") and len(distinct) > 1 and len(np.unique(time)) == len(time):
+        if (np.diff(which) != 0).mean() > 0.5:  # it changes from row to row, and no two share a time
+            return None
+    bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
+    if bad == list(range(len(distinct))):
+        return None
+    for row in np.flatnonzero(np.isin(which, bad)).tolist():
+        reasons.setdefault(row, "no symbol, or one with control characters")
+    return symbols
+
+
+def _bars(table, symbols, time, ohlcva, reasons):
+    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
+    names, code = np.unique(symbols, return_inverse=True)
+    code = np.broadcast_to(code, len(time))
+    for row in _strays(time, code).tolist():
+        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    row = np.arange(len(time))
+    bad = np.zeros(len(time), bool)
+    bad[list(reasons)] = True
+    empty = np.isnan(ohlcva[:4]).all(0) & ~bad  # a row without any price is no bar, and no fault
+    if empty.all():
+        return []
+    if empty.any() and not any(table.tickers):
+        print(f"{table.path}: {empty.sum()} of {len(empty)} rows have no price: no bars", file=sys.stderr)
+    after = np.diff(code) * 1e12 + np.diff(time)
+    if empty.any() or not (after >= 0).all():
+        row = np.lexsort((time, code))  # stable: of equal times the last stays last
+        row = row[~empty[row]]
+        time, code, bad, ohlcva = time[row], code[row], bad[row], ohlcva[:, row]
+    _mend(table, ohlcva, code)
+    good = _good(table, row, bad, _faults(time, ohlcva), reasons)
+    if not good.all():
+        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    last = ~_again(table, names, row, time, code, ohlcva)
+    if not last.all():
+        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
+    time, ohlcva = time.astype(np.int64), ohlcva.T
+    _look_for_jumps(table, names, time, code, ohlcva[:, 3])
+    starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
+    ends = np.append(starts[1:], len(code))
+    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, ends)]
+
+
+def _strays(time, code):
+    """Rows that lie a year or more from both rows around them, which are close: a mistyped year."""
+    step, same, year = np.diff(time), np.diff(code) == 0, 360 * DAY
+    far = (np.abs(step) > year) & same
+    if not far.any():
+        return np.flatnonzero(far)
+    return np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < year)) + 1
+
+
+def _mend(table, ohlcva, code):
+    """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
+    open_, high, low, close = ohlcva[:4]
+    if ((low > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
+        return
+    lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
+    if lacks.any():
+        before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
+        open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
+        print(f"{table.path}: {lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it", file=sys.stderr)
+    top, bottom = np.maximum(open_, close), np.minimum(open_, close)
+    rounded = (high < top) & (high >= top * (1 - ROUNDING))
+    high[rounded] = top[rounded]
+    rounded = (low > bottom) & (low <= bottom * (1 + ROUNDING))
+    low[rounded] = bottom[rounded]
 
 
 def _faults(time, ohlcva):
@@ -1013,7 +1636,8 @@ def _faults(time, ohlcva):
     o, h, l, c, v, a = ohlcva
     price = ohlcva[:4]
     return ((np.isnan(time), "time is no date"),
-            (~np.isfinite(price).all(0), "a price is not a finite number"),
+            (np.isnan(price).any(0), "a price is missing"),
+            (np.isinf(price).any(0), "a price is not a finite number"),
             ((price <= 0).any(0), "a price is zero or negative"),
             (((price < 1e-30) | (price > 1e30)).any(0), "a price outside of 1e-30 to 1e30"),
             (h < l, "high below low"),
@@ -1023,75 +1647,67 @@ def _faults(time, ohlcva):
             ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
 
 
-def _good(path, line, faults, reasons):
-    """Which rows are good, bool [rows]; the bad ones are counted, the first three named; too many are an error."""
-    bad = np.zeros(len(line), bool)
-    bad[list(reasons)] = True
+def _good(table, row, bad, faults, reasons):
+    """Which bars are good, bool; the bad ones are counted, the first three named; too many are an error. row: of each bar."""
     for failed, why in faults:
-        reasons |= {int(r): why for r in np.flatnonzero(failed & ~bad)}
-        bad |= failed
+        if failed.any():
+            reasons |= {k: why for k in row[failed & ~bad].tolist()}
+            bad = bad | failed
     n_bad = int(bad.sum())
-    examples = [f"{path}:{line[r]}: {reasons[r]}" for r in sorted(reasons)[:3]]
-    if n_bad == len(line):
-        why = f"{examples[0]} (and every other row is bad too)" if examples else f"{path}:2: no rows after the header"
-        raise UserError(f"{why}; there is no bar to read: check the columns")
-    if n_bad > MAX_BAD * len(line):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(line)} rows are bad, more than {MAX_BAD:.0%}: mend the file")
+    examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
+    remedy = None if table.has_header else "put a first line such as time,open,high,low,close,volume"
+    if n_bad == len(row):
+        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: {remedy or 'check the columns'}")
+    if n_bad > MAX_BAD * len(row):
+        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy or 'mend the file'}")
     if n_bad:
-        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(line)} dropped: " + "; ".join(examples), file=sys.stderr)
+        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _stem(path):
-    return re.sub(r"(\.(csv|tsv|txt|gz))+$", "", os.path.basename(path), flags=re.IGNORECASE)
+def _again(table, names, row, time, code, ohlcva):
+    """Which bars have the time of the bar behind them, which takes their place; UserError if that loses many unlike ones."""
+    again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
+    if not again.any():
+        return again
+    left, right = ohlcva[:, :-1], ohlcva[:, 1:]
+    unlike = again[:-1] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+    lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
+    worst = int(np.argmax(lost / np.maximum(rows, 1)))
+    if lost[worst] > MAX_BAD * rows[worst]:
+        k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
+        lines = table.line(row[k]), table.line(row[k + 1])
+        raise UserError(f"{table.path}:{lines[1]}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of "
+                        f"another, as {iso(time[k])} in line {lines[0]}; {_cause(table, *lines)}")
+    if lost.any():
+        print(f"{table.path}: {lost.sum()} of {len(row)} rows have the time of a later one and give way to it", file=sys.stderr)
+    return again
 
 
-def _epoch_seconds(value):
-    """YYYYMMDD[HHMM[SS]], or an epoch in s, ms, us, ns (told apart by size), to UTC seconds; NaN where it is no date."""
-    size = np.abs(value)
-    seconds = np.floor(value / np.select([size < 1e11, size < 1e14, size < 1e17], [1.0, 1e3, 1e6], 1e9))
-    for digits, form in ((1, "%Y%m%d"), (1e4, "%Y%m%d%H%M"), (1e6, "%Y%m%d%H%M%S")):
-        dates = (value >= 19000101 * digits) & (value < 21991232 * digits) & (value == np.floor(value))
-        if dates.any():
-            distinct, which = np.unique(value[dates], return_inverse=True)
-            seconds[dates] = np.array([_date(f"{int(v)}", form) for v in distinct])[which]
-    seconds[~(np.abs(seconds) < 200 * 365.25 * DAY)] = np.nan
-    return seconds
+def _cause(table, *lines):
+    """Why two lines may have one time, and what to do."""
+    one, other = (_split(table.lines[line - 1], table.delimiter) for line in lines)
+    if any(re.fullmatch(r"\d\.\d+e\+\d+", cell.strip(), re.I) for cell in one):
+        return "a spreadsheet has rounded the numbers of the times: export them in full"
+    for name, field, cell, theirs in zip(table.names, table.fields, one, other):
+        if cell != theirs and not _is_number(cell) and field not in KNOWN:
+            return f"they differ in the column {name!r}: keep one of its values a file"
+    return "several symbols, contracts or intervals, or dates without their clock? Keep one a file, or name their column symbol"
 
 
-def _date(text, form):
-    try:
-        return datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC).timestamp()
-    except ValueError:
-        return np.nan
-
-
-def parse_time(text):
-    """One time stamp as UTC seconds (float; NaN if it is none or past 2199). Naive means UTC.
-
-    ISO 8601, also with / or . in the date; YYYYMMDD, YYYYMMDDHHMM, YYYYMMDDHHMMSS; or an epoch.
-    """
-    text = text.strip()
-    if _is_number(text):
-        return float(_epoch_seconds(np.array([float(text)]))[0])
-    if text[4:5] in ("/", "."):
-        text = text.replace("/", "-").replace(".", "-", 2)
-    try:
-        when = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return np.nan
-    if when.year > 2199:
-        return np.nan
-    return float(np.floor((when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()))
-
-
-def _sorted(symbol, time, ohlcva):
-    """Bars in order of time; of equal times the last wins."""
-    if (np.diff(time) <= 0).any():
-        order = np.argsort(time, kind="stable")
-        last = np.append(np.diff(time[order]) != 0, True)  # of equal times the last wins
-        time, ohlcva = time[order[last]], ohlcva[order[last]]
-    return Bars(symbol, time, ohlcva)
+def _look_for_jumps(table, names, time, code, close):
+    """A word on closes that move as splits and mixed-up units do."""
+    ratio = close[1:] / close[:-1]
+    at = np.flatnonzero(((ratio > SPLIT) | (ratio < 1 / SPLIT)) & (np.diff(code) == 0))
+    if not len(at):
+        return
+    k = int(at[0])
+    factor = max(ratio[k], 1 / ratio[k])
+    back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
+    why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
+    more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
+    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}"
+          f"{why}{more}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1124,15 +1740,36 @@ def _open_series(stem, symbol):
 
 
 def _open_folder(folder):
+    """The series of a folder, mapped into memory and checked whole: who reads on may trust them."""
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        series = [_open_series(os.path.join(folder, f"{i:06d}"), str(name)) for i, name in enumerate(names)]
-        if any(bars.ohlcva.shape != (len(bars), 6) for bars in series):
-            raise ValueError("a series has more times than bars")
+        if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+            raise ValueError("symbols.json is no list of different names")
+        series = []
+        for i, name in enumerate(names):
+            if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
+                raise ValueError(f"{name!r:.60} is no symbol")
+            series.append(_open_series(os.path.join(folder, f"{i:06d}"), name))
+            _check_series(series[-1])
         return series
-    except (OSError, ValueError, TypeError, EOFError) as e:
-        raise UserError(f"{folder}: not a whole data set ({e}); write it again with python data.py --out")
+    except Exception as e:  # numpy and json raise many kinds for a damaged file
+        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
+
+
+def _check_series(bars, piece=1 << 16):
+    """ValueError for arrays that are no bars; reads them once, piece by piece."""
+    time, ohlcva = bars.time, bars.ohlcva
+    if time.dtype != np.int64 or ohlcva.dtype != np.float64 or time.ndim != 1 or ohlcva.shape != (len(time), 6) or not len(time):
+        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    for i in range(0, len(time), piece):
+        stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
+        if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
+            raise ValueError(f"{bars.symbol}: its times do not rise")
+        for failed, why in _faults(stamps[:piece], np.asarray(ohlcva[i:i + piece]).T):
+            if failed.any():
+                raise ValueError(f"{bars.symbol}: bar {i + int(np.argmax(failed))}: {why}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

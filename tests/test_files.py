@@ -1,0 +1,567 @@
+"""Bars from files: each kind of export in a few hand-written lines, beside the bars that a person reads off them."""
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+import data
+from conftest import write_csv
+from data import Bars, UserError
+
+
+def read(tmp_path, text, name="a.csv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return data.load(str(path))
+
+
+def stamps(bars):
+    """Times as text, to the minute, without a clock of midnight."""
+    return [data.iso(t) for t in bars.time]
+
+
+def first(bars):
+    """The first bar, None where a number is missing."""
+    return [None if np.isnan(v) else v for v in bars.ohlcva[0]]
+
+
+def days(n=40, row="1,3,0.5,2,7", first=0):
+    """Rows of n days, from 2020-01-01 plus `first` on."""
+    return "".join(f"{np.datetime64('2020-01-01') + first + d},{row}\n" for d in range(n))
+
+
+# ---- dates: (first cells of rows, their stamps), each in one file
+
+DATES = {
+    "ISO": (["2020-01-02", "2020-01-03"], ["2020-01-02", "2020-01-03"]),
+    "ISO, zone": (["2020-01-02T00:00:00Z", "2020-01-02T01:00:00Z"], ["2020-01-02", "2020-01-02 01:00"]),
+    "ISO, offset": (["2020-01-02 00:00:00-05:00", "2020-01-02 01:00:00-05:00"], ["2020-01-02 05:00", "2020-01-02 06:00"]),
+    "ISO, nanoseconds": (["2020-01-02T10:00:00.000000000Z"], ["2020-01-02 10:00"]),
+    "slashes": (["2020/01/02", "2020/01/03"], ["2020-01-02", "2020-01-03"]),
+    "unpadded": (["2020/1/2 9:05", "2020/1/2 10:05"], ["2020-01-02 09:05", "2020-01-02 10:05"]),
+    "dots, year first": (["2020.01.02 00:05", "2020.01.02 00:10"], ["2020-01-02 00:05", "2020-01-02 00:10"]),
+    "day first": (["02/01/2020", "13/01/2020"], ["2020-01-02", "2020-01-13"]),
+    "month first": (["01/02/2020", "01/13/2020"], ["2020-01-02", "2020-01-13"]),
+    "month first, two digits": (["01/02/20", "01/31/20"], ["2020-01-02", "2020-01-31"]),
+    "last century": (["12/31/98", "01/04/99"], ["1998-12-31", "1999-01-04"]),
+    "dots are day first": (["02.01.2020", "03.01.2020"], ["2020-01-02", "2020-01-03"]),
+    "one day both ways": (["01/01/2020"], ["2020-01-01"]),
+    "month by name": (["02-Jan-2020", "03-JAN-2020"], ["2020-01-02", "2020-01-03"]),
+    "month by name, two digits": (["02-Jan-20", "03-Jan-20"], ["2020-01-02", "2020-01-03"]),
+    "month by name, first": (['"Jan 02, 2020"', '"Jan 03, 2020"'], ["2020-01-02", "2020-01-03"]),
+    "month in full": (["2 January 2020", "3 January 2020"], ["2020-01-02", "2020-01-03"]),
+    "month in German": (["2. März 2020", "3. März 2020"], ["2020-03-02", "2020-03-03"]),
+    "Chinese": (["2020年1月2日", "2020年1月3日"], ["2020-01-02", "2020-01-03"]),
+    "browser": (["Thu Jan 02 2020 01:00:00 GMT+0100 (CET)"], ["2020-01-02"]),
+    "half days": (["1/13/2020 12:30:00 AM", "1/13/2020 12:30:00 PM", "1/13/2020 1:30 PM"],
+                  ["2020-01-13 00:30", "2020-01-13 12:30", "2020-01-13 13:30"]),
+    "hours of half days": (["2020-01-13 11-AM", "2020-01-13 12-PM"], ["2020-01-13 11:00", "2020-01-13 12:00"]),
+    "zone by name": (["2020-01-02 14:30:00 UTC", "2020-01-02 14:31:00 UTC"], ["2020-01-02 14:30", "2020-01-02 14:31"]),
+    "zone of a city": (["20200102 09:30:00 US/Eastern", "20200702 09:30:00 US/Eastern"], ["2020-01-02 14:30", "2020-07-02 13:30"]),
+    "two blanks": (["20200102  14:30:00", "20200102  14:31:00"], ["2020-01-02 14:30", "2020-01-02 14:31"]),
+    "offset of Greenwich": (["15.01.2020 15:30:00.000 GMT+0100"], ["2020-01-15 14:30"]),
+    "compact": (["20200102 143000", "20200102 143100"], ["2020-01-02 14:30", "2020-01-02 14:31"]),
+    "YYYYMMDD": (["20200102", "20200103"], ["2020-01-02", "2020-01-03"]),
+    "YYYYMMDDHHMM": (["202001020930", "202001020931"], ["2020-01-02 09:30", "2020-01-02 09:31"]),
+    "YYYYMMDDHHMMSS": (["20200102093000", "20200102093100"], ["2020-01-02 09:30", "2020-01-02 09:31"]),
+    "YYYYMMDDHHMMSSmmm": (["20200102093000000", "20200102093100000"], ["2020-01-02 09:30", "2020-01-02 09:31"]),
+    "YYYYMMDDHH": (["2020010209", "2020010210", "2020010211"], ["2020-01-02 09:00", "2020-01-02 10:00", "2020-01-02 11:00"]),
+    "YYMMDD": (["200102", "200115", "200131"], ["2020-01-02", "2020-01-15", "2020-01-31"]),
+    "YYMMDDHHMM": (["2001020930", "2001020931", "2001020932"], ["2020-01-02 09:30", "2020-01-02 09:31", "2020-01-02 09:32"]),
+    "YYYYMM": (["201911", "201912", "202001"], ["2019-11-01", "2019-12-01", "2020-01-01"]),
+    "s": (["1577923200", "1577923260"], ["2020-01-02", "2020-01-02 00:01"]),
+    "ms": (["1577923200000", "1577923260000"], ["2020-01-02", "2020-01-02 00:01"]),
+    "us": (["1577923200000000", "1577923260000000"], ["2020-01-02", "2020-01-02 00:01"]),
+    "ns": (["1577923200000000000", "1577923260000000000"], ["2020-01-02", "2020-01-02 00:01"]),
+    "ms, then us": (["1735686000000", "1735689600000000"], ["2024-12-31 23:00", "2025-01-01"]),
+    "ms around 1970": (["-126057600000", "0", "189302400000"], ["1966-01-03", "1970-01-01", "1976-01-01"]),
+    "days of 1970 in ms": (["86400000", "172800000", "259200000"], ["1970-01-02", "1970-01-03", "1970-01-04"]),
+}
+
+
+@pytest.mark.parametrize("form", DATES)
+def test_dates_are_read_in_the_one_form_that_fits_the_file(tmp_path, form):
+    cells, want = DATES[form]
+    [bars] = read(tmp_path, "time,open,high,low,close\n" + "".join(f"{cell},1,3,0.5,2\n" for cell in cells))
+    assert stamps(bars) == want and bars.time.dtype == np.int64 and first(bars) == [1, 3, 0.5, 2, None, None]
+
+
+@pytest.mark.parametrize("cells, words", [
+    (["03/04/2020", "04/04/2020"], "2020-04-03 (day/month/year) or 2020-03-04 (month/day/year)"),
+    (["20-01-02", "20-01-03"], "2020-01-02 (year-month-day) or 2002-01-20 (day/month/year)"),
+    (["201001", "201002", "201003"], "2010-01-01 (YYYYMM) or 2020-10-01 (YYMMDD)"),
+    (["0", "1", "2"], "a clock, a count, a year"),
+    (["143000", "143100"], "a clock, a count, a year"),
+    (["14:30", "14:31"], "is no date"),
+    (["2019", "2020"], "a clock, a count, a year"),
+    (["43832", "43833"], "a spreadsheet's number"),
+    (["45355.604167", "45355.604861"], "a spreadsheet's number"),
+    (["52200000", "52260000"], "a clock, a count"),
+    (["638451594000000000", "638451594600000000"], "as .NET does"),
+    (["4102444800", "4102444860"], "no date"),
+    (["soon", "later"], "'soon' is no date"),
+    (["2020-01-02 CST", "2020-01-03 CST"], "no date"),
+])
+def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
+    with pytest.raises(UserError) as e:
+        read(tmp_path, "time,open,high,low,close\n" + "".join(f"{cell},1,3,0.5,2\n" for cell in cells))
+    assert words in str(e.value) and f"a.csv:2: time '{cells[0]}'" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("header, rows, want", [
+    ("Date,Time", ["2020-01-02,14:30", "2020-01-02,14:31:30"], ["14:30", "14:31"]),
+    ("Date,Time", ["2020-01-02,02:30 PM", "2020-01-02,12:01 AM"], ["00:01", "14:30"]),
+    ("Trade Date,Time", ["2020-01-02,143000", "2020-01-02,143100"], ["14:30", "14:31"]),
+    ("<DATE>,<TIME>", ["20200102,0", "20200102,100", "20200102,2300"], ["", "01:00", "23:00"]),
+    ("<DATE>,<TIME>", ["20200102,500", "20200102,3000", "20200102,13000"], ["00:05", "00:30", "01:30"]),
+    ("date,time", ["2020-01-02,20200102093500000", "2020-01-02,20200102094000000"], ["09:35", "09:40"]),
+    ("Date,Hour", ["2020-01-02,9", "2020-01-02,14"], ["09:00", "14:00"]),
+    ("Date,Hour,Minute", ["2020-01-02,9,0", "2020-01-02,9,30"], ["09:00", "09:30"]),
+    ("Datetime,Date", ["2020-01-02 09:30:00,2020-01-02", "2020-01-02 09:31:00,2020-01-02"], ["09:30", "09:31"]),
+    ("Unix,Date", ["1577957400000,2020-01-02", "1577957460000,2020-01-02"], ["09:30", "09:31"]),
+    ("trade_date,minute", ["20200102,9:30", "20200102,9:31"], ["09:30", "09:31"]),
+    (",bar_start", ["0,1577957400", "1,1577957460"], ["09:30", "09:31"]),
+])
+def test_a_date_takes_the_clock_beside_it(tmp_path, header, rows, want):
+    [bars] = read(tmp_path, f"{header},open,high,low,close\n" + "".join(f"{row},1,3,0.5,2\n" for row in rows))
+    assert stamps(bars) == [f"2020-01-02 {clock}".strip() for clock in want]
+
+
+# ---- layouts: name -> (text, {symbol: (first stamp, first bar)})
+
+BAR = [1, 3, 0.5, 2, 7, None]
+LAYOUTS = {
+    "yfinance": ("Date,Open,High,Low,Close,Adj Close,Volume\n2020-01-02,1,3,0.5,2,1.9,7\n2020-01-03,2,3,1,2,1.9,8\n", "a", BAR),
+    "yfinance, three lines": ("Price,Close,High,Low,Open,Volume\nTicker,LOW,LOW,LOW,LOW,LOW\nDate,,,,,\n2020-01-02,2,3,0.5,1,7\n", "LOW", BAR),
+    "yfinance, ticker first": ("Ticker,EURUSD=X,EURUSD=X,EURUSD=X,EURUSD=X,EURUSD=X\nPrice,Open,High,Low,Close,Volume\nDate,,,,,\n"
+                               "2020-01-02,1,3,0.5,2,7\n", "EURUSD=X", BAR),
+    "yfinance, without names": (",Close,High,Low,Open,Volume\n,BRK-B,BRK-B,BRK-B,BRK-B,BRK-B\nDate,,,,,\n2020-01-02,2,3,0.5,1,7\n", "BRK-B", BAR),
+    "yfinance, flattened": ("Date,\"('Close', 'BTC-USD')\",\"('High', 'BTC-USD')\",\"('Low', 'BTC-USD')\",\"('Open', 'BTC-USD')\",\"('Volume', 'BTC-USD')\"\n"
+                            "2020-01-02,2,3,0.5,1,7\n", "BTC-USD", BAR),
+    "quantmod": ('"","AAPL.Open","AAPL.High","AAPL.Low","AAPL.Close","AAPL.Volume","AAPL.Adjusted"\n"2020-01-02",1,3,0.5,2,7,2\n', "AAPL", BAR),
+    "colons": (",BTC:open,BTC:high,BTC:low,BTC:close,BTC:volume\n2020-01-02,1,3,0.5,2,7\n", "BTC", BAR),
+    "Binance": ("1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n1577923260000,2,3,1,2,8,1577923319999,9,5,1,1,0\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "Binance, names with blanks": ("Open time,Open,High,Low,Close,Volume,Close time,Quote asset volume\n"
+                                   "1577923200000,1,3,0.5,2,7,1577923259999,9\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "camel case": ("openTime,open,high,low,close,volume,closeTime,quoteAssetVolume\n1577923200000,1,3,0.5,2,7,1577923259999,9\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "TradingView": ("time,open,high,low,close,Volume,Volume MA\n1577923200,1,3,0.5,2,7,6.5\n1577926800,2,3,1,2,8,\n", "a", BAR),
+    "Stooq, bulk": ("<TICKER>,<PER>,<DATE>,<TIME>,<OPEN>,<HIGH>,<LOW>,<CLOSE>,<VOL>,<OPENINT>\nA.US,D,20200102,000000,1,3,0.5,2,7,0\n", "A.US", BAR),
+    "Tushare": ("ts_code,trade_date,open,high,low,close,pre_close,vol,amount\n000001.SZ,20200103,2,3,1,2,2,8,16\n000001.SZ,20200102,1,3,0.5,2,1,7,9\n",
+                "000001.SZ", [1, 3, 0.5, 2, 7, 9]),
+    "AkShare": ("日期,股票代码,开盘,收盘,最高,最低,成交量,成交额,振幅,换手率\n2020-01-02,000001,1,2,3,0.5,7,9,1,1\n", "000001", [1, 3, 0.5, 2, 7, 9]),
+    "MetaTrader": ("<DATE>\t<TIME>\t<OPEN>\t<HIGH>\t<LOW>\t<CLOSE>\t<TICKVOL>\t<VOL>\t<SPREAD>\n2020.01.02\t00:00:00\t1\t3\t0.5\t2\t7\t0\t1\n", "a", BAR),
+    "MetaTrader, no header": ("2020.01.02,00:00,1,3,0.5,2,7\n2020.01.02,00:05,1,3,0.5,2,8\n", "a", BAR),
+    "Kraken, no header": ("1577923200,1,3,0.5,2,7,12\n1577923260,2,3,1,2,8,12\n", "a", BAR),
+    "ccxt through pandas": ("0,1,2,3,4,5\n1577923200000,1,3,0.5,2,7\n1577923260000,2,3,1,2,8\n", "a", BAR),
+    "HistData": ("20200102 000000;1;3;0.5;2;7\n20200102 000100;2;3;1;2;8\n", "a", BAR),
+    "Kronos": ("timestamps,open,high,low,close,volume,amount\n2020-01-02 00:00:00,1,3,0.5,2,7,9\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "Alpha Vantage": ("timestamp,1. open,2. high,3. low,4. close,5. volume\n2020-01-02,1,3,0.5,2,7\n", "a", BAR),
+    "qlib": ("instrument,datetime,$open,$high,$low,$close,$volume,$factor\nSH600000,2020-01-02,1,3,0.5,2,7,1.0\n", "SH600000", BAR),
+    "Polygon": ("ticker,volume,open,close,high,low,window_start,transactions\nA,7,1,2,3,0.5,1577923200000000000,7\n", "A", BAR),
+    "letters": ("v,vw,o,c,h,l,t,n\n7,2,1,2,3,0.5,1577923200000,7\n", "a", BAR),
+    "NASDAQ": ("Date,Close/Last,Volume,Open,High,Low\n01/13/2020,$2,7,$1,$3,$0.5\n", "a", BAR),
+    "Investing.com": ('"Date","Price","Open","High","Low","Vol.","Change %"\n"01/13/2020","2,000.5","1,000.5","3,000.5","500.5","8.78M","0.37%"\n',
+                      "a", [1000.5, 3000.5, 500.5, 2000.5, 8.78e6, None]),
+    "Investing.com, German": ('"Datum","Zuletzt","Eröffn.","Hoch","Tief","Vol.","+/- %"\n"13.01.2020","2.000,5","1.000,5","3.000,5","500,5","8,78K","0%"\n',
+                              "a", [1000.5, 3000.5, 500.5, 2000.5, 8.78e3, None]),
+    "Russian": ("Дата;Откр.;Макс.;Мин.;Цена;Объём\n13.01.2020;1,5;3;0,5;2;7\n", "a", [1.5, 3, 0.5, 2, 7, None]),
+    "Japanese": ("日付,始値,高値,安値,終値,出来高\n2020/1/2,1,3,0.5,2,7\n", "a", BAR),
+    "Kaggle": ("Timestamp,Open,High,Low,Close,Volume_(BTC),Volume_(Currency),Weighted_Price\n1577923200,1,3,0.5,2,7,9,1\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "CryptoCompare": ("time,high,low,open,volumefrom,volumeto,close\n1577923200,3,0.5,1,7,9,2\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "CryptoDataDownload": ("https://www.CryptoDataDownload.com\nUnix,Date,Symbol,Open,High,Low,Close,Volume BTC,Volume USDT\n"
+                           "1577923200000,2020-01-02 00:00:00,BTC/USDT,1,3,0.5,2,7,9\n", "BTC/USDT", [1, 3, 0.5, 2, 7, 9]),
+    "money alone": ("Date,Open,High,Low,Close,Volume USD\n2020-01-02,1,3,0.5,2,7\n", "a", BAR),
+    "NSE": ("SYMBOL,SERIES,OPEN,HIGH,LOW,CLOSE,LAST,TOTTRDQTY,TOTTRDVAL,TIMESTAMP,\nTCS,EQ,1,3,0.5,2,2,7,9,02-JAN-2020,\n", "TCS", [1, 3, 0.5, 2, 7, 9]),
+    "BSE": ("Date,Open Price,High Price,Low Price,Close Price,WAP,No.of Shares,Total Turnover (Rs.)\n2-January-2020,1,3,0.5,2,1,7,9\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "only adjusted": ("Date,Open,High,Low,Adj Close,Volume\n2020-01-02,1,3,0.5,2,7\n", "a", BAR),
+    "futures": ("Date,Open,High,Low,Last,Change,Settle,Volume\n2020-01-02,1,3,0.5,2,,2.2,7\n", "a", BAR),
+    "MOEX": ("candles\n\nopen;close;high;low;value;volume;begin;end\n1;2;3;0.5;9;7;2020-01-02 00:00:00;2020-01-02 00:09:59\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "title, comment, note": ("Some exchange, all rights reserved\n# a comment\nDate,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7\nSource: us\n", "a", BAR),
+    "numpy.savetxt": ("# time,open,high,low,close,volume\n1577923200,1,3,0.5,2,7\n", "a", BAR),
+    "pipes": ("date|open|high|low|close|volume\n2020-01-02|1|3|0.5|2|7\n", "a", BAR),
+    "blanks": ("date    open high  low close volume\n2020-01-02 1 3  0.5 2 7\n", "a", BAR),
+    "row names without a title": ("time open high low close volume\n1 2020-01-02 1 3 0.5 2 7\n", "a", BAR),
+    "a comma at each end": ("time,open,high,low,close,volume\n2020-01-02,1,3,0.5,2,7,\n2020-01-03,1,3,0.5,2,7,\n", "a", BAR),
+    "code of a row": ("date,open,high,low,close,volume,code\n2020-01-02,1,3,0.5,2,7,0\n2020-01-03,1,3,0.5,2,7,1\n2020-01-04,1,3,0.5,2,7,0\n", "a", BAR),
+    "ticker before name": ("date,name,ticker,open,high,low,close,volume\n2020-01-02,Long Name,B,1,3,0.5,2,7\n", "B", BAR),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_that_people_have_are_read_as_they_are(tmp_path, layout):
+    text, symbol, bar = LAYOUTS[layout]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        [bars] = read(tmp_path, text, encoding=encoding)
+        assert bars.symbol == symbol and first(bars) == bar
+        assert bars.time[0] in (1577923200, 1578873600)  # 2020-01-02, or 13 where the form of the date needs it
+
+
+def test_encodings_of_other_languages(tmp_path):
+    for layout, encoding in (("AkShare", "gb18030"), ("Japanese", "shift_jis"), ("Russian", "cp1251"), ("Investing.com, German", "latin-1")):
+        text, _, bar = LAYOUTS[layout]
+        [bars] = read(tmp_path, text, encoding=encoding)
+        assert first(bars) == bar
+    [bars] = read(tmp_path, LAYOUTS["yfinance"][0].encode("utf-16-le"))  # without its mark
+    assert first(bars) == BAR
+    [bars] = read(tmp_path, LAYOUTS["yfinance"][0].encode() + bytes(5000))  # the machine died while it wrote
+    assert first(bars) == BAR
+
+
+def test_several_symbols_side_by_side_and_one_below_the_other(tmp_path):
+    wide = ("Price,Close,Close,High,High,Low,Low,Open,Open,Volume,Volume\nTicker,A,B,A,B,A,B,A,B,A,B\nDate,,,,,,,,,,\n"
+            "2020-01-02,2,20,3,30,1,10,2,20,7,70\n2020-01-03,2,,3,,1,,2,,8,\n")
+    a, b = read(tmp_path, wide)
+    assert (a.symbol, len(a), b.symbol, len(b)) == ("A", 2, "B", 1) and first(b) == [20, 30, 10, 20, 70, None]
+    long = "time,symbol,open,high,low,close\n2020-01-03,B,2,2,2,2\n2020-01-02,A,1,1,1,1\n2020-01-02,B,3,3,3,3\n"
+    assert {bars.symbol: bars.ohlcva[:, 3].tolist() for bars in read(tmp_path, long)} == {"A": [1], "B": [3, 2]}
+
+
+@pytest.mark.parametrize("delimiter, cells, want", [
+    (",", '"1,234.50","1,237.98","1,216.98","1,224.64","8,782,270"', [1234.5, 1237.98, 1216.98, 1224.64, 8782270]),
+    (",", '"1,21,500.20","1,21,700.00","1,21,400.00","1,21,600.00","12,345"', [121500.2, 121700, 121400, 121600, 12345]),
+    (";", "1.234,50;1.237,98;1.216,98;1.224,64;8.782.270", [1234.5, 1237.98, 1216.98, 1224.64, 8782270]),
+    (";", "14,300;14,541;14,248;14,483;1112499", [14.3, 14.541, 14.248, 14.483, 1112499]),
+    (";", "12.345;12.380;12.170;12.246;8.782.270", [12345, 12380, 12170, 12246, 8782270]),
+    (";", "1 234,50;1 237,98;1 216,98;1\u00a0224,64;7", [1234.5, 1237.98, 1216.98, 1224.64, 7]),
+    (";", "1'234.50;1'237.98;1'216.98;1'224.64;7", [1234.5, 1237.98, 1216.98, 1224.64, 7]),
+    (",", "$10.5,$12,$9,$11,8.78M", [10.5, 12, 9, 11, 8.78e6]),
+    (",", "10.5,1.2e1,9,11,1.5K", [10.5, 12, 9, 11, 1500]),
+    (",", "10.5,12,9,11,-", [10.5, 12, 9, 11, None]),
+    (",", "10.5,12,9,11,N/A", [10.5, 12, 9, 11, None]),
+    (",", "10.5,12,9,11,null", [10.5, 12, 9, 11, None]),
+])
+def test_numbers_in_the_one_format_of_the_file(tmp_path, delimiter, cells, want):
+    header = "Date,Open,High,Low,Close,Volume".replace(",", delimiter)
+    [bars] = read(tmp_path, f"{header}\n2020-01-02{delimiter}{cells}\n2020-01-03{delimiter}{cells}\n")
+    assert [first(bars)[:5]] * 2 == [want, first(bars[1:])[:5]]
+
+
+def test_one_mistyped_number_decides_nothing(tmp_path, capfd):
+    rows = "".join(f"2020-01-{d:02d};{d},300;{d},541;{d},248;{d},483;11124\n" for d in range(1, 29))
+    [bars] = read(tmp_path, "date;open;high;low;close;volume\n" + rows + "2020-01-29;9,300;1,009,541;9,248;9,483;11124\n")
+    assert len(bars) == 28 and first(bars) == [1.3, 1.541, 1.248, 1.483, 11124, None]
+    assert "a.csv:30: high '1,009,541' is not a number" in capfd.readouterr().err
+
+
+# ---- faults
+
+@pytest.mark.parametrize("row, why", [
+    ("2020-03-03,1,2,0.5,x,1", "close 'x' is not a number"),
+    ("2020-03-03,1,2,0.5,inf,1", "not a finite number"),
+    ("2020-03-03,1,2,0.5,,1", "a price is missing"),
+    ("2020-03-03,0,2,0,1,1", "zero or negative"),
+    ("2020-03-03,-1,2,-1,1,1", "zero or negative"),
+    ("2020-03-03,1,0.5,2,1,1", "high below low"),
+    ("2020-03-03,1,2,0.5,3,1", "high below open or close"),
+    ("2020-03-03,1,2,1.5,2,1", "low above open or close"),
+    ("2020-03-03,1e200,1e200,1e200,1e200,1", "outside of 1e-30 to 1e30"),
+    ("2020-03-03,1,2,0.5,1,1e40", "above 1e30"),
+    ("9000-01-03,1,2,0.5,1,1", "no date"),
+    ("2020-03-03,1,2,0.5,1,-3", "negative volume"),
+    ("2020-02-30,1,2,0.5,1,3", "time '2020-02-30' is no date"),
+    ("today,1,2,0.5,1,3", "time 'today' is no date"),
+    ("2020-03-03,1,2,0.5", "4 cells where the header has 6"),
+    ("1920-01-15,1,2,0.5,1,3", "a year or more off"),
+])
+def test_bad_rows_are_dropped_counted_and_named(tmp_path, capfd, row, why):
+    text = "time,open,high,low,close,volume\n" + days(40) + row + "\n2020-03-04,1,3,0.5,2,7\n"
+    [bars] = read(tmp_path, text)
+    err = capfd.readouterr().err
+    assert len(bars) == 41 and "1 bad row of 42 dropped" in err and "a.csv:42: " in err and why in err
+
+
+def test_lines_are_named_right_in_a_long_numeric_file_with_blank_lines(tmp_path, capfd):
+    """Long plain files are read by numpy, which neither counts nor names."""
+    rows = [f"{1577923200 + 60 * t},1,2,0.5,1,1" for t in range(4000)]
+    rows[3000] = "\n" + rows[3000].replace("0.5", "3")
+    [bars] = read(tmp_path, "time,open,high,low,close,volume\n" + "\n".join(rows) + "\n")
+    assert "a.csv:3003: high below low" in capfd.readouterr().err and len(bars) == 3999
+
+
+def test_a_long_file_with_quoted_texts(tmp_path):
+    rows = "".join(f'{1577923200 + 60 * t},"{"AB"[t % 2]}",1,3,0.5,2\n' for t in range(4000))
+    assert [(bars.symbol, len(bars)) for bars in read(tmp_path, '"time","symbol","open","high","low","close"\n' + rows)] == [("A", 2000), ("B", 2000)]
+
+
+def test_an_epoch_ahead_of_now_is_a_bad_row(tmp_path, capfd):
+    rows = "".join(f"{1577923200 + 60 * t},1,3,0.5,2\n" for t in range(40))
+    [bars] = read(tmp_path, "time,open,high,low,close\n" + rows + "4102444800,1,3,0.5,2\n")
+    assert len(bars) == 40 and "a.csv:42: time '4102444800.0' is no date" in capfd.readouterr().err
+
+
+def test_of_equal_times_the_last_wins(tmp_path):
+    rows = days(40).splitlines()[::-1] + ["2020-01-03,1,3,0.5,1.9,7", "2020-01-03,1,3,0.5,1.8,7"]
+    [bars] = read(tmp_path, "time,open,high,low,close,volume\n" + "\n".join(rows))
+    assert len(bars) == 40 and bars.ohlcva[2, 3] == 1.8
+
+
+def test_fast_and_slow_reading_agree(tmp_path):
+    bars = data.synthetic(n_symbols=1, n_bars=2000)[0][0]
+    write_csv(tmp_path / "fast.csv", bars)
+    lines = (tmp_path / "fast.csv").read_text().splitlines()
+    texts = {"slow": "\r\n".join([lines[0]] + ['"' + '","'.join(line.split(",")) + '"' for line in lines[1:]]),
+             "holes": "\r".join([lines[0] + ",more"] + [line + "," for line in lines[1:]])}
+    series = data.load(str(tmp_path / "fast.csv")) + [read(tmp_path, text)[0] for text in texts.values()]
+    for got in series:
+        np.testing.assert_array_equal(got.time, bars.time)
+        np.testing.assert_array_equal(got.ohlcva, bars.ohlcva)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "empty"),
+    ("\n \n", "empty"),
+    ("   ,,,\n", "no header"),
+    (b"\xef\xbb\xbf\n", "empty"),
+    (b"\x89PNG\0\0\0a", "binary"),
+    (b"PAR1\0\0", "Parquet, not CSV"),
+    ('[{"time": 1}]', "JSON, not CSV"),
+    ("1,2,3,4\n", "a.csv:1: no header"),
+    ("2020-01-01,1,1,1,1\n", "a.csv:1: no header"),
+    ("2020-01-02,10,12,9,11,10.9,100\n2020-01-03,10,12,9,11,10.9,100\n", "looks like a price"),
+    ("2020-01-02,12,9,11,10,100\n2020-01-03,12,9,11,10,100\n", "put a first line such as"),
+    ("<!DOCTYPE html>\n<html></html>\n", "no bars in '<!DOCTYPE html>'"),
+    ("time,ask,bid,askvol,bidvol\n2020-01-02 14:30:00,2,1,1,1\n", "no bars in 'time,ask,bid,askvol,bidvol'"),
+    ("time,open,high,low,volume\n2020-01-02,1,1,1,1\n", "a.csv:1: no column 'close'"),
+    ("open,high,low,close,volume\n1,1,1,1,1\n", "a.csv:1: no column 'time'"),
+    ("time,open,high,low,close\n", "a.csv:2: no rows"),
+    ("time,open,high,low,close,Close\n2020-01-02,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
+    ("time,open,high,low,close\n2020-01-01,1,1,1,1\n\"2020-01-02,1,1,1,1\n2020-01-03,1,1,1,1\n", "a.csv:3: a quote"),
+    ("time,open,high,low,close\n2020-01-02,,,,\n", "no row has a price"),
+    ("time,open,high,low,close\n" + days(9, "1,1,1,1") + "2020-02-01,0,0,0,0\n", "a.csv:11: a price is zero or negative; 1 of 10"),
+    ("time,open,high,low,close\n2020-01-02,1,1,2,1\n", "check the columns"),
+    ("symbol,timeframe,time,open,high,low,close\nA,1h,2020-01-02,1,1,1,1\nA,1d,2020-01-03,1,1,1,1\n", "several intervals (1d, 1h)"),
+    ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "differ in the column 'expiry'"),
+    ("time,open,high,low,close\n2020-01-02,1,1,1,1\n2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of a have the time of another"),
+    ("time,open,high,low,close\n1.57792E+12,1,1,1,1\n1.57792E+12,2,2,2,2\n", "a spreadsheet has rounded"),
+])
+def test_unusable_files_get_one_line(tmp_path, text, words):
+    with pytest.raises(UserError) as e:
+        read(tmp_path, text)
+    assert words in str(e.value) and "a.csv" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text, n, said", [
+    (days(20) + days(20, "4,12,2,8,7", first=20), 40, "moves by a factor of 4.00 at 2020-01-21: an unadjusted split?"),
+    (days(20) + "2020-01-21,100,300,50,200,7\n" + days(19, first=21), 40, "by a factor of 100.00 at 2020-01-21 and back"),
+    (days(20) + "2020-02-20,0,3,0.5,2,7\n2020-02-21,,3,0.5,2,7\n", 22, "2 of 22 rows have no open"),
+    (days(20) + "2020-02-20,,,,,\n" * 5, 20, "5 of 25 rows have no price"),
+    (days(40) + "2020-01-03,1,3,0.5,1.9,7\n", 40, "1 of 41 rows have the time of a later one"),
+    (days(40) + days(40), 40, ""),
+    (days(40) + "2020-01-03,1,3,5,1.9,7\n", 40, "1 bad row of 41"),
+    (days(20) + "time,open,high,low,close,volume\n" + days(20, first=20), 40, ""),
+    ("2020-01-02,1.5,1.999999999,1,2,7\n2020-01-03,1.5,2,1.500000001,2,7\n", 2, ""),
+])
+def test_what_is_mended_or_odd_is_said(tmp_path, capfd, text, n, said):
+    [bars] = read(tmp_path, "time,open,high,low,close,volume\n" + text)
+    err = capfd.readouterr().err
+    assert len(bars) == n and said in err and err.count("\n") == bool(said)
+    o, h, l, c = bars.ohlcva[:, :4].T
+    assert (h >= np.maximum(o, c)).all() and (l <= np.minimum(o, c)).all()
+
+
+def test_an_open_that_is_missing_is_the_close_before_within_the_bar(tmp_path):
+    [bars] = read(tmp_path, "time,open,high,low,close\n2020-01-01,1,3,0.5,2\n2020-01-02,0,3,0.5,2.5\n2020-01-03,,2.2,1,2\n")
+    assert bars.ohlcva[:, 0].tolist() == [1, 2, 2.2]
+
+
+@pytest.mark.parametrize("name, amount, want, said", [
+    ("turnover", 0.005, None, "'turnover' is not volume times price"),
+    ("amount", 1400, 1400, ""),
+    ("value", 100 * 1400, 100 * 1400, ""),  # volume in lots of 100
+])
+def test_an_amount_is_volume_times_price(tmp_path, capfd, name, amount, want, said):
+    [bars] = read(tmp_path, f"time,open,high,low,close,volume,{name}\n2020-01-02,1,3,0.5,2,700,{amount}\n")
+    assert first(bars) == [1, 3, 0.5, 2, 700, want] and said in capfd.readouterr().err
+
+
+def test_a_volume_that_is_not_read_is_named(tmp_path, capfd):
+    read(tmp_path, "time,open,high,low,close,Up,Down\n2020-01-02,1,3,0.5,2,7,8\n")
+    assert "no volume is read, for none of 'Up', 'Down' is known" in capfd.readouterr().err
+    read(tmp_path, "time,open,high,low,close\n2020-01-02,1,3,0.5,2\n")
+    assert not capfd.readouterr().err
+
+
+# ---- containers, folders, names
+
+CSV = "time,open,high,low,close,volume\n2020-01-01,10,12,9,11,100\n2020-01-02,11,13,10,12,200\n2020-01-03,11,13,10,12,200\n"
+
+
+def zipped(**files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as f:
+        for name, text in files.items():
+            f.writestr(name.replace("X__", "X/"), text)
+    return buffer.getvalue()
+
+
+def test_containers_are_told_by_content(tmp_path):
+    raw = CSV.encode()
+    for name, packed in (("a.csv", gzip.compress(raw)), ("a.csv.gz", raw), ("a.csv.bz2", bz2.compress(raw)), ("a.csv.xz", lzma.compress(raw)),
+                         ("a.zip", zipped(b=raw, __MACOSX__b=b"")), ("a.zip", zipped(b=gzip.compress(raw)))):
+        [bars] = read(tmp_path, packed, name)
+        assert bars.symbol == "a" and bars.ohlcva[:, 3].tolist() == [11, 12, 12]
+    for packed, words in ((zipped(a=raw, b=raw), "2 files in one archive"), (zipped(**{"[Content_Types].xml": b""}), "Excel"),
+                          (gzip.compress(raw * 50)[:60], "cannot be read"), (bz2.compress(raw)[:-9], "cannot be read"),
+                          (lzma.compress(raw)[:-9], "cannot be read"), (zipped(a=raw)[:50], "cannot be read")):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path, packed)
+
+
+def test_folder_glob_and_a_symbol_in_two_files(tmp_path):
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(CSV.encode()))
+    (tmp_path / "y.csv").write_text("time,symbol,open,high,low,close\n2020-01-04,x,1,1,1,1\n2020-01-02,x,5,5,5,5\n")
+    (tmp_path / "notes.md").write_text("no bars")
+    for paths in (str(tmp_path), str(tmp_path / "*.csv*"), [str(tmp_path / "x.csv.gz"), str(tmp_path / "y.csv")]):
+        [bars] = data.load(paths)
+        assert bars.symbol == "x" and bars.ohlcva[:, 3].tolist() == [11, 5, 12, 1]
+
+
+def test_of_a_folder_the_useless_files_are_skipped_and_counted(tmp_path, capfd):
+    for name, text in (("A.csv", CSV), ("B.csv", CSV), ("._A.csv", "\0\0"), ("~$A.csv", "lock"), (".hidden.csv", "x"),
+                       ("none.csv", "time,open,high,low,close\n"), ("void.csv", " \n"), ("page.csv", "<html>")):
+        (tmp_path / name).write_text(text)
+    assert [bars.symbol for bars in data.load(str(tmp_path))] == ["A", "B"]
+    err = capfd.readouterr().err
+    assert "3 of 5 files skipped" in err and "none.csv:2: no rows" in err and "page.csv:1: no header" in err and err.count("\n") == 1
+    with pytest.raises(UserError, match="page.csv:1: no header"):  # who names a file means it
+        data.load([str(tmp_path / "A.csv"), str(tmp_path / "page.csv")])
+    for name in "AB":
+        (tmp_path / f"{name}.csv").write_text("<html>")  # with A more are bad than good; with B none is good
+        with pytest.raises(UserError, match="A.csv:1: no header"):
+            data.load(str(tmp_path))
+    for path, words in ((tmp_path / "no.csv", "no such file"), (tmp_path / "empty", "no CSV")):
+        os.makedirs(tmp_path / "empty", exist_ok=True)
+        with pytest.raises(UserError, match=words):
+            data.load(str(path))
+
+
+@pytest.mark.parametrize("names, symbols", [
+    (["BTCUSDT-1h-2020-01.csv"], ["BTCUSDT-1h-2020-01"]),
+    (["BTCUSDT-1h-2020-01.zip", "BTCUSDT-1h-2020-02.csv"], ["BTCUSDT"]),
+    (["BTC-1h-2020-01.csv", "BTC-1h-2020-02.csv", "BTC-1d-2020-01.csv", "BTC-1d-2020-02.csv"], ["BTC-1d", "BTC-1h"]),
+    (["A_2019.csv", "A_2020.csv", "B.csv"], ["A", "B"]),
+    (["A_20200101_20200131.csv", "A_20200201_20200229.csv"], ["A"]),
+    (["SPY-1.csv", "SPY-2.csv"], ["SPY-1", "SPY-2"]),
+])
+def test_files_that_differ_by_date_alone_are_one_symbol(tmp_path, names, symbols):
+    for k, name in enumerate(names):
+        (tmp_path / name).write_text(CSV.replace("2020-01", f"2020-0{k + 1}"))
+    assert sorted(bars.symbol for bars in data.load(str(tmp_path))) == symbols
+
+
+def test_intervals_are_not_mixed(tmp_path):
+    hours = "time,symbol,open,high,low,close\n" + "".join(f"2020-01-02 {h:02d}:00,A,1,3,0.5,2\n" for h in range(20))
+    (tmp_path / "h.csv").write_text(hours)
+    (tmp_path / "d.csv").write_text("time,symbol,open,high,low,close\n" + days(20, "A,1,3,0.5,2"))
+    with pytest.raises(UserError, match="A: bars every 3,600 s in one file and every 86,400 s in another"):
+        data.load(str(tmp_path))
+    with pytest.raises(UserError, match="one interval"):
+        data.write_folder(data.read_files(str(tmp_path)), tmp_path / "out")
+    (tmp_path / "d.csv").write_text(hours.replace("01-02", "01-03").replace("03:00", "03:30"))  # an odd bar is no interval
+    assert len(data.load(str(tmp_path))[0]) == 40
+
+
+def test_odd_bytes_in_names_and_symbols(tmp_path):
+    path = os.fsencode(tmp_path) + b"/a\xff\x1b[31m.csv"
+    with open(path, "wb") as f:
+        f.write(CSV.encode())
+    [bars] = data.load(os.fsdecode(path))
+    assert bars.symbol == "a??[31m"
+    rows = days(20, "A,1,3,0.5,2")
+    [bars] = read(tmp_path, f"time,symbol,open,high,low,close\n{rows}2020-03-01,\x1b[31m,1,3,0.5,2\n")
+    assert bars.symbol == "A" and len(bars) == 20
+
+
+def test_parse_time():
+    assert data.parse_time("2020-01-02 10:00") == data.parse_time("1577959200") == data.parse_time("20200102T100000Z") == 1577959200
+    assert data.parse_time(" 13/01/2020 ") == data.parse_time("20200113") == 1578873600
+    assert data.parse_time("2100-01-01") == 4102444800
+    for text in ("", "3", "soon", "9000-01-03", "2020-02-30", "03/04/2020", "1e300", "nan", "9" * 5000):
+        assert np.isnan(data.parse_time(text)), text
+
+
+# ---- the memory-mapped form
+
+def edits(folder):
+    """(what, function that spoils the folder) for each field of a folder, in a dozen ways."""
+    names = folder / "symbols.json"
+    for text in ("", "5", "[]", "{", "[1, 2]", '[""]', '["A", "A"]', '["A\\u001b[31m", "B"]', "[null, 2]", "[" * 5000, '["A", "B", "C"]'):
+        yield f"symbols.json {text[:20]}", lambda text=text: names.write_text(text)
+    for kind in ("time", "ohlcva"):
+        path = folder / f"000001.{kind}.npy"
+        array = np.load(path)
+        for k, raw in enumerate((b"", path.read_bytes()[:40], path.read_bytes()[:200], bytes(500), b"no array")):
+            yield f"{kind} cut {k}", lambda path=path, raw=raw: path.write_bytes(raw)
+        for spoiled in (array[:50], array[:0], array.astype(np.float32), array.astype(object), array.astype(str), array.astype(">f8"),
+                        array[None], np.zeros_like(array), np.float64(3), array.astype(complex)):
+            yield f"{kind} {spoiled.dtype} {spoiled.shape}", lambda path=path, spoiled=spoiled: np.save(path, spoiled, allow_pickle=True)
+    times = np.load(folder / "000001.time.npy")
+    times[1 << 16:] -= 9  # where the second piece begins
+    yield "times fall between pieces", lambda: np.save(folder / "000001.time.npy", times)
+    path = folder / "000001.ohlcva.npy"
+    for row, column, value in [(0, c, v) for c in range(4) for v in (0, -1, np.nan, np.inf, 1e40)] + [(70_000, 3, 0), (9, 4, -1), (9, 5, -1)]:
+        spoiled = np.load(path)
+        spoiled[row, column] = value
+        yield f"bar {row} {column} {value}", lambda spoiled=spoiled: np.save(path, spoiled)
+
+
+def test_a_spoiled_folder_is_refused_in_one_line(tmp_path):
+    n = 70_001  # the last bar in a second piece
+    bars = np.tile([1.0, 3.0, 0.5, 2.0, 7.0, np.nan], (n, 1))
+    series = [Bars("A", np.arange(9), bars[:9]), Bars("B", np.arange(n), bars)]
+    data.write_folder(series, tmp_path / "set")
+    whole = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    for what, spoil in list(edits(tmp_path / "set")):
+        spoil()
+        try:
+            data.load(str(tmp_path / "set"))
+            why = "nothing"
+        except UserError as e:
+            why = str(e)
+        assert "not a whole data set" in why and "\n" not in why, (what, why)
+        for path, raw in whole.items():
+            path.write_bytes(raw)
+    assert [len(b) for b in data.load(str(tmp_path / "set"))] == [9, n]
+
+
+# ---- whatever the bytes
+
+def test_csv_with_bytes_changed_is_read_right_or_refused(tmp_path):
+    """300 edits of good files: each ends in valid bars, all but a few those of the whole file, or in a UserError of one line."""
+    rng = np.random.default_rng(0)
+    rows = [f"2020-{m:02d}-{d:02d},1{d}.5,1{d}.9,1{d}.1,1{d}.{m},{d}00" for m in (1, 2) for d in range(1, 29)]
+    plain = "\n".join(["time,open,high,low,close,volume", *rows]) + "\n"
+    texts = [plain, plain.replace(",", ";").replace(".", ","), re.sub(r"(\d{4})-(\d\d)-(\d\d)", r"\3/\2/\1", plain),
+             re.sub(r"(\d{4})-(\d\d)-(\d\d),", r"\1\2\3,930,", plain).replace("time,", "date,time,")]
+    words = ["nan", "", "-", "1e400", "x", '"', ",", "\n", "\0", "\xff", "9" * 30, "2024-13-45", "0", "-1", "#", ";", "inf", "1,5", "1.234.567", "today"]
+    series = [read(tmp_path, text)[0] for text in texts]
+    for k in range(300):
+        whole = series[k % 4]
+        raw = bytearray(texts[k % 4].encode())
+        at = int(rng.integers(40, len(raw)))  # behind the header, whose names say what a number is
+        edit = rng.integers(4)
+        if edit == 0:
+            raw[at] = rng.integers(256)
+        elif edit == 1:
+            raw = raw[:at]
+        elif edit == 2:
+            raw[at:at] = words[rng.integers(len(words))].encode()
+        else:
+            raw[at:at + 9] = rng.integers(0, 256, 9, dtype=np.uint8).tobytes()
+        try:
+            [bars] = read(tmp_path, bytes(raw))
+        except UserError as e:
+            assert "\n" not in str(e), raw
+            continue
+        at = np.searchsorted(whole.time, bars.time) % len(whole)
+        same = (whole.time[at] == bars.time) & (whole.ohlcva[at, :5] == bars.ohlcva[:, :5]).all(1)
+        assert (~same).sum() <= 2 and (np.diff(bars.time) > 0).all(), raw
+        o, h, l, c = bars.ohlcva[:, :4].T
+        assert (l > 0).all() and (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all()
