@@ -25,7 +25,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 import data
-from data import DAY, UserError
+from data import DAY, UserError, future_times
 from model import close_table, load_checkpoint, norm
 from sample import Origin, by_close, jsonable, load_series, simulate_from
 from tokenizer import code_use
@@ -68,6 +68,11 @@ MIN_BLOCKS, MAX_BLOCKS = 20, 500  # of time: with fewer no interval; with more t
 RESIDUALS = 500                 # newest residuals that filtered historical simulation draws from
 LAMBDA = 0.94                   # decay of its volatility (as RiskMetrics, 1996)
 LAGS = 5                        # bars that the logistic regression looks at
+WINDOWS = (1, 5, 22, 66)        # bars over which HAR takes means
+HAR_FLOOR = 0.05                # least volatility in HAR, as a share of its mean
+LEVEL = 500                     # half-life, in bars, of the scale of HAR's residuals
+SEEN = 3                        # days after which a time of day counts as much as none
+HOUR = 3600
 NORMAL = statistics.NormalDist()
 
 
@@ -203,6 +208,16 @@ def judge_normal(mean, sigma, y):
     return dict(mean=mean, point=mean, pit=cdf, crps=sigma * (z * (2 * cdf - 1) + 2 * pdf - 1 / math.sqrt(math.pi)))
 
 
+def judge_scaled(z, scale, y):
+    """The same for scale [N] times values z [K] in order, all of one weight, and y [N]."""
+    y, K = y / scale, len(z)
+    below = np.searchsorted(z, y, "left"), np.searchsorted(z, y, "right")
+    total = np.append(0.0, z.cumsum())
+    distance = (2 * below[1] - K) * y + total[-1] - 2 * total[below[1]]  # sum of |z - y|
+    crps = distance / K - spread(z, np.arange(1, K + 1) / K)
+    return dict(mean=scale * z.mean(), point=scale * np.median(z), pit=(below[0] + below[1]) / (2 * K), crps=scale * crps)
+
+
 def joined(parts):
     """Forecasters of several sets of bars as one of all."""
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -319,7 +334,7 @@ def baselines(t, paths):
                                  path_point=path_zero, path_crps=np.abs(t.path_r)),
                 always_up=dict(p_up=zero + 1), ar1=joined([ar1(*a) for a in each]), logistic=logistic(t),
                 gaussian20=joined([gaussian(*a) for a in each]),
-                fhs=joined([historical(*a, paths, random) for a, random in zip(each, randoms)]))
+                fhs=joined([historical(*a, paths, random) for a, random in zip(each, randoms)]), har=har_on_ranges(t, paths))
 
 
 def ar1(r, first, last, origins, path_y):
@@ -364,6 +379,180 @@ def historical(r, first, last, origins, path_y, paths, random):
         moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
         variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
     return joined(one) | from_paths(moves.cumsum(-1), path_y)
+
+
+# ---- HAR: the strongest cheap opponent
+
+class Har:
+    """Forecasts of a positive series u of one symbol from its own past: heterogeneous autoregression.
+
+    root(u) is regressed on the roots of the means of u over WINDOWS (after Corsi, Journal of Financial Econometrics 2009),
+    root = sqrt or log, u in units of `unit` [T]: its mean before the first target times the usual factor of its time of
+    day. forecast [T]: of each bar, from the bars before it, in the same units as u. ratio: u / forecast of the `fitted`
+    bars, those before the first target whose means are settled.
+    """
+
+    def __init__(self, bars, u, first, root):
+        self.bars, self.root = bars, root
+        self.mean = max(u[:first].mean(), 1e-9)
+        u = np.maximum(u, HAR_FLOOR * self.mean)
+        self.factor = TimeOfDay(bars.time[:first], u[:first])
+        self.unit = self.mean * self.factor(bars.time)
+        self.u = u / self.unit
+        self.fitted = np.arange(min(WINDOWS[-1], first // 2), first)
+        means = np.stack([trailing_mean(self.u, n) for n in WINDOWS], 1)
+        self.x = np.concatenate([np.ones((1, len(WINDOWS))), means[:-1]])  # (T, 4): known before each bar
+
+    def fit(self, weights):
+        self.weights = weights
+        self.forecast = self.predict(np.moveaxis(self.x, 1, 0)) * self.unit
+        self.ratio = (self.u * self.unit / self.forecast)[self.fitted]
+
+    def predict(self, means):
+        """u of the next bar, in units of `unit`, from its means over WINDOWS, a list of [...]."""
+        total = self.weights[0]
+        for weight, mean in zip(self.weights[1:], means):
+            total = total + weight * self.root(mean)
+        return np.exp(total) if self.root is np.log else np.maximum(total, HAR_FLOOR**0.5)**2
+
+
+def fit_har(t, values, root):
+    """Har of each series in values, lists [T]; one regression for all symbols, on the bars before the first target of any."""
+    fits = [Har(bars, u, first, root) for bars, u, (first, _) in zip(t.series, values, t.ranges)]
+    x, y = [], []
+    for har in fits:
+        rows = har.fitted[har.bars.time[har.fitted] < t.time.min()]
+        x.append(har.x[rows])
+        y.append(har.u[rows])
+    x, y = np.concatenate(x), np.concatenate(y)
+    X = np.concatenate([np.ones((len(x), 1)), root(x)], axis=1)
+    precision = np.ones(len(x)) if root is np.log else 1 / np.sqrt(x).mean(1)  # a root's error grows with the root
+    weights = np.linalg.lstsq(X * precision[:, None], root(y) * precision, rcond=None)[0]
+    for har in fits:
+        har.fit(weights)
+    return fits
+
+
+class TimeOfDay:
+    """The usual factor of each time of day (bars within the day; else 1), called with stamps [...].
+
+    Fitted on u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), shrunk where a time was seen on
+    few days. Where bars come round the clock: of each hour of the day, then of each hour of the week relative to that;
+    else of each time of day that has bars.
+    """
+
+    def __init__(self, time, u):
+        self.levels = []  # (period, width, log factors)
+        step = np.median(np.diff(time))
+        if step >= DAY:
+            return
+        per_day = int(np.median(np.unique(time // DAY, return_counts=True)[1]))
+        x = np.log(u / trailing_mean(u, per_day))
+        x -= x.mean()
+        around = len(np.unique(time // HOUR % 24)) >= 23
+        for period, width in ((DAY, HOUR), (7 * DAY, HOUR)) if around else ((DAY, int(step)),):
+            slot = time % period // width
+            n = period // width + 1
+            total, count = np.bincount(slot, x, n), np.bincount(slot, minlength=n)
+            periods = np.bincount(np.unique(slot + n * (time // period)) % n, minlength=n)
+            log_factor = total / np.maximum(count, 1) * periods / (periods + SEEN)
+            self.levels.append((period, width, log_factor))
+            x = x - log_factor[slot]
+
+    def __call__(self, time):
+        log_factor = np.zeros(np.shape(time))
+        for period, width, levels in self.levels:
+            log_factor = log_factor + levels[time % period // width]
+        return np.exp(log_factor)
+
+
+def trailing_mean(u, n):
+    """Mean of the last n values up to each, of fewer at the beginning: [T]."""
+    total = np.cumsum(u)
+    total[n:] -= total[:-n].copy()
+    return total / np.minimum(np.arange(1, len(u) + 1), n)
+
+
+def range_volatility(bars):
+    """Of each bar sqrt(Parkinson variance + gap^2), in log price [T] (Parkinson, Journal of Business 1980)."""
+    open_, high, low, close = bars.ohlcva[:, :4].T
+    gap = np.log(open_ / np.append(open_[0], close[:-1]))
+    return np.sqrt(np.log(high / low)**2 / (4 * math.log(2)) + gap**2)
+
+
+class Volatility:
+    """HAR on ranges of every series, and the residuals of their returns.
+
+    hars: Har of the range volatility; scale [T + 1] of each: of |return| / forecast, by a decayed mean with half-life LEVEL
+    over the bars before; z, ratio [RESIDUALS] of each: return / (forecast * scale) in order, and what the forecast of the
+    same bar was off by: half of its own before the first target, half of all symbols'.
+    """
+
+    def __init__(self, t):
+        self.hars = fit_har(t, [range_volatility(bars) for bars in t.series], np.sqrt)
+        size = [np.abs(r) / har.forecast for r, har in zip(t.returns, self.hars)]
+        early = [har.fitted[har.bars.time[har.fitted] < t.time.min()] for har in self.hars]
+        common = np.concatenate([s[rows] for s, rows in zip(size, early)]).mean()
+        self.scale = [slow_scale(s, har.fitted, common) for s, har in zip(size, self.hars)]
+        z = [r / (har.forecast * scale[:-1]) for r, har, scale in zip(t.returns, self.hars, self.scale)]
+        ratio = [har.u * har.unit / har.forecast for har in self.hars]
+        self.tables = []
+        every = [np.concatenate([v[rows] for v, rows in zip(values, early)]) for values in (z, ratio)]
+        shared = evenly(*every, RESIDUALS - RESIDUALS // 2)
+        for own_z, own_ratio, har in zip(z, ratio, self.hars):
+            own = evenly(own_z[har.fitted], own_ratio[har.fitted], RESIDUALS // 2)
+            self.tables.append(evenly(*np.concatenate([own, shared], axis=1), RESIDUALS))
+
+    def paths(self, i, origins, paths, horizon, random):
+        """Log returns [n, paths, horizon] since each origin of series i."""
+        har, (z, ratio), n = self.hars[i], self.tables[i], len(origins)
+        usual = np.ones((n, horizon))
+        if har.factor.levels:
+            for row, o in zip(usual, origins):
+                row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon))
+        scale = self.scale[i][origins + 1, None] * har.mean * usual  # (n, H)
+        past = np.append(0.0, har.u.cumsum())
+        drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
+        pick = random.integers(len(z), size=moves.shape)
+        for k in range(horizon):
+            means = []
+            for window in WINDOWS:
+                known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
+                total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]
+                means.append(total / np.minimum(window, origins + 1 + k)[:, None])
+            forecast = har.predict(means)  # (n, paths)
+            drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
+            moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
+        return moves.cumsum(-1)
+
+
+def slow_scale(size, fitted, common):
+    """Decayed mean of sizes before each bar and after the last, [T + 1], from their mean over the fitted ones on."""
+    usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)  # few bars of its own: that of all symbols counts too
+    seen = np.arange(len(size)) >= fitted[0]
+    decay = 0.5 ** (1 / LEVEL)
+    total = data.decayed_sum(np.minimum(size, 6 * usual) * seen, decay=decay)  # one wild bar is not a new level
+    weight = data.decayed_sum(seen.astype(float), decay=decay)
+    return np.append(usual, (total + LEVEL / 2 * usual) / (weight + LEVEL / 2))
+
+
+def evenly(z, ratio, n):
+    """n of the pairs (z, ratio), evenly chosen in the order of z: [2, n]."""
+    rows = np.argsort(z, kind="stable")[((np.arange(n) + 0.5) / n * len(z)).astype(int)]
+    return np.stack([z[rows], ratio[rows]])
+
+
+def har_on_ranges(t, paths):
+    """Returns as the forecast volatility times residuals; along the paths the volatility follows the ranges drawn."""
+    volatility, random = Volatility(t), np.random.default_rng([t.seed, 3])
+    parts, row = [], 0
+    for i, (r, (first, last), origins) in enumerate(zip(t.returns, t.ranges, t.origins)):
+        sigma = (volatility.hars[i].forecast * volatility.scale[i][:-1])[first:last]
+        one = judge_scaled(volatility.tables[i][0], sigma, r[first:last])
+        moves = volatility.paths(i, origins, paths, t.horizon, random)
+        parts.append(one | from_paths(moves, t.path_r[row:row + len(origins)]))
+        row += len(origins)
+    return joined(parts)
 
 
 def logistic(t):
@@ -776,16 +965,16 @@ SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 10
          ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4), ("mape", "MAPE %", 1, 4), ("crps", "CRPS", 1, 4),
          ("coverage50", "in 50 % band", 100, 2), ("coverage80", "in 80 % band", 100, 2),
          ("coverage90", "in 90 % band", 100, 2))  # score, label, factor, digits
-HEADS = ("persist", "up", "ar1", "logit", "gauss20", "fhs")
+HEADS = ("persist", "up", "ar1", "logit", "gauss", "fhs", "har")
 
 
 def print_backtest(result, horizon, cost_bps):
     """Metrics as rows, forecasters as columns of 8; under each value half its interval."""
     columns = {entry["ckpt"]: entry for entry in result["checkpoints"]} | result["baselines"]
-    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-8:] for entry in result["checkpoints"]]
+    heads = [os.path.basename(entry["ckpt"]).removesuffix(".pt")[-7:] for entry in result["checkpoints"]]
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
     print(f"± half the 95 % interval; MAE, RMSE, CRPS in log return x 100; costs of {cost_bps:g} bps")
-    print(" " * 14 + "".join(f"{head:>9}" for head in (*heads, *HEADS)))
+    print(" " * 14 + "".join(f"{head:>8}" for head in (*heads, *HEADS)))
     rows = [(label, [entry[m] for entry in columns.values()], scale, digits) for m, label, scale, digits in SHOWN]
     for m, label in (("path_mape", "MAPE %"), ("path_crps", "CRPS")):
         for k in sorted({(horizon + 1) // 2, horizon}):
@@ -795,14 +984,14 @@ def print_backtest(result, horizon, cost_bps):
     for label, scores, scale, digits in rows:
         values = [f"{s['value'] * scale:.{digits}f}" if s else "." for s in scores]
         halves = [f"±{(s['hi'] - s['lo']) / 2 * scale:.{digits}f}" if s and s["lo"] is not None else "" for s in scores]
-        print(f"{label:14}" + "".join(f"{v:>9}" for v in values))
+        print(f"{label:14}" + "".join(f"{v:>8}" for v in values))
         if any(halves):
-            print(" " * 14 + "".join(f"{h:>9}" for h in halves))
+            print(" " * 14 + "".join(f"{h:>8}" for h in halves))
     # ratios to the two baselines that know volatility, and between checkpoints
     own = [entry["ckpt"] for entry in result["checkpoints"]]
     print("\npaired, the same blocks drawn for both")
     for pair in result["paired"]:
-        if pair["b"] not in own and pair["b"] not in ("fhs", "gaussian20"):
+        if pair["b"] not in own and pair["b"] not in ("fhs", "har"):
             continue
         what = "ratio" if pair["ratio"] else "difference"
         score, metric = pair[what], pair["metric"]

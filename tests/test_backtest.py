@@ -114,6 +114,17 @@ def test_path_intervals_count_the_blocks_that_hold_paths():
     assert backtest.scored(*backtest.at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
 
 
+def test_judge_scaled_is_judge():
+    rng = np.random.default_rng(0)
+    z, scale, y = np.sort(rng.standard_t(3, 40)), rng.random(30) + 0.1, rng.normal(size=30)
+    z[5:8] = z[5]
+    y[:9] = scale[:9] * z[:9]     # on a step, up to rounding
+    got, want = backtest.judge_scaled(z, scale, y), backtest.judge(scale[:, None] * z, np.full((30, 40), 1 / 40), y)
+    for key in want:
+        np.testing.assert_allclose(got[key][9:], want[key][9:], rtol=1e-9, err_msg=key)
+        np.testing.assert_allclose(got[key][:9], want[key][:9], atol=0.05, err_msg=key)
+
+
 def test_crps_of_a_gaussian_is_its_closed_form():
     """sigma (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)): of many quantiles, of draws in the mean, and as an integral."""
     mu, sigma, y = 0.3, 2.0, np.array([-3.0, 0.2, 1.0, 6.0])
@@ -419,6 +430,88 @@ def test_baselines_are_the_naive_ones(triple):
         assert f["ar1"]["path_point"][first + j, 2] == pytest.approx(sum(step))
 
 
+# ---- HAR
+
+def ranging(u, seed=0, start=1_400_025_600, step=DAY):
+    """Bars without gaps whose range volatility is u [T]."""
+    rng = np.random.default_rng(seed)
+    width = u * math.sqrt(4 * math.log(2))
+    up = rng.uniform(0, 1, len(u)) * width                      # of the high above the open
+    move = up - rng.uniform(0, 1, len(u)) * width
+    close = 100 * np.exp(np.cumsum(move))
+    open_ = np.append(100.0, close[:-1])
+    high, low = open_ * np.exp(up), open_ * np.exp(up - width)
+    volume = np.full(len(u), 1000.0)
+    return data.Bars(f"R{seed}", start + step * np.arange(len(u)), np.stack([open_, high, low, close, volume, volume * close], 1))
+
+
+def test_har_finds_the_weights_of_its_own_law():
+    true, series = (0.1, 0.25, 0.2, 0.25, 0.2), []
+    for seed in range(6):
+        rng, u = np.random.default_rng(seed), list(np.full(66, 1.0))
+        for _ in range(4000):
+            root = true[0] + sum(b * math.sqrt(np.mean(u[-n:])) for b, n in zip(true[1:], (1, 5, 22, 66)))
+            u.append((root * (1 + 0.25 * rng.normal()))**2)
+        series.append(ranging(0.01 * (1 + seed) * np.array(u), seed))
+    t = backtest.Targets(series, int(series[0].time[4000]), 2**62, 2, 20, 0)
+    values = [backtest.range_volatility(bars) for bars in series]
+    har = backtest.fit_har(t, values, np.sqrt)[3]
+    np.testing.assert_allclose(har.weights[1:], true[1:], atol=0.05)
+    assert np.mean(har.ratio) == pytest.approx(1 + 0.25**2, abs=0.02)
+
+
+def test_har_is_the_naive_loop():
+    series = daily(300, 3)
+    t = targets(series, 200, horizon=2, stride=20)
+    v = []
+    for bars in series:
+        o, h, l, c = bars.ohlcva[:, :4].T
+        v.append([math.sqrt(math.log(h[k] / l[k])**2 / (4 * math.log(2)) + (math.log(o[k] / c[k - 1])**2 if k else 0)) for k in range(300)])
+    v = [np.maximum(u, 0.05 * np.mean(u[:200])) / np.mean(u[:200]) for u in v]
+    lagged = lambda u, k: [1.0] + [math.sqrt(np.mean(u[max(0, k - n):k])) for n in (1, 5, 22, 66)]       # known before bar k
+    X = np.array([lagged(u, k) for u in v for k in range(66, 200)])
+    y = np.array([math.sqrt(u[k]) for u in v for k in range(66, 200)])
+    w = np.array([1 / np.mean(row[1:]) for row in X])
+    beta = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]
+    hars = backtest.fit_har(t, [backtest.range_volatility(bars) for bars in series], np.sqrt)
+    np.testing.assert_allclose(hars[0].weights, beta, rtol=1e-6)
+    for k in (200, 277):
+        want = np.dot(beta, lagged(v[1], k))**2 * backtest.range_volatility(series[1])[:200].mean()
+        assert hars[1].forecast[k] == pytest.approx(want)
+    f = backtest.har_on_ranges(t, 4000)
+    first = sum(map(len, t.origins[:1]))
+    for j, origin in enumerate(t.origins[1]):       # the paths' first step is the next bar's forecast, up to the draws
+        assert f["path_crps"][first + j, 0] == pytest.approx(f["crps"][100 + origin + 1 - 200], rel=0.05, abs=1e-4)
+
+
+def test_har_paths_follow_the_volatility_drawn():
+    """A path whose ranges were wide goes on wide: the size of its steps depends on the ones before."""
+    rng = np.random.default_rng(0)
+    series = [ranging(0.01 * np.exp(0.5 * rng.normal(size=1500)), seed) for seed in range(2)]
+    t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
+    volatility = backtest.Volatility(t)
+    volatility.hars[0].weights[:] = 0.1, 0.9, 0, 0, 0
+    moves = np.diff(volatility.paths(0, np.array([1100]), 20_000, 5, rng), axis=-1, prepend=0)[0]
+    size = np.log(np.abs(moves) + 1e-9)
+    assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
+    z, ratio = volatility.tables[0]
+    assert np.abs(moves[:, 1:2]).mean() == pytest.approx(       # two steps by hand: forecast, drawn range, next forecast
+        np.mean([(0.1 + 0.9 * math.sqrt((0.1 + 0.9 * math.sqrt(volatility.hars[0].u[1100]))**2 * q))**2 for q in ratio])
+        * np.abs(z).mean() * volatility.hars[0].mean * volatility.scale[0][1101], rel=0.03)
+
+
+@pytest.mark.parametrize("step, hours", [(300, range(24)), (900, range(9, 17))])
+def test_time_of_day_factors_are_found(step, hours):
+    time = np.arange(0, 60 * DAY, step)
+    time = time[np.isin(time // 3600 % 24, hours)]
+    usual = 1 + 0.5 * np.sin(time % DAY / DAY * 2 * math.pi)
+    u = 0.01 * usual * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
+    found = backtest.TimeOfDay(time[:len(time) // 2], u[:len(time) // 2])(time)
+    within = np.corrcoef(np.log(found), np.log(usual))[0, 1]
+    assert within > 0.98 and np.std(np.log(found)) == pytest.approx(np.std(np.log(usual)), rel=0.15)
+    assert (backtest.TimeOfDay(time[::step // 300 * 288][:40], u[:40])(time) == 1).all()        # daily: none
+
+
 # ---- the interface
 
 def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
@@ -428,13 +521,13 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     text = "date,symbol,open,high,low,close,volume,amount\n" + "".join(
         f"{t},{b.symbol}," + ",".join(map(repr, row.tolist())) + "\n" for b in series for t, row in zip(b.time, b.ohlcva))
     (tmp_path / "bars.csv").write_text(text)
-    argv = ["--ckpt", *(tmp_path / f"{n}.pt" for n in "abc"), "--backtest", "--data", tmp_path / "bars.csv", "--horizon", 4, "--paths", 4, "--stride", 40]
-    status, out, err = call("sample", *argv, "--json")
+    argv = ["--ckpt", *(tmp_path / f"{n}.pt" for n in "abc"), "--data", tmp_path / "bars.csv", "--horizon", 4, "--paths", 4, "--stride", 40]
+    status, out, err = call("backtest", *argv, "--json")
     assert status == 0, err
     result = json.loads(out)
     assert list(result) == KEYS and result["split"] == "test" and result["blocks"] == 25
     assert result["start"] == data.iso(series[0].time[200]) and result["end"] == data.iso(series[0].time[299])
-    assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs"]
+    assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs", "har"]
     for entry in result["checkpoints"]:
         assert list(entry) == ["ckpt", *SCORES, "tokens"]
         assert sorted(entry["tokens"]) == ["coarse_perplexity", "coarse_used", "fine_perplexity", "fine_used", "pairs"]
@@ -448,9 +541,9 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert result["baselines"]["always_up"]["balanced_accuracy"]["value"] == 0.5 and result["baselines"]["always_up"]["mae"] is None
     pairs = {(p["a"][-4:-3], p["b"][-4:-3], p["metric"]) for p in result["paired"]}
     assert {("a", "b", "da"), ("a", "c", "crps"), ("b", "c", "path_crps")} <= pairs
-    status, out, err = call("sample", *argv, "--by", "volatility", "--cost_bps", 5)
+    status, out, err = call("backtest", *argv, "--by", "volatility", "--cost_bps", 5)
     assert status == 0 and "correlation of pairs" in out and "middle" in out
-    status, out, _ = call("sample", "--ckpt", tmp_path / "a.pt", *argv[4:])
+    status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:])
     assert status == 0 and max(map(len, out.split("paired")[0].splitlines())) <= 80, out
 
 
