@@ -50,7 +50,7 @@ class Config:
     end: str | None = None             # first date after the targets
     horizon: int = 10                  # bars ahead, of the paths
     paths: int = 100                   # sampled futures of each origin
-    stride: int | None = None          # bars between the origins of paths (default: the horizon, or more for many symbols)
+    stride: int | None = None          # bars between the origins of paths (default: the horizon, or a thousand origins)
     parallel: bool = False             # also the latent slots' forecast of all bars at once (at most 16)
     by: str | None = None              # scores by symbol, quarter or volatility too
     cost_bps: float = 0.0              # cost of trading, in 1/10000 of the value traded
@@ -326,8 +326,8 @@ def from_paths(moves, t, rows):
     pit = (K * scores["pit"] + 0.5) / (K + 1)
     volatility = judge_draws(np.sqrt((moves**2).sum(-1)), t.path_rv[rows])
     worst = np.sort(-np.expm1(r[:, :, -1]), 1)[:, -max(1, round(0.05 * K)):]  # losses beyond VaR 95 %
-    return dict(path_point=scores["point"], path_crps=scores["crps"], path_pit=pit, path_width=np.full(y.shape, 1 / (K + 1)),
-                path_rv_crps=volatility["crps"], path_es95=worst.mean(1),
+    return dict(path_point=scores["point"], path_crps=scores["crps"], path_pit=pit,
+                path_width=np.full(y.shape, 1 / (K + 1)), path_rv_crps=volatility["crps"], path_es95=worst.mean(1),
                 path_extreme=chance_extreme(r[:, :, -1], t.usual[rows], t.horizon))
 
 
@@ -426,7 +426,7 @@ class Bins:
     share: torch.Tensor
 
     def probabilities(self, coarse, probe, fine):
-        """P(bin) float64 [m, bins] from P(coarse) [m, 2^k1] and, for coarse tokens probe [m, n], P(fine) / n [m, n, 2^k2]."""
+        """P(bin) float64 [m, bins], from coarse = P(coarse) [m, 2^k1], tokens probe [m, n], fine = P(fine) / n of each."""
         p = coarse @ self.share - self.share[probe].mean(1)
         p.scatter_add_(1, self.of[probe].flatten(1), fine.flatten(1))
         return p.double().cpu().numpy()
@@ -463,7 +463,8 @@ def candle_tables(tokenizer):
     rows = {"close": [], "range": [], "volume": []}
     fine = torch.arange(2**tokenizer.config.fine_bits)
     for coarse in range(2**tokenizer.config.coarse_bits):
-        close, open_, upper, lower, volume, _ = tokenizer.decode(torch.full_like(fine, coarse), fine).double().sinh().unbind(-1)
+        x = tokenizer.decode(torch.full_like(fine, coarse), fine).double()
+        close, open_, upper, lower, volume, _ = x.sinh().unbind(-1)
         rows["close"].append(close)
         rows["range"].append((close - open_).abs() + upper.clamp(min=0) + lower.clamp(min=0))
         rows["volume"].append(volume)
@@ -606,13 +607,13 @@ def har(t, paths):
     range_tables, volume_tables = residual_tables(t, ranges), volumes and residual_tables(t, volumes)
 
     def forecaster(t, i, rows):
-        first, last = t.ranges[i]
-        now = slice(first, last)
-        scores = judge_residuals(volatility.tables[i][0], t.returns[i][now], scale=volatility.sigma[i][now])
-        scores |= named("range", judge_residuals(range_tables[i], log_range(t.series[i])[now], scale=ranges[i].forecast[now]))
+        bars, now = t.series[i], slice(*t.ranges[i])
+        z, _ = volatility.tables[i]
+        scores = judge_residuals(z, t.returns[i][now], scale=volatility.sigma[i][now])
+        scores |= named("range", judge_residuals(range_tables[i], log_range(bars)[now], scale=ranges[i].forecast[now]))
         if volumes:
-            volume = log_volume(t.series[i])[now]
-            scores |= named("volume", judge_residuals(np.log(volume_tables[i]), volume, np.log(volumes[i].forecast[now])))
+            z, location = np.log(volume_tables[i]), np.log(volumes[i].forecast[now])
+            scores |= named("volume", judge_residuals(z, log_volume(bars)[now], location))
         return scores | from_paths(volatility.paths(i, t.origins[i], paths, t.horizon, random), t, rows)
 
     return each_series(t, forecaster)
@@ -621,10 +622,10 @@ def har(t, paths):
 class Har:
     """Forecasts of a positive series u [T] of one symbol from its own past: heterogeneous autoregression.
 
-    root(u) is regressed on the roots of the means of u over WINDOWS (after Corsi, Journal of Financial Econometrics 2009),
-    root = sqrt or log, u in units of its mean before the first target times the usual factor of its time of day.
-    NaN where a bar has none. forecast [T]: of each bar from the bars before it, ratio [T]: u over that. fitted: the known bars
-    before the first target whose means are settled.
+    root(u) is regressed on the roots of the means of u over WINDOWS (after Corsi, Journal of Financial Econometrics
+    2009): root is sqrt or log, u in units of its mean before the first target times the usual factor of its time of day.
+    u is NaN where a bar has none. forecast [T]: of each bar, from the bars before it; ratio [T]: u over that; fitted: the
+    known bars before the first target whose means are settled.
     """
 
     def __init__(self, bars, u, first, root):
@@ -658,7 +659,7 @@ class Har:
 
 
 def fit_har(t, values, root):
-    """A Har of each series' values [T], with one regression for all of them; None where there is nothing to learn from."""
+    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from."""
     hars = [Har(bars, u, first, root) for bars, u, (first, _) in zip(t.series, values, t.ranges)]
     if not any(len(har.early(t)) for har in hars):
         return None
@@ -1113,7 +1114,7 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
 
 def warn_of_few_blocks(t):
     """Say which scores have no interval, and what it takes."""
-    for what, n, horizon in (("the next bar", t.n_blocks, 1), (f"{t.horizon} bars ahead", t.blocks_of("path"), t.horizon)):
+    for what, horizon, n in (("the next bar", 1, t.n_blocks), (f"{t.horizon} bars ahead", t.horizon, t.blocks_of("path"))):
         if n >= MIN_BLOCKS:
             continue
         more = t.missing(horizon)
@@ -1161,8 +1162,9 @@ def token_correlations(tokens, accuracies, t):
     with np.errstate(all="ignore"):
         for key in tokens[0]:
             x = np.array([float(use[key]) for use in tokens])
-            out[key] = dict(pearson=scored(pearson(x, value), pearson(x, drawn), t.n_blocks),
-                            spearman=scored(pearson(places(x), places(value)), pearson(places(x), places(drawn)), t.n_blocks))
+            linear = pearson(x, value), pearson(x, drawn)
+            ranked = pearson(places(x), places(value)), pearson(places(x), places(drawn))
+            out[key] = dict(pearson=scored(*linear, t.n_blocks), spearman=scored(*ranked, t.n_blocks))
     return out
 
 
@@ -1277,8 +1279,9 @@ SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 10
          ("range_coverage90", "  in 90 %", 100, 2), ("volume_crps", "volume CRPS", 1, 4),
          ("volume_coverage90", "  in 90 %", 100, 2))  # score, label, factor, digits
 RISK = (("path_rv_crps", "volatility CRPS", 1, 4), ("var95_hits", "beyond VaR %", 100, 2),
-        ("es95_ratio", "loss to ES", 1, 3), ("extreme_flagged", "! raised %", 100, 2), ("extreme_said", "  chance, %", 100, 1),
-        ("extreme_came", "  came true, %", 100, 1), ("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))
+        ("es95_ratio", "loss to ES", 1, 3), ("extreme_flagged", "! raised %", 100, 2),
+        ("extreme_said", "  chance, %", 100, 1), ("extreme_came", "  came true %", 100, 1),
+        ("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))
 HEADS = dict(persistence="persist", always_up="up", ar1="ar1", logistic="logit", gaussian20="gauss", fhs="fhs", har="har")
 HIGHER = ("da",)  # scores of AGAINST_RIVALS of which more is better
 
@@ -1368,8 +1371,8 @@ def main(argv=None):
     config = Config(**data.cli(Config, __doc__, argv))
     check(config)
     series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
-    result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths, config.stride,
-                      config.seed, config.parallel, config.by, config.cost_bps, config.device)
+    result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
+                      config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device)
     if config.json:
         kept = {key: value for key, value in result.items() if key in KEYS or key == "by"}
         print(json.dumps(jsonable(kept)))

@@ -97,7 +97,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
 
 
 @torch.no_grad()
-def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False, times=None):
+def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
+                  times=None):
     """As simulate, of Origins. Those with contexts of one length go side by side, as many as BATCH_BYTES hold."""
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
@@ -111,7 +112,8 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     at_once = rows_at_once(model)
     for rows in batches(origins, max(1, min(BATCH_ORIGINS, at_once // paths))):
         part = [origins[i] for i in rows]
-        tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel, at_once)
+        tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel,
+                                         at_once)
         x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
         ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up
@@ -206,7 +208,7 @@ def times_ahead(origins, horizon, times):
         return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
     times = np.asarray(times, np.int64)
     if times.shape not in ((horizon,), (len(origins), horizon)):
-        raise UserError(f"times: {times.shape[-1] if times.ndim else 0} stamps for {horizon} bars; give one for each bar ahead")
+        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
     times = np.broadcast_to(times, (len(origins), horizon))
     for o, row in zip(origins, times):
         if (np.diff(row, prepend=o.time[-1]) <= 0).any():
@@ -332,7 +334,8 @@ def print_report(rows, horizon, breadth, mean_p_up):
     for r in sorted(rows, key=rank_of):
         flag = " !" if r["p_extreme"] > WARN else ""
         rank = r["rank"] or f" ended {r['last_time'][:10]}"
-        print(f"{plain(r['symbol']):{width}} {r['last_close']:>8.6g} {r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
+        print(f"{plain(r['symbol']):{width}} {r['last_close']:>8.6g} "
+              f"{r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
               f"{r['expected_return'] * 100:>+6.2f} {r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} "
               f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>4.1f}{rank:>5}{flag}")
     ranked = [r for r in rows if r["rank"]]
@@ -350,7 +353,8 @@ def print_options(rows, width):
     print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
     for r in rows:
         for o in r["options"]:
-            print(f"{plain(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} {o['call']:>10.4g} {o['put']:>10.4g}")
+            print(f"{plain(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
+                  f"{o['call']:>10.4g} {o['put']:>10.4g}")
 
 
 def write_csv(path, histories, ohlcva, times):
@@ -364,7 +368,8 @@ def write_csv(path, histories, ohlcva, times):
             quantiles, medians = np.quantile(close, QUANTILES, axis=0).T, median_bars(paths, bars)
             for k, when in enumerate(stamps.astype("datetime64[s]")):
                 values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
-                writer.writerow([f"{when}Z", cell(bars.symbol), k + 1, *("" if math.isnan(v) else f"{v:.8g}" for v in values)])
+                texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
+                writer.writerow([f"{when}Z", cell(bars.symbol), k + 1, *texts])
 
 
 def median_bars(paths, bars):
@@ -461,7 +466,7 @@ class Panel:
 
 
 def plot_forecast(path, histories, ohlcva, times):
-    """Last bars as candles, the fan of the forecast beside them; one panel a symbol, at most 12. times: int64 [n, horizon]."""
+    """Last bars as candles, the fan of the forecast beside them; one panel a symbol, at most 12. times: [n, horizon]."""
     n = min(len(histories), 12)
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
@@ -622,7 +627,7 @@ def read_times(path, histories, horizon):
             continue
         time = data.parse_time(text.strip())
         if math.isnan(time):
-            raise UserError(f"{path}:{number}: {plain(text)[:40]!r} is no time; write it as 2018-01-01 or 2018-01-01 14:30")
+            raise UserError(f"{path}:{number}: {plain(text)[:40]!r} is no time; write it as 2018-01-31 or 2018-01-31 14:30")
         stamps.append(int(time))
     stamps, rows = np.unique(np.array(stamps, np.int64)), []
     for bars in histories:

@@ -631,6 +631,29 @@ def test_har_paths_follow_the_volatility_drawn():
         * np.abs(z).mean() * volatility.hars[0].mean * volatility.scale[0][1101], rel=0.03)
 
 
+def test_har_learns_from_no_bar_after_the_first_target_of_any_symbol():
+    """A symbol listed late has its context after the others' first targets: they must not see it."""
+    series = daily(300, 4)
+    late = [data.Bars("LATE", bars.time[190:], bars.ohlcva[190:].copy()) for bars in daily(300, 1, seed=9) for _ in range(2)]
+    late[1].ohlcva[15:, :4] *= np.exp(np.cumsum(0.2 * np.random.default_rng(1).normal(size=95)))[:, None]
+    found = [backtest.har(targets([*series, one], 200), 3) for one in late]
+    assert all(np.array_equal(found[0][key][:400], found[1][key][:400]) for key in ("point", "range_crps", "volume_crps"))
+    assert not np.array_equal(found[0]["crps"][400:], found[1]["crps"][400:])
+
+
+def test_har_knows_the_time_of_day_of_the_bars_to_come():
+    """Hours that differ fourfold: a path's first step is the next bar's forecast in each of them."""
+    hour = np.arange(3000) % 24
+    series = [ranging(0.001 * np.where(hour < 6, 4, 1) * np.exp(0.2 * np.random.default_rng(s).normal(size=3000)), s, step=3600) for s in range(2)]
+    t = backtest.Targets(series, int(series[0].time[2800]), 2**62, 2, 13, 0)
+    f = backtest.har(t, 4000)
+    at = np.concatenate([o + 1 - first + i * 200 for i, (o, (first, _)) in enumerate(zip(t.origins, t.ranges))])
+    np.testing.assert_allclose(f["path_crps"][:, 0], f["crps"][at], rtol=0.08, atol=1e-5)
+    busy = hour[2800:] < 6
+    sigma = t.volatility.sigma[0][2800:]
+    assert sigma[busy].mean() / sigma[~busy].mean() == pytest.approx(4, rel=0.1)
+
+
 @pytest.mark.parametrize("step, hours", [(300, range(24)), (900, range(9, 17))])
 def test_time_of_day_factors_are_found(step, hours):
     time = np.arange(0, 60 * DAY, step)
@@ -676,6 +699,21 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert status == 0 and "correlation of pairs" in out and "steady" in out
     status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:])
     assert status == 0 and max(map(len, out.split("paired")[0].splitlines())) <= 80, out
+
+
+def test_the_best_opponent_is_the_one_shown():
+    score = lambda v: dict(value=v, lo=None, hi=None)
+    found = dict(a=dict(crps=score(2), da=score(0.5), path_crps=[score(1), score(9)]), b=dict(crps=score(1), da=score(0.6), path_crps=None),
+                 c=dict(crps=None, da=None, path_crps=[score(2), score(8)]))
+    assert [backtest.best_rival(found, m) for m in ("crps", "da", "path_crps")] == ["b", "b", "c"]
+
+
+def test_groups_by_volatility_are_thirds_of_where_it_is_to_go():
+    t = targets(daily(400, 3), 150)
+    groups = dict(backtest.groups_of(t, "volatility"))
+    rising = np.concatenate([sigma[150:] for sigma in t.volatility.sigma]) / t.s
+    assert rising[groups["falling"]].max() <= rising[groups["steady"]].min() and rising[groups["steady"]].max() <= rising[groups["rising"]].min()
+    assert [mask.sum() for mask in groups.values()] == [250, 250, 250]
 
 
 def test_paired_differences_use_the_same_blocks(triple):
