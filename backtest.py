@@ -74,7 +74,7 @@ RESIDUALS = 500                 # that filtered historical simulation (the newes
 LAMBDA = 0.94                   # decay of the former's volatility (as RiskMetrics, 1996)
 LAGS = 5                        # bars that the logistic regression looks at
 WINDOWS = (1, 5, 22, 66)        # bars over which HAR takes means
-HAR_FLOOR = 0.05                # least value in HAR, as a share of the mean
+HAR_FLOOR = 0.05                # least range in HAR, as a share of the mean
 LEVEL = 500                     # half-life, in bars, of the scale of HAR's residuals
 SEEN = 3                        # days after which what a time of day shows counts for half
 HOUR = 3600
@@ -623,7 +623,8 @@ class Har:
     """Forecasts of a positive series u [T] of one symbol from its own past: heterogeneous autoregression.
 
     root(u) is regressed on the roots of the means of u over WINDOWS (after Corsi, Journal of Financial Econometrics
-    2009): root is sqrt or log, u in units of its mean before the first target times the usual factor of its time of day.
+    2009): root is sqrt, or log with geometric means; u in units of its mean before the first target times the usual factor
+    of its time of day.
     u is NaN where a bar has none. forecast [T]: of each bar, from the bars before it; ratio [T]: u over that; fitted: the
     known bars before the first target whose means are settled.
     """
@@ -632,14 +633,18 @@ class Har:
         self.bars, self.root = bars, root
         known = np.isfinite(u)
         self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
-        u = np.maximum(np.where(known, u, self.mean), HAR_FLOOR * self.mean)
+        u = np.where(known, u, self.mean)
+        u = u if root is np.log else np.maximum(u, HAR_FLOOR * self.mean)
         self.factor = TimeOfDay(bars.time[:first], u[:first])
         self.unit = self.mean * self.factor(bars.time)
         self.u = u / self.unit
         rows = np.arange(min(WINDOWS[-1], first // 2), first)
         self.fitted = rows[known[rows]]
-        means = np.stack([trailing_mean(self.u, n) for n in WINDOWS], 1)
-        self.means = np.concatenate([np.ones((1, len(WINDOWS))), means[:-1]])  # (T, 4): known before each bar
+        if root is np.log:  # geometric means: the regression is one of logs on means of logs
+            means = [np.exp(trailing_mean(np.log(self.u), n)) for n in WINDOWS]
+        else:
+            means = [trailing_mean(self.u, n) for n in WINDOWS]
+        self.means = np.concatenate([np.ones((1, len(WINDOWS))), np.stack(means, 1)[:-1]])  # (T, 4): known before each bar
 
     def fit(self, weights):
         self.weights = weights
