@@ -64,11 +64,13 @@ METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", 
            "path_mape", "path_crps", "path_rv_crps", "var95_hits", "es95_ratio",
            "extreme_flagged", "extreme_said", "extreme_came")
 OF_PATHS = ("path", "var95", "es95", "extreme")  # scores of paths begin so
+RARE = ("var95", "es95", "extreme")              # of those that count rare cases
 RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios too
 KEYS = ("split", "start", "end", "blocks", "checkpoints", "baselines", "paired")
 BINS, PROBES = 512, 32           # of the next bar's close; coarse tokens of each bar whose fine tokens are looked at
 REPLICATES = 2000               # of the bootstrap
 MIN_BLOCKS, MAX_BLOCKS = 20, 500  # of time: with fewer no interval; with more they are merged
+MIN_CASES = 5                   # blocks with a rare case; with fewer no interval
 ORIGINS = 1000                  # of paths, in all, by default; but at least ten a symbol
 RESIDUALS = 500                 # that filtered historical simulation (the newest) and HAR draw from
 LAMBDA = 0.94                   # decay of the former's volatility (as RiskMetrics, 1996)
@@ -999,6 +1001,8 @@ def bootstrap(sums, t):
             value = score(s.sum(0))
             drawn = score(np.tensordot(t.path_weights if of_paths(name) else t.weights, s, 1))
             finite = np.isfinite(drawn)
+            if name.startswith(RARE) and (s[:, 0] != 0).sum() < MIN_CASES:
+                drawn, finite = np.full_like(drawn, np.nan), np.zeros_like(finite)
             centre = drawn.sum(0, where=finite) / finite.sum(0)
             out[name] = value, drawn - centre + value  # ECE, a sum of magnitudes, is larger in a replicate
     return out
@@ -1283,7 +1287,7 @@ SHOWN = (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 10
          ("coverage90", "in 90 % band", 100, 2), ("range_crps", "range CRPS", 1, 4),
          ("range_coverage90", "  in 90 %", 100, 2), ("volume_crps", "volume CRPS", 1, 4),
          ("volume_coverage90", "  in 90 %", 100, 2))  # score, label, factor, digits
-RISK = (("path_rv_crps", "volatility CRPS", 1, 4), ("var95_hits", "beyond VaR %", 100, 2),
+RISK = (("path_rv_crps", "volat. CRPS", 1, 4), ("var95_hits", "beyond VaR %", 100, 2),
         ("es95_ratio", "loss to ES", 1, 3), ("extreme_flagged", "! raised %", 100, 2),
         ("extreme_said", "  chance, %", 100, 1), ("extreme_came", "  came true %", 100, 1),
         ("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))
