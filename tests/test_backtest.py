@@ -286,7 +286,9 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
         want = naive_scores(part, t.r[bars], np.concatenate(stamps), t.path_r[origins], t.usual[origins])
         for name in SCORES + EXTRA:
             np.testing.assert_allclose(drawn[name][k], want[name], rtol=1e-9, err_msg=name)
-    for name in set(SCORES) - {"extreme_came"}:  # replicates are centred on the score; too few moves came for any
+    for name in SCORES:  # replicates are centred on the score
+        if name.startswith(backtest.RARE) and (sums[name][0][:, 0] != 0).sum() < 5:
+            continue  # too few cases for any
         np.testing.assert_allclose(got[name][1].mean(0), got[name][0], rtol=1e-9, err_msg=name)
 
 

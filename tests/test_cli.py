@@ -338,7 +338,7 @@ def commands():
         text = text if name == "README.md" else text.split('"""')[1]
         for line in text.splitlines():
             for part in re.split(r"&&|`", line.split(" #")[0]):
-                words = re.search(r"(?:python|torchrun(?: --\S+)*) ((?:data|tokenizer|pretrain|expo|rollout|sample)\.py)(?: (.*))?$", part.strip())
+                words = re.search(r"(?:python|torchrun(?: --\S+)*) ((?:data|tokenizer|pretrain|expo|rollout|sample|backtest)\.py)(?: (.*))?$", part.strip())
                 if words:
                     found[words[1], words[2] or ""] = True
     return list(found)
@@ -347,7 +347,8 @@ def commands():
 FEWER = {  # so many steps, bars and paths are enough to see that a command runs
     "data.py": "--synthetic 4000", "tokenizer.py": "--steps 40 --coarse_bits 6 --fine_bits 5 --overwrite", "pretrain.py": " ".join(TINY) + " --overwrite",
     "expo.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --horizon 3 --overwrite",
-    "rollout.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --overwrite", "sample.py": "--paths 4 --overwrite"}
+    "rollout.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --overwrite", "sample.py": "--paths 4 --overwrite",
+    "backtest.py": "--paths 4 --horizon 3"}
 
 
 @pytest.fixture(scope="module")
