@@ -629,6 +629,17 @@ def test_har_is_the_naive_loop():
         assert f["path_crps"][first + j, 0] == pytest.approx(f["crps"][100 + origin + 1 - 200], rel=0.05, abs=1e-4)
 
 
+def test_the_scale_of_residuals_follows_slowly():
+    size = np.random.default_rng(0).random(60)
+    size[45] = 100.0        # counts as six usual ones
+    got = backtest.slow_scale(size, np.arange(10, 40), 0.8)
+    usual = (size[10:40].sum() + 30 * 0.8) / 60
+    a = 0.5 ** (1 / 500)
+    for k in (0, 10, 11, 30, 46, 60):       # known before bar k
+        seen = [min(size[j], 6 * usual) * a ** (k - 1 - j) for j in range(10, k)]
+        assert got[k] == pytest.approx((sum(seen) + 250 * usual) / (sum(a ** (k - 1 - j) for j in range(10, k)) + 250))
+
+
 def test_har_paths_follow_the_volatility_drawn():
     """A path whose ranges were wide goes on wide: the size of its steps depends on the ones before."""
     rng = np.random.default_rng(0)
