@@ -11,6 +11,7 @@ symbol share it, and each path then costs one recurrent step a bar. Token pairs 
 
 In this order: simulation, the report, pictures. What forecasts are worth: `backtest.py`.
 """
+import contextlib
 import csv
 import json
 import math
@@ -18,7 +19,7 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from html import escape
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Config:
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
     paths: int = 200                   # sampled futures of each symbol
+    times: str | None = None           # file with the stamps of the bars to come, one a line, where the clock would err
     temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
     top_p: float = 1.0                 # of the paths: sample among the likeliest tokens of this total probability
     parallel: bool = False             # one pass of the latent slots for all bars (at most 16) instead of step by step
@@ -42,7 +44,7 @@ class Config:
     strike: list[str] | None = None    # strikes of European options: a price, or a share of spot such as 1.05x
     rate: float = 0.0                  # annual, continuous, for the options
     json: bool = False                 # print JSON in place of the table
-    out: str | None = None             # write quantiles of each step as CSV
+    out: str | None = None             # write the forecast bars as CSV: quantiles of close, medians of all columns
     paths_out: str | None = None       # write all paths as .npz
     plot: str | None = None            # write candles and the fan of the forecast as SVG
     plot_codebook: str | None = None   # write the most used coarse codes as candles, SVG
@@ -53,11 +55,94 @@ class Config:
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-MAX_ROWS = 1024  # paths simulated side by side: bounds memory, half a megabyte each
+BATCH_BYTES = 2**27      # of generation's state: so many paths go side by side
+BATCH_ORIGINS = 16       # contexts read side by side
+USUAL_BARS = 250         # of the long-run volatility
+EXTREME, WARN = 3, 0.05  # an extreme move, in long-run sigmas of the horizon; the chance of one that raises a warning
+PRIOR_BARS = 32          # bars that the share of unmoved bars in training counts for, beside a symbol's own
+STALE = 5                # horizons after which a symbol without new bars is left out of ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Simulation
+
+@dataclass
+class Origin:
+    """Where futures begin."""
+    symbol: str
+    tokens: torch.Tensor   # int64 [L, 2]: coarse, fine of the last bars, the context
+    time: np.ndarray       # int64 [T]: stamps of all bars up to there
+    state: data.State      # decodes the next bar
+    close: float           # the last close
+    unmoved: float         # share of bars that do not move, see unmoved_share
+
+
+def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False, times=None):
+    """Futures of many histories at once. histories: Bars that end at the origin each.
+
+    Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
+    (seed, symbol, last stamp) and its bars, not on what else is in the batch. times: stamps of the bars to come, int64
+    [horizon] or [n, horizon], in place of data.future_times. Raises UserError for a history of one bar, horizon or paths
+    below 1, parallel beyond the slots, and times that do not rise from the last bar on.
+    """
+    origins = []
+    for bars in histories:
+        if len(bars) < 2:
+            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+        x, state = data.features(bars)
+        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
+        unmoved = unmoved_share(bars, model.config.unmoved)[-1]
+        origins.append(Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved))
+    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel, times)
+
+
+@torch.no_grad()
+def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
+                  times=None):
+    """As simulate, of Origins. Those with contexts of one length go side by side, as many as BATCH_BYTES hold."""
+    if horizon < 1 or paths < 1:
+        raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
+    if not (0 < temperature < math.inf and 0 < top_p <= 1):
+        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
+    if parallel and model.config.reasoner and horizon > model.config.slots:
+        raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
+                        f"lower --horizon or forecast step by step")
+    times = times_ahead(origins, horizon, times)
+    ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
+    at_once = rows_at_once(model)
+    for rows in batches(origins, max(1, min(BATCH_ORIGINS, at_once // paths))):
+        part = [origins[i] for i in rows]
+        tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel,
+                                         at_once)
+        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
+        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
+    return ohlcva, p_up
+
+
+def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, seed, parallel, at_once):
+    """Of n origins with contexts of one length: (coarse, fine), int64 [n * paths, H] each, and P(up) [n]."""
+    device, (n, horizon) = next(model.parameters()).device, times.shape
+    coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
+    seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)
+    uniform = []
+    for o in origins:
+        random = np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))])
+        uniform.append(stratified(random, paths, horizon))
+    uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
+    order = by_close(tokenizer).to(device)
+    state = model.prefill(coarse, fine, seen)
+    p_up = chance_up(model, state.h, torch.tensor([o.unmoved for o in origins], device=device)).cpu().numpy()
+    if parallel:
+        _, h = model.parallel(coarse, fine, seen)  # (n, slots, C)
+        h = h[:, :horizon].repeat_interleave(paths, 0)
+        return model.sample(h, temperature, top_p, u=uniform, order=order), p_up
+    times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
+    size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
+    pieces = []
+    for when, u in zip(times.split(size), uniform.split(size)):
+        pieces.append(generate(model, state.repeat(len(u) // n), when, u, temperature, top_p, order))
+    return [torch.cat(level) for level in zip(*pieces)], p_up
+
 
 @torch.no_grad()
 def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
@@ -89,77 +174,68 @@ def stratified(random, paths, horizon):
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
-@dataclass
-class Origin:
-    """Where futures begin."""
-    symbol: str
-    tokens: torch.Tensor   # int64 [L, 2]: coarse, fine of the last bars, the context
-    time: np.ndarray       # int64 [T]: stamps of all bars up to there
-    state: data.State      # decodes the next bar
-
-
-def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
-    """Futures of many histories at once. histories: Bars that end at the origin each.
-
-    Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
-    (seed, symbol, last stamp) and its bars, not on what else is in the batch. Raises UserError for a history of one bar,
-    horizon or paths below 1, and parallel beyond the slots.
-    """
-    origins = []
-    for bars in histories:
-        if len(bars) < 2:
-            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
-        x, state = data.features(bars)
-        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-        origins.append(Origin(bars.symbol, tokens, bars.time, state))
-    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel)
-
-
-@torch.no_grad()
-def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False):
-    """As simulate, of Origins. Those with contexts of one length go side by side, MAX_ROWS paths at a time."""
-    if horizon < 1 or paths < 1:
-        raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
-    if not (0 < temperature < math.inf and 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
-    if parallel and model.config.reasoner and horizon > model.config.slots:
-        raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
-                        f"lower --horizon or forecast step by step")
-    device = next(model.parameters()).device
-    order = by_close(tokenizer).to(device)
-    ohlcva = np.empty((len(origins), paths, horizon, 6))
-    p_up = np.empty(len(origins))
-    groups = {}  # rows of a batch share their length
+def batches(origins, size):
+    """Numbers of the origins, in lists of at most `size` whose contexts have one length."""
+    groups = {}
     for i, origin in enumerate(origins):
         groups.setdefault(len(origin.tokens), []).append(i)
-    per_batch = max(1, MAX_ROWS // paths)
-    batches = [group[i:i + per_batch] for group in groups.values() for i in range(0, len(group), per_batch)]
-    for rows in batches:
-        part = [origins[i] for i in rows]
-        coarse, fine = torch.stack([o.tokens for o in part]).to(device).unbind(-1)  # (n, L)
-        time = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in part])).to(device)
-        times = np.stack([future_times(o.time, horizon) for o in part])
-        times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
-        randoms = [np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))]) for o in part]
-        uniform = torch.from_numpy(np.concatenate([stratified(r, paths, horizon) for r in randoms])).to(device)
-        state = model.prefill(coarse, fine, time)
-        p_up[rows] = model.p_up(state.h).cpu().numpy()
-        if parallel:
-            _, h = model.parallel(coarse, fine, time)  # (n, slots, C)
-            h = h[:, :horizon].repeat_interleave(paths, 0)
-            tokens = model.sample(h, temperature, top_p, u=uniform, order=order)
-        else:
-            pieces = [generate(model, state.repeat(len(u) // len(rows)), when, u, temperature, top_p, order)
-                      for when, u in zip(times.split(MAX_ROWS), uniform.split(MAX_ROWS))]  # several of one origin alone
-            tokens = [torch.cat(level) for level in zip(*pieces)]
-        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(rows), paths, horizon, 6)
-        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
-    return ohlcva, p_up
+    for group in groups.values():
+        for i in range(0, len(group), size):
+            yield group[i:i + size]
+
+
+def rows_at_once(model):
+    """How many paths' states BATCH_BYTES hold: what the state of one row more takes."""
+    one = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    two = one.repeat(2, 1)
+    return max(1, BATCH_BYTES // (bytes_of(model.prefill(two, two, two)) - bytes_of(model.prefill(one, one, one))))
+
+
+def bytes_of(value):
+    """Of all tensors in a state."""
+    if torch.is_tensor(value):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(bytes_of(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(bytes_of(v) for v in value)
+    return bytes_of(vars(value)) if hasattr(value, "__dataclass_fields__") else 0
+
+
+def times_ahead(origins, horizon, times):
+    """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each history."""
+    if times is None:
+        return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
+    times = np.asarray(times, np.int64)
+    if times.shape not in ((horizon,), (len(origins), horizon)):
+        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
+    times = np.broadcast_to(times, (len(origins), horizon))
+    for o, row in zip(origins, times):
+        if (np.diff(row, prepend=o.time[-1]) <= 0).any():
+            raise UserError(f"times: {o.symbol} ends at {data.iso(o.time[-1])}; the stamps must rise from there on")
+    return times
 
 
 def by_close(tokenizer):
     """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws them."""
     return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
+
+
+def unmoved_share(bars, prior):
+    """Share of bars whose close did not move, before each bar and after the last: [T + 1].
+
+    Ticks differ from symbol to symbol, so each has its own; `prior`, that of the training data, counts for PRIOR_BARS.
+    """
+    still = np.diff(bars.ohlcva[:, 3]) == 0
+    count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
+    seen = np.concatenate([[0], np.arange(len(bars))])
+    return (prior * PRIOR_BARS + count) / (PRIOR_BARS + seen)
+
+
+def chance_up(model, h, unmoved):
+    """P(next close up | it moves) [...] for h [..., C]: the exact P(up token) over the share of bars that move."""
+    p = model.coarse_logits(h).float().softmax(-1) @ model.up_mask.float()
+    return (p / (1 - unmoved)).clamp(max=1)
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
@@ -173,22 +249,41 @@ def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0,
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
-def describe(bars, paths, p_up, strikes=(), rate=0.0):
+def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
     """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are losses, so positive.
 
-    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close.
+    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close;
+    p_extreme: the share that end further than EXTREME long-run sigmas from it.
     """
     last, close, horizon = bars.ohlcva[-1, 3], paths[:, -1, 3], paths.shape[1]
+    end = (future_times(bars.time, horizon) if times is None else times)[-1]
+    years = (end - bars.time[-1]) / data.YEAR
     move = close / last - 1
     q05, q50, q95 = np.quantile(close, (0.05, 0.5, 0.95))
-    returns = np.diff(np.log(bars.ohlcva[-21:, 3]))
-    sigma = returns.std() * math.sqrt(horizon)
-    years = (future_times(bars.time, horizon)[-1] - bars.time[-1]) / data.YEAR
     return dict(symbol=bars.symbol, last_time=data.iso(bars.time[-1]), last_close=last, p_up=p_up,
                 p_up_horizon=(close > last).mean(), expected_return=move.mean(), q05=q05, q50=q50, q95=q95,
                 var95=1 - q05 / last, es95=-move[close <= q05].mean(),
-                p_extreme=(np.abs(np.log(close / last)) > 3 * sigma).mean() if sigma > 0 else math.nan,
+                p_extreme=float(chance_extreme(np.log(close / last), usual_sigma(bars.ohlcva[:, 3]), horizon)), rank=None,
                 options=[option(close, last, strike, years, rate) for strike in strikes])
+
+
+def usual_sigma(close):
+    """The long-run volatility of log returns, of the last USUAL_BARS closes; NaN where none moved."""
+    sigma = np.log(close[-USUAL_BARS - 1:])
+    sigma = np.diff(sigma).std() if len(sigma) > 2 else 0.0
+    return sigma if sigma > 0 else math.nan
+
+
+def extreme_move(sigma, horizon):
+    """From what log return over the horizon on a move is extreme: sigma [...], see usual_sigma."""
+    return EXTREME * sigma * math.sqrt(horizon)
+
+
+def chance_extreme(r, sigma, horizon):
+    """Share of the paths' log returns r [..., K] that are extreme moves, up or down: [...]; sigma [...]."""
+    sigma = np.asarray(sigma)
+    share = (np.abs(r) > extreme_move(sigma, horizon)[..., None]).mean(-1)
+    return np.where(np.isfinite(sigma), share, np.nan)
 
 
 def option(close, spot, strike, years, rate):
@@ -200,42 +295,97 @@ def option(close, spot, strike, years, rate):
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
     terminal = close * (spot * math.exp(rate * years) / close.mean())
     discount = math.exp(-rate * years)
-    call, put = (discount * np.maximum(sign * (terminal - k), 0).mean() for sign in (1, -1))
+    call = discount * np.maximum(terminal - k, 0).mean()
+    put = discount * np.maximum(k - terminal, 0).mean()
     return dict(strike=k, years=years, call=call, put=put)
 
 
+def give_ranks(rows, histories, horizon):
+    """Ranks by P(up) of the symbols that are up to date, written into their rows; returns their P(up)s [n].
+
+    A symbol that ended long before the others (STALE horizons of its own bars) has none: its next bar is another time's.
+    """
+    newest = max(bars.time[-1] for bars in histories)
+    live = []
+    for row, bars in zip(rows, histories):
+        spacing = np.median(np.diff(bars.time[-100:]))
+        if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * data.DAY):
+            live.append(row)
+    for rank, row in enumerate(sorted(live, key=p_up_of, reverse=True)):
+        row["rank"] = rank + 1
+    return np.array([row["p_up"] for row in live])
+
+
+def p_up_of(row):
+    return row["p_up"]
+
+
+def rank_of(row):
+    return row["rank"] or math.inf
+
+
 def print_report(rows, horizon, breadth, mean_p_up):
-    """The rows of `describe` as a table of 80 columns, best rank first."""
+    """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
     ahead = f"in {horizon}"
-    print(f"{'':7} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
-    print(f"{'symbol':7} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
+    width = max(7, *(len(plain(r["symbol"])) for r in rows))
+    print(f"{'':{width}} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
+    print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
-    for r in sorted(rows, key=lambda r: r["rank"]):
-        flag = " !" if r["p_extreme"] > 0.01 else ""
-        print(f"{r['symbol'][:7]:7} {r['last_close']:>8.6g} {r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
+    for r in sorted(rows, key=rank_of):
+        flag = " !" if r["p_extreme"] > WARN else ""
+        rank = r["rank"] or f" ended {r['last_time'][:10]}"
+        print(f"{plain(r['symbol']):{width}} {r['last_close']:>8.6g} "
+              f"{r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
               f"{r['expected_return'] * 100:>+6.2f} {r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} "
-              f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>4.1f}{r['rank']:>5}{flag}")
-    print(f"breadth: {breadth:.1%} of {len(rows)} symbols lean up, mean P(up) {mean_p_up:.1%}")
-    if any(r["p_extreme"] > 0.01 for r in rows):
-        print("! more than 1 % chance of a move beyond 3 sigma of the last 20 bars")
+              f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>4.1f}{rank:>5}{flag}")
+    ranked = [r for r in rows if r["rank"]]
+    print(f"breadth: {breadth:.1%} of {len(ranked)} symbols lean up, mean P(up) {mean_p_up:.1%}")
+    if len(ranked) < len(rows):
+        print(f"{len(rows) - len(ranked)} symbols ended long before the others: without a rank, and not in the breadth")
+    if any(r["p_extreme"] > WARN for r in rows):
+        print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
     if rows[0]["options"]:
-        print("\noptions (drift: the forward's; volatility: the model's own)")
-        print(f"{'symbol':8} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
-        for r in rows:
-            for o in r["options"]:
-                print(f"{r['symbol'][:8]:8} {o['strike']:>10.6g} {o['years']:>8.3g} {o['call']:>10.4g} {o['put']:>10.4g}")
+        print_options(rows, width)
 
 
-def write_csv(path, histories, ohlcva):
-    """Time, symbol, step, share of paths above the last close, quantiles and mean of close: one line a bar forecast."""
-    with open(path, "w", newline="", encoding="utf-8") as f:
+def print_options(rows, width):
+    print("\noptions (drift: the forward's; volatility: the model's own)")
+    print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
+    for r in rows:
+        for o in r["options"]:
+            print(f"{plain(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
+                  f"{o['call']:>10.4g} {o['put']:>10.4g}")
+
+
+def write_csv(path, histories, ohlcva, times):
+    """One line a bar forecast: share of paths above the last close, quantiles and mean of close, medians of the bar."""
+    head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean"]
+    with written(path) as f:
         writer = csv.writer(f)
-        writer.writerow(["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean"])
-        for bars, paths in zip(histories, ohlcva):
+        writer.writerow(head + list(data.COLUMNS))
+        for bars, paths, stamps in zip(histories, ohlcva, times):
             close, last = paths[:, :, 3], bars.ohlcva[-1, 3]
-            for k, when in enumerate(future_times(bars.time, close.shape[1]).astype("datetime64[s]")):
-                values = [(close[:, k] > last).mean(), *np.quantile(close[:, k], QUANTILES), close[:, k].mean()]
-                writer.writerow([f"{when}Z", bars.symbol, k + 1, *(f"{v:.8g}" for v in values)])
+            quantiles, medians = np.quantile(close, QUANTILES, axis=0).T, median_bars(paths, bars)
+            for k, when in enumerate(stamps.astype("datetime64[s]")):
+                values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
+                texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
+                writer.writerow([f"{when}Z", cell(bars.symbol), k + 1, *texts])
+
+
+def median_bars(paths, bars):
+    """The median of each column at each step, [horizon, 6]; NaN where the history has no such column.
+
+    Medians of one column over valid candles are in order, so the median bar is a valid candle too.
+    """
+    medians = np.median(paths, axis=0)
+    medians[:, np.isnan(bars.ohlcva).all(0)] = np.nan
+    return medians
+
+
+def cell(text):
+    """A symbol that no spreadsheet takes for a formula."""
+    text = plain(text)
+    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
 
 
 def jsonable(value):
@@ -262,12 +412,12 @@ STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{str
 def write_svg(path, width, height, parts):
     """A picture of SVG elements, texts, in pixels."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    with open(path, "w", encoding="utf-8") as f:
+    with written(path) as f:
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>\n')
 
 
 def label(x, y, text, anchor="start", css=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(str(text))}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(plain(text))}</text>'
 
 
 def grid_line(x1, x2, y):
@@ -286,48 +436,70 @@ def candle(x, width, open_, high, low, close):
             f'<rect class="{css}" x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall:.1f}"/>')
 
 
-def round_ticks(low, high, n=4):
-    """About n round numbers between low and high."""
-    step = 10 ** math.floor(math.log10((high - low) / n))
-    step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (step * m) - n))
-    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+@dataclass
+class Panel:
+    """A rectangle of a picture: n places side by side, and values from low (at the bottom) to high."""
+    left: float
+    top: float
+    width: float
+    height: float
+    n: int
+    low: float
+    high: float
+
+    def x(self, k):
+        return self.left + (k + 0.5) * self.width / self.n
+
+    def y(self, value):
+        return self.top + (self.high - value) / (self.high - self.low) * self.height
+
+    def grid(self, x, anchor):
+        """Lines at about four round values, with labels at x."""
+        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
+        lines_of = [abs((self.high - self.low) / (step * m) - 4) for m in (1, 2, 5, 10)]
+        step *= (1, 2, 5, 10)[int(np.argmin(lines_of))]
+        parts = []
+        for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
+            parts.append(grid_line(self.left, self.left + self.width, self.y(k * step)))
+            parts.append(label(x, self.y(k * step) + 4, f"{k * step:.6g}", anchor))
+        return parts
 
 
-def plot_forecast(path, histories, ohlcva, shown=60, drawn=3):
-    """Last bars as candles, the fan of 5-95 % and 25-75 %, the median, a few paths; one panel a symbol, at most 12."""
+def plot_forecast(path, histories, ohlcva, times):
+    """Last bars as candles, the fan of the forecast beside them; one panel a symbol, at most 12. times: [n, horizon]."""
     n = min(len(histories), 12)
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
     parts = []
     for i in range(n):
-        bars, paths = histories[i][-shown:], ohlcva[i]
-        x0, y0 = i % columns * W + 10, i // columns * H + 26
-        w, h = W - 75, H - 62
-        horizon = paths.shape[1]
-        fan = np.quantile(paths[:, :, 3], QUANTILES, axis=0)  # (5, H)
-        few = paths[:drawn, :, 3]
-        low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
-        high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
-        low, high = low - 0.03 * (high - low) - 1e-9 * low, high + 0.03 * (high - low) + 1e-9 * high
-        total = len(bars) + horizon
-        X = lambda k: x0 + (k + 0.5) * w / total
-        Y = lambda price: y0 + (high - price) / (high - low) * h
-        parts.append(label(x0, y0 - 10, f"{bars.symbol}, {horizon} bars ahead", css="t"))
-        for tick in round_ticks(low, high):
-            parts += [grid_line(x0, x0 + w, Y(tick)), label(x0 + w + 4, Y(tick) + 4, f"{tick:.6g}")]
-        times = np.append(bars.time, future_times(histories[i].time, horizon))
-        parts += [label(X(0), y0 + h + 16, data.iso(times[0])),
-                  label(X(total - 1), y0 + h + 16, data.iso(times[-1]), "end")]
-        at = [X(len(bars) - 1 + k) for k in range(horizon + 1)]
-        fan = np.concatenate([np.full((5, 1), bars.ohlcva[-1, 3]), fan], axis=1)
-        for outer, css in ((0, "f1"), (1, "f2")):
-            edge = [*zip(at, Y(fan[outer])), *zip(at[::-1], Y(fan[4 - outer])[::-1])]
-            parts.append(line(edge, css, "polygon"))
-        parts += [line([(at[0], Y(bars.ohlcva[-1, 3])), *zip(at[1:], map(Y, p))], "p") for p in few]
-        parts.append(line([*zip(at, map(Y, fan[2]))], "m"))
-        for k, (o, hi, lo, c) in enumerate(bars.ohlcva[:, :4]):
-            parts.append(candle(X(k), 0.6 * w / total, Y(o), Y(hi), Y(lo), Y(c)))
+        left, top = i % columns * W + 10, i // columns * H + 26
+        parts += forecast_panel(left, top, W - 75, H - 62, histories[i], ohlcva[i], times[i])
     write_svg(path, columns * W, -(-n // columns) * H, parts)
+
+
+def forecast_panel(left, top, width, height, bars, paths, times, shown=60, drawn=3):
+    """The last bars, the fan of 5-95 % and 25-75 %, the median, a few paths [paths, horizon, 6]."""
+    bars, last, horizon = bars[-shown:], bars.ohlcva[-1, 3], len(times)
+    fan, few = np.quantile(paths[:, :, 3], QUANTILES, axis=0), paths[:drawn, :, 3]  # (5, H), (drawn, H)
+    low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
+    high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
+    margin = 0.03 * (high - low) + 1e-9 * high
+    panel = Panel(left, top, width, height, len(bars) + horizon, low - margin, high + margin)
+    parts = [label(left, top - 10, f"{bars.symbol}, {horizon} bars ahead", css="t")]
+    parts += panel.grid(left + width + 4, "start")
+    parts.append(label(panel.x(0), top + height + 16, data.iso(bars.time[0])))
+    parts.append(label(panel.x(panel.n - 1), top + height + 16, data.iso(times[-1]), "end"))
+    at = [panel.x(len(bars) - 1 + k) for k in range(horizon + 1)]
+    fan = panel.y(np.concatenate([np.full((5, 1), last), fan], axis=1))
+    few = panel.y(np.concatenate([np.full((len(few), 1), last), few], axis=1))
+    for outer, css in ((0, "f1"), (1, "f2")):
+        edge = [*zip(at, fan[outer]), *zip(at[::-1], fan[4 - outer][::-1])]
+        parts.append(line(edge, css, "polygon"))
+    parts += [line(zip(at, row), "p") for row in few]
+    parts.append(line(zip(at, fan[2]), "m"))
+    for k, (open_, high, low, close) in enumerate(panel.y(bars.ohlcva[:, :4])):
+        parts.append(candle(panel.x(k), 0.6 * width / panel.n, open_, high, low, close))
+    return parts
 
 
 def plot_codebook(path, tokenizer, series, shown=40):
@@ -337,26 +509,23 @@ def plot_codebook(path, tokenizer, series, shown=40):
     if not count.sum():
         raise UserError("no series has a bar past its first 32; give longer --data for a codebook picture")
     x = tokenizer.decode(torch.arange(len(count))).numpy()  # (codes, 6)
-    up = x[:, 0] > 0
-    W, H, gap = 20 + shown * 22, 170, 22
-    parts = []
-    for row, (name, mask) in enumerate((("up", up), ("not up", ~up))):
+    W, H, parts = 20 + shown * 22, 170, []
+    for row, (name, mask) in enumerate((("up", x[:, 0] > 0), ("not up", x[:, 0] <= 0))):
         codes = [c for c in np.argsort(-count) if mask[c] and count[c]][:shown]
         if not codes:
             continue
-        share = count[mask].sum() / count.sum()
-        y0 = row * H + 30
-        parts.append(label(10, y0 - 12, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; "
-                                        f"the {len(codes)} most used, share in %", css="t"))
         close, open_, upper, lower = np.sinh(x[codes, :4]).T
         high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
         span = max(np.abs(high).max(), np.abs(low).max())
-        Y = lambda v: y0 + 55 - v / span * 50
-        parts.append(grid_line(10, W - 10, Y(0)))
+        panel = Panel(9, row * H + 35, shown * 22, 100, shown, -span, span)
+        share = count[mask].sum() / count.sum()
+        parts.append(label(10, panel.top - 17, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; "
+                                               f"the {len(codes)} most used, share in %", css="t"))
+        parts.append(grid_line(10, W - 10, panel.y(0)))
         for k, code in enumerate(codes):
-            cx = 20 + k * gap
-            parts.append(candle(cx, 10, Y(open_[k]), Y(high[k]), Y(low[k]), Y(close[k])))
-            parts.append(label(cx, y0 + 122 + (k % 2) * 11, f"{100 * count[code] / count.sum():.1f}", "middle"))
+            parts.append(candle(panel.x(k), 10, *panel.y(np.array([open_[k], high[k], low[k], close[k]]))))
+            text = f"{100 * count[code] / count.sum():.1f}"
+            parts.append(label(panel.x(k), panel.top + 117 + k % 2 * 11, text, "middle"))
     write_svg(path, W, 2 * H, parts)
 
 
@@ -367,56 +536,62 @@ PANELS = (("pretrain: loss, nats per bar", (("train", "m", "train"), ("val", "m2
 
 def plot_loss(path, metrics):
     """The reports in a checkpoint's metrics, a panel for each stage that made any."""
-    panels = [(title, [m for m in metrics if all(key in m for key, *_ in lines)], lines) for title, lines in PANELS]
-    panels = [panel for panel in panels if len(panel[1]) > 1]
-    if not panels:
+    parts, n = [], 0
+    for title, curves in PANELS:
+        reports = [m for m in metrics if all(key in m for key, *_ in curves)]  # of all runs: each counts its steps anew
+        if len(reports) > 1:
+            parts += loss_panel(30 + n * 340, title, curves, reports)
+            n += 1
+    if not n:
         raise UserError("the checkpoint holds fewer than two reports of losses: nothing to draw")
-    W, H, x0, w, h = 640, 340, 60, 510, 260
-    parts = []
-    for n, (title, rows, lines) in enumerate(panels):
-        y0 = 30 + n * H
-        reports = range(1, len(rows) + 1)  # of all runs: each counts its steps anew
-        values = np.array([[m[key] for key, *_ in lines] for m in rows])
-        low, high = values.min(), values.max() + 1e-9
-        X = lambda n: x0 + (n - 1) / (len(rows) - 1) * w
-        Y = lambda v: y0 + (high - v) / (high - low) * h
-        parts.append(label(x0, y0 - 12, title, css="t"))
-        for tick in round_ticks(low, high):
-            parts += [grid_line(x0, x0 + w, Y(tick)), label(x0 - 5, Y(tick) + 4, f"{tick:.6g}", "end")]
-        for tick in {1, (len(rows) + 1) // 2, len(rows)}:
-            parts.append(label(X(tick), y0 + h + 18, f"{rows[tick - 1]['step']:,}", "middle"))
-        for column, (_, css, name) in enumerate(lines):
-            parts.append(line([(X(n), Y(v)) for n, v in zip(reports, values[:, column])], css))
-            parts.append(label(x0 + w + 6, Y(values[-1, column]) + (4 if column else -6), name))
-        parts.append(label(x0 + w / 2, y0 + h + 34, "step", "middle"))
-    write_svg(path, W, H * len(panels), parts)
+    write_svg(path, 640, 340 * n, parts)
+
+
+def loss_panel(top, title, curves, reports):
+    values = np.array([[report[key] for key, *_ in curves] for report in reports])  # (reports, curves)
+    panel = Panel(60, top, 510, 260, len(reports), values.min(), values.max() + 1e-9)
+    parts = [label(60, top - 12, title, css="t"), *panel.grid(55, "end")]
+    for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):
+        parts.append(label(panel.x(k), top + 278, f"{reports[k]['step']:,}", "middle"))
+    for column, (_, css, name) in enumerate(curves):
+        parts.append(line([(panel.x(k), panel.y(v)) for k, v in enumerate(values[:, column])], css))
+        parts.append(label(576, panel.y(values[-1, column]) + (4 if column else -6), name))
+    parts.append(label(315, top + 294, "step", "middle"))
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 def check(config):
+    if config.backtest:
+        raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
     if not config.ckpt:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     for strike in config.strike or ():
-        try:
-            if not 0 < float(strike.removesuffix("x")) < math.inf:
-                raise ValueError
-        except ValueError:
-            raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
+        check_strike(strike)
     if config.horizon < 1 or config.paths < 1:
         raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
-    if not abs(config.rate) <= 10:
-        raise UserError(f"--rate {config.rate}: must be a number such as 0.04")
+    if not abs(config.rate) <= 1:
+        raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
-    outputs = (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss)
-    given = [os.path.abspath(path) for path in outputs if path]
-    if len(set(given)) < len(given):
+    outputs = [path for path in (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss)
+               if path is not None]
+    if len({os.path.abspath(path) for path in outputs}) < len(outputs):
         raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
     for path in outputs:
-        if path is not None:
-            data.check_out(path, config.overwrite, (config.ckpt, *(config.data or ())))
+        data.check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
+        if os.path.exists(path) and not config.overwrite:
+            raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
+
+
+def check_strike(text):
+    try:
+        if not 0 < float(text.removesuffix("x")) < math.inf:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--strike {text}: must be a price such as 105, or a share of spot such as 1.05x")
 
 
 def load_series(sources, meta, symbols=None):
@@ -428,20 +603,71 @@ def load_series(sources, meta, symbols=None):
         series, _ = data.synthetic(seed=(meta["data"] or {}).get("seed", meta["seed"]))
     else:
         series = data.load(sources)
-    if symbols:
-        known = {bars.symbol: bars for bars in series}
-        missing = [s for s in symbols if s not in known]
-        if missing:
-            raise UserError(f"--symbols {missing[0]}: not in the data, which has {', '.join(sorted(known)[:8])}"
-                            f"{' ...' * (len(known) > 8)}")
-        series = [known[s] for s in symbols]
-    return series
+    if not symbols:
+        return series
+    known = {bars.symbol: bars for bars in series}
+    for symbol in symbols:
+        if symbol not in known:
+            some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
+            raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
+    return [known[symbol] for symbol in dict.fromkeys(symbols)]
 
 
-def main():
-    config = Config(**data.cli(Config, __doc__))
-    if config.backtest:
-        raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
+def read_times(path, histories, horizon):
+    """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
+    stamps = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
+                        f"give a file of dates, one a line")
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        time = data.parse_time(text.strip())
+        if math.isnan(time):
+            raise UserError(f"{path}:{number}: {plain(text)[:40]!r} is no time; write it as 2018-01-31 or 2018-01-31 14:30")
+        stamps.append(int(time))
+    stamps, rows = np.unique(np.array(stamps, np.int64)), []
+    for bars in histories:
+        later = stamps[stamps > bars.time[-1]][:horizon]
+        if len(later) < horizon:
+            raise UserError(f"--times {path}: {len(later)} stamps after the last bar of {bars.symbol}, "
+                            f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
+        rows.append(later)
+    return np.array(rows)
+
+
+def plain(text):
+    """A text without what a terminal or a file would take for a command."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+@contextlib.contextmanager
+def written(path, mode="w"):
+    """A file to write that takes the place of `path` once it is whole; a device or a link stays what it is."""
+    path = os.path.realpath(path)
+    options = {} if "b" in mode else dict(encoding="utf-8", newline="")
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **options) as f:
+            yield f
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, mode, **options) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def main(argv=None):
+    config = Config(**data.cli(Config, __doc__, argv))
     check(config)
     model, tokenizer, meta = load_checkpoint(config.ckpt, data.pick_device(config.device))
     if config.plot_loss:
@@ -455,23 +681,29 @@ def main():
     if len(histories) < len(series):
         print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped",
               file=sys.stderr)
+
+    if config.times:
+        times = read_times(config.times, histories, config.horizon)
+    else:
+        times = np.array([future_times(bars.time, config.horizon) for bars in histories])  # (n, horizon)
     ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
-                            config.seed, config.parallel)
-    rows = [describe(*each, config.strike or (), config.rate) for each in zip(histories, ohlcva, p_up)]
-    for rank, i in enumerate(np.argsort(-p_up, kind="stable")):
-        rows[i]["rank"] = rank + 1
-    breadth, mean_p_up = float((p_up > 0.5).mean()), float(p_up.mean())
+                            config.seed, config.parallel, times)
+    rows = []
+    for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
+        rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
+    ranked = give_ranks(rows, histories, config.horizon)
+    breadth, mean_p_up = float((ranked > 0.5).mean()), float(ranked.mean())
+
     if config.out:
-        write_csv(config.out, histories, ohlcva)
+        write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
-        with open(config.paths_out, "wb") as f:  # a name without .npz stays as it is
-            np.savez_compressed(f, symbols=[b.symbol for b in histories], ohlcva=ohlcva,
-                                time=np.stack([future_times(b.time, config.horizon) for b in histories]))
+        with written(config.paths_out, "wb") as f:  # a name without .npz stays as it is
+            np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
     if config.plot:
-        plot_forecast(config.plot, histories, ohlcva)
+        plot_forecast(config.plot, histories, ohlcva, times)
     if config.json:
-        print(json.dumps(jsonable(dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up,
-                                       symbols=rows))))
+        found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up, symbols=rows)
+        print(json.dumps(jsonable(found)))
     else:
         print_report(rows, config.horizon, breadth, mean_p_up)
 

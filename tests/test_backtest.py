@@ -12,13 +12,14 @@ import data
 import backtest
 import sample
 from data import DAY, UserError
-from model import Model, ModelConfig, close_table, save_checkpoint
+from model import Model, ModelConfig, save_checkpoint
 from tokenizer import TokenizerConfig, train_tokenizer
 
 BITS = dict(coarse_bits=5, fine_bits=4)
 KEYS = ["split", "start", "end", "blocks", "checkpoints", "baselines", "paired"]
 SCORES = ["da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps", "coverage50", "coverage80",
-          "coverage90", "path_mape", "path_crps"]          # of the interface; EXTRA: what post-training looks at besides
+          "coverage90", "range_crps", "range_coverage90", "volume_crps", "volume_coverage90", "path_mape", "path_crps", "path_rv_crps", "var95_hits",
+          "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came"]  # of the interface; EXTRA: what post-training looks at besides
 EXTRA = ["path_coverage90", "up_share"]
 
 
@@ -92,26 +93,93 @@ def test_judge_is_the_double_sum(draws):
         assert all(p[i][r[i] < got["point"][i]].sum() <= 0.5 <= p[i][r[i] <= got["point"][i]].sum() for i in range(7))
 
 
+def law(K, width, n=20_000, horizon=2, seed=0):
+    """Targets and a forecaster whose paths are normal, the truth too but for its width."""
+    rng = np.random.default_rng(seed)
+    y = 0.01 * width * rng.normal(size=(n, horizon))
+    t = SimpleNamespace(path_r=y.cumsum(1), path_rv=np.sqrt((y**2).sum(1)), usual=np.full(n, 0.006), horizon=horizon,
+                        path_block=np.arange(n) % 20, n_path_blocks=20)
+    return t, backtest.from_paths(0.01 * rng.normal(size=(n, K, horizon)), t, slice(0, n))
+
+
 @pytest.mark.parametrize("K", [3, 16, 64])
 def test_a_right_forecast_covers_what_it_says_whatever_the_number_of_paths(K):
     """A share of ranks alone cannot be 90 %: of 64 draws it is 87.7 or 90.8 %."""
-    rng = np.random.default_rng(K)
-    f = backtest.from_paths(rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
-    inside = backtest.within(f["path_pit"], f["path_width"], 0.9)
-    assert inside.mean() == pytest.approx(0.9, abs=4 * inside.std() / 20_000**0.5)
-    sharp = backtest.from_paths(0.5 * rng.normal(size=(20_000, K, 1)), rng.normal(size=(20_000, 1)))
-    assert backtest.within(sharp["path_pit"], sharp["path_width"], 0.9).mean() < 0.87
-    pit = rng.random(1000)  # without width: inside or not
-    np.testing.assert_array_equal(backtest.within(pit, 0.0, 0.9), (pit >= 0.05) & (pit <= 0.95))
+    for width, right in ((1, True), (2, False)):
+        t, f = law(K, width)
+        inside = backtest.within(f["path_pit"], f["path_width"], 0.05, 0.95)[:, 0]
+        assert (inside.mean() == pytest.approx(0.9, abs=4 * inside.std() / len(inside)**0.5)) == right
+    pit = np.random.default_rng(0).random(1000)  # without width: inside or not
+    np.testing.assert_array_equal(backtest.within(pit, 0.0, 0.05, 0.95), (pit >= 0.05) & (pit <= 0.95))
+
+
+def test_risk_of_a_right_law_is_what_it_says_and_of_a_wrong_one_is_not():
+    """Of a normal law: 5 % of the losses are beyond VaR and together as large as said; the warning comes true as often as said."""
+    def scores(K, width):
+        t, f = law(K, width)
+        return {name: score(s.sum(0)) for name, (s, score) in backtest.path_sums(f, t).items()}
+    for K in (20, 100):
+        right = scores(K, 1)
+        assert right["var95_hits"] == pytest.approx(0.05, abs=0.004) and right["es95_ratio"] == pytest.approx(1, abs=0.08)
+    chance = 2 * backtest.NORMAL.cdf(-3 * 0.006 / 0.01)  # of a move beyond 3 usual sigmas, whatever the horizon
+    assert right["extreme_flagged"] == pytest.approx(0.73, abs=0.03) and right["extreme_came"] == pytest.approx(chance, abs=0.005)
+    assert right["extreme_said"] == pytest.approx(chance, rel=0.2)
+    wide = scores(100, 2)  # twice the losses that were forecast: z = -1.645 is now -0.822
+    assert wide["var95_hits"] == pytest.approx(backtest.NORMAL.cdf(-0.8224), abs=0.01)
+    assert wide["es95_ratio"] > 3 and wide["extreme_came"] > 4 * wide["extreme_said"]
+    calm, _ = law(100, 1)
+    calm.usual = np.full(len(calm.usual), 0.02)
+    f = backtest.from_paths(0.01 * np.random.default_rng(1).normal(size=(20_000, 100, 2)), calm, slice(None))
+    assert backtest.path_sums(f, calm)["extreme_flagged"][0][:, 0].sum() == 0      # a calm market raises no flag
+
+
+def test_realized_volatility_is_scored_over_the_whole_horizon():
+    t, f = law(5, 1, n=50)
+    moves = 0.01 * np.random.default_rng(0).normal(size=(50, 5, 2))
+    f = backtest.from_paths(moves, t, slice(0, 50))
+    for i in (0, 31):
+        drawn = [math.sqrt(a * a + b * b) for a, b in moves[i]]
+        came = math.hypot(t.path_r[i, 0], t.path_r[i, 1] - t.path_r[i, 0])
+        assert f["path_rv_crps"][i] == pytest.approx(naive_crps(drawn, np.full(5, 0.2), came, True))
 
 
 def test_path_intervals_count_the_blocks_that_hold_paths():
     """Ten origins of one symbol among thousands of bars are ten blocks at most, too few for an interval."""
     bars = data.synthetic(seed=1, n_symbols=1, n_bars=3000)[0]
-    t = backtest.Targets(bars, int(bars[0].time[40]), 2**62, 5, None, 0)
+    t = backtest.Targets(bars, int(bars[0].time[40]), 2**62, 5, 290, 0)
     assert t.n_path_blocks > backtest.MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
     scores = backtest.bootstrap(backtest.block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
     assert backtest.scored(*backtest.at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
+
+
+@pytest.mark.parametrize("symbols, n_bars, horizon, stride", [(1, 1032, 10, 10), (1, 3032, 1, 3), (3, 532, 7, 7), (120, 232, 10, 19), (1, 20032, 10, 19)])
+def test_paths_start_every_horizon_or_a_thousand_times(symbols, n_bars, horizon, stride):
+    series = [data.Bars(f"S{i}", bars.time, bars.ohlcva) for i in range(symbols) for bars in daily(n_bars, 1)]
+    t = targets(series, 32, horizon)
+    assert t.stride == stride
+    assert all((np.diff(o) == stride).all() and o[0] >= 31 and o[-1] + horizon < n_bars for o in t.origins)
+
+
+def test_one_symbol_of_a_thousand_bars_has_intervals():
+    t = targets(daily(1032, 1), 32, horizon=10)
+    assert t.blocks_of("path_crps") in (99, 100) and t.n_blocks == 100
+    f = backtest.baselines(t, 20)["har"]
+    scores = backtest.bootstrap(backtest.block_sums(f, t), t)
+    for metric in ("crps", "range_crps", "volume_crps", "path_rv_crps", "var95_hits", "es95_ratio"):
+        assert backtest.scored(*scores[metric], t.blocks_of(metric))["lo"] is not None, metric
+
+
+def test_judge_residuals_is_judge():
+    rng = np.random.default_rng(0)
+    z, scale, y = np.sort(rng.standard_t(3, 40)), rng.random(30) + 0.1, rng.normal(size=30)
+    z[5:8] = z[5]
+    y[:9] = scale[:9] * z[:9]     # on a step, up to rounding
+    place = rng.normal(size=30)
+    got = backtest.judge_residuals(z, y + place, place, scale)
+    want = backtest.judge(place[:, None] + scale[:, None] * z, np.full((30, 40), 1 / 40), y + place)
+    for key in want:
+        np.testing.assert_allclose(got[key][9:], want[key][9:], rtol=1e-9, err_msg=key)
+        np.testing.assert_allclose(got[key][:9], want[key][:9], atol=0.05, err_msg=key)
 
 
 def test_crps_of_a_gaussian_is_its_closed_form():
@@ -134,24 +202,12 @@ def test_crps_of_a_gaussian_is_its_closed_form():
         np.testing.assert_allclose(few, want, rtol=0.02)
 
 
-def test_stratified_numbers_are_uniform_and_spread_evenly():
-    u = np.stack([sample.stratified(np.random.default_rng(k), 9, 3) for k in range(2000)])       # [2000, 9, 3, 2]
-    assert u.shape == (2000, 9, 3, 2) and 0 <= u.min() and u.max() <= 1
-    assert np.abs(u.mean(0) - 0.5).max() < 5 * math.sqrt(1 / 12 / 2000)
-    for first, n in ((0, 4), (4, 5)):       # each half: one number in each n-th, at every step
-        assert (np.sort(np.floor(u[:, first:first + n] * n).clip(max=n - 1), 1) == np.arange(n)[:, None, None]).all()
-    flat = u[:, :, :, 0].reshape(2000, 27)
-    across = np.corrcoef(flat.T)
-    steps = [across[3 * i + a, 3 * j + b] for i in range(9) for j in range(9) for a in range(3) for b in range(3) if a != b]
-    assert np.abs(steps).max() < 5 / math.sqrt(2000)                                            # steps know nothing of each other
-    halves = [across[3 * i, 3 * j] for i in range(4) for j in range(4, 9)]
-    assert np.abs(halves).max() < 5 / math.sqrt(2000)                                           # nor the halves
-
-
 def random_forecaster(t, seed=0):
     rng = np.random.default_rng(seed)
     n, shape = len(t.r), t.path_r.shape
-    return dict(p_up=rng.integers(1, 40, n) / 40, mean=rng.normal(0, 0.01, n), point=rng.normal(0, 0.01, n), pit=rng.random(n),  # ties in P(up)
+    some = dict(range_crps=rng.random(n), range_pit=rng.random(n), volume_crps=np.where(np.isnan(t.volume), np.nan, rng.random(n)),
+                volume_pit=rng.random(n), path_rv_crps=rng.random(shape[0]), path_es95=rng.random(shape[0]), path_extreme=0.1 * rng.random(shape[0]))
+    return some | dict(p_up=rng.integers(1, 40, n) / 40, mean=rng.normal(0, 0.01, n), point=rng.normal(0, 0.01, n), pit=rng.random(n),  # ties in P(up)
                 crps=rng.random(n), path_point=rng.normal(0, 0.02, shape), path_crps=rng.random(shape), path_pit=rng.random(shape), path_width=np.full(shape, 0.1))
 
 
@@ -162,7 +218,8 @@ def stub(seed=0, n_stamps=40, n_symbols=9, still=0.1):
     r = rng.normal(0, 0.01, len(stamp)) * (rng.random(len(stamp)) > still)
     origins = rng.integers(0, n_stamps, 50)
     weights = np.random.default_rng(1).multinomial(20, np.full(20, 1 / 20), 8).astype(float)
-    return SimpleNamespace(r=r, stamp=stamp, symbol=symbol, block=stamp // 2, n_blocks=20, path_r=rng.normal(0, 0.02, (50, 4)), path_block=origins // 2,
+    volume = np.where(rng.random(len(stamp)) > 0.2, rng.random(len(stamp)), np.nan)
+    return SimpleNamespace(volume=volume, usual=rng.random(50) / 200, r=r, stamp=stamp, symbol=symbol, block=stamp // 2, n_blocks=20, path_r=rng.normal(0, 0.02, (50, 4)), path_block=origins // 2,
                            n_path_blocks=20, horizon=4, weights=weights, path_weights=weights, series=range(n_symbols))
 
 
@@ -170,7 +227,7 @@ def naive_ranks(v):
     return np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v])
 
 
-def naive_scores(f, r, stamp, path_r):
+def naive_scores(f, r, stamp, path_r, usual):
     moved = r != 0
     p, up = f["p_up"][moved], r[moved] > 0
     call = np.where(p == 0.5, 0.5, np.where(p > 0.5, up, ~up))
@@ -195,6 +252,14 @@ def naive_scores(f, r, stamp, path_r):
     inside = [[max(0, min(v + 0.05, 0.95) - max(v - 0.05, 0.05)) / 0.1 for v in row] for row in f["path_pit"]]  # of a width of 0.1
     out["path_coverage90"] = np.mean(inside, 0)
     out["up_share"] = (p > 0.5).mean()
+    has = np.isfinite(f["volume_crps"])
+    out |= dict(range_crps=100 * f["range_crps"].mean(), volume_crps=f["volume_crps"][has].mean(), path_rv_crps=100 * f["path_rv_crps"].mean())
+    out |= dict(range_coverage90=np.mean([0.05 <= v <= 0.95 for v in f["range_pit"]]), volume_coverage90=np.mean([0.05 <= v <= 0.95 for v in f["volume_pit"][has]]))
+    hit = np.array([max(0, min(v + 0.05, 0.05) - max(v - 0.05, 0)) / 0.1 for v in f["path_pit"][:, -1]])
+    loss, raised = 1 - np.exp(path_r[:, -1]), f["path_extreme"] > 0.05
+    came = np.abs(path_r[:, -1]) > 3 * 2 * usual  # four steps
+    out |= dict(var95_hits=hit.mean(), es95_ratio=(loss * hit).sum() / (0.05 * f["path_es95"]).sum(), extreme_flagged=raised.mean(),
+                extreme_said=f["path_extreme"][raised].mean(), extreme_came=came[raised].mean())
     return out
 
 
@@ -204,7 +269,7 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     f = random_forecaster(t)
     sums = backtest.block_sums(f, t)
     assert sorted(sums) == sorted(SCORES + EXTRA)
-    want = naive_scores(f, t.r, t.stamp, t.path_r)
+    want = naive_scores(f, t.r, t.stamp, t.path_r, t.usual)
     got = backtest.bootstrap(sums, t)
     for name in SCORES + EXTRA:
         np.testing.assert_allclose(got[name][0], want[name], rtol=1e-9, err_msg=name)
@@ -218,10 +283,12 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
             origins.append(np.flatnonzero(t.path_block == b))
         bars, origins = np.concatenate(bars), np.concatenate(origins)
         part = {key: v[origins if key.startswith("path") else bars] for key, v in f.items()}
-        want = naive_scores(part, t.r[bars], np.concatenate(stamps), t.path_r[origins])
+        want = naive_scores(part, t.r[bars], np.concatenate(stamps), t.path_r[origins], t.usual[origins])
         for name in SCORES + EXTRA:
             np.testing.assert_allclose(drawn[name][k], want[name], rtol=1e-9, err_msg=name)
     for name in SCORES:  # replicates are centred on the score
+        if name.startswith(backtest.RARE) and (sums[name][0][:, 0] != 0).sum() < 5:
+            continue  # too few cases for any
         np.testing.assert_allclose(got[name][1].mean(0), got[name][0], rtol=1e-9, err_msg=name)
 
 
@@ -252,8 +319,8 @@ def test_long_short_is_the_naive_one():
     t = stub(n_symbols=12)
     f = random_forecaster(t)
     f["p_up"] = np.random.default_rng(4).random(len(t.r))
-    got = {name: score(s.sum(0)) for name, (s, score) in backtest.trading(f, t, 7.0).items()}
-    gains, turnovers, held = [], [], {}
+    sums = {name: s for name, (s, _) in backtest.trading(f, t, 7.0).items()}     # by blocks of two stamps
+    want, held = np.zeros((2, 20, 2)), {}
     for s in np.unique(t.stamp):
         rows = np.flatnonzero(t.stamp == s)
         new = {}
@@ -263,10 +330,11 @@ def test_long_short_is_the_naive_one():
         traded = sum(abs(new.get(i, 0) - held.get(i, 0)) for i in range(12))
         held = new
         if len(rows) >= 5:
-            turnovers.append(traded)
-            gains.append(1e4 * sum(new.get(t.symbol[i], 0) * (math.exp(t.r[i]) - 1) for i in rows) - 7.0 * traded)
-    assert got["turnover"] == pytest.approx(np.mean(turnovers))
-    assert got["long_short"] == pytest.approx(np.mean(gains))
+            gain = sum(new.get(t.symbol[i], 0) * (math.exp(t.r[i]) - 1) for i in rows)
+            want[0, s // 2] += traded, 1
+            want[1, s // 2] += 1e4 * gain - 7.0 * traded, 1
+    np.testing.assert_allclose(sums["turnover"], want[0], atol=1e-9)
+    np.testing.assert_allclose(sums["long_short"], want[1], atol=1e-9)
 
 
 # ---- intervals
@@ -284,6 +352,24 @@ def covered(t, blocks, weights, runs=300):
         s = backtest.scored(*backtest.bootstrap(sums, t)["da"], t.n_blocks)
         hits += s["lo"] <= 0.5 <= s["hi"]
     return hits / runs
+
+
+def test_too_few_rare_cases_make_no_interval():
+    """Where no warning came true, blocks drawn anew all say 0 %: that is no certainty."""
+    t = targets(daily(400, 2), 100, horizon=2, stride=2)
+    for cases in (0, 4, 5, 40):
+        sums = np.zeros((t.n_path_blocks, 2))
+        sums[:, 1], sums[:cases, 0] = 3, 1
+        found = backtest.bootstrap(dict(extreme_came=(sums, backtest.ratio)), t)["extreme_came"]
+        score = backtest.scored(*found, t.n_path_blocks)
+        assert score["value"] == pytest.approx(cases / sums[:, 1].sum()) and (score["lo"] is None) == (cases < 5)
+
+
+@pytest.mark.parametrize("n, t975", [(20, 2.093), (40, 2.023), (300, 1.968)])
+def test_intervals_of_few_blocks_are_as_wide_as_students(n, t975):
+    drawn = np.array([backtest.NORMAL.inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
+    s = backtest.scored(0.0, drawn, n)
+    assert s["hi"] == pytest.approx(t975 * math.sqrt(n / (n - 1)), rel=2e-3) and s["lo"] == pytest.approx(-s["hi"])
 
 
 def test_the_interval_covers_over_100_dates_as_often_as_it_says():
@@ -306,6 +392,8 @@ def test_blocks_are_whole_dates_and_at_least_the_horizon():
     minutes = data.synthetic(n_symbols=2, n_bars=3000)[0]
     t = backtest.Targets(minutes, int(minutes[0].time[1000]), 2**62, 5, None, 0)
     assert min(np.bincount(t.block)) >= 32 * 2
+    few = backtest.Targets(minutes, int(minutes[0].time[2900]), 2**62, 5, None, 0)     # 100 bars: blocks of 4, so that there is an interval
+    assert few.n_blocks == 20 and few.missing(1) == 0 and few.n_path_blocks == 20
 
 
 def test_few_blocks_make_no_interval_and_a_warning(triple, capsys):
@@ -344,19 +432,21 @@ def test_no_forecast_sees_the_future(triple):
                         backtest.next_bars(model, tokenizer, u) | backtest.simulated(model, tokenizer, u, 3))] + \
                       [(name, f, backtest.baselines(u, 3)[name]) for name, f in backtest.baselines(t, 3).items()]:
         for key in f:
-            rows = {"path_point": known, "path_crps": done, "path_pit": done, "path_width": done, "crps": row < cut, "pit": row < cut}.get(key, row <= cut)  # crps, pit: scores
+            outcome = key.endswith(("crps", "pit"))     # what came is in it
+            rows = (done if outcome else known) if key.startswith("path") else row < cut if outcome else row <= cut
             assert np.array_equal(f[key][rows], g[key][rows]), (name, key)
     assert not np.array_equal(backtest.next_bars(model, tokenizer, t)["p_up"], backtest.next_bars(model, tokenizer, u)["p_up"])
 
 
 def test_next_bars_are_the_models_own_distributions(triple):
-    """P(up) is that of a forecast from the same context, half a window at least; CRPS and percentile those of all pairs' closes."""
-    (model, tokenizer, _), series = triple
+    """P(up) is that of a forecast from the same context, half a window at least; CRPS and percentile those of all pairs."""
+    (_, tokenizer, _), series = triple
+    model = make(unmoved=0.1)
     t = targets(series, 100)
     f = backtest.next_bars(model, tokenizer, t)
-    table = close_table(tokenizer).double()
-    every = torch.arange(len(table))
-    ratio, off = [], []
+    tables = backtest.candle_tables(tokenizer)
+    every = torch.arange(len(tables["close"]))
+    ratio, off = {name: [] for name in tables}, []
     for k in range(0, len(t.r), 37):
         i, row = int(t.symbol[k]), 100 + k % 200
         begin = max(0, 100 + (row - 100) // 32 * 32 - 32)
@@ -364,15 +454,67 @@ def test_next_bars_are_the_models_own_distributions(triple):
         tokens = torch.from_numpy(np.asarray(data.tokenize(series[i], tokenizer)[begin:row]).astype(np.int64))
         with torch.no_grad():
             h = model.prefill(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(series[i].time[begin:row])[None]).h[0]
-            assert f["p_up"][k] == pytest.approx(model.p_up(h).item(), abs=1e-5)
-            p = model.coarse_logits(h).double().softmax(-1)[:, None] * model.fine_logits(h.expand(len(table), -1), every).double().softmax(-1)
+            still = (32 * model.config.unmoved + (np.diff(series[i].ohlcva[:row, 3]) == 0).sum()) / (32 + row - 1)
+            up = model.coarse_logits(h).softmax(-1)[model.up_mask].sum().item()
+            assert f["p_up"][k] == pytest.approx(min(1, up / (1 - still)), abs=1e-5)
+            p = model.coarse_logits(h).double().softmax(-1)[:, None] * model.fine_logits(h.expand(len(every), -1), every).double().softmax(-1)
         _, state = data.features(series[i][:row])
-        r, order = (table.sinh() * float(state.scales()[0])).flatten().sort()
-        exact = backtest.judge(r.numpy()[None], p.flatten()[order].numpy()[None], t.r[k:k + 1])
-        ratio.append(f["crps"][k] / exact["crps"][0])
-        off.append(f["pit"][k] - exact["pit"][0])  # 512 pairs only: one of them may hold much of the probability
+        s, m, d, _ = (float(v) for v in state.scales())
+        o, high, low, c, v, _ = series[i].ohlcva[row]
+        for name, value, came in (("close", tables["close"] * s, t.r[k]), ("range", tables["range"] * s, math.log(high / low)),
+                                  ("volume", (m + d * tables["volume"]).clamp(0, 80), math.log1p(v))):
+            r, order = value.flatten().sort()
+            exact = backtest.judge(r.numpy()[None], p.flatten()[order].numpy()[None], np.array([came]))
+            prefix = "" if name == "close" else f"{name}_"
+            ratio[name].append(f[f"{prefix}crps"][k] / exact["crps"][0])
+            off.append(f[f"{prefix}pit"][k] - exact["pit"][0])  # 512 pairs only: one of them may hold much of the probability
     assert np.sqrt(np.mean(np.square(off))) < 0.02
-    assert np.mean(ratio) == pytest.approx(1, abs=0.003) and np.abs(np.array(ratio) - 1).max() < 0.03
+    for name in ratio:
+        assert np.mean(ratio[name]) == pytest.approx(1, abs=0.003) and np.abs(np.array(ratio[name]) - 1).max() < 0.04, name
+
+
+def test_tables_are_what_the_inverse_makes_of_the_tokens(tokenizer):
+    """Range and close of a pair's candle, in units of s; volume in units of d above m."""
+    _, state = data.features(data.synthetic(seed=5, n_symbols=1, n_bars=300)[0][0])
+    s, m, d, _ = (float(v) for v in state.scales())
+    tables = backtest.candle_tables(tokenizer)
+    for coarse, fine in ((0, 0), (7, 3), (31, 15), (20, 9)):
+        bar = data.inverse(tokenizer.decode(torch.tensor([coarse]), torch.tensor([fine])).numpy(), state)[0][0]
+        assert tables["close"][coarse, fine] * s == pytest.approx(math.log(bar[3] / float(state.close)), rel=1e-5)
+        assert tables["range"][coarse, fine] * s == pytest.approx(math.log(bar[1] / bar[2]), rel=1e-5)
+        assert max(0, m + tables["volume"][coarse, fine] * d) == pytest.approx(math.log1p(bar[4]), rel=1e-5)
+
+
+def test_scales_of_volume_are_those_of_the_features():
+    bars = data.synthetic(seed=5, n_symbols=1, n_bars=300)[0][0]
+    bars.ohlcva[40:44, 4] = 0
+    level, width = backtest.volume_scales(bars)
+    for k in (1, 2, 3, 42, 45, 299):
+        _, m, d, _ = data.features(bars[:k])[1].scales()
+        assert level[k] == pytest.approx(float(m)) and width[k] == pytest.approx(float(d))
+
+
+def test_p_up_knows_that_ticks_differ(triple):
+    """A symbol of which a third of the bars do not move and one that always moves: both are fair coins, and P(up) says so."""
+    (model, tokenizer, _), series = triple
+    fine, rough = series[0], data.Bars("ROUGH", series[0].time, series[0].ohlcva.copy())
+    flat = np.random.default_rng(0).random(300) < 1 / 3
+    rough.ohlcva[flat, 3] = 0
+    close = rough.ohlcva[:, 3]
+    close[0] = 50
+    close[:] = close[np.maximum.accumulate(np.where(close > 0, np.arange(300), 0))]
+    rough.ohlcva[:, 1], rough.ohlcva[:, 2] = np.maximum(rough.ohlcva[:, 1], close), np.minimum(rough.ohlcva[:, 2], close)
+    shares = [sample.unmoved_share(bars, 0.1) for bars in (fine, rough)]
+    assert shares[0][0] == shares[1][0] == 0.1 and len(shares[0]) == 301
+    assert shares[0][-1] == pytest.approx(0.1 * 32 / 331) and shares[1][-1] == pytest.approx(1 / 3, abs=0.08)
+    for bars in (fine, rough):
+        still = (np.diff(bars.ohlcva[:, 3]) == 0)
+        for k in (1, 2, 77, 300):
+            assert sample.unmoved_share(bars, 0.1)[k] == pytest.approx((3.2 + still[:k - 1].sum()) / (32 + k - 1))
+    heads = SimpleNamespace(coarse_logits=lambda h: h, up_mask=torch.tensor([False, True]))
+    for moved in (1.0, 2 / 3):     # a model that has learned how often each moves: both say one half
+        h = torch.tensor([1 - moved / 2, moved / 2]).log()
+        assert sample.chance_up(heads, h, 1 - moved).item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_path_scores_are_those_of_the_forecasts(triple):
@@ -419,6 +561,136 @@ def test_baselines_are_the_naive_ones(triple):
         assert f["ar1"]["path_point"][first + j, 2] == pytest.approx(sum(step))
 
 
+def test_fhs_paths_follow_the_volatility_drawn(monkeypatch):
+    """After a large step a larger one: the second step is the naive recursion's of the first."""
+    series, kept = daily(300, 1), []
+    monkeypatch.setattr(backtest, "from_paths", lambda moves, t, rows: kept.append(moves) or {})
+    t = targets(series, 250, horizon=3, stride=40)
+    backtest.historical(t, 0, slice(0, len(t.origins[0])), 20_000, [np.random.default_rng(0)])
+    moves, r = kept[0][0], t.returns[0]
+    o = int(t.origins[0][0])
+    volatility = [math.sqrt(sum(0.94**(i - j) * r[j]**2 for j in range(1, i + 1)) / sum(0.94**(i - j) for j in range(1, i + 1))) for i in range(1, o + 1)]
+    z = np.unique(moves[:, 0] / volatility[-1])
+    second = moves[:, 1] / np.sqrt(0.94 * volatility[-1]**2 + 0.06 * moves[:, 0]**2)     # residuals again
+    assert np.abs(second[:, None] - z[np.searchsorted(z, second)[:, None].clip(1, len(z) - 1) - [0, 1]]).min(1).max() < 1e-9
+
+
+# ---- HAR
+
+def ranging(u, seed=0, start=1_400_025_600, step=DAY):
+    """Bars without gaps whose range volatility is u [T]."""
+    rng = np.random.default_rng(seed)
+    width = u * math.sqrt(4 * math.log(2))
+    up = rng.uniform(0, 1, len(u)) * width                      # of the high above the open
+    move = up - rng.uniform(0, 1, len(u)) * width
+    close = 100 * np.exp(np.cumsum(move))
+    open_ = np.append(100.0, close[:-1])
+    high, low = open_ * np.exp(up), open_ * np.exp(up - width)
+    volume = np.full(len(u), 1000.0)
+    return data.Bars(f"R{seed}", start + step * np.arange(len(u)), np.stack([open_, high, low, close, volume, volume * close], 1))
+
+
+def test_har_finds_the_weights_of_its_own_law():
+    true, series = (0.1, 0.25, 0.2, 0.25, 0.2), []
+    for seed in range(6):
+        rng, u = np.random.default_rng(seed), list(np.full(66, 1.0))
+        for _ in range(4000):
+            root = true[0] + sum(b * math.sqrt(np.mean(u[-n:])) for b, n in zip(true[1:], (1, 5, 22, 66)))
+            u.append((root * (1 + 0.25 * rng.normal()))**2)
+        series.append(ranging(0.01 * (1 + seed) * np.array(u), seed))
+    t = backtest.Targets(series, int(series[0].time[4000]), 2**62, 2, 20, 0)
+    values = [backtest.range_volatility(bars) for bars in series]
+    har = backtest.fit_har(t, values, np.sqrt)[3]
+    np.testing.assert_allclose(har.weights[1:], true[1:], atol=0.05)
+    assert np.mean(har.ratio) == pytest.approx(1 + 0.25**2, abs=0.02)
+
+
+def test_har_is_the_naive_loop():
+    series = daily(300, 3)
+    t = targets(series, 200, horizon=2, stride=20)
+    v = []
+    for bars in series:
+        o, h, l, c = bars.ohlcva[:, :4].T
+        v.append([math.sqrt(math.log(h[k] / l[k])**2 / (4 * math.log(2)) + (math.log(o[k] / c[k - 1])**2 if k else 0)) for k in range(300)])
+    v = [np.maximum(u, 0.05 * np.mean(u[:200])) / np.mean(u[:200]) for u in v]
+    lagged = lambda u, k: [1.0] + [math.sqrt(np.mean(u[max(0, k - n):k])) for n in (1, 5, 22, 66)]       # known before bar k
+    X = np.array([lagged(u, k) for u in v for k in range(66, 200)])
+    y = np.array([math.sqrt(u[k]) for u in v for k in range(66, 200)])
+    w = np.array([1 / np.mean(row[1:]) for row in X])
+    beta = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]
+    hars = backtest.fit_har(t, [backtest.range_volatility(bars) for bars in series], np.sqrt)
+    np.testing.assert_allclose(hars[0].weights, beta, rtol=1e-6)
+    for k in (200, 277):
+        want = np.dot(beta, lagged(v[1], k))**2 * backtest.range_volatility(series[1])[:200].mean()
+        assert hars[1].forecast[k] == pytest.approx(want)
+    f = backtest.har(t, 4000)
+    first = sum(map(len, t.origins[:1]))
+    for j, origin in enumerate(t.origins[1]):       # the paths' first step is the next bar's forecast, up to the draws
+        assert f["path_crps"][first + j, 0] == pytest.approx(f["crps"][100 + origin + 1 - 200], rel=0.05, abs=1e-4)
+
+
+def test_the_scale_of_residuals_follows_slowly():
+    size = np.random.default_rng(0).random(60)
+    size[45] = 100.0        # counts as six usual ones
+    got = backtest.slow_scale(size, np.arange(10, 40), 0.8)
+    usual = (size[10:40].sum() + 30 * 0.8) / 60
+    a = 0.5 ** (1 / 500)
+    for k in (0, 10, 11, 30, 46, 60):       # known before bar k
+        seen = [min(size[j], 6 * usual) * a ** (k - 1 - j) for j in range(10, k)]
+        assert got[k] == pytest.approx((sum(seen) + 250 * usual) / (sum(a ** (k - 1 - j) for j in range(10, k)) + 250))
+
+
+def test_har_paths_follow_the_volatility_drawn():
+    """A path whose ranges were wide goes on wide: the size of its steps depends on the ones before."""
+    rng = np.random.default_rng(0)
+    series = [ranging(0.01 * np.exp(0.5 * rng.normal(size=1500)), seed) for seed in range(2)]
+    t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
+    volatility = backtest.Volatility(t)
+    volatility.hars[0].weights[:] = 0.1, 0.9, 0, 0, 0
+    moves = volatility.paths(0, np.array([1100]), 20_000, 5, rng)[0]
+    size = np.log(np.abs(moves) + 1e-9)
+    assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
+    z, ratio = volatility.tables[0]
+    assert np.abs(moves[:, 1:2]).mean() == pytest.approx(       # two steps by hand: forecast, drawn range, next forecast
+        np.mean([(0.1 + 0.9 * math.sqrt((0.1 + 0.9 * math.sqrt(volatility.hars[0].u[1100]))**2 * q))**2 for q in ratio])
+        * np.abs(z).mean() * volatility.hars[0].mean * volatility.scale[0][1101], rel=0.03)
+
+
+def test_har_learns_from_no_bar_after_the_first_target_of_any_symbol():
+    """A symbol listed late has its context after the others' first targets: they must not see it."""
+    series = daily(300, 4)
+    late = [data.Bars("LATE", bars.time[190:], bars.ohlcva[190:].copy()) for bars in daily(300, 1, seed=9) for _ in range(2)]
+    late[1].ohlcva[15:, :4] *= np.exp(np.cumsum(0.2 * np.random.default_rng(1).normal(size=95)))[:, None]
+    found = [backtest.har(targets([*series, one], 200), 3) for one in late]
+    assert all(np.array_equal(found[0][key][:400], found[1][key][:400]) for key in ("point", "range_crps", "volume_crps"))
+    assert not np.array_equal(found[0]["crps"][400:], found[1]["crps"][400:])
+
+
+def test_har_knows_the_time_of_day_of_the_bars_to_come():
+    """Hours that differ fourfold: a path's first step is the next bar's forecast in each of them."""
+    hour = np.arange(3000) % 24
+    series = [ranging(0.001 * np.where(hour < 6, 4, 1) * np.exp(0.2 * np.random.default_rng(s).normal(size=3000)), s, step=3600) for s in range(2)]
+    t = backtest.Targets(series, int(series[0].time[2800]), 2**62, 2, 13, 0)
+    f = backtest.har(t, 4000)
+    at = np.concatenate([o + 1 - first + i * 200 for i, (o, (first, _)) in enumerate(zip(t.origins, t.ranges))])
+    np.testing.assert_allclose(f["path_crps"][:, 0], f["crps"][at], rtol=0.08, atol=1e-5)
+    busy = hour[2800:] < 6
+    sigma = t.volatility.sigma[0][2800:]
+    assert sigma[busy].mean() / sigma[~busy].mean() == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("step, hours", [(300, range(24)), (900, range(9, 17))])
+def test_time_of_day_factors_are_found(step, hours):
+    time = np.arange(0, 60 * DAY, step)
+    time = time[np.isin(time // 3600 % 24, hours)]
+    usual = 1 + 0.5 * np.sin(time % DAY / DAY * 2 * math.pi)
+    u = 0.01 * usual * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
+    found = backtest.TimeOfDay(time[:len(time) // 2], u[:len(time) // 2])(time)
+    within = np.corrcoef(np.log(found), np.log(usual))[0, 1]
+    assert within > 0.98 and np.std(np.log(found)) == pytest.approx(np.std(np.log(usual)), rel=0.15)
+    assert (backtest.TimeOfDay(time[::step // 300 * 288][:40], u[:40])(time) == 1).all()        # daily: none
+
+
 # ---- the interface
 
 def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
@@ -428,13 +700,13 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     text = "date,symbol,open,high,low,close,volume,amount\n" + "".join(
         f"{t},{b.symbol}," + ",".join(map(repr, row.tolist())) + "\n" for b in series for t, row in zip(b.time, b.ohlcva))
     (tmp_path / "bars.csv").write_text(text)
-    argv = ["--ckpt", *(tmp_path / f"{n}.pt" for n in "abc"), "--backtest", "--data", tmp_path / "bars.csv", "--horizon", 4, "--paths", 4, "--stride", 40]
-    status, out, err = call("sample", *argv, "--json")
+    argv = ["--ckpt", *(tmp_path / f"{n}.pt" for n in "abc"), "--data", tmp_path / "bars.csv", "--horizon", 4, "--paths", 4, "--stride", 40]
+    status, out, err = call("backtest", *argv, "--json")
     assert status == 0, err
     result = json.loads(out)
     assert list(result) == KEYS and result["split"] == "test" and result["blocks"] == 25
     assert result["start"] == data.iso(series[0].time[200]) and result["end"] == data.iso(series[0].time[299])
-    assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs"]
+    assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs", "har"]
     for entry in result["checkpoints"]:
         assert list(entry) == ["ckpt", *SCORES, "tokens"]
         assert sorted(entry["tokens"]) == ["coarse_perplexity", "coarse_used", "fine_perplexity", "fine_used", "pairs"]
@@ -448,10 +720,25 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert result["baselines"]["always_up"]["balanced_accuracy"]["value"] == 0.5 and result["baselines"]["always_up"]["mae"] is None
     pairs = {(p["a"][-4:-3], p["b"][-4:-3], p["metric"]) for p in result["paired"]}
     assert {("a", "b", "da"), ("a", "c", "crps"), ("b", "c", "path_crps")} <= pairs
-    status, out, err = call("sample", *argv, "--by", "volatility", "--cost_bps", 5)
-    assert status == 0 and "correlation of pairs" in out and "middle" in out
-    status, out, _ = call("sample", "--ckpt", tmp_path / "a.pt", *argv[4:])
+    status, out, err = call("backtest", *argv, "--by", "volatility", "--cost_bps", 5)
+    assert status == 0 and "correlation of pairs" in out and "steady" in out
+    status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:])
     assert status == 0 and max(map(len, out.split("paired")[0].splitlines())) <= 80, out
+
+
+def test_the_best_opponent_is_the_one_shown():
+    score = lambda v: dict(value=v, lo=None, hi=None)
+    found = dict(a=dict(crps=score(2), da=score(0.5), path_crps=[score(1), score(9)]), b=dict(crps=score(1), da=score(0.6), path_crps=None),
+                 c=dict(crps=None, da=None, path_crps=[score(2), score(8)]))
+    assert [backtest.best_rival(found, m) for m in ("crps", "da", "path_crps")] == ["b", "b", "c"]
+
+
+def test_groups_by_volatility_are_thirds_of_where_it_is_to_go():
+    t = targets(daily(400, 3), 150)
+    groups = dict(backtest.groups_of(t, "volatility"))
+    rising = np.concatenate([sigma[150:] for sigma in t.volatility.sigma]) / t.s
+    assert rising[groups["falling"]].max() <= rising[groups["steady"]].min() and rising[groups["steady"]].max() <= rising[groups["rising"]].min()
+    assert [mask.sum() for mask in groups.values()] == [250, 250, 250]
 
 
 def test_paired_differences_use_the_same_blocks(triple):
@@ -459,7 +746,7 @@ def test_paired_differences_use_the_same_blocks(triple):
     pairs = backtest.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=10)["paired"]
     for pair in (p for p in pairs if p["b"] == "checkpoint 2"):  # a model against itself
         for s in pair["difference"] if isinstance(pair["difference"], list) else [pair["difference"]]:
-            assert s["value"] == 0 and s["lo"] == s["hi"] == 0
+            assert s["value"] == 0 and (s["lo"] == s["hi"] == 0 or pair["metric"].startswith(backtest.RARE))
         if pair["metric"] in ("mae", "crps"):
             assert pair["ratio"]["value"] == pair["ratio"]["hi"] == 1
 
@@ -475,6 +762,8 @@ def test_in_sample_targets_are_refused_unless_named(triple):
     with pytest.raises(UserError, match="--start"):
         backtest.backtest([(model, tokenizer, meta), (model, tokenizer, meta | dict(splits=(1, 2)))], series, **quick)
     assert backtest.backtest([(model, tokenizer, meta)], old, start=data.iso(series[0].time[100]), **quick)["split"] == "in-sample"
+    for borders in (None, ()):      # nobody knows what it has seen
+        assert backtest.backtest([(model, tokenizer, dict(splits=borders))], series, start=data.iso(series[0].time[220]), **quick)["split"] == "in-sample"
     later = backtest.backtest([(model, tokenizer, meta)], series, start=data.iso(series[0].time[220]), **quick)
     assert later["split"] == "test" and later["start"] == data.iso(series[0].time[220])
     val = backtest.backtest([(model, tokenizer, meta)], series, split="val", **quick)

@@ -267,28 +267,6 @@ def test_series_too_short_for_a_window_get_one_line(tmp_path, call, n_bars):
 
 # ---- forecasting
 
-def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
-    status, out, err = call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--out", tmp_path / "f.csv", "--paths_out", tmp_path / "p.npz",
-                            "--plot", tmp_path / "f.svg", "--plot_codebook", tmp_path / "c.svg", "--plot_loss", tmp_path / "l.svg", "--strike", "1.01x", "100")
-    assert status == 0 and err == ""
-    table, options = out.split("\n\n")
-    assert max(map(len, table.splitlines())) <= 80 and options.count("SYN1") == 2
-    assert all(f"SYN{i}" in out for i in range(3)) and "breadth" in out
-    for name in ("f.svg", "c.svg", "l.svg"):
-        assert xml.dom.minidom.parse(str(tmp_path / name)).documentElement.tagName == "svg"
-    rows = (tmp_path / "f.csv").read_text().splitlines()
-    assert rows[0].startswith("time,symbol,step,p_up,q05") and len(rows) == 1 + 3 * 4
-    paths = np.load(tmp_path / "p.npz")
-    assert paths["ohlcva"].shape == (3, 30, 4, 6) and paths["time"].shape == (3, 4)
-    status, out, _ = call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x")
-    found = json.loads(out)
-    assert set(found) == {"horizon", "paths", "breadth", "mean_p_up", "symbols"}
-    assert set(found["symbols"][0]) == set("symbol last_time last_close p_up p_up_horizon expected_return q05 q50 q95 var95 es95 p_extreme rank options".split())
-    assert sorted(s["rank"] for s in found["symbols"]) == [1, 2, 3]
-    again = call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x")[1]
-    assert out == again != call("sample", "--ckpt", checkpoint, "--paths", 30, "--horizon", 4, "--json", "--strike", "1.01x", "--seed", 1)[1]
-
-
 def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, call):
     ckpt, bars = tmp_path / "a.pt", tmp_path / "bars.csv"
     shutil.copy(checkpoint, ckpt)
@@ -298,12 +276,6 @@ def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, cal
                  ("sample", "--ckpt", ckpt, "--data", bars, "--plot", bars), ("pretrain", "--data", bars, "--out", bars)):
         assert "reads it" in complaint(call(*argv, "--overwrite"))
     assert (ckpt.read_bytes(), bars.read_bytes()) == before
-
-
-def test_paths_are_written_where_they_are_told_to(checkpoint, tmp_path, call):
-    assert call("sample", "--ckpt", checkpoint, "--paths", 3, "--paths_out", tmp_path / "paths")[0] == 0
-    assert os.listdir(tmp_path) == ["paths"] and np.load(tmp_path / "paths")["ohlcva"].shape[1] == 3
-    assert "exists" in complaint(call("sample", "--ckpt", checkpoint, "--paths", 3, "--paths_out", tmp_path / "paths"))
 
 
 def test_a_flipped_bit_is_noticed(checkpoint, tmp_path):
@@ -322,37 +294,6 @@ def test_a_terminal_without_the_letter_and_a_full_one(checkpoint):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def test_many_paths_go_in_pieces_of_bounded_size(loaded, market, monkeypatch):
-    model, tokenizer = loaded
-    bars = data.load(str(market))[0]
-    whole = sample.forecast(model, tokenizer, bars, 3, 150)
-    sizes, generate = [], sample.generate
-    monkeypatch.setattr(sample, "MAX_ROWS", 64)
-    monkeypatch.setattr(sample, "generate", lambda *a: sizes.append(len(a[2])) or generate(*a))
-    pieces = sample.forecast(model, tokenizer, bars, 3, 150)
-    assert sizes == [64, 64, 22]
-    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
-
-
-def test_forecast_of_a_symbol_does_not_depend_on_the_others(checkpoint, call):
-    all_ = json.loads(call("sample", "--ckpt", checkpoint, "--paths", 8, "--horizon", 3, "--json")[1])["symbols"][1]
-    one = json.loads(call("sample", "--ckpt", checkpoint, "--paths", 8, "--horizon", 3, "--json", "--symbols", "SYN1")[1])["symbols"][0]
-    for key in ("p_up", "q05", "q50", "q95"):
-        assert one[key] == pytest.approx(all_[key], rel=1e-4)
-
-
-@pytest.mark.parametrize("argv, why", [
-    (("--horizon", 0), "--horizon 0"), (("--paths", -1), "--paths -1"), (("--symbols", "NOPE"), "NOPE"), (("--temperature", 0), "temperature"),
-    (("--top_p", 1.5), "top_p"), (("--strike", "-3"), "--strike"), (("--strike", "abc"), "--strike abc"), (("--out", "no/where.csv"), "folder"),
-    (("--parallel", "--horizon", 17), "--parallel"), (("--data", "none.csv"), "none.csv"), (("--device", "cuda:9"), "--device"), (("--rate", "inf"), "--rate"),
-    (("--backtest", "--strike", "100"), "--strike"), (("--backtest", "--out", "f.csv"), "--out"),
-    (("--seed", -1), "--seed"), (("--rate", "1e9"), "--rate"), (("--out", "f", "--plot", "f"), "same name"), (("--backtest", "--cost_bps", "nan"), "--cost_bps"),
-])
-def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, argv, why):
-    monkeypatch.chdir(tmp_path)
-    assert why in complaint(call("sample", "--ckpt", checkpoint, "--paths", 3, *argv))
-
-
 def test_bad_checkpoints_get_one_line(checkpoint, tmp_path, call):
     whole = open(checkpoint, "rb").read()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
@@ -364,96 +305,6 @@ def test_bad_checkpoints_get_one_line(checkpoint, tmp_path, call):
     assert "--ckpt" in complaint(call("sample"))
 
 
-# ---- the forecast itself
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return load_checkpoint(checkpoint)[:2]
-
-
-def test_forecast_interface_gives_valid_candles_and_repeats(loaded, market):
-    model, tokenizer = loaded
-    bars = data.load(str(market))[0]
-    out = sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=3)
-    assert out.shape == (7, 12, 6) and out.dtype == np.float64 and np.isfinite(out).all()
-    o, h, l, c, v, a = np.moveaxis(out, -1, 0)
-    assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and (out[..., :4] > 0).all() and (v >= 0).all()
-    np.testing.assert_array_equal(out, sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=3))
-    assert (out != sample.forecast(model, tokenizer, bars, horizon=12, paths=7, seed=4)).any()
-
-
-def test_a_forecast_starts_from_the_last_bar_with_a_window_of_context(loaded, market):
-    model, tokenizer = loaded
-    bars = data.load(str(market))[0]
-    _, [p_up] = sample.simulate(model, tokenizer, [bars], 1, 1)
-    tokens = torch.from_numpy(data.tokenize(bars, tokenizer).astype(np.int64))[-64:]
-    logits = model(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0][0, -1]
-    expected = logits.softmax(-1)[32:].sum().item() / (1 - model.config.unmoved)  # the upper half of the codes says up
-    assert model.config.block_size == 64 and p_up == pytest.approx(expected, abs=1e-5)
-
-
-def test_g1_no_forecast_sees_a_later_bar(loaded, market):
-    """From the data to the tokens, the logits and the forecast: later bars change nothing, to the bit."""
-    model, tokenizer = loaded
-    bars = data.load(str(market))[0]
-    for t in (100, 237, 300):
-        changed = data.Bars(bars.symbol, bars.time, bars.ohlcva.copy())
-        changed.ohlcva[t:] *= np.random.default_rng(t).uniform(0.5, 2, (len(bars) - t, 1))
-        tokens = [data.tokenize(b, tokenizer).astype(np.int64) for b in (bars, changed)]
-        np.testing.assert_array_equal(tokens[0][:t], tokens[1][:t])
-        assert (tokens[0][t:] != tokens[1][t:]).any()
-        logits = [model(torch.tensor(k[None, :, 0]), torch.tensor(k[None, :, 1]), torch.from_numpy(bars.time)[None])[:2] for k in tokens]
-        for a, b in zip(*logits):
-            assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t:], b[:, t:])
-        both = [sample.forecast(model, tokenizer, b[:t], horizon=3, paths=4) for b in (bars, changed)]
-        np.testing.assert_array_equal(*both)
-
-
-def test_a_generation_of_20_000_bars_stays_finite(loaded, market):
-    """Any tokens whatever, the wildest ones again and again too; and what the model itself goes on with."""
-    model, tokenizer = loaded
-    bars = data.load(str(market))[0]
-    _, state = data.features(bars)
-    codes = [torch.randint(0, 2**bits, (3, 20_000), generator=torch.Generator().manual_seed(0)) for bits in (6, 5)]
-    wildest = tokenizer.decode(torch.arange(64))[:, 0].argmax()
-    codes[0][1] = wildest
-    codes[0][2] = torch.where(codes[0][2] < 32, wildest, codes[0][2])
-    for out in (data.inverse(tokenizer.decode(*codes).numpy(), state.anchored())[0], sample.forecast(model, tokenizer, bars, horizon=1000, paths=1)):
-        assert np.isfinite(out).all() and (out[..., :4] > 0).all() and (out[..., 4:] >= 0).all()
-
-
-def test_parallel_forecast_samples_the_slots(loaded, market):
-    model, tokenizer = loaded
-    out, _ = sample.simulate(model, tokenizer, data.load(str(market)), 16, 5, parallel=True)
-    assert out.shape == (3, 5, 16, 6) and np.isfinite(out).all()
-
-
-def test_options_agree_with_black_scholes_on_gaussian_paths():
-    from statistics import NormalDist
-    N, rng = NormalDist().cdf, np.random.default_rng(0)
-    spot, sigma, rate, years = 80.0, 0.3, 0.05, 0.5
-    close = spot * np.exp(0.4 + sigma * years ** 0.5 * rng.standard_normal(400_000))  # a drift that the pricing must take out
-    for strike in ("70", "1x", "1.2x"):
-        k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
-        d1 = (np.log(spot / k) + (rate + sigma ** 2 / 2) * years) / (sigma * years ** 0.5)
-        call = spot * N(d1) - k * np.exp(-rate * years) * N(d1 - sigma * years ** 0.5)
-        found = sample.option(close, spot, strike, years, rate)
-        assert found["call"] == pytest.approx(call, abs=0.08)
-        assert found["call"] - found["put"] == pytest.approx(spot - k * np.exp(-rate * years), abs=1e-9)
-
-
-def test_report_row_against_naive_numbers():
-    rng = np.random.default_rng(1)
-    bars = data.synthetic(n_symbols=1, n_bars=100)[0][0]
-    last = bars.ohlcva[-1, 3]
-    paths = np.zeros((1000, 2, 6))
-    paths[:, -1, 3] = last * np.exp(rng.normal(0, 0.01, 1000))
-    row = sample.describe(bars, paths, 0.6)
-    r = np.sort(paths[:, -1, 3] / last - 1)
-    assert row["p_up_horizon"] == (r > 0).mean() and row["expected_return"] == pytest.approx(r.mean())
-    assert row["var95"] == pytest.approx(-r[49], abs=2e-4) and row["es95"] == pytest.approx(-r[:50].mean(), abs=1e-4)
-    sigma = np.diff(np.log(bars.ohlcva[-21:, 3])).std() * 2 ** 0.5
-    assert row["p_extreme"] == (np.abs(np.log1p(r)) > 3 * sigma).mean()
 
 
 # ---- what is written down
@@ -466,7 +317,7 @@ def commands():
         text = text if name == "README.md" else text.split('"""')[1]
         for line in text.splitlines():
             for part in re.split(r"&&|`", line.split(" #")[0]):
-                words = re.search(r"(?:python|torchrun(?: --\S+)*) ((?:data|tokenizer|pretrain|expo|rollout|sample)\.py)(?: (.*))?$", part.strip())
+                words = re.search(r"(?:python|torchrun(?: --\S+)*) ((?:data|tokenizer|pretrain|expo|rollout|sample|backtest)\.py)(?: (.*))?$", part.strip())
                 if words:
                     found[words[1], words[2] or ""] = True
     return list(found)
@@ -475,7 +326,8 @@ def commands():
 FEWER = {  # so many steps, bars and paths are enough to see that a command runs
     "data.py": "--synthetic 4000", "tokenizer.py": "--steps 40 --coarse_bits 6 --fine_bits 5 --overwrite", "pretrain.py": " ".join(TINY) + " --overwrite",
     "expo.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --horizon 3 --overwrite",
-    "rollout.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --overwrite", "sample.py": "--paths 4 --overwrite"}
+    "rollout.py": "--steps 2 --eval_every 1 --batch_size 4 --paths 4 --overwrite", "sample.py": "--paths 4 --overwrite",
+    "backtest.py": "--paths 4 --horizon 3"}
 
 
 @pytest.fixture(scope="module")

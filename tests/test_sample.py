@@ -1,0 +1,268 @@
+"""Forecasts: what is simulated, what the report says of it, what is written; from the command line and from arrays."""
+import json
+import math
+import os
+import xml.dom.minidom
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+from conftest import complaint
+from data import UserError
+from model import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_checkpoint(checkpoint)[:2]
+
+
+@pytest.fixture(scope="module")
+def series(market):
+    return data.load(str(market))
+
+
+# ---- simulation
+
+def test_a_forecast_is_valid_candles_and_repeats(loaded, series):
+    out = sample.forecast(*loaded, series[0], horizon=12, paths=7, seed=3)
+    assert out.shape == (7, 12, 6) and out.dtype == np.float64 and np.isfinite(out).all()
+    o, h, l, c, v, a = np.moveaxis(out, -1, 0)
+    assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and (out[..., :4] > 0).all() and (v >= 0).all()
+    np.testing.assert_array_equal(out, sample.forecast(*loaded, series[0], horizon=12, paths=7, seed=3))
+    assert (out != sample.forecast(*loaded, series[0], horizon=12, paths=7, seed=4)).any()
+
+
+def test_a_forecast_starts_from_the_last_bar_with_a_window_of_context(loaded, series):
+    (model, tokenizer), bars = loaded, series[0]
+    _, [p_up] = sample.simulate(model, tokenizer, [bars], 1, 1)
+    tokens = torch.from_numpy(data.tokenize(bars, tokenizer).astype(np.int64))[-64:]
+    logits = model(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0][0, -1]
+    still = (32 * model.config.unmoved + (np.diff(bars.ohlcva[:, 3]) == 0).sum()) / (32 + 499)
+    expected = logits.softmax(-1)[32:].sum().item() / (1 - still)  # the upper half of the codes says up
+    assert model.config.block_size == 64 and p_up == pytest.approx(expected, abs=1e-5)
+
+
+def test_g1_no_forecast_sees_a_later_bar(loaded, series):
+    """From the data to the tokens, the logits and the forecast: later bars change nothing, to the bit."""
+    (model, tokenizer), bars = loaded, series[0]
+    for t in (100, 300):
+        changed = data.Bars(bars.symbol, bars.time, bars.ohlcva.copy())
+        changed.ohlcva[t:] *= np.random.default_rng(t).uniform(0.5, 2, (len(bars) - t, 1))
+        tokens = [data.tokenize(b, tokenizer).astype(np.int64) for b in (bars, changed)]
+        np.testing.assert_array_equal(tokens[0][:t], tokens[1][:t])
+        assert (tokens[0][t:] != tokens[1][t:]).any()
+        logits = [model(torch.tensor(k[None, :, 0]), torch.tensor(k[None, :, 1]), torch.from_numpy(bars.time)[None])[:2] for k in tokens]
+        for a, b in zip(*logits):
+            assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t:], b[:, t:])
+        both = [sample.forecast(model, tokenizer, b[:t], horizon=3, paths=4) for b in (bars, changed)]
+        np.testing.assert_array_equal(*both)
+
+
+def test_a_generation_of_20_000_bars_stays_finite(loaded, series):
+    """Any tokens whatever, the wildest ones again and again too; and what the model itself goes on with."""
+    (model, tokenizer), bars = loaded, series[0]
+    _, state = data.features(bars)
+    codes = [torch.randint(0, 2**bits, (3, 20_000), generator=torch.Generator().manual_seed(0)) for bits in (6, 5)]
+    wildest = tokenizer.decode(torch.arange(64))[:, 0].argmax()
+    codes[0][1] = wildest
+    codes[0][2] = torch.where(codes[0][2] < 32, wildest, codes[0][2])
+    for out in (data.inverse(tokenizer.decode(*codes).numpy(), state.anchored())[0], sample.forecast(model, tokenizer, bars, horizon=1000, paths=1)):
+        assert np.isfinite(out).all() and (out[..., :4] > 0).all() and (out[..., 4:] >= 0).all()
+
+
+def test_stratified_numbers_are_uniform_and_spread_evenly():
+    u = np.stack([sample.stratified(np.random.default_rng(k), 9, 3) for k in range(2000)])       # [2000, 9, 3, 2]
+    assert u.shape == (2000, 9, 3, 2) and 0 <= u.min() and u.max() <= 1
+    assert np.abs(u.mean(0) - 0.5).max() < 5 * math.sqrt(1 / 12 / 2000)
+    for first, n in ((0, 4), (4, 5)):       # each half: one number in each n-th, at every step
+        assert (np.sort(np.floor(u[:, first:first + n] * n).clip(max=n - 1), 1) == np.arange(n)[:, None, None]).all()
+    flat = u[:, :, :, 0].reshape(2000, 27)
+    across = np.corrcoef(flat.T)
+    steps = [across[3 * i + a, 3 * j + b] for i in range(9) for j in range(9) for a in range(3) for b in range(3) if a != b]
+    assert np.abs(steps).max() < 5 / math.sqrt(2000)                                            # steps know nothing of each other
+    halves = [across[3 * i, 3 * j] for i in range(4) for j in range(4, 9)]
+    assert np.abs(halves).max() < 5 / math.sqrt(2000)                                           # nor the halves
+
+
+def test_paths_go_in_pieces_of_bounded_bytes(loaded, series, monkeypatch):
+    model, tokenizer = loaded
+    whole = sample.simulate(model, tokenizer, series, 3, 40)[0]
+    sizes, generate = [], sample.generate
+    monkeypatch.setattr(sample, "BATCH_BYTES", sample.BATCH_BYTES // sample.rows_at_once(model) * 64)
+    monkeypatch.setattr(sample, "generate", lambda *a: sizes.append(len(a[2])) or generate(*a))
+    assert sample.rows_at_once(model) == 64
+    np.testing.assert_allclose(sample.simulate(model, tokenizer, series, 3, 40)[0], whole, rtol=1e-6)    # 40 paths a symbol: one at a time
+    np.testing.assert_allclose(sample.simulate(model, tokenizer, series, 3, 30)[0], sample.simulate(model, tokenizer, series[:3], 3, 30)[0])
+    assert sizes == [40] * 3 + [60, 30] * 2
+    sample.forecast(model, tokenizer, series[0], 3, 150)
+    assert sizes[-3:] == [64, 64, 22]
+    state = model.prefill(*torch.zeros(3, 1, 1, dtype=torch.int64)).repeat(5)       # what the figure stands for
+    held = sum(t.numel() * t.element_size() for t in (state.h, state.time, state.gaps))
+    assert sample.bytes_of(state) > held > 0
+
+
+def test_parallel_forecast_samples_the_slots(loaded, series):
+    out, _ = sample.simulate(*loaded, series, 16, 5, parallel=True)
+    assert out.shape == (3, 5, 16, 6) and np.isfinite(out).all()
+
+
+# ---- as a library
+
+def test_from_arrays_to_quantiles(loaded, series):
+    """The README's lines: arrays -> Bars -> paths -> quantiles, many series at once; each as it is alone."""
+    model, tokenizer = loaded
+    columns = {bars.symbol: (bars.time, *bars.ohlcva.T) for bars in series}
+    many = [data.Bars(name, time, np.stack([o, h, l, c, v, a], 1)) for name, (time, o, h, l, c, v, a) in columns.items()]
+    ohlcva, p_up = sample.simulate(model, tokenizer, many, horizon=5, paths=20, seed=1)
+    low, middle, high = np.quantile(ohlcva[..., 3], (0.05, 0.5, 0.95), axis=1)  # (3, 5) each
+    assert ohlcva.shape == (3, 20, 5, 6) and p_up.shape == (3,) and (low <= middle).all() and (middle <= high).all()
+    np.testing.assert_allclose(ohlcva[1], sample.forecast(model, tokenizer, many[1], 5, 20, seed=1), rtol=1e-6)
+
+
+def test_stamps_of_the_future_can_be_given(loaded, series):
+    (model, tokenizer), bars = loaded, series[:2]
+    clock = np.stack([data.future_times(b.time, 4) for b in bars])
+    own = sample.simulate(model, tokenizer, bars, 4, 6)[0]
+    np.testing.assert_array_equal(sample.simulate(model, tokenizer, bars, 4, 6, times=clock)[0], own)
+    later = clock + 3 * data.DAY + 3600     # other hours, other weekdays: the model reads them from the second bar on
+    moved = sample.simulate(model, tokenizer, bars, 4, 6, times=later)[0]
+    assert (moved[:, :, 0] == own[:, :, 0]).all() and (moved[:, :, 2] != own[:, :, 2]).any()
+    for wrong in (clock[0, :3], clock - 10 * data.YEAR, clock[:, ::-1], 5):
+        with pytest.raises(UserError, match="times"):
+            sample.simulate(model, tokenizer, bars, 4, 6, times=wrong)
+
+
+# ---- the report
+
+def test_report_row_against_naive_numbers():
+    rng = np.random.default_rng(1)
+    bars = data.synthetic(n_symbols=1, n_bars=400)[0][0]
+    last = bars.ohlcva[-1, 3]
+    paths = np.zeros((1000, 2, 6))
+    paths[:, -1, 3] = last * np.exp(rng.normal(0, 0.01, 1000))
+    row = sample.describe(bars, paths, 0.6)
+    r = np.sort(paths[:, -1, 3] / last - 1)
+    assert row["p_up_horizon"] == (r > 0).mean() and row["expected_return"] == pytest.approx(r.mean())
+    assert row["var95"] == pytest.approx(-r[49], abs=2e-4) and row["es95"] == pytest.approx(-r[:50].mean(), abs=1e-4)
+    sigma = np.diff(np.log(bars.ohlcva[-251:, 3])).std() * 2 ** 0.5      # long-run, over the horizon: not that of the last days
+    assert row["p_extreme"] == (np.abs(np.log1p(r)) > 3 * sigma).mean()
+    assert math.isnan(sample.usual_sigma(np.full(300, 7.0)))             # never moved: no chance can be stated
+
+
+def test_options_agree_with_black_scholes_on_gaussian_paths():
+    from statistics import NormalDist
+    N, rng = NormalDist().cdf, np.random.default_rng(0)
+    spot, sigma, rate, years = 80.0, 0.3, 0.05, 0.5
+    close = spot * np.exp(0.4 + sigma * years ** 0.5 * rng.standard_normal(400_000))  # a drift that the pricing must take out
+    for strike in ("70", "1x", "1.2x"):
+        k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
+        d1 = (np.log(spot / k) + (rate + sigma ** 2 / 2) * years) / (sigma * years ** 0.5)
+        call = spot * N(d1) - k * np.exp(-rate * years) * N(d1 - sigma * years ** 0.5)
+        found = sample.option(close, spot, strike, years, rate)
+        assert found["call"] == pytest.approx(call, abs=0.08)
+        assert found["call"] - found["put"] == pytest.approx(spot - k * np.exp(-rate * years), abs=1e-9)
+
+
+def renamed(bars, symbol, n=None):
+    return data.Bars(symbol, bars.time[:n], bars.ohlcva[:n])
+
+
+def test_a_symbol_that_ended_is_shown_with_its_date_and_has_no_rank(series, capsys):
+    """Its next bar is another time's: it takes no part in rank and breadth."""
+    histories = [renamed(series[0], "BTC/USDT-PERP"), renamed(series[1], "OLD", 200), renamed(series[2], "\x1b[31mRED")]
+    old = histories[1].time
+    old -= 60 * data.DAY
+    paths = np.tile(histories[0].ohlcva[-1], (4, 3, 1))
+    rows = [sample.describe(bars, paths, p) for bars, p in zip(histories, (0.4, 0.9, 0.6))]
+    ranked = sample.give_ranks(rows, histories, 3)
+    assert [row["rank"] for row in rows] == [2, None, 1] and sorted(ranked) == [0.4, 0.6]
+    sample.print_report(rows, 3, 0.5, 0.5)
+    out = capsys.readouterr().out
+    assert "BTC/USDT-PERP" in out and f"ended {data.iso(old[-1])[:10]}" in out and "of 2 symbols" in out and "\x1b" not in out
+    assert out.splitlines()[4].startswith("OLD")       # last
+
+
+# ---- files and flags
+
+def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
+    names = {flag: tmp_path / name for flag, name in (("--out", "f.csv"), ("--paths_out", "p"), ("--plot", "f.svg"), ("--plot_codebook", "c.svg"),
+                                                      ("--plot_loss", "l.svg"))}
+    argv = ["--ckpt", checkpoint, "--paths", 30, "--horizon", 4]
+    status, out, err = call("sample", *argv, *sum(names.items(), ()), "--strike", "1.01x", "100")
+    assert status == 0 and err == ""
+    table, options = out.split("\n\n")
+    assert max(map(len, table.splitlines())) <= 80 and options.count("SYN1") == 2
+    assert all(f"SYN{i}" in out for i in range(3)) and "breadth" in out
+    for name in ("f.svg", "c.svg", "l.svg"):
+        assert xml.dom.minidom.parse(str(tmp_path / name)).documentElement.tagName == "svg"
+    assert sorted(os.listdir(tmp_path)) == sorted(p.name for p in names.values())
+    found = np.load(tmp_path / "p")
+    assert found["ohlcva"].shape == (3, 30, 4, 6) and found["time"].shape == (3, 4)
+    rows = [line.split(",") for line in (tmp_path / "f.csv").read_text().splitlines()]
+    assert rows[0] == "time,symbol,step,p_up,q05,q25,q50,q75,q95,mean,open,high,low,close,volume,amount".split(",") and len(rows) == 1 + 3 * 4
+    for row, paths in zip(rows[1:], found["ohlcva"].transpose(0, 2, 1, 3).reshape(12, 30, 6)):
+        np.testing.assert_allclose([float(v) for v in row[10:]], np.median(paths, 0), rtol=1e-6)
+        np.testing.assert_allclose([float(v) for v in row[4:9]], np.quantile(paths[:, 3], sample.QUANTILES), rtol=1e-6)
+    status, out, _ = call("sample", *argv, "--json", "--strike", "1.01x")
+    report = json.loads(out)
+    assert set(report) == {"horizon", "paths", "breadth", "mean_p_up", "symbols"}
+    assert set(report["symbols"][0]) == set("symbol last_time last_close p_up p_up_horizon expected_return q05 q50 q95 var95 es95 p_extreme rank options".split())
+    assert sorted(s["rank"] for s in report["symbols"]) == [1, 2, 3]
+    one = json.loads(call("sample", *argv, "--json", "--symbols", "SYN1")[1])["symbols"][0]
+    for key in ("p_up", "q05", "q50", "q95"):       # a symbol's forecast does not depend on the others
+        assert one[key] == pytest.approx(report["symbols"][1][key], rel=1e-4)
+
+
+def test_stamps_from_a_file(checkpoint, series, tmp_path, call, capfd):
+    stamps = data.future_times(series[0].time, 9)[1::2]     # every other bar: as a holiday would have it
+    (tmp_path / "t.txt").write_text("\n".join(data.iso(t) for t in [series[0].time[3], *stamps]) + "\n\n")
+    argv = ["--ckpt", checkpoint, "--paths", 3, "--times", tmp_path / "t.txt"]
+    sample.main([*map(str, argv), "--horizon", "4", "--out", str(tmp_path / "f.csv")])      # as a notebook calls it
+    assert [line[:19] for line in (tmp_path / "f.csv").read_text().splitlines()[1:5]] == [str(np.datetime64(int(t), "s")) for t in stamps]
+    assert "lower --horizon" in complaint(call("sample", *argv, "--horizon", 5))
+    (tmp_path / "t.txt").write_text("2024-01-01\nsoon\n")
+    assert "t.txt:2" in complaint(call("sample", *argv))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(OSError), sample.written(tmp_path / "a") as f:
+        f.write("half")
+        raise OSError("disk full")
+    assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "link"]
+    with sample.written(tmp_path / "link") as f:
+        f.write("new")
+    assert (tmp_path / "a").read_text() == "new" and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with sample.written(tmp_path / "pipe") as f:
+        f.write("sent")
+    assert os.read(reader, 9) == b"sent" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
+
+
+def test_columns_that_are_not_there_stay_empty_and_no_cell_is_a_formula(series, tmp_path):
+    bars = data.Bars("=1+1", series[0].time, series[0].ohlcva.copy())
+    bars.ohlcva[:, 5] = np.nan
+    times = data.future_times(bars.time, 2)[None]
+    sample.write_csv(tmp_path / "f.csv", [bars], np.ones((1, 5, 2, 6)), times)
+    rows = (tmp_path / "f.csv").read_text().splitlines()
+    assert rows[1].endswith(",1,") and ",'=1+1," in rows[1]
+
+
+@pytest.mark.parametrize("argv, why", [
+    (("--horizon", 0), "--horizon 0"), (("--paths", -1), "--paths -1"), (("--symbols", "NOPE"), "NOPE"), (("--temperature", 0), "temperature"),
+    (("--top_p", 1.5), "top_p"), (("--strike", "-3"), "--strike"), (("--strike", "abc"), "--strike abc"), (("--out", "no/where.csv"), "folder"),
+    (("--parallel", "--horizon", 17), "--parallel"), (("--data", "none.csv"), "none.csv"), (("--device", "cuda:9"), "--device"), (("--rate", "inf"), "--rate"),
+    (("--backtest",), "python backtest.py"), (("--start", "2018-01-01"), "--start"), (("--cost_bps", 5), "--cost_bps"), (("--times", "none.txt"), "none.txt"),
+    (("--seed", -1), "--seed"), (("--rate", "10"), "--rate"), (("--out", "f", "--plot", "f"), "same name"), (("--out", __file__), "--overwrite"),
+])
+def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, argv, why):
+    monkeypatch.chdir(tmp_path)
+    line = complaint(call("sample", "--ckpt", checkpoint, "--paths", 3, *argv))
+    assert why in line and "--resume" not in line       # which sample.py does not have
