@@ -868,7 +868,7 @@ def path_sums(f, t):
     out["es95_ratio"] = mean_of_origins(loss * hit, t, 0.05 * f["path_es95"])  # Acerbi and Szekely, Risk 2014: 1 if right
     out["extreme_flagged"] = mean_of_origins(flagged, t)
     if flagged.any():
-        out["extreme_said"] = mean_of_origins(flagged * said, t, flagged)
+        out["extreme_said"] = mean_of_origins(np.where(flagged, said, 0), t, flagged)
         out["extreme_came"] = mean_of_origins(flagged * came, t, flagged)
     return out
 
