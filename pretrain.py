@@ -44,7 +44,7 @@ class Config:
     val_start: str | None = None      # first date of val; train is before it (default: after 80 % of the time stamps)
     test_start: str | None = None     # first date of test; val is before it (default: after 90 %)
     steps: int = 0                    # updates of the model; 0: by the number of bars
-    tok_steps: int = 3000             # updates of the tokenizer
+    tok_steps: int = 1200             # updates of the tokenizer
     batch_size: int = 0               # windows per update, over all processes; 0: by the number of bars
     block_size: int = 0               # bars in a window; 0: by the number of bars
     micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: its whole share
@@ -528,7 +528,7 @@ def main(argv=None):
     elif base:
         tokenizer = base[1]
     elif config.tokenizer:
-        tokenizer = Tokenizer.load(read_checkpoint(config.tokenizer)["tokenizer"])
+        tokenizer = load_tokenizer(config.tokenizer)
     elif rank == 0:
         tokenizer = tokenizer_stage(config, features, spans, run.metrics, device)
     if world > 1:
@@ -646,6 +646,13 @@ def main(argv=None):
         tell_result(config, run, average, val, best_da, time.time() - began)
     if world > 1:
         dist.destroy_process_group()
+
+
+def load_tokenizer(path):
+    try:
+        return Tokenizer.load(read_checkpoint(path)["tokenizer"])
+    except ValueError as e:
+        raise UserError(f"{path}: no tokenizer can be taken from it ({str(e).splitlines()[0]}); name another checkpoint")
 
 
 def load_optimizer(optimizer, entry, path):
