@@ -729,12 +729,17 @@ def _lines(path):
 
 
 def _decoded(raw):
-    """Text in UTF-8, else in the encoding of these in which most names of columns are known."""
+    """Text in UTF-8, else in that of these encodings in which most names of columns are known."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
-    return max(texts, key=lambda text: max(_n_known(map(_fold, re.split("[,;\t|]", line))) for line in text[:4000].split("\n")))
+        best, most = "", -1
+    for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis"):
+        text = raw.decode(encoding, "replace")
+        known = max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+        if known > most:
+            best, most = text, known
+    return best
 
 
 def _head(path):
@@ -1062,7 +1067,7 @@ def _dates_of_iso(texts):
 
 def _dates_of_texts(texts):
     found = [STAMP.fullmatch(text) for text in texts]
-    parts = np.array([_parts(match) for match in found]).T  # (8, n): date as it stands, clock, place of a month's name, shift
+    parts = np.array([_parts(match) for match in found]).T  # (7, n)
     readings = {}
     for name, (y, m, d) in ORDERS.items():
         wrong = (parts[6] >= 0) & ((parts[6] != m) | ((y == 0) & (parts[0] < 32)))  # 02-Jan-24 is a day of 2024
@@ -1073,7 +1078,7 @@ def _dates_of_texts(texts):
         if match and (match["zone"] or match["offset"]):
             zones.setdefault((match["zone"] or "", match["offset"] or ""), []).append(k)
     for (zone, offset), rows in zones.items():
-        seconds[rows] -= _offset(zone.lower(), offset, seconds[rows], zone)
+        seconds[rows] -= _offset(zone, offset, seconds[rows])
     return seconds, why
 
 
@@ -1087,30 +1092,33 @@ def _parts(match):
         if not part.isdecimal():
             named, part = k, part[:3].lower()
             date[k] = MONTHS.index(part) + 1 if part in MONTHS else GERMAN_MONTHS.get(part, np.nan)
-    hour = int(match["h"] or 0)
-    if match["half"]:
-        hour = _half_day(hour, match["half"])
-    return [*map(float, date), hour, int(match["m"] or 0), int(match["s"] or 0), named]
+    return [*map(float, date), _hour(match["h"], match["half"]), int(match["m"] or 0), int(match["s"] or 0), named]
 
 
-def _half_day(hour, half):
-    """12 am is 0, 12 pm is 12."""
+def _hour(text, half):
+    """Of half a day, "a" or "p": 12 am is 0, 12 pm is 12."""
+    hour = int(text or 0)
+    if not half:
+        return hour
     return hour % 12 + 12 * (half in "pP") if 1 <= hour <= 12 else 99
 
 
-def _offset(zone, offset, seconds, name):
-    """Seconds that local time is ahead of UTC; NaN for an unknown zone."""
-    if offset and zone in ("", "utc", "gmt"):
+def _offset(zone, offset, seconds):
+    """Seconds that local time is ahead of UTC, one number or float64 [n]; NaN for an unknown zone."""
+    if offset and zone.lower() in ("", "utc", "gmt"):
         digits = offset[1:].replace(":", "").ljust(4, "0")
         return int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
-    if zone in ZONES:
-        return ZONES[zone] * 3600
+    if zone.lower() in ZONES:
+        return ZONES[zone.lower()] * 3600
     try:
-        zone = zoneinfo.ZoneInfo(name)
-        local = [datetime.datetime.fromtimestamp(s, datetime.UTC).replace(tzinfo=zone) if s == s else None for s in seconds]
-        return np.array([when.utcoffset().total_seconds() if when else np.nan for when in local])
+        zone = zoneinfo.ZoneInfo(zone)
     except (KeyError, ValueError, OSError):
         return np.nan
+    ahead = np.full(len(seconds), np.nan)
+    for k in np.flatnonzero(np.isfinite(seconds)):
+        local = datetime.datetime.fromtimestamp(seconds[k], datetime.UTC)
+        ahead[k] = local.replace(tzinfo=zone).utcoffset().total_seconds()
+    return ahead
 
 
 def _dates_of_numbers(values):
@@ -1125,9 +1133,11 @@ def _dates_of_numbers(values):
     readings = readings or {"an epoch": epoch}
     seconds, why = _told_apart(readings, values)
     if not np.isfinite(seconds).any():
-        typical = np.nanmedian(values) if np.isfinite(values).any() else np.nan
-        why = why or ("it counts as .NET does" if typical > 6e17 else "it is a clock, a count, a year or a spreadsheet's number"
-                      if typical < 1e8 else "it lies in the future")
+        typical = np.nanmedian(values) if np.isfinite(values).any() else 0
+        if typical < 1e8:
+            why = why or "it is a clock, a count, a year or a spreadsheet's number"
+        else:
+            why = why or ("it counts as .NET does" if typical > 6e17 else "it lies in the future")
     return seconds, why
 
 
@@ -1205,9 +1215,11 @@ def _clock(cells, field):
             values //= 1000
         hour, minute, second = values // 10000, values // 100 % 100, values % 100
     else:
-        found = [CLOCK.fullmatch(text) for text in texts]
-        hour = np.array([(_half_day(int(m[1]), m[4]) if m[4] else int(m[1])) if m else np.nan for m in found])
-        minute, second = (np.array([int(m[k] or 0) if m else np.nan for m in found]) for k in (2, 3))
+        hour, minute, second = np.full((3, len(texts)), np.nan)
+        for k, text in enumerate(texts):
+            found = CLOCK.fullmatch(text)
+            if found:
+                hour[k], minute[k], second[k] = _hour(found[1], found[4]), int(found[2]), int(found[3] or 0)
     fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
     return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)[which]
 
@@ -1262,8 +1274,9 @@ def _read_csv(path, symbol):
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
 
-    alone = set(named) if named and len({*named, *clocks}) == 1 and _is_number(_first_cell(table, named[0])) else set()
-    cells, reasons = _cells(table, numbers | alone, (words | {*named, *clocks}) - alone)
+    stamps = {*named, *clocks}
+    epochs = stamps if len(stamps) == 1 and _is_number(_first_cell(table, min(stamps))) else set()
+    cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
     n = len(cells[min(numbers)])
     if not n:
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
