@@ -558,10 +558,10 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "close": "close bidclose closelast adjclose last settle price schlusskurs schluss zuletzt letzter último ultimo dernier "
              "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
     "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
-              "totaltradedquantity tottrdqty quantity qty volumen объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz 成交额 成交金额 成交金額",
+              "totaltradedquantity tottrdqty quantity qty stuecke stücke volumen объём объем 成交量 成交股數 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz volumen 成交额 成交金额 成交金額",
     "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
-    "interval": "timeframe interval resolution per",
+    "interval": "timeframe interval resolution per granularity freq frequency",
 }
 HEADERS = {column: names.split() for column, names in HEADERS.items()}
 KNOWN = {name for names in HEADERS.values() for name in names}
@@ -807,7 +807,7 @@ def _split(line, delimiter):
     if delimiter == " ":
         return line.split()
     try:
-        return next(csv.reader([line], delimiter=delimiter), [])
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
         return []
 
@@ -905,7 +905,8 @@ def _columns(table, ticker):
     fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        field = next((name for name in HEADERS[column] if name in fields), None)
+        taken = [fields[i] for i in columns.values()]
+        field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
         if field is None:
             continue
         if fields.count(field) > 1:
@@ -945,7 +946,7 @@ def _cells(table, numbers, texts):
     except (ValueError, OSError):
         pass  # holes, faults, numbers with commas, a text file named .gz: row by row
     rows, line_of, reasons, price = [], [], {}, min(numbers)
-    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter)
+    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
         for line, row in enumerate(reader, table.first + 1):
@@ -1016,7 +1017,7 @@ def _numbers(table, cells, reasons):
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 GERMAN_MONTHS = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
-ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?")
+ISO = re.compile(r"\d{4}-\d\d(-\d\d)?([T ]\d\d:\d\d(:\d\d)?)?")
 STAMP = re.compile(r"""
     (?:[^\W\d]{2,10}\.?,?\s+)?                                                                       # a weekday
     (?:(?P<a>\d{1,4}|[^\W\d]{3,9})[-/.\s年]\s*(?P<b>\d\d?|[^\W\d]{3,9})\.?,?[-/.\s月]\s*(?P<c>\d{1,4})日?
@@ -1029,7 +1030,7 @@ ZONES = dict(z=0, utc=0, gmt=0, est=-5, edt=-4, cdt=-5, mst=-7, mdt=-6, pst=-8, 
 DIGITS = (  # numbers that spell a date: name, fields of two digits behind the year, digits of the year, of a fraction
     ("YYYYMM", 1, 4, 0), ("YYMMDD", 2, 2, 0), ("YYYYMMDD", 2, 4, 0), ("YYYYMMDDHH", 3, 4, 0), ("YYMMDDHHMM", 4, 2, 0),
     ("YYYYMMDDHHMM", 4, 4, 0), ("YYYYMMDDHHMMSS", 5, 4, 0), ("YYYYMMDDHHMMSSmmm", 5, 4, 3))
-CLOCK = re.compile(r"(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
+CLOCK = re.compile(r"(?:0 days )?(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
 
 
 def parse_time(text):
@@ -1200,7 +1201,7 @@ def _told_apart(readings, cells, prefer=None):
 
 def _clock(cells, field):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
-    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
     numbers = sorted((float(text), len(text)) for text in texts if text.isdecimal())
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
@@ -1234,7 +1235,7 @@ def _times(table, cells, named, clocks=(), rising=False):
     for i in named:
         seconds, reason = _dates(cells[i])
         good = np.isfinite(seconds)
-        if good.sum() <= len(good) / 2 or (rising and not _is_monotone(seconds[good])):
+        if good.mean() < 0.5 or (rising and not _is_monotone(seconds[good])):
             if not why or "may be" in reason:
                 why = f"{table.names[i] or 'time'} {_first_cell(table, i)!r} is no date" + (f": {reason}" if reason else "")
             continue
@@ -1243,17 +1244,17 @@ def _times(table, cells, named, clocks=(), rising=False):
             best, most, at = seconds, distinct, i
     if best is None:
         return None, why
-    clocks = [i for i in clocks if i != at]
-    if not clocks or (best[np.isfinite(best)] % DAY != 0).any():
-        return best, at
-    for i in clocks:
+    midnight = bool(clocks) and (best[np.isfinite(best)] % DAY == 0).all()
+    for i in [i for i in clocks if i != at and midnight]:
         clock = _clock(cells[i], table.fields[i])
         if np.isfinite(clock).sum() <= len(clock) / 2:
             continue
         best = best + clock
         if table.fields[i] != "hour" or (clock % 3600 != 0).any():
             break  # else there may be a column of minutes, too
-    return best, at
+    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
+    ahead = _offset(zone[1], "", best) if zone else 0
+    return np.where(np.isfinite(ahead), best - ahead, best), at
 
 
 def _is_monotone(x):
@@ -1291,8 +1292,9 @@ def _read_csv(path, symbol):
     if time is None:
         raise UserError(f"{path}:{table.line(0)}: {at}; give dates with their clock, best as 2024-03-04 14:30")
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    prices = [columns[c] for columns in parts.values() for c in PRICES]
     for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not all(np.isnan(values[i][row]) for i in numbers):
+        if not all(np.isnan(values[i][row]) for i in prices):
             reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
 
     series = []
