@@ -672,8 +672,13 @@ def _symbols(paths):
         if undated[path] in bare:
             stem = undated[path]
             stem = bare[stem] if n_intervals[bare[stem]] == 1 else stem
-        symbols[path] = "".join(c if c.isprintable() else "?" for c in stem)
+        symbols[path] = _printable(stem)
     return symbols
+
+
+def _printable(text):
+    """For messages and names: without control characters and escape codes."""
+    return "".join(c if c.isprintable() else "?" for c in text.strip())
 
 
 # -- bytes -> lines
@@ -805,7 +810,7 @@ def _n_known(fields):
 
 def _split(line, delimiter):
     if delimiter == " ":
-        return line.split()
+        return line.replace('"', "").split()
     try:
         return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
@@ -844,8 +849,8 @@ def _table(path):
     if known < 2:
         return _without_header(path, _lines(path), filled)
     if delimiter == " ":  # or runs of blanks
-        head, lines, delimiter = None, ["\t".join(line.split()) for line in _lines(path)], "\t"
-    cells = _split(lines[i], delimiter)
+        head, lines, delimiter = None, ["\t".join(line.replace('"', "").split()) for line in _lines(path)], "\t"
+    cells = [_printable(cell) for cell in _split(lines[i], delimiter)]
     table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names],
                   is_head=head is not None)
     if not any(table.tickers):
@@ -1320,7 +1325,7 @@ def _check_columns(table, columns, cells, ohlcva):
     if "interval" in columns:
         intervals = sorted({str(cell).strip() for cell in cells[columns["interval"]]})
         if len(intervals) > 1:
-            raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
+            raise UserError(f"{path}:{table.first}: bars of several intervals ({_printable(', '.join(intervals[:4]))}) in the column "
                             f"{names[columns['interval']]!r}; keep one of them a file")
     open_, high, low, close, volume, amount = ohlcva
     if "volume" in columns and not table.has_header and len(names) != len(BINANCE):

@@ -345,6 +345,7 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("symbol,timeframe,time,open,high,low,close\nA,1h,2020-01-02,1,1,1,1\nA,1d,2020-01-03,1,1,1,1\n", "several intervals (1d, 1h)"),
     ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "differ in the column 'expiry'"),
     ("time,open,high,low,close\n2020-01-02,1,1,1,1\n2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of a have the time of another"),
+    ("\ttime\x1b,open,high,low,close\n5,1,1,1,1\n", "a.csv:2: time? '5' is no date"),
     ("time,open,high,low,close\n1.57792E+12,1,1,1,1\n1.57792E+12,2,2,2,2\n", "a spreadsheet has rounded"),
 ])
 def test_unusable_files_get_one_line(tmp_path, text, words):
