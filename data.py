@@ -1061,12 +1061,12 @@ def _dates(cells):
 
 
 def _dates_of_iso(texts):
-    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates of one length."""
-    if not ISO.fullmatch(texts[0]) or not ISO.fullmatch(texts[-1]) or np.ptp(np.char.str_len(texts)) > 0:
+    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates that exist."""
+    if not all(map(ISO.fullmatch, texts.tolist())):
         return None
     try:
         seconds = texts.astype("M8[s]").astype(np.int64).astype(np.float64)
-    except ValueError:  # one of them is none
+    except ValueError:  # a day that is none
         return None
     return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan)
 
