@@ -358,6 +358,7 @@ class Streams:
     block_size: int       # bars of context in a window
     batch_size: int       # windows in the global batch
     whole: bool = False   # only windows in which every bar is a target
+    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: all windows are equally likely
 
     def __post_init__(self):
         # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
@@ -377,14 +378,34 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
 
 
 def draw_windows(streams, seed, step, rank=0, world=1):
-    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; all windows are equally likely.
+    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each.
 
     A pure function of (seed, step): what came before, and who else draws, change nothing.
     """
-    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
-    which = np.searchsorted(streams.windows, draws, side="right")
-    before = np.append(0, streams.windows)[which]
-    return which, streams.first_end[which] + draws - before
+    random = np.random.default_rng([seed, step])
+    count = np.diff(streams.windows, prepend=0)
+    if streams.weights is None:
+        draws = random.integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+        which = np.searchsorted(streams.windows, draws, side="right")
+        return which, streams.first_end[which] + draws - (streams.windows - count)[which]
+    which = random.choice(len(count), size=streams.batch_size, p=streams.weights)[rank::world]
+    place = random.random(streams.batch_size)[rank::world]
+    return which, streams.first_end[which] + (place * count[which]).astype(np.int64)
+
+
+def balanced(series, streams):
+    """Weights of the symbols [symbols], so that no market or interval rules: each by the root of its bars.
+
+    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars. Within
+    both a symbol's weight is its number of windows.
+    """
+    count = np.diff(streams.windows, prepend=0).astype(np.float64)
+    groups = [(bars.symbol.partition("@")[2], int(np.median(np.diff(bars.time)))) for bars in series]
+    total = Counter()
+    for group, n in zip(groups, count):
+        total[group] += n
+    weights = np.array([n / math.sqrt(max(1, total[group])) for group, n in zip(groups, count)])
+    return weights / weights.sum()
 
 
 def get_batch(streams, seed, step, rank=0, world=1):
