@@ -260,9 +260,12 @@ def tokenizer_study(argv):
         print(f"{name:20}{scores['coarse_error']:>13.4f}{scores['full_error']:>9.4f}{use['coarse_used']:>8.1%}"
               f"{use['coarse_perplexity']:>11.0f}{use['fine_perplexity']:>7.0f}{use['pairs']:>8,.0f}{nats:>8.3f}" +
               "".join(f"{backtest.show(entry[key], scale, digits):>26}" for key, _, scale, digits in shown))
-    if "correlations" in result:
+    if len(arms) >= 3:
         print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
-        for key, row in result["correlations"].items():
+        use = [entry["tokens"] for entry in result["checkpoints"]]
+        values, drawn = zip(*(result["drawn"][path]["da"] for _, path, _, _ in arms))
+        correlations = token_correlations(use, np.array(values), np.stack(drawn, -1), result["blocks"])
+        for key, row in correlations.items():
             pearson, spearman = (backtest.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
             print(f"{key:30}{pearson:>22}{spearman:>24}")
     if args.plot:
@@ -289,6 +292,34 @@ def tokenizer_arm(args, bits, nearest, seed, rows, borders):
     _, tokenizer, meta = load_checkpoint(stem + ".pt")
     nats = min(row["val"] for row in meta["metrics"] if "val" in row)
     return name, stem + ".pt", report(tokenizer, rows[args.split]), nats
+
+
+def token_correlations(use, accuracy, drawn, n_blocks):
+    """Correlation, over checkpoints, of each number in `use` (a dict each) with direction accuracy.
+
+    accuracy [checkpoints], drawn [replicates, checkpoints]: the intervals speak of these checkpoints, not of others.
+    """
+    from backtest import scored
+    out = {}
+    with np.errstate(all="ignore"):
+        for key in use[0]:
+            x = np.array([float(row[key]) for row in use])
+            linear = pearson(x, accuracy), pearson(x, drawn)
+            ranked = pearson(places(x), places(accuracy)), pearson(places(x), places(drawn))
+            out[key] = dict(pearson=scored(*linear, n_blocks), spearman=scored(*ranked, n_blocks))
+    return out
+
+
+def pearson(x, y):
+    """Correlation of x [n] with each row of y [..., n]."""
+    x = x - x[0]  # all alike: exactly 0, so that no rounding correlates
+    x, y = x - x.mean(), y - y.mean(-1, keepdims=True)
+    return (x * y).sum(-1) / np.sqrt((x * x).sum() * (y * y).sum(-1))
+
+
+def places(v):
+    """How many of a row are below each, equal ones counted half: [..., n]."""
+    return ((v[..., None] > v[..., None, :]) + 0.5 * (v[..., None] == v[..., None, :])).sum(-1)
 
 
 def plot_tokenizers(path, names, result):
