@@ -514,10 +514,6 @@ def test_p_up_knows_that_ticks_differ(triple):
         still = (np.diff(bars.ohlcva[:, 3]) == 0)
         for k in (1, 2, 77, 300):
             assert sample.unmoved_share(bars, 0.1)[k] == pytest.approx((3.2 + still[:k - 1].sum()) / (32 + k - 1))
-    heads = SimpleNamespace(coarse_logits=lambda h: h, up_mask=torch.tensor([False, True]))
-    for moved in (1.0, 2 / 3):     # a model that has learned how often each moves: both say one half
-        h = torch.tensor([1 - moved / 2, moved / 2]).log()
-        assert sample.chance_up(heads, h, 1 - moved).item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_path_scores_are_those_of_the_forecasts(triple):

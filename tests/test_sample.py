@@ -228,24 +228,6 @@ def test_stamps_from_a_file(checkpoint, series, tmp_path, call, capfd):
     assert "t.txt:2" in complaint(call("sample", *argv))
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    (tmp_path / "a").write_text("old")
-    (tmp_path / "link").symlink_to("a")
-    with pytest.raises(OSError), sample.written(tmp_path / "a") as f:
-        f.write("half")
-        raise OSError("disk full")
-    assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "link"]
-    with sample.written(tmp_path / "link") as f:
-        f.write("new")
-    assert (tmp_path / "a").read_text() == "new" and (tmp_path / "link").is_symlink()
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with sample.written(tmp_path / "pipe") as f:
-        f.write("sent")
-    assert os.read(reader, 9) == b"sent" and not (tmp_path / "pipe").is_file()
-    os.close(reader)
-
-
 def test_columns_that_are_not_there_stay_empty_and_no_cell_is_a_formula(series, tmp_path):
     bars = data.Bars("=1+1", series[0].time, series[0].ohlcva.copy())
     bars.ohlcva[:, 5] = np.nan
