@@ -111,7 +111,7 @@ class Targets:
                             f"(the first {data.CONTEXT} bars are context)")
         self.horizon, self.seed, self.tokenized = horizon, seed, {}
         lengths = [last - first for first, last in self.ranges]
-        self.longest = max(lengths)
+        longest = max(lengths)
 
         # the bars
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
@@ -125,8 +125,12 @@ class Targets:
 
         # the paths
         each = max(10, ORIGINS // len(self.series))
-        self.stride = stride or max(horizon, (self.longest - horizon + 1) // each)
-        self.origins = [self.origins_of(bars.symbol, *span) for bars, span in zip(self.series, self.ranges)]
+        self.stride = stride or max(horizon, (longest - horizon + 1) // each)
+        self.origins = []  # every stride-th, from an offset of the symbol's own, to spread the dates
+        for bars, (first, last) in zip(self.series, self.ranges):
+            n = last - first - horizon + 1
+            offset = zlib.crc32(bars.symbol.encode()) % max(1, min(self.stride, n))
+            self.origins.append(first - 1 + np.arange(offset, n, self.stride))
         ahead = np.arange(1, horizon + 1)
         moves = np.concatenate([r[o[:, None] + ahead] for r, o in zip(self.returns, self.origins)])  # (n, H)
         self.path_r, self.path_rv = moves.cumsum(1), np.sqrt((moves**2).sum(1))
@@ -136,8 +140,8 @@ class Targets:
         # the blocks
         self.daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
         units, unit = np.unique(self.time // DAY if self.daily else self.time, return_inverse=True)
-        self.n_blocks = self.blocks_in(self.longest, 1)
-        self.n_path_blocks = self.blocks_in(self.longest, horizon)
+        self.n_blocks = self.blocks_in(longest, 1)
+        self.n_path_blocks = self.blocks_in(longest, horizon)
         self.block = unit * self.n_blocks // len(units)
         starts = np.concatenate([bars.time[o + 1] for bars, o in zip(self.series, self.origins)])
         place = np.searchsorted(units, starts // DAY if self.daily else starts)
@@ -150,12 +154,6 @@ class Targets:
         """Of arrays over each symbol's bars, those of the targets: [N]."""
         return np.concatenate([v[first:last] for v, (first, last) in zip(values, self.ranges)])
 
-    def origins_of(self, symbol, first, last):
-        """The bars after which paths begin: every stride-th, from an offset of the symbol's own, to spread the dates."""
-        n = last - first - self.horizon + 1
-        offset = zlib.crc32(symbol.encode()) % max(1, min(self.stride, n))
-        return first - 1 + np.arange(offset, n, self.stride)
-
     def blocks_in(self, n, horizon):
         """How many blocks n target bars make."""
         within_day = 1 if self.daily else min(data.HALF_LIFE, n // MIN_BLOCKS)
@@ -165,13 +163,6 @@ class Targets:
     def blocks_of(self, metric):
         """How many blocks of time hold what a score is made of."""
         return len(np.unique(self.path_block)) if of_paths(metric) else self.n_blocks
-
-    def missing(self, horizon):
-        """How many target bars more would make enough blocks for an interval."""
-        more = 0
-        while self.blocks_in(self.longest + more, horizon) < MIN_BLOCKS:
-            more += 1
-        return more
 
     def tokens(self, tokenizer):
         """The series' tokens, made once for each tokenizer."""
@@ -214,13 +205,16 @@ def span_of(metas, split, start, end):
     """(name of the split, first time stamp, end) of the targets. In-sample targets only where they are asked for."""
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
+    lo = -math.inf if start is None else data.parse_time(str(start))
+    hi = 2**62 if end is None else data.parse_time(str(end))
+    for name, date, time in (("start", start, lo), ("end", end, hi)):
+        if math.isnan(time):
+            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
     borders = {tuple(meta.get("splits") or ()) for meta in metas}
-    lo, hi = date_of("start", start), date_of("end", end)
-    if lo is None and (len(borders) > 1 or () in borders):
+    if start is None and (len(borders) > 1 or () in borders):
         raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
     test = max((b[1] for b in borders if b), default=math.inf)
-    hi = 2**62 if hi is None else hi
-    if lo is not None:
+    if start is not None:
         split = "in-sample" if lo < test or () in borders else "test"
     elif split == "val":
         lo, latest = next(iter(borders))
@@ -233,16 +227,6 @@ def span_of(metas, split, start, end):
     return split, int(lo), int(hi)
 
 
-def date_of(name, date):
-    """The time stamp of --start or --end, None where it is not given."""
-    if date is None:
-        return None
-    time = data.parse_time(str(date))
-    if math.isnan(time):
-        raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
-    return time
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Distributions, and their scores for what happened
 
@@ -252,15 +236,10 @@ def judge(r, p, y):
     CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
     """
     F, y = p.cumsum(-1), y[..., None]
-    median = (quantile(r, F, 0.5 - 1e-9) + quantile(r, F, 0.5 + 1e-9)) / 2
+    middle = [(F < share).sum(-1).clip(max=r.shape[-1] - 1) for share in (0.5 - 1e-9, 0.5 + 1e-9)]
+    median = np.take_along_axis(r, np.stack(middle, -1), -1).mean(-1)
     below = (p * ((r < y) + 0.5 * (r == y))).sum(-1)
     return dict(mean=(p * r).sum(-1), point=median, pit=below, crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
-
-
-def quantile(r, F, share):
-    """The first of the values r [..., K] whose cumulative probability F [..., K] reaches share."""
-    at = (F < share).sum(-1, keepdims=True).clip(max=r.shape[-1] - 1)
-    return np.take_along_axis(r, at, -1)[..., 0]
 
 
 def spread(r, F):
@@ -342,10 +321,10 @@ def joined(parts):
 def next_bars(model, tokenizer, t, probes=PROBES):
     """Forecast every target from the bars before it, teacher-forced. P(up) is exact.
 
-    Close, range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c. All 2^20 pairs
-    would take hours, so P(bin | c) is a mean over some contexts before the first target, put right by `probes` coarse
-    tokens of each bar's own (stratified by close; control variates). An estimate: a few bins may come out a little
-    below 0.
+    Windows advance by half their length, so that each target has half a window of context where there is history. Close,
+    range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c. All 2^20 pairs would
+    take hours, so P(bin | c) is a mean over some contexts before the first target, put right by `probes` coarse tokens of
+    each bar's own (stratified by close; control variates). An estimate: a few bins may come out a little below 0.
     """
     binned = bins_of(model, tokenizer, t)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
@@ -354,7 +333,10 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     order = by_close(tokenizer).to(model.up_mask.device)
     levels = (torch.arange(probes, device=order.device) + 0.5) / probes
     parts, at = [], 0
-    for h in contexts(model, tokenizer, t):  # (m, C)
+    half, windows = max(1, model.config.block_size // 2), []
+    for i, (first, last) in enumerate(t.ranges):
+        windows += [(i, j, min(j + half, last)) for j in range(first, last, half)]
+    for h in contexts(model, tokenizer, t, windows):  # (m, C)
         now = slice(at, at + len(h))
         at += len(h)
         coarse = model.coarse_logits(h).float().softmax(-1)  # (m, 2^k1)
@@ -378,32 +360,21 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     return joined(parts)
 
 
-def contexts(model, tokenizer, t):
-    """Yield h [m, C], m <= 64, that forecast the targets in order.
-
-    Windows advance by half their length, so that each target has half a window of context where there is history.
-    """
-    half = max(1, model.config.block_size // 2)
-    windows = []
-    for i, (first, last) in enumerate(t.ranges):
-        windows += [(i, j, min(j + half, last)) for j in range(first, last, half)]
-    for k in range(0, len(windows), 16):
-        yield from read(model, tokenizer, t, windows[k:k + 16]).split(64)
-
-
-def read(model, tokenizer, t, windows):
-    """h [m, C] that forecast the targets [j, end) of windows (symbol, j, end), one after the other."""
+def contexts(model, tokenizer, t, windows):
+    """Yield h [m, C], m <= 64, that forecast the targets [j, end) of windows (symbol, j, end), one after the other."""
     n, half, tokens = model.config.block_size, max(1, model.config.block_size // 2), t.tokens(tokenizer)
     device = model.up_mask.device
-    begins = [max(0, j + half - n) for _, j, _ in windows]
-    pairs, times = [], []
-    for (i, _, _), begin in zip(windows, begins):
-        rows = np.minimum(begin + np.arange(n), len(tokens[i]) - 1)  # past the end: repeated, and not looked at
-        pairs.append(tokens[i][rows].astype(np.int64))
-        times.append(t.series[i].time[rows])
-    coarse, fine = torch.from_numpy(np.stack(pairs)).to(device).unbind(-1)  # (B, n)
-    hidden = norm(model.trunk(coarse, fine, torch.from_numpy(np.stack(times)).to(device), 0)[0])  # (B, n, C)
-    return torch.cat([row[j - 1 - begin:end - 1 - begin] for row, (_, j, end), begin in zip(hidden, windows, begins)])
+    for k in range(0, len(windows), 16):
+        pairs, times, wanted = [], [], []
+        for i, j, end in windows[k:k + 16]:
+            begin = max(0, j + half - n)
+            rows = np.minimum(begin + np.arange(n), len(tokens[i]) - 1)  # past the end: repeated, and not looked at
+            pairs.append(tokens[i][rows].astype(np.int64))
+            times.append(t.series[i].time[rows])
+            wanted.append(slice(j - 1 - begin, end - 1 - begin))
+        coarse, fine = torch.from_numpy(np.stack(pairs)).to(device).unbind(-1)  # (B, n)
+        hidden = norm(model.trunk(coarse, fine, torch.from_numpy(np.stack(times)).to(device), 0)[0])  # (B, n, C)
+        yield from torch.cat([row[places] for row, places in zip(hidden, wanted)]).split(64)
 
 
 def volume_scales(bars):
@@ -422,49 +393,43 @@ def decayed_mean_before(u):
     return np.append(np.nan, (total / np.where(weight > 0, weight, np.nan))[:-1])
 
 
-@dataclass
+def bins_of(model, tokenizer, t):
+    """{name: Bins} of close, range (both in units of s_t) and volume, from contexts before the earliest target."""
+    first = np.array([bars.time[begin] for bars, (begin, _) in zip(t.series, t.ranges)])
+    early = np.flatnonzero(first == first.min())
+    early = early[np.linspace(0, len(early) - 1, min(32, len(early))).astype(int)]
+    windows = [(i, t.ranges[i][0], t.ranges[i][0] + 1) for i in early]
+    tables, p = candle_tables(tokenizer), 0.0
+    every = torch.arange(len(tables["close"]), device=model.up_mask.device)
+    for h in torch.cat(list(contexts(model, tokenizer, t, windows))):  # (C,)
+        fine = model.fine_logits(h.expand(len(every), -1), every).float().softmax(-1)  # (2^k1, 2^k2)
+        p = p + model.coarse_logits(h).float().softmax(-1)[:, None] * fine
+    return {name: Bins(table.to(every.device), p) for name, table in tables.items()}
+
+
 class Bins:
-    """Bins of one quantity of a candle, equally likely over some contexts.
+    """Bins of a quantity of candles, table [2^k1, 2^k2], equally likely under p [2^k1, 2^k2].
 
     of [2^k1, 2^k2]: the bin of each pair of tokens; values [bins], their means; share [2^k1, bins]: P(bin | coarse).
     """
-    of: torch.Tensor
-    values: np.ndarray
-    share: torch.Tensor
+
+    def __init__(self, table, p):
+        value, order = table.flatten().sort()
+        mass = p.flatten()[order].double().cumsum(0)
+        inner = torch.linspace(0, 1, BINS + 1, device=table.device, dtype=mass.dtype)[1:-1] * mass[-1]
+        edges = value[torch.searchsorted(mass, inner)].unique()
+        self.of = torch.searchsorted(edges[edges < value[-1]], table)
+        zero = torch.zeros(int(self.of.max()) + 1, device=table.device, dtype=torch.float64)
+        total = zero.index_add(0, self.of.flatten(), p.flatten().double())
+        self.values = (zero.index_add(0, self.of.flatten(), (p * table).flatten().double()) / total).cpu().numpy()
+        share = torch.zeros(len(table), len(zero), device=table.device).scatter_add_(1, self.of, p)
+        self.share = share / share.sum(-1, keepdim=True)
 
     def probabilities(self, coarse, probe, fine):
         """P(bin) float64 [m, bins], from coarse = P(coarse) [m, 2^k1], tokens probe [m, n], fine = P(fine) / n of each."""
         p = coarse @ self.share - self.share[probe].mean(1)
         p.scatter_add_(1, self.of[probe].flatten(1), fine.flatten(1))
         return p.double().cpu().numpy()
-
-
-def bins_of(model, tokenizer, t):
-    """{name: Bins} of close, range (both in units of s_t) and volume, from contexts before the earliest target."""
-    first = np.array([bars.time[begin] for bars, (begin, _) in zip(t.series, t.ranges)])
-    early = np.flatnonzero(first == first.min())
-    early = early[np.linspace(0, len(early) - 1, min(32, len(early))).astype(int)]
-    tables, p = candle_tables(tokenizer), 0.0
-    every = torch.arange(len(tables["close"]), device=model.up_mask.device)
-    for h in read(model, tokenizer, t, [(i, t.ranges[i][0], t.ranges[i][0] + 1) for i in early]):  # (C,)
-        fine = model.fine_logits(h.expand(len(every), -1), every).float().softmax(-1)  # (2^k1, 2^k2)
-        p = p + model.coarse_logits(h).float().softmax(-1)[:, None] * fine
-    return {name: bins_of_table(table.to(every.device), p) for name, table in tables.items()}
-
-
-def bins_of_table(table, p):
-    """Bins of the values table [2^k1, 2^k2], equally likely under p [2^k1, 2^k2]."""
-    value, order = table.flatten().sort()
-    mass = p.flatten()[order].double().cumsum(0)
-    inner = torch.linspace(0, 1, BINS + 1, device=table.device, dtype=mass.dtype)[1:-1] * mass[-1]
-    edges = value[torch.searchsorted(mass, inner)].unique()
-    of = torch.searchsorted(edges[edges < value[-1]], table)
-    n = int(of.max()) + 1
-    zero = torch.zeros(n, device=table.device, dtype=torch.float64)
-    total = zero.index_add(0, of.flatten(), p.flatten().double())
-    values = zero.index_add(0, of.flatten(), (p * table).flatten().double()) / total
-    share = torch.zeros(len(table), n, device=table.device).scatter_add_(1, of, p)
-    return Bins(of, values.cpu().numpy(), share / share.sum(-1, keepdim=True))
 
 
 def candle_tables(tokenizer):
@@ -607,17 +572,14 @@ def har(t, paths):
     volatility, random = t.volatility, np.random.default_rng([t.seed, 3])
     ranges = fit_har(t, [log_range(bars) for bars in t.series])
     volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
-    range_residuals = residuals_of(ranges, [har.ratio[None] for har in ranges])
-    volume_residuals = volumes and residuals_of(volumes, [har.ratio[None] for har in volumes])
 
     def forecaster(t, i, rows):
         bars, now = t.series[i], slice(*t.ranges[i])
         scores = judge_residuals(volatility.residuals[i][0], t.returns[i][now], volatility.sigma[i][now])
-        found = judge_residuals(range_residuals[i][0], log_range(bars)[now], ranges[i].forecast[now])
-        scores |= named("range", found)
+        scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
         if volumes:
-            location = np.log(volumes[i].forecast[now])
-            scores |= named("volume", judge_residuals(np.log(volume_residuals[i][0]), log_volume(bars)[now], 1.0, location))
+            z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
+            scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
         return scores | judge_paths(volatility.paths(i, t.origins[i], paths, t.horizon, random), t, rows)
 
     return each_series(t, forecaster)
@@ -629,8 +591,9 @@ class Har:
     The root of u is regressed on the roots of its means over WINDOWS (after Corsi, Journal of Financial Econometrics
     2009); logs: its log on the means of its log. u is NaN where a bar has none, and is taken in units of its mean before
     the first target times the usual factor of its time of day.
-    forecast [T]: of each bar, from the bars before it; ratio [T]: u over that. fitted: the known bars before the first
-    target whose means are settled; early: those of them before the first target of any series, what all may learn from.
+    forecast [T]: of each bar, from the bars before it; ratio [T]: u over that; residuals [1, RESIDUALS]: ratios in order.
+    fitted: the known bars before the first target whose means are settled; early: those of them before the first target
+    of any series, what all may learn from.
     """
 
     def __init__(self, bars, u, first, start, logs):
@@ -673,6 +636,8 @@ def fit_har(t, values, logs=False):
         har.weights = weights
         forecast = har.predict(har.x.T)
         har.forecast, har.ratio = forecast * har.unit, har.u / forecast
+    for har, found in zip(hars, residuals_of(hars, [har.ratio[None] for har in hars])):
+        har.residuals = found
     return hars
 
 
@@ -817,7 +782,7 @@ def block_sums(f, t):
         means["mae"] = 100 * np.abs(t.r - f["point"])
         means["mape"] = 100 * np.abs(np.expm1(f["point"] - t.r))
         means["crps"] = 100 * f["crps"]
-        out["rmse"] = mean_of(1e4 * (t.r - f["mean"])**2, t.block, t.n_blocks)[0], root_ratio
+        out["rmse"] = mean_of(1e4 * (t.r - f["mean"])**2, t.block, t.n_blocks)[0], root_mean
     if "pit" in f:
         for q in (50, 80, 90):
             means[f"coverage{q}"] = np.abs(f["pit"] - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
@@ -843,7 +808,7 @@ def direction_sums(p_up, t):
     with np.errstate(divide="ignore"):  # always_up: infinite
         logloss = -np.log(np.where(up, p, 1 - p))
     tenth = np.minimum(p * 10, 9).astype(int)
-    return dict(da=mean_of(hit, block, n), balanced_accuracy=(mean_of(by_side, block, n)[0], mean_ratio),
+    return dict(da=mean_of(hit, block, n), balanced_accuracy=(mean_of(by_side, block, n)[0], mean_of_sides),
                 auc=(totals_by_bin([up, ~up], ordered_bins(p), block, n), area),
                 logloss=mean_of(logloss, block, n), up_share=mean_of(p > 0.5, block, n),
                 ece=(totals_by_bin([p - up, np.ones(len(p))], tenth, block, n), calibration))
@@ -902,11 +867,11 @@ def ratio(s):
     return s[..., 0] / s[..., 1]
 
 
-def root_ratio(s):
+def root_mean(s):
     return np.sqrt(ratio(s))
 
 
-def mean_ratio(s):
+def mean_of_sides(s):
     return ratio(s).mean(-1)
 
 
@@ -1108,14 +1073,10 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
 
 
 def warn_of_few_blocks(t):
-    """Say which scores have no interval, and what it takes."""
-    for what, horizon, n in (("the next bar", 1, t.n_blocks), (f"{t.horizon} bars ahead", t.horizon, t.blocks_of("path"))):
-        if n >= MIN_BLOCKS:
-            continue
-        more = t.missing(horizon)
-        remedy = f"{more:,} bars more of targets would do" if more else "lower --stride, or give more bars"
-        print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; {remedy}",
-              file=sys.stderr)
+    for what, n in (("the next bar", t.n_blocks), (f"{t.horizon} bars ahead", t.blocks_of("path"))):
+        if n < MIN_BLOCKS:
+            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; give more "
+                  f"bars, or lower --stride or --horizon", file=sys.stderr)
 
 
 def token_use(tokenizer, t):
@@ -1340,18 +1301,14 @@ def best_rival(baselines, metric):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
-def check(config):
+def main(argv=None):
+    config = Config(**data.cli(Config, __doc__, argv))
     if not config.ckpt:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if not math.isfinite(config.cost_bps):
         raise UserError(f"--cost_bps {config.cost_bps}: must be a number such as 5")
-
-
-def main(argv=None):
-    config = Config(**data.cli(Config, __doc__, argv))
-    check(config)
     series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
     result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
                       config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device)

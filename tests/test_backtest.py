@@ -395,7 +395,7 @@ def test_blocks_are_whole_dates_and_at_least_the_horizon():
     t = backtest.Targets(minutes, int(minutes[0].time[1000]), 2**62, 5, None, 0)
     assert min(np.bincount(t.block)) >= 32 * 2
     few = backtest.Targets(minutes, int(minutes[0].time[2900]), 2**62, 5, None, 0)     # 100 bars: blocks of 4, so that there is an interval
-    assert few.n_blocks == 20 and few.missing(1) == 0 and few.n_path_blocks == 20
+    assert few.n_blocks == 20 and few.n_path_blocks == 20
 
 
 def test_few_blocks_make_no_interval_and_a_warning(triple, capsys):
