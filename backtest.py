@@ -765,7 +765,7 @@ def slow_scale(size, fitted, common):
 # Scores, and how sure they are
 
 def block_sums(f, t):
-    """Of each score that forecaster f has: (sums over each block [n_blocks, ...], the score as a function of such sums).
+    """{score: sums over each block [n_blocks, ...]} of the scores that forecaster f has; `score_of` makes them of sums.
 
     So the bootstrap only adds up blocks anew. t: Targets.
     """
@@ -775,14 +775,13 @@ def block_sums(f, t):
     signal = f.get("mean", f.get("p_up"))
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
-        moments = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1)
-        out["ic"] = totals(moments, t.block, t.n_blocks), correlation
-        out["rank_ic"] = mean_of_stamps(rank_ic(signal, t.r, t.stamp), t)
+        out["ic"] = totals(np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1), t.block, t.n_blocks)
+        out["rank_ic"] = sums_of_stamps(rank_ic(signal, t.r, t.stamp), t)
     if "point" in f:
         means["mae"] = 100 * np.abs(t.r - f["point"])
+        means["rmse"] = 1e4 * (t.r - f["mean"])**2
         means["mape"] = 100 * np.abs(np.expm1(f["point"] - t.r))
         means["crps"] = 100 * f["crps"]
-        out["rmse"] = mean_of(1e4 * (t.r - f["mean"])**2, t.block, t.n_blocks)[0], root_mean
     if "pit" in f:
         for q in (50, 80, 90):
             means[f"coverage{q}"] = np.abs(f["pit"] - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
@@ -795,7 +794,7 @@ def block_sums(f, t):
             means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside)
     for name, values in means.items():
         if not np.isnan(values).all():
-            out[name] = mean_of(values, t.block, t.n_blocks)
+            out[name] = sums_of(values, t.block, t.n_blocks)
     return out | path_sums(f, t) if len(f.get("path_point", ())) else out
 
 
@@ -808,10 +807,9 @@ def direction_sums(p_up, t):
     with np.errstate(divide="ignore"):  # always_up: infinite
         logloss = -np.log(np.where(up, p, 1 - p))
     tenth = np.minimum(p * 10, 9).astype(int)
-    return dict(da=mean_of(hit, block, n), balanced_accuracy=(mean_of(by_side, block, n)[0], mean_of_sides),
-                auc=(totals_by_bin([up, ~up], ordered_bins(p), block, n), area),
-                logloss=mean_of(logloss, block, n), up_share=mean_of(p > 0.5, block, n),
-                ece=(totals_by_bin([p - up, np.ones(len(p))], tenth, block, n), calibration))
+    return dict(da=sums_of(hit, block, n), balanced_accuracy=sums_of(by_side, block, n), logloss=sums_of(logloss, block, n),
+                up_share=sums_of(p > 0.5, block, n), auc=totals_by_bin([up, ~up], ordered_bins(p), block, n),
+                ece=totals_by_bin([p - up, np.ones(len(p))], tenth, block, n))
 
 
 def path_sums(f, t):
@@ -824,16 +822,28 @@ def path_sums(f, t):
     out = {}
     if "path_es95" in f:
         hit = within(f["path_pit"][:, -1], f["path_width"][:, -1], 0.0, 0.05)  # the loss was beyond VaR 95 %
-        loss, said = -np.expm1(t.path_r[:, -1]), f["path_extreme"]
-        flagged = said > WARN
+        tails = np.stack([-np.expm1(t.path_r[:, -1]) * hit, 0.05 * f["path_es95"]], -1)
+        out["es95_ratio"] = totals(tails, t.path_block, t.n_path_blocks)  # Acerbi and Szekely, Risk 2014: 1 if right
+        flagged = f["path_extreme"] > WARN
         came = np.abs(t.path_r[:, -1]) > extreme_move(t.usual, t.horizon)
         means |= dict(var95_hits=hit, extreme_flagged=flagged)
         if flagged.any():
-            means["extreme_said"] = np.where(flagged, said, np.nan)
+            means["extreme_said"] = np.where(flagged, f["path_extreme"], np.nan)
             means["extreme_came"] = np.where(flagged, came, np.nan)
-        tails = np.stack([loss * hit, 0.05 * f["path_es95"]], -1)
-        out["es95_ratio"] = totals(tails, t.path_block, t.n_path_blocks), ratio  # Acerbi and Szekely, Risk 2014: 1 if right
-    return out | {name: mean_of(values, t.path_block, t.n_path_blocks) for name, values in means.items()}
+    return out | {name: sums_of(values, t.path_block, t.n_path_blocks) for name, values in means.items()}
+
+
+def sums_of(values, block, n_blocks):
+    """Sums over each block of values [N, ...] and of how many there are, NaN left out: [n_blocks, ..., 2]."""
+    known = ~np.isnan(values)
+    return totals(np.stack([np.where(known, values, 0), known], -1), block, n_blocks)
+
+
+def sums_of_stamps(values, t):
+    """The same of values [stamps]."""
+    block = np.zeros(len(values), int)
+    block[t.stamp] = t.block
+    return sums_of(values, block, t.n_blocks)
 
 
 def totals(values, block, n_blocks):
@@ -849,48 +859,21 @@ def totals_by_bin(columns, bins, block, n_blocks):
     return totals(np.stack(columns, -1), block * n + bins, n_blocks * n).reshape(n_blocks, n, -1)
 
 
-def mean_of(values, block, n_blocks):
-    """Sums [n_blocks, ..., 2] and score of a mean of values [N, ...] that leaves NaN out."""
-    known = ~np.isnan(values)
-    return totals(np.stack([np.where(known, values, 0), known], -1), block, n_blocks), ratio
-
-
-def mean_of_stamps(values, t):
-    """The same of values [stamps]."""
-    block = np.zeros(len(values), int)
-    block[t.stamp] = t.block
-    return mean_of(values, block, t.n_blocks)
-
-
-def ratio(s):
-    """A mean, from sums s [..., 2] of the values and of how many there are."""
-    return s[..., 0] / s[..., 1]
-
-
-def root_mean(s):
-    return np.sqrt(ratio(s))
-
-
-def mean_of_sides(s):
-    return ratio(s).mean(-1)
-
-
-def calibration(s):
-    """Expected calibration error from s [..., bins, 2]: sums of p - up, and counts."""
-    return np.abs(s[..., 0]).sum(-1) / s[..., 1].sum(-1)
-
-
-def area(s):
-    """Area under the ROC curve from s [..., bins, 2], ups and downs: P(p of an up > p of a down) + P(equal) / 2."""
-    ups, downs = s[..., 0], s[..., 1]
-    below = downs.cumsum(-1) - downs / 2
-    return (ups * below).sum(-1) / (ups.sum(-1) * downs.sum(-1))
-
-
-def correlation(s):
-    """Pearson's, from sums s [..., 6] of 1, x, y, x^2, y^2, x y."""
-    n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
-    return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+def score_of(metric, s):
+    """A score from its sums s [..., 2] (six for IC) over some blocks, in the order of block_sums."""
+    if metric == "ic":  # Pearson's correlation
+        n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
+        return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+    first, second = s[..., 0], s[..., 1]
+    if metric == "auc":  # P(p of an up > p of a down) + P(equal) / 2, from ups and downs in each bin
+        below = second.cumsum(-1) - second / 2
+        return (first * below).sum(-1) / (first.sum(-1) * second.sum(-1))
+    if metric == "ece":  # expected calibration error, from p - up and counts in each bin
+        return np.abs(first).sum(-1) / second.sum(-1)
+    mean = first / second
+    if metric == "balanced_accuracy":
+        return mean.mean(-1)
+    return np.sqrt(mean) if metric == "rmse" else mean
 
 
 def within(pit, width, low, high):
@@ -944,7 +927,7 @@ def trading_sums(p_up, t, cost_bps):
     gain = np.bincount(t.stamp, weight[t.stamp, t.symbol] * np.expm1(t.r))
     turnover = np.abs(np.diff(weight, axis=0, prepend=0)).sum(1)
     values = np.where(n < 5, np.nan, np.stack([1e4 * gain - turnover * cost_bps, turnover], 1))
-    return dict(long_short=mean_of_stamps(values[:, 0], t), turnover=mean_of_stamps(values[:, 1], t))
+    return dict(long_short=sums_of_stamps(values[:, 0], t), turnover=sums_of_stamps(values[:, 1], t))
 
 
 def bootstrap(sums, t):
@@ -954,9 +937,9 @@ def bootstrap(sums, t):
     """
     out = {}
     with np.errstate(all="ignore"):
-        for name, (s, score) in sums.items():
-            value = score(s.sum(0))
-            drawn = score(np.tensordot(t.path_weights if of_paths(name) else t.weights, s, 1))
+        for name, s in sums.items():
+            value = score_of(name, s.sum(0))
+            drawn = score_of(name, np.tensordot(t.path_weights if of_paths(name) else t.weights, s, 1))
             finite = np.isfinite(drawn)
             if name.startswith(RARE) and (s[:, 0] != 0).sum() < MIN_CASES:
                 drawn, finite = np.full_like(drawn, np.nan), np.zeros_like(finite)
@@ -1048,7 +1031,9 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
         forecasts[name] = next_bars(model, tokenizer, t) | simulated(model, tokenizer, t, paths)
         if parallel:
             forecasts[f"{name} parallel"] = simulated(model, tokenizer, t, paths, parallel=True)
-        use[name] = token_use(tokenizer, t)
+        tokens = torch.from_numpy(t.flat(t.tokens(tokenizer)).astype(np.int64))  # (N, 2)
+        use[name], _ = code_use(tokenizer, *tokens.T)
+        use[name]["pairs"] = int(use[name]["pairs"])
     rivals = baselines(t, paths)
 
     drawn, rows, trading = {}, {}, {}
@@ -1077,13 +1062,6 @@ def warn_of_few_blocks(t):
         if n < MIN_BLOCKS:
             print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; give more "
                   f"bars, or lower --stride or --horizon", file=sys.stderr)
-
-
-def token_use(tokenizer, t):
-    """How much of the codebooks the targets use."""
-    tokens = t.flat(t.tokens(tokenizer)).astype(np.int64)
-    use, _ = code_use(tokenizer, *torch.from_numpy(tokens.T))
-    return use | dict(pairs=int(use["pairs"]))
 
 
 def groups_of(t, by):

@@ -118,7 +118,7 @@ def test_risk_of_a_right_law_is_what_it_says_and_of_a_wrong_one_is_not():
     """Of a normal law: 5 % of the losses are beyond VaR and together as large as said; the warning comes true as often as said."""
     def scores(K, width):
         t, f = law(K, width)
-        return {name: score(s.sum(0)) for name, (s, score) in backtest.path_sums(f, t).items()}
+        return {name: backtest.score_of(name, s.sum(0)) for name, s in backtest.path_sums(f, t).items()}
     for K in (20, 100):
         right = scores(K, 1)
         assert right["var95_hits"] == pytest.approx(0.05, abs=0.004) and right["es95_ratio"] == pytest.approx(1, abs=0.08)
@@ -131,7 +131,7 @@ def test_risk_of_a_right_law_is_what_it_says_and_of_a_wrong_one_is_not():
     calm, _ = law(100, 1)
     calm.usual = np.full(len(calm.usual), 0.02)
     f = backtest.judge_paths(0.01 * np.random.default_rng(1).normal(size=(20_000, 100, 2)), calm, slice(None))
-    assert backtest.path_sums(f, calm)["extreme_flagged"][0][:, 0].sum() == 0      # a calm market raises no flag
+    assert backtest.path_sums(f, calm)["extreme_flagged"][:, 0].sum() == 0      # a calm market raises no flag
 
 
 def test_realized_volatility_is_scored_over_the_whole_horizon():
@@ -275,7 +275,7 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     got = backtest.bootstrap(sums, t)
     for name in SCORES + EXTRA:
         np.testing.assert_allclose(got[name][0], want[name], rtol=1e-9, err_msg=name)
-    drawn = {name: score(np.tensordot(t.weights, s, 1)) for name, (s, score) in sums.items()}
+    drawn = {name: backtest.score_of(name, np.tensordot(t.weights, s, 1)) for name, s in sums.items()}
     for k in range(3):
         bars, stamps, origins = [], [], []
         for copy_, b in enumerate(np.repeat(np.arange(20), t.weights[k].astype(int))):
@@ -289,7 +289,7 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
         for name in SCORES + EXTRA:
             np.testing.assert_allclose(drawn[name][k], want[name], rtol=1e-9, err_msg=name)
     for name in SCORES:  # replicates are centred on the score
-        if name.startswith(backtest.RARE) and (sums[name][0][:, 0] != 0).sum() < 5:
+        if name.startswith(backtest.RARE) and (sums[name][:, 0] != 0).sum() < 5:
             continue  # too few cases for any
         np.testing.assert_allclose(got[name][1].mean(0), got[name][0], rtol=1e-9, err_msg=name)
 
@@ -300,7 +300,7 @@ def test_auc_of_many_distinct_values_is_binned_closely():
     up = up < 0.3 + 0.4 * p
     bins = backtest.ordered_bins(p)
     assert bins.max() < 2048
-    area = backtest.area(backtest.totals_by_bin([up, ~up], bins, np.zeros(6000, int), 1)[0])
+    area = backtest.score_of("auc", backtest.totals_by_bin([up, ~up], bins, np.zeros(6000, int), 1)[0])
     place = np.argsort(np.argsort(p)) + 1
     exact = (place[up].sum() - up.sum() * (up.sum() + 1) / 2) / (up.sum() * (~up).sum())
     assert area == pytest.approx(exact, abs=1e-5)
@@ -321,7 +321,7 @@ def test_long_short_is_the_naive_one():
     t = stub(n_symbols=12)
     f = random_forecaster(t)
     f["p_up"] = np.random.default_rng(4).random(len(t.r))
-    sums = {name: s for name, (s, _) in backtest.trading_sums(f["p_up"], t, 7.0).items()}     # by blocks of two stamps
+    sums = backtest.trading_sums(f["p_up"], t, 7.0)     # by blocks of two stamps
     want, held = np.zeros((2, 20, 2)), {}
     for s in np.unique(t.stamp):
         rows = np.flatnonzero(t.stamp == s)
@@ -362,7 +362,7 @@ def test_too_few_rare_cases_make_no_interval():
     for cases in (0, 4, 5, 40):
         sums = np.zeros((t.n_path_blocks, 2))
         sums[:, 1], sums[:cases, 0] = 3, 1
-        found = backtest.bootstrap(dict(extreme_came=(sums, backtest.ratio)), t)["extreme_came"]
+        found = backtest.bootstrap(dict(extreme_came=sums), t)["extreme_came"]
         score = backtest.scored(*found, t.n_path_blocks)
         assert score["value"] == pytest.approx(cases / sums[:, 1].sum()) and (score["lo"] is None) == (cases < 5)
 
