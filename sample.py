@@ -178,21 +178,18 @@ def stratified(random, paths, horizon):
 
 
 def rows_at_once(model):
-    """How many paths' states BATCH_BYTES hold: what the state of one row more takes."""
-    one = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    two = one.repeat(2, 1)
-    return max(1, BATCH_BYTES // (bytes_of(model.prefill(two, two, two)) - bytes_of(model.prefill(one, one, one))))
-
-
-def bytes_of(value):
-    """Of all tensors in a state."""
-    if torch.is_tensor(value):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(bytes_of(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(bytes_of(v) for v in value)
-    return bytes_of(vars(value)) if hasattr(value, "__dataclass_fields__") else 0
+    """How many paths' states BATCH_BYTES hold."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    parts, n_bytes = [vars(model.prefill(token, token, token))], 0
+    while parts:
+        part = parts.pop()
+        if torch.is_tensor(part):
+            n_bytes += part.numel() * part.element_size()
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, (list, tuple)):
+            parts += part
+    return max(1, BATCH_BYTES // n_bytes)
 
 
 def times_ahead(origins, horizon, times):
@@ -324,12 +321,8 @@ def print_report(rows, horizon, breadth, mean_p_up):
     if any(r["p_extreme"] > WARN for r in rows):
         print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
     if rows[0]["options"]:
-        print_options(rows, width)
-
-
-def print_options(rows, width):
-    print("\noptions (drift: the forward's; volatility: the model's own)")
-    print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
+        print("\noptions (drift: the forward's; volatility: the model's own)")
+        print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
     for r in rows:
         for o in r["options"]:
             print(f"{data.printable(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
@@ -570,27 +563,26 @@ def load_series(sources, meta, symbols=None):
 
 def read_times(path, histories, horizon):
     """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
-    stamps = []
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.read().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
                         f"give a file of dates, one a line")
+    stamps = []
     for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
         time = data.parse_time(text.strip())
-        if math.isnan(time):
-            raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; write it as 2018-01-31 or 2018-01-31 14:30")
-        stamps.append(int(time))
+        if text.strip() and math.isnan(time):
+            raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; "
+                            f"write it as 2018-01-31 or 2018-01-31 14:30")
+        if text.strip():
+            stamps.append(int(time))
     stamps, rows = np.unique(np.array(stamps, np.int64)), []
     for bars in histories:
-        later = stamps[stamps > bars.time[-1]][:horizon]
-        if len(later) < horizon:
-            raise UserError(f"--times {path}: {len(later)} stamps after the last bar of {bars.symbol}, "
+        rows.append(stamps[stamps > bars.time[-1]][:horizon])
+        if len(rows[-1]) < horizon:
+            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
                             f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
-        rows.append(later)
     return np.array(rows)
 
 
