@@ -178,7 +178,7 @@ class Targets:
 
     @functools.cached_property
     def volatility(self):
-        return Volatility(self)
+        return fit_volatility(self)
 
 
 def of_paths(metric):
@@ -569,18 +569,18 @@ def har(t, paths):
 
     The range and the volume of the next bar by a HAR of their own, with residuals of their own.
     """
-    volatility, random = t.volatility, np.random.default_rng([t.seed, 3])
+    random = np.random.default_rng([t.seed, 3])
     ranges = fit_har(t, [log_range(bars) for bars in t.series])
     volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
 
     def forecaster(t, i, rows):
-        bars, now = t.series[i], slice(*t.ranges[i])
-        scores = judge_residuals(volatility.residuals[i][0], t.returns[i][now], volatility.sigma[i][now])
+        bars, now, volatility = t.series[i], slice(*t.ranges[i]), t.volatility[i]
+        scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
         scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
         if volumes:
             z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
             scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
-        return scores | judge_paths(volatility.paths(i, t.origins[i], paths, t.horizon, random), t, rows)
+        return scores | judge_paths(volatility_paths(volatility, t.origins[i], paths, t.horizon, random), t, rows)
 
     return each_series(t, forecaster)
 
@@ -636,8 +636,7 @@ def fit_har(t, values, logs=False):
         har.weights = weights
         forecast = har.predict(har.x.T)
         har.forecast, har.ratio = forecast * har.unit, har.u / forecast
-    for har, found in zip(hars, residuals_of(hars, [har.ratio[None] for har in hars])):
-        har.residuals = found
+    give_residuals(hars, [har.ratio[None] for har in hars])
     return hars
 
 
@@ -648,18 +647,14 @@ def trailing_mean(u, n):
     return total / np.minimum(np.arange(1, len(u) + 1), n)
 
 
-def residuals_of(hars, values):
-    """Of values [k, T] of each series RESIDUALS columns, half its own, half those of all: [k, RESIDUALS] each.
-
-    In the order of the first row.
-    """
-    shared = evenly(np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1), RESIDUALS)
-    shared, found = evenly(shared, RESIDUALS // 2), []
+def give_residuals(hars, values):
+    """To each Har RESIDUALS columns of its values [k, T], half its own, half those of all, in order of the first row."""
+    shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
+    shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
     for v, har in zip(values, hars):
         own = v[:, har.fitted]
         own = evenly(own, RESIDUALS // 2) if own.shape[1] else own
-        found.append(evenly(np.concatenate([own, shared], axis=1), RESIDUALS))
-    return found
+        har.residuals = evenly(np.concatenate([own, shared], axis=1), RESIDUALS)
 
 
 def evenly(values, n):
@@ -702,43 +697,45 @@ class TimeOfDay:
         return np.exp(log_factor)
 
 
-class Volatility:
-    """HAR on ranges of every series, and the residuals of their returns.
+def fit_volatility(t):
+    """A Har of each series' range volatility, with the residuals of its returns.
 
-    hars: a Har of the range volatility each; sigma [T]: its forecast times the slow scale of |return| / forecast, known
-    before each bar; residuals [2, RESIDUALS]: return / sigma in order, and by how much the range of the same bar was off.
+    Each has besides: scale [T + 1], the slow scale of |return| / forecast; sigma [T], forecast times scale, known before
+    each bar; residuals [2, RESIDUALS]: return / sigma in order, and by how much the range of the same bar was off.
     """
+    hars = fit_har(t, [range_volatility(bars) for bars in t.series])
+    size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
+    common = np.concatenate([s[har.early] for s, har in zip(size, hars)]).mean()
+    pairs = []
+    for har, s, r in zip(hars, size, t.returns):
+        har.scale = slow_scale(s, har.fitted, common)
+        har.sigma = har.forecast * har.scale[:-1]
+        pairs.append(np.stack([r / har.sigma, har.ratio]))
+    give_residuals(hars, pairs)
+    return hars
 
-    def __init__(self, t):
-        self.hars = fit_har(t, [range_volatility(bars) for bars in t.series])
-        size = [np.abs(r) / har.forecast for r, har in zip(t.returns, self.hars)]
-        common = np.concatenate([s[har.early] for s, har in zip(size, self.hars)]).mean()
-        self.scale = [slow_scale(s, har.fitted, common) for s, har in zip(size, self.hars)]  # [T + 1] each
-        self.sigma = [har.forecast * scale[:-1] for har, scale in zip(self.hars, self.scale)]
-        pairs = [np.stack([r / sigma, har.ratio]) for r, sigma, har in zip(t.returns, self.sigma, self.hars)]
-        self.residuals = residuals_of(self.hars, pairs)
 
-    def paths(self, i, origins, paths, horizon, random):
-        """Log returns of the bars after each origin of series i: [n, paths, horizon]."""
-        har, (z, ratio), n = self.hars[i], self.residuals[i], len(origins)
-        usual = np.ones((n, horizon))
-        if har.factor.levels:
-            for row, o in zip(usual, origins):
-                row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon))
-        scale = self.scale[i][origins + 1, None] * har.mean * usual  # (n, H)
-        past = np.append(0.0, har.u.cumsum())
-        drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
-        pick = random.integers(len(z), size=moves.shape)
-        for k in range(horizon):
-            x = []
-            for window in WINDOWS:
-                known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
-                total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]
-                x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
-            forecast = har.predict(x)  # (n, paths)
-            drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
-            moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
-        return moves
+def volatility_paths(har, origins, paths, horizon, random):
+    """Log returns of the bars after each origin of a series, as fit_volatility has it: [n, paths, horizon]."""
+    (z, ratio), n = har.residuals, len(origins)
+    usual = np.ones((n, horizon))
+    if har.factor.levels:
+        for row, o in zip(usual, origins):
+            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon))
+    scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
+    past = np.append(0.0, har.u.cumsum())
+    drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
+    pick = random.integers(len(z), size=moves.shape)
+    for k in range(horizon):
+        x = []
+        for window in WINDOWS:
+            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
+            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]
+            x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
+        forecast = har.predict(x)  # (n, paths)
+        drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
+        moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
+    return moves
 
 
 def range_volatility(bars):
@@ -1073,7 +1070,7 @@ def groups_of(t, by):
     if by == "quarter":
         quarter = t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int) // 3
         return [(f"{1970 + q // 4}-Q{q % 4 + 1}", quarter == q) for q in np.unique(quarter)]
-    rising = t.flat(t.volatility.sigma) / t.s  # known before the bar: how volatility is to change
+    rising = t.flat([har.sigma for har in t.volatility]) / t.s  # known before the bar: how volatility is to change
     third = np.searchsorted(np.quantile(rising, (1 / 3, 2 / 3)), rising)
     return [(name, third == k) for k, name in enumerate(("falling", "steady", "rising"))]
 

@@ -644,15 +644,15 @@ def test_har_paths_follow_the_volatility_drawn():
     rng = np.random.default_rng(0)
     series = [ranging(0.01 * np.exp(0.5 * rng.normal(size=1500)), seed) for seed in range(2)]
     t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
-    volatility = backtest.Volatility(t)
-    volatility.hars[0].weights[:] = 0.1, 0.9, 0, 0, 0
-    moves = volatility.paths(0, np.array([1100]), 20_000, 5, rng)[0]
+    har = t.volatility[0]
+    har.weights[:] = 0.1, 0.9, 0, 0, 0
+    moves = backtest.volatility_paths(har, np.array([1100]), 20_000, 5, rng)[0]
     size = np.log(np.abs(moves) + 1e-9)
     assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
-    z, ratio = volatility.residuals[0]
+    z, ratio = har.residuals
     assert np.abs(moves[:, 1:2]).mean() == pytest.approx(       # two steps by hand: forecast, drawn range, next forecast
-        np.mean([(0.1 + 0.9 * math.sqrt((0.1 + 0.9 * math.sqrt(volatility.hars[0].u[1100]))**2 * q))**2 for q in ratio])
-        * np.abs(z).mean() * volatility.hars[0].mean * volatility.scale[0][1101], rel=0.03)
+        np.mean([(0.1 + 0.9 * math.sqrt((0.1 + 0.9 * math.sqrt(har.u[1100]))**2 * q))**2 for q in ratio])
+        * np.abs(z).mean() * har.mean * har.scale[1101], rel=0.03)
 
 
 def test_har_learns_from_no_bar_after_the_first_target_of_any_symbol():
@@ -674,7 +674,7 @@ def test_har_knows_the_time_of_day_of_the_bars_to_come():
     at = np.concatenate([o + 1 - first + i * 200 for i, (o, (first, _)) in enumerate(zip(t.origins, t.ranges))])
     np.testing.assert_allclose(f["path_crps"][:, 0], f["crps"][at], rtol=0.08, atol=1e-5)
     busy = hour[2800:] < 6
-    sigma = t.volatility.sigma[0][2800:]
+    sigma = t.volatility[0].sigma[2800:]
     assert sigma[busy].mean() / sigma[~busy].mean() == pytest.approx(4, rel=0.1)
 
 
@@ -735,7 +735,7 @@ def test_the_best_opponent_is_the_one_shown():
 def test_groups_by_volatility_are_thirds_of_where_it_is_to_go():
     t = targets(daily(400, 3), 150)
     groups = dict(backtest.groups_of(t, "volatility"))
-    rising = np.concatenate([sigma[150:] for sigma in t.volatility.sigma]) / t.s
+    rising = np.concatenate([har.sigma[150:] for har in t.volatility]) / t.s
     assert rising[groups["falling"]].max() <= rising[groups["steady"]].min() and rising[groups["steady"]].max() <= rising[groups["rising"]].min()
     assert [mask.sum() for mask in groups.values()] == [250, 250, 250]
 
