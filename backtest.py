@@ -4,14 +4,14 @@
     python backtest.py --ckpt a.pt b.pt --data other.csv --json            # several checkpoints, paired
     python backtest.py --ckpt out.pt --start 2018-07-01 --by volatility --cost_bps 5
 
-From top to bottom: Targets, the bars to forecast; how a distribution is scored; the forecasters (the model, then its
-opponents); the scores as sums over blocks of time, and the bootstrap that draws the blocks anew; the backtest; the table.
+Targets, the bars to forecast -> forecasters -> block_sums of each score -> bootstrap, which draws the blocks of time anew
+-> scored, the intervals -> the table.
 
 A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
-median log return), crps, pit (probability integral transform: the share of its distribution below what came), and crps
-and pit of the bar's range and volume, as range_crps and so on. Over the n origins of paths of H bars: path_point,
-path_crps, path_pit [n, H] of the log return since the origin, path_rv_crps [n] of the realized volatility, and what the
-paths say of losses. What a forecaster does not say is left out; such scores are null.
+median log return), crps, pit (probability integral transform: the share of its distribution below what came), and the
+same of the bar's range and volume, as range_crps and so on. Over the n origins of paths of H bars: path_point, path_crps,
+path_pit [n, H] of the log return since the origin, path_rv_crps [n] of the realized volatility, and what the paths say of
+losses. What a forecaster does not say is left out; such scores are null.
 """
 import copy
 import functools
@@ -698,10 +698,10 @@ class TimeOfDay:
 
 
 def fit_volatility(t):
-    """A Har of each series' range volatility, with the residuals of its returns.
+    """A Har of each series' range volatility. Each has besides:
 
-    Each has besides: scale [T + 1], the slow scale of |return| / forecast; sigma [T], forecast times scale, known before
-    each bar; residuals [2, RESIDUALS]: return / sigma in order, and by how much the range of the same bar was off.
+    scale [T + 1], the slow scale of |return| / forecast; sigma [T], forecast times scale, known before each bar;
+    residuals [2, RESIDUALS]: return / sigma in order, and by how much the range of the same bar was off.
     """
     hars = fit_har(t, [range_volatility(bars) for bars in t.series])
     size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
@@ -892,20 +892,20 @@ def rank_ic(signal, r, stamp):
 
     NaN where there are fewer than 3 symbols, or all are alike.
     """
-    n = np.bincount(stamp)
-    x, y = (v - (np.bincount(stamp, v) / n.clip(1))[stamp] for v in (ranks(signal, stamp), ranks(r, stamp)))
+    x, y = ranks(signal, stamp), ranks(r, stamp)
     variance = np.bincount(stamp, x * x) * np.bincount(stamp, y * y)
     found = np.bincount(stamp, x * y) / np.sqrt(variance.clip(1e-9))
-    return np.where((n >= 3) & (variance > 1e-9), found, np.nan)
+    return np.where((np.bincount(stamp) >= 3) & (variance > 1e-9), found, np.nan)
 
 
 def ranks(v, stamp):
-    """Rank within the time stamp (up to a constant of the stamp); equal values share their mean rank."""
+    """Rank within the time stamp, less the mean rank there; equal values share theirs."""
     order = np.lexsort((v, stamp))
-    group = np.cumsum((np.diff(v[order], prepend=np.nan) != 0) | (np.diff(stamp[order], prepend=-1) != 0)) - 1
-    out = np.empty(len(v))
-    out[order] = (np.bincount(group, np.arange(len(v))) / np.bincount(group))[group]
-    return out
+    new = (np.diff(v[order], prepend=np.nan) != 0) | (np.diff(stamp[order], prepend=-1) != 0)
+    group = np.cumsum(new) - 1  # equal values of one stamp
+    rank = np.empty(len(v))
+    rank[order] = (np.bincount(group, np.arange(len(v))) / np.bincount(group))[group]
+    return rank - (np.bincount(stamp, rank) / np.bincount(stamp).clip(1))[stamp]
 
 
 def trading_sums(p_up, t, cost_bps):
@@ -968,8 +968,11 @@ def scored(value, drawn, n_blocks):
 
 def versus(a, b, n_blocks, as_ratio):
     """The difference or ratio of two (value, replicates), with its interval."""
+    (value, drawn), (other, other_drawn) = a, b
     with np.errstate(all="ignore"):
-        return scored(*((x / y if as_ratio else x - y) for x, y in zip(a, b)), n_blocks)
+        if as_ratio:
+            return scored(value / other, drawn / other_drawn, n_blocks)
+        return scored(value - other, drawn - other_drawn, n_blocks)
 
 
 def paired(name_a, name_b, drawn, t, metrics=METRICS):
@@ -1007,7 +1010,7 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
 
 def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0,
              parallel=False, by=None, cost_bps=0.0, device="cpu"):
-    """backtest, and besides: trading {name: scores}; by, scores by groups; drawn {name: bootstrap's}; targets."""
+    """backtest, and besides: trading {name: scores}; by, scores by groups; drawn {name: bootstrap's}."""
     if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
         raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 "
                         f"in a backtest")
@@ -1050,8 +1053,7 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
         groups += [dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask)) for name in loaded]
     return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
                 checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
-                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading, drawn=drawn,
-                targets=t)
+                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading, drawn=drawn)
 
 
 def warn_of_few_blocks(t):
@@ -1248,7 +1250,7 @@ def stem(path):
 def print_pairs(result):
     """Each checkpoint beside its best opponent of every score, and beside the other checkpoints."""
     own = [entry["ckpt"] for entry in result["checkpoints"]]
-    print("\npaired, the same blocks drawn for both: x ratio, + difference, 95 % interval")
+    print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
     for pair in result["paired"]:
         metric, score = pair["metric"], pair["ratio"] or pair["difference"]
         if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
@@ -1257,7 +1259,7 @@ def print_pairs(result):
         if isinstance(score, list):
             label, score = f"{label}, bar {len(score)}", score[-1]
         if score:
-            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, 4, "+")
+            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, 4 if scale == 1 else 2, "+")
             print(f"  {label:22}{text:32}{stem(pair['a'])} to {stem(pair['b'])}")
 
 
