@@ -257,12 +257,12 @@ def judge_draws(r, y):
     scores = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y)
     if K == 1:
         return scores
-    within = []  # E|X - X'| / 2 of all, of the first half, of the second
+    spreads = []  # E|X - X'| / 2 of all, of the first half, of the second
     for part in (r, r[..., :half], r[..., half:]):
         n = part.shape[-1]
-        within.append(spread(np.sort(part, -1), np.arange(1, n + 1) / n))
+        spreads.append(spread(np.sort(part, -1), np.arange(1, n + 1) / n))
     # all = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
-    a, (every, first, second) = half / K, within
+    a, (every, first, second) = half / K, spreads
     across = (every - a**2 * first - (1 - a)**2 * second) / (2 * a * (1 - a))
     return scores | dict(crps=scores["crps"] + every - across)
 

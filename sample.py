@@ -110,15 +110,16 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     times = times_ahead(origins, horizon, times)
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
     at_once = rows_at_once(model)
-    lengths = np.array([len(o.tokens) for o in origins])
     size = max(1, min(BATCH_ORIGINS, at_once // paths))
-    alike = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-    for rows in [group[i:i + size] for group in alike for i in range(0, len(group), size)]:
-        part = [origins[i] for i in rows]
-        tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel,
-                                         at_once)
-        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
-        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
+    lengths = np.array([len(o.tokens) for o in origins])
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for rows in np.split(alike, range(size, len(alike), size)):
+            part = [origins[i] for i in rows]
+            tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel,
+                                             at_once)
+            x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
+            ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up
 
 

@@ -336,16 +336,13 @@ def plot_tokenizers(path, names, result):
         def X(v):
             return x0 + 10 + (v - left) / wide * (w - 20)
 
-        def Y(v):
-            return 40 + (high - v) / (high - low) * h
-
-        for tick in sample.round_ticks(low, high):
-            parts.append(sample.grid_line(x0, x0 + w, Y(tick)) + sample.label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
+        scale = sample.Panel(x0, 40, w, h, 1, low, high)
+        parts += scale.grid(x0 - 5, "end")
         for name, v, s in zip(names, x, score):
             css = "dn" if "signs" in name else "up"
             if s["lo"] is not None:
-                parts.append(sample.line([(X(v), Y(s["lo"])), (X(v), Y(s["hi"]))], "p"))
-            parts.append(f'<circle class="{css}" cx="{X(v):.1f}" cy="{Y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
+                parts.append(sample.line([(X(v), scale.y(s["lo"])), (X(v), scale.y(s["hi"]))], "p"))
+            parts.append(f'<circle class="{css}" cx="{X(v):.1f}" cy="{scale.y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
         for v, anchor in ((min(x), "start"), (max(x), "end")):
             text = f"{math.exp(v):,.0f}" if v > math.log(10) else f"{math.exp(v):.3g}"
             parts.append(sample.label(X(v), h + 58, text, anchor))
