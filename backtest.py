@@ -32,7 +32,8 @@ import data
 from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
-    WARN, Origin, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share, usual_sigma)
+    WARN, Origin, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
+    usual_sigma)
 from tokenizer import code_use
 
 
@@ -87,12 +88,11 @@ NORMAL = statistics.NormalDist()
 class Targets:
     """The bars to forecast, one after the other, symbol by symbol; the origins of the paths; and the blocks of time.
 
-    series, ranges: each symbol's Bars, and [first, last) of its targets; returns: log returns of all its bars. Of the N
+    series, ranges, returns: each symbol's Bars, [first, last) of its targets, log returns of all its bars. Of the N
     targets: time, r (log return), range (log H / L), volume (log 1 + V, NaN where there is none), s (the scale s_t, known
     before), symbol, stamp (which of the distinct times), block. Of the paths: origins, a symbol's bars after which they
     begin; path_r [n, H], log returns since the origin; path_rv [n], root of the sum of squared returns; usual [n], the
-    long-run volatility; path_block.
-    weights, path_weights [REPLICATES, blocks]: how often each replicate of the bootstrap takes each block.
+    long-run volatility; path_block. weights, path_weights: as in `resampled`.
 
     Blocks hold all symbols. For the next bar a block has n^(1/3) of a symbol's n target bars (the usual rate: Hall,
     Horowitz and Jing, Biometrika 1995): whole dates of daily bars; within the day 32 bars where there are enough of them.
@@ -426,7 +426,7 @@ class Bins:
         self.share = share / share.sum(-1, keepdim=True)
 
     def probabilities(self, coarse, probe, fine):
-        """P(bin) float64 [m, bins], from coarse = P(coarse) [m, 2^k1], tokens probe [m, n], fine = P(fine) / n of each."""
+        """P(bin) float64 [m, bins], from P(coarse) [m, 2^k1], tokens probe [m, n], fine = P(fine) / n of each."""
         p = coarse @ self.share - self.share[probe].mean(1)
         p.scatter_add_(1, self.of[probe].flatten(1), fine.flatten(1))
         return p.double().cpu().numpy()
@@ -513,9 +513,9 @@ def gaussian(t, i, rows):
 
 
 def historical(t, i, rows, paths):
-    """Filtered historical simulation (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999).
+    """Filtered historical simulation: residuals of a decayed volatility, which along a path follows what is drawn.
 
-    Residuals of a decayed volatility, drawn anew and scaled by the volatility of now; along a path it follows the draws.
+    Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999.
     """
     r, (first, last), origins = t.returns[i], t.ranges[i], t.origins[i]
     begun = (np.arange(len(r)) > 0).astype(float)
@@ -537,20 +537,20 @@ def historical(t, i, rows, paths):
 
 
 def logistic(t):
-    """Logistic regression of the direction on the last bars' features, all symbols together, by Newton's method.
+    """Logistic regression of the direction on the last bars' features, all symbols together, with a ridge of 1.
 
-    With a ridge of 1, on at most about 300,000 bars; {} where there are under 1,000.
+    On at most about 300,000 bars; {} where there are under 1,000.
     """
     x = [data.features(bars)[0] for bars in t.series]
     known = [np.arange(data.CONTEXT, first)[r[data.CONTEXT:first] != 0] for r, (first, _) in zip(t.returns, t.ranges)]
     total = sum(map(len, known))
     if total < 1000:
         return {}
-    thin = -(-total // 300_000)
-    X = np.concatenate([lagged(x[i], rows[::thin]) for i, rows in enumerate(known)])  # (bars, 1 + 6 LAGS)
-    up = np.concatenate([r[rows[::thin]] > 0 for r, rows in zip(t.returns, known)])
+    known = [rows[::-(-total // 300_000)] for rows in known]
+    X = np.concatenate([lagged(x[i], rows) for i, rows in enumerate(known)])  # (bars, 1 + 6 LAGS)
+    up = np.concatenate([r[rows] > 0 for r, rows in zip(t.returns, known)])
     w = np.zeros(X.shape[1])
-    for _ in range(8):
+    for _ in range(8):  # Newton's method
         p = 1 / (1 + np.exp(-X @ w))
         w += np.linalg.solve((X.T * (p * (1 - p))) @ X + np.eye(len(w)), X.T @ (up - p) - w)
     X = np.concatenate([lagged(x[i], np.arange(*span)) for i, span in enumerate(t.ranges)])
@@ -565,10 +565,7 @@ def lagged(x, rows):
 # ---- HAR on ranges: the strongest of them
 
 def har(t, paths):
-    """Returns: the forecast volatility times residuals, of which a path draws those of return and range jointly.
-
-    The range and the volume of the next bar by a HAR of their own, with residuals of their own.
-    """
+    """Volatility, range and volume each by a HAR of its own; a path draws residuals of return and range jointly."""
     random = np.random.default_rng([t.seed, 3])
     ranges = fit_har(t, [log_range(bars) for bars in t.series])
     volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
@@ -748,12 +745,12 @@ def range_volatility(bars):
 def slow_scale(size, fitted, common):
     """Decayed mean of sizes before each bar and after the last, [T + 1], from their mean over the fitted bars on.
 
-    common: the mean of all symbols, which counts as 30 bars more.
+    common: the mean of all symbols, which counts as 30 bars more. One wild bar is not a new level.
     """
     usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
     seen = np.arange(len(size)) >= fitted[0]
     decay = 0.5 ** (1 / LEVEL)
-    total = data.decayed_sum(np.minimum(size, 6 * usual) * seen, decay=decay)  # one wild bar is not a new level
+    total = data.decayed_sum(np.minimum(size, 6 * usual) * seen, decay=decay)
     weight = data.decayed_sum(seen.astype(float), decay=decay)
     return np.append(usual, (total + LEVEL / 2 * usual) / (weight + LEVEL / 2))
 
@@ -762,10 +759,7 @@ def slow_scale(size, fitted, common):
 # Scores, and how sure they are
 
 def block_sums(f, t):
-    """{score: sums over each block [n_blocks, ...]} of the scores that forecaster f has; `score_of` makes them of sums.
-
-    So the bootstrap only adds up blocks anew. t: Targets.
-    """
+    """{score: sums over each block of targets t [n_blocks, ...]} of what forecaster f says; see `score_of`."""
     out, means = {}, {}  # means: values [N], NaN where a bar has none
     if "p_up" in f:
         out |= direction_sums(f["p_up"], t)
@@ -804,9 +798,11 @@ def direction_sums(p_up, t):
     with np.errstate(divide="ignore"):  # always_up: infinite
         logloss = -np.log(np.where(up, p, 1 - p))
     tenth = np.minimum(p * 10, 9).astype(int)
-    return dict(da=sums_of(hit, block, n), balanced_accuracy=sums_of(by_side, block, n), logloss=sums_of(logloss, block, n),
-                up_share=sums_of(p > 0.5, block, n), auc=totals_by_bin([up, ~up], ordered_bins(p), block, n),
-                ece=totals_by_bin([p - up, np.ones(len(p))], tenth, block, n))
+    means = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
+    out = {name: sums_of(values, block, n) for name, values in means.items()}
+    out["auc"] = totals_by_bin([up, ~up], ordered_bins(p), block, n)
+    out["ece"] = totals_by_bin([p - up, np.ones(len(p))], tenth, block, n)
+    return out
 
 
 def path_sums(f, t):
@@ -888,10 +884,7 @@ def ordered_bins(p, most=2048):
 
 
 def rank_ic(signal, r, stamp):
-    """Spearman's correlation of signal and return across the symbols of each time stamp: [stamps].
-
-    NaN where there are fewer than 3 symbols, or all are alike.
-    """
+    """Spearman's correlation across the symbols of each time stamp, [stamps]; NaN for fewer than 3, or all alike."""
     x, y = ranks(signal, stamp), ranks(r, stamp)
     variance = np.bincount(stamp, x * x) * np.bincount(stamp, y * y)
     found = np.bincount(stamp, x * y) / np.sqrt(variance.clip(1e-9))
@@ -928,10 +921,7 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums: blocks drawn with replacement.
-
-    The same for every forecaster, so that differences are paired.
-    """
+    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for every forecaster, so all are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -1001,7 +991,7 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
 
     Returns split, start, end (of the targets), blocks; checkpoints, dicts of ckpt, the scores of METRICS, tokens;
     baselines, {name: scores}; paired, dicts of a, b, metric, difference, ratio. A score is {value, lo, hi} or None;
-    path_mape and path_crps are lists, one for each bar ahead; errors in log return x 100, of volume in its log, mape in %.
+    path_mape and path_crps are lists, one for each bar ahead. Errors in log return x 100, of volume in its log, mape in %.
     Raises UserError where there is no target, a date is none, or --start is missing.
     """
     result = evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed)
@@ -1049,8 +1039,8 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
     for a, b in itertools.product(forecasts, rivals):
         pairs += paired(a, b, drawn, t, RIVALRY)
     groups = []
-    for group, mask in groups_of(t, by):
-        groups += [dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask)) for name in loaded]
+    for (group, mask), name in itertools.product(groups_of(t, by), loaded):
+        groups.append(dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask)))
     return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
                 checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
                 baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading, drawn=drawn)
@@ -1059,8 +1049,8 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
 def warn_of_few_blocks(t):
     for what, n in (("the next bar", t.n_blocks), (f"{t.horizon} bars ahead", t.blocks_of("path"))):
         if n < MIN_BLOCKS:
-            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; give more "
-                  f"bars, or lower --stride or --horizon", file=sys.stderr)
+            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; "
+                  f"give more bars, or lower --stride or --horizon", file=sys.stderr)
 
 
 def groups_of(t, by):
@@ -1093,10 +1083,7 @@ VAL_PROBES = 8                  # in place of PROBES, for scores on val in the c
 
 
 def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
-    """Targets in a split, with about so many origins of paths.
-
-    most: about so many bars at most: symbols evenly chosen, at least 8, then the earliest dates.
-    """
+    """Targets in a split, with about so many origins; about `most` bars: of some symbols, the earliest dates."""
     low, end = (borders[0], borders[1]) if split == "val" else (borders[1], 2**62)
     spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
     spans = [span for span in spans if span[2] > span[1]]
@@ -1113,10 +1100,7 @@ def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None
 
 
 def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
-    """{score: (value, replicates)} of a model on targets t.
-
-    Of the next bar if probes > 0; of paths if paths > 0, so many from each origin.
-    """
+    """{score: (value, replicates)} of a model on targets t: of the next bar if probes > 0, of paths if paths > 0."""
     one = next_bars(model, tokenizer, t, probes) if probes else {}
     many = simulated(model, tokenizer, t, paths) if paths else {}
     return bootstrap(block_sums(one | many, t), t)
@@ -1136,7 +1120,7 @@ def against(a, b, metric, t, step=-1):
 
 
 def upper(score):
-    """The upper end of an interval; the value itself where there are too few blocks for one."""
+    """The upper end of an interval; the value itself where there is none."""
     return score["value"] if score["hi"] is None else score["hi"]
 
 

@@ -116,8 +116,8 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
         alike = np.flatnonzero(lengths == length)
         for rows in np.split(alike, range(size, len(alike), size)):
             part = [origins[i] for i in rows]
-            tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel,
-                                             at_once)
+            tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed,
+                                             parallel, at_once)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
             ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up

@@ -721,7 +721,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert {("a", "b", "da"), ("a", "c", "crps"), ("b", "c", "path_crps")} <= pairs
     status, out, err = call("backtest", *argv, "--by", "volatility", "--cost_bps", 5)
     assert status == 0 and "a to b" in out and "steady" in out
-    status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:])
+    status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:], "--by", "quarter")
     assert status == 0 and max(map(len, out.splitlines())) <= 80, out
 
 
