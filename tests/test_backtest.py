@@ -317,8 +317,9 @@ def test_what_a_forecaster_does_not_say_has_no_score():
     assert backtest.scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
 
 
-def test_long_short_is_the_naive_one():
-    t = stub(n_symbols=12)
+@pytest.mark.parametrize("n_symbols", [6, 12])     # of six often fewer than five are there
+def test_long_short_is_the_naive_one(n_symbols):
+    t = stub(n_symbols=n_symbols)
     f = random_forecaster(t)
     f["p_up"] = np.random.default_rng(4).random(len(t.r))
     sums = backtest.trading_sums(f["p_up"], t, 7.0)     # by blocks of two stamps
@@ -329,7 +330,7 @@ def test_long_short_is_the_naive_one():
         if len(rows) >= 5:
             order, k = rows[np.argsort(f["p_up"][rows])], max(1, len(rows) // 5)
             new = {t.symbol[i]: -1 / k for i in order[:k]} | {t.symbol[i]: 1 / k for i in order[-k:]}
-        traded = sum(abs(new.get(i, 0) - held.get(i, 0)) for i in range(12))
+        traded = sum(abs(new.get(i, 0) - held.get(i, 0)) for i in range(n_symbols))
         held = new
         if len(rows) >= 5:
             gain = sum(new.get(t.symbol[i], 0) * (math.exp(t.r[i]) - 1) for i in rows)
@@ -626,6 +627,17 @@ def test_har_is_the_naive_loop():
     first = sum(map(len, t.origins[:1]))
     for j, origin in enumerate(t.origins[1]):       # the paths' first step is the next bar's forecast, up to the draws
         assert f["path_crps"][first + j, 0] == pytest.approx(f["crps"][100 + origin + 1 - 200], rel=0.05, abs=1e-4)
+
+
+def test_residuals_are_half_a_series_own_and_half_of_all():
+    rng, hars = np.random.default_rng(0), [SimpleNamespace(early=np.arange(400), fitted=np.arange(400)) for _ in range(2)]
+    first = [k + rng.random(400) for k in range(2)]
+    backtest.give_residuals(hars, [np.stack([v, 2 * v]) for v in first])
+    for k, har in enumerate(hars):
+        z, other = har.residuals
+        assert len(z) == 500 and (np.diff(z) >= 0).all() and np.array_equal(other, 2 * z)
+        assert (np.floor(z) == k).sum() == 250 + 125
+        assert np.abs(np.quantile(z[np.floor(z) == k], (0.1, 0.5, 0.9)) - np.quantile(first[k], (0.1, 0.5, 0.9))).max() < 0.02
 
 
 def test_the_scale_of_residuals_follows_slowly():
