@@ -1176,7 +1176,6 @@ SECTIONS = {  # title: (score, label, factor, digits)
 HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselines
 LABELS = dict(da="right calls %", logloss="log loss", mae="close MAE", crps="close CRPS", range_crps="range CRPS",
               volume_crps="volume CRPS", path_crps="paths CRPS", path_rv_crps="paths volatility")  # of pairs
-HIGHER = ("da",)  # scores of RIVALRY of which more is better
 
 
 def print_backtest(result, horizon, cost_bps):
@@ -1256,7 +1255,8 @@ def best_rival(baselines, metric):
             found[name] = score["value"]
     if not found:
         return None
-    return max(found, key=found.get) if metric in HIGHER else min(found, key=found.get)
+    best = max if metric == "da" else min  # all but right calls are errors
+    return best(found, key=found.get)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
