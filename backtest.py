@@ -1187,6 +1187,8 @@ def print_backtest(result, horizon, cost_bps):
     print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
     print(" " * 16 + "".join(f"{stem(name)[-14:]:>15}" for name in own) + "".join(f"{head:>7}" for head in HEADS))
     for title, rows in SECTIONS.items():
+        if not any(scores.get(metric) for metric, *_ in rows for scores in columns):
+            continue  # no volume, or too few symbols to trade
         print(title)
         for metric, label, scale, digits in rows:
             if metric not in ("path_crps", "path_mape"):
@@ -1234,7 +1236,7 @@ def print_pairs(result):
     """Each checkpoint beside its best opponent of every score, and beside the other checkpoints."""
     own = [entry["ckpt"] for entry in result["checkpoints"]]
     print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
-    for pair in result["paired"]:
+    for pair in sorted(result["paired"], key=lambda pair: METRICS.index(pair["metric"])):
         metric, score = pair["metric"], pair["ratio"] or pair["difference"]
         if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
             continue
