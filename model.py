@@ -580,9 +580,10 @@ class Model(nn.Module):
         """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; kept where none learns."""
         parts = (self.coarse_head, self.fine_given, self.fine_head)
         if torch.is_grad_enabled() or self.g.is_inference():    # a tensor of inference mode has no version
+            self.codes = None                                   # an update may follow, and a fused one raises no version
             return self.make_code_vectors()
         weights = [*self.coarse_head.parameters(), *self.fine_given.parameters(), *self.fine_head.parameters(), self.D1, self.M, self.g]
-        key = [(w.data_ptr(), w._version) for w in weights]     # training changes the weights, which raises their version
+        key = [(w.data_ptr(), w._version) for w in weights]
         if self.codes is None or self.codes[0] != key:
             with torch.autocast(self.g.device.type, enabled=False):     # the same for callers in any precision
                 self.codes = key, self.make_code_vectors()

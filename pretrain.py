@@ -199,6 +199,7 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             for part in optimizer.parts:
                 scaler.step(part)
+            torch.autograd.graph.increment_version(model.parameters())  # which fused optimizers forget: see code_vectors
             self.bad_steps = 0
         else:
             self.bad_steps += 1
