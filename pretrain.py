@@ -182,6 +182,7 @@ class Run:
     bad_steps: int = 0            # non-finite updates in a row
     best: dict | None = None      # weights of the best score on val
     best_val: float = math.inf    # that score, lower is better
+    since_best: int = 0           # reports since then
     metrics: list = field(default_factory=list)
 
     @classmethod
@@ -214,7 +215,9 @@ class Run:
 
     def keep_if_best(self, model, score):
         """Keeps the weights where their score is the best so far."""
+        self.since_best += 1
         if score < self.best_val:
+            self.since_best = 0
             self.best_val, self.best = score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 
@@ -586,7 +589,7 @@ def main(argv=None):
     say(f"{'':>6}{'nats per bar':^34}{'CRPS to unigram, val':^24}")
     say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'close':>8}{'range':>8}{'volume':>8}"
         f"{'right':>8}{'left':>8}")
-    clock, train_losses, since_best, ended = Clock(run.step, config.steps, config.save_every), [], 0, False
+    clock, train_losses, ended = Clock(run.step, config.steps, config.save_every), [], False
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
@@ -624,7 +627,6 @@ def main(argv=None):
 
         if run.step % eval_every == 0 or run.step == config.steps:
             scores = evaluate(average, val, tiles, series, autocast, rank, world)
-            since_best = 0 if scores["score"] < run.best_val else since_best + 1
             run.keep_if_best(average, scores["score"])
             val_loss, loss_sum = scores["coarse"] + scores["fine"], float(np.mean(train_losses))
             run.metrics.append(dict(stage="pretrain", step=run.step, train=loss_sum, val=val_loss, grad_norm=norm, **scores))
@@ -632,7 +634,7 @@ def main(argv=None):
             data.progress("")
             say(f"{run.step:>6}{loss_sum:>9.4f}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
                 f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{clock.left(run.step)!s:>8}", flush=True)
-            ended = since_best == PATIENCE and run.step < config.steps
+            ended = run.since_best >= PATIENCE and run.step < config.steps
         elif rank == 0:
             data.progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")
         if clock.save_due(run.step) or stopping or ended:
