@@ -20,6 +20,7 @@ import datetime
 import math
 import os
 import time
+import typing
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError
-from model import Model, ModelConfig, load_checkpoint, read_checkpoint, save_checkpoint
+from model import Model, ModelConfig, damaged, fits, load_checkpoint, read_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -80,6 +81,7 @@ class Config:
 FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
+RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val", "since_best", "data", "splits")
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 PATIENCE = 4         # reports without a better score that end it
@@ -113,13 +115,20 @@ def resumed(given, config_class, free, stages):
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file to go on from; drop --resume, or name it by --out")
     entry = read_checkpoint(path)
-    if entry["stage"] not in stages or "run" not in entry:
+    if entry["stage"] not in stages:
         raise UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
+    missing = [name for name in RESUMED if entry[name] is None]
+    if missing:
+        raise damaged(path, f"{missing[0]!r} is missing")
     for name, value in given.items():
         saved = entry["run"].get(name)
         if name not in free and value != saved:
             raise UserError(f"--{name} {value}: the run in {path} has {saved}; "
                             f"drop the flag to go on, or choose another --out")
+    kinds = typing.get_type_hints(config_class)
+    wrong = [name for name in entry["run"].keys() | kinds.keys() if not fits(entry["run"].get(name), kinds.get(name, bool))]
+    if wrong:
+        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
     return config_class(**entry["run"] | dict(overwrite=False) | given), entry
 
 
@@ -154,17 +163,22 @@ class Optimizer:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted."""
-        if not isinstance(states, list) or len(states) != len(self.parts):
-            raise ValueError("the optimizer's state is not two lists")
-        for part, state in zip(self.parts, states):
+        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted.
+
+        The settings (rates, decays) stay those of the config.
+        """
+        if len(states) != len(self.parts):
+            raise ValueError("the optimizer's state is not that of Muon and AdamW")
+        for part, state, names in zip(self.parts, states, ({"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"})):
             weights = [p for group in part.param_groups for p in group["params"]]
             for i, entry in state["state"].items():
+                if entry.keys() != names or not 0 <= i < len(weights):
+                    raise ValueError(f"the optimizer's state of weight {i!r} is not what it keeps of a weight")
                 for name, value in entry.items():
-                    whole = name == "step" or value.shape == weights[i].shape
-                    if not torch.is_tensor(value) or value.dtype != torch.float32 or not whole:
-                        raise ValueError(f"the optimizer's {name!r} does not fit its weight")
-            part.load_state_dict(state)
+                    shape = () if name == "step" else weights[i].shape
+                    if value.shape != shape or value.dtype != torch.float32 or not torch.isfinite(value).all():
+                        raise ValueError(f"the optimizer's {name!r} does not fit its weight, or is not finite")
+            part.load_state_dict(dict(state=state["state"], param_groups=part.state_dict()["param_groups"]))
 
 
 def rate(step, steps, warmup):
@@ -654,8 +668,8 @@ def main(argv=None):
 def load_optimizer(optimizer, entry, path):
     try:
         optimizer.load_state_dict(entry["optimizer"])
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
-        raise UserError(f"{path}: damaged checkpoint ({str(e).splitlines()[0]}); restore it from a copy or train it anew")
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise damaged(path, str(e).splitlines()[0])
 
 
 def tell_result(config, run, model, val, best_da, seconds):
