@@ -472,6 +472,7 @@ class Model(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that say "up"
+        self.register_buffer("lean", torch.ones(()))    # how far P(up) is trusted, see coarse_logits
         # log shares of the codes in the training data: what the heads say before they have learned anything
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
@@ -596,8 +597,20 @@ class Model(nn.Module):
         return self.coarse_head(self.D1), self.fine_given(given), self.fine_head(self.g)
 
     def coarse_logits(self, h):
-        """h [..., C] -> [..., 2^k1]."""
-        return h @ self.code_vectors()[0].T.to(h.dtype) + self.coarse_share
+        """h [..., C] -> [..., 2^k1].
+
+        Then the log odds of up are drawn towards those of the training data: odds = base + lean (odds - base), lean from 0
+        to 1. Directions are what is learned by heart first; so pretraining fits lean on val.
+        """
+        logits = h @ self.code_vectors()[0].T.to(h.dtype) + self.coarse_share
+        if self.lean.item() == 1:
+            return logits
+        change = (self.lean - 1) * (self.log_odds_up(logits) - self.log_odds_up(self.coarse_share))
+        return logits + change[..., None] * self.up_mask
+
+    def log_odds_up(self, logits):
+        """log P(up) / P(not up) [...] of coarse logits [..., 2^k1]."""
+        return logits[..., self.up_mask].logsumexp(-1) - logits[..., ~self.up_mask].logsumexp(-1)
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
@@ -777,6 +790,12 @@ class Scores(typing.TypedDict):
     score: float
 
 
+class Dump(typing.TypedDict):
+    """What Tokenizer.dump makes."""
+    config: dict[str, object]
+    state: dict[str, torch.Tensor]
+
+
 class Checkpoint(typing.TypedDict):
     """What a checkpoint of any stage holds; a stage may add to it."""
     stage: str
@@ -784,7 +803,7 @@ class Checkpoint(typing.TypedDict):
     model: dict[str, torch.Tensor] | None   # its last weights
     best: dict[str, torch.Tensor] | None    # those of the best score on val
     average: dict[str, torch.Tensor] | None  # those averaged over the last updates
-    tokenizer: dict[str, object]            # see Tokenizer.dump
+    tokenizer: Dump
     features: dict[str, object] | None      # channels and half-life of data.features
     optimizer: list | None
     scaler: dict[str, float] | None         # of fp16
@@ -858,6 +877,8 @@ def read_checkpoint(path):
         raise damaged(path, "'splits' are not two dates")
     if entry["dtype"] not in (None, "bf16", "fp16", "fp32"):
         raise damaged(path, f"'dtype' is {entry['dtype']!r}")
+    if any(weight.dtype != torch.float32 for weight in entry["tokenizer"]["state"].values()):
+        raise damaged(path, "weights of the tokenizer are of a wrong type")
     if entry["features"] not in (None, made):
         raise damaged(path, "it reads other features than this version makes")
     return entry
@@ -898,7 +919,8 @@ def check_weights(state, own):
     if state.keys() != own.keys():
         raise ValueError(f"weight {min(state.keys() ^ own.keys())!r} is missing or unknown")
     for name, weight in state.items():
-        if weight.shape != own[name].shape or weight.dtype != own[name].dtype or not torch.isfinite(weight).all():
+        kinds = (own[name].dtype, torch.float16 if own[name].is_floating_point() else None)     # half: weights to give away
+        if weight.shape != own[name].shape or weight.dtype not in kinds or not torch.isfinite(weight).all():
             raise ValueError(f"weight {name!r} is of another shape or type than the sizes ask for, or not finite")
     for name in ("D1", "M", "g", "mean", "std", "up_mask"):
         if not torch.allclose(state[name].float(), own[name].float(), rtol=0, atol=1e-3):

@@ -5,6 +5,7 @@
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
+    python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
     python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
@@ -222,7 +223,7 @@ def tokenizer_study(argv):
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--split", default="test", choices=("val", "test"))
-    parser.add_argument("--tok_steps", type=int, default=1500)
+    parser.add_argument("--tok_steps", type=int, default=1200)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="+", default=(8, 10, 12), help="of each level")
@@ -592,8 +593,50 @@ def leak_study(argv):
         print(f"{name:32}{window:>8,}{kept:>15.1%}{share:>9.1%} ±{half:>5.1%}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights that come along, on bars that they have not seen
+
+def base_study(argv):
+    """One row a file: CRPS of checkpoints on its last bars beside HAR and FHS, which are fitted on the bars before."""
+    parser = argparse.ArgumentParser(prog="study.py base")
+    parser.add_argument("--data", nargs="+", required=True, help="CSV files, a market each")
+    parser.add_argument("--ckpt", nargs="+", default=[os.path.join(ROOT, "assets", "base.pt")])
+    parser.add_argument("--share", type=float, default=0.3, help="of a file's time stamps, the last ones, that are targets")
+    parser.add_argument("--bars", type=int, default=5000, help="the last so many bars of a symbol")
+    parser.add_argument("--symbols", type=int, default=8, help="at most, evenly chosen")
+    parser.add_argument("--origins", type=int, default=25, help="of paths, a symbol")
+    parser.add_argument("--paths", type=int, default=64)
+    args = parser.parse_args(argv)
+    import backtest
+    heads = "".join(f"{head:>24}" for head in ("close", "range", "volume", "close, bar 10", "close to FHS"))
+    print(f"CRPS to HAR (close also to FHS), 95 % intervals\n{'':44}{heads}{'90 % band':>12}")
+    for path in args.data:
+        series = sorted(data.load(path), key=lambda bars: bars.symbol)
+        series = [bars[-args.bars:] for bars in series if len(bars) >= 500]
+        if not series:
+            print(f"{os.path.basename(path)}: no symbol of 500 bars")
+            continue
+        keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
+        series = [series[k] for k in keep]
+        stamps = np.unique(np.concatenate([bars.time for bars in series]))
+        start = np.datetime64(int(stamps[int((1 - args.share) * len(stamps))]), "s")
+        stride = max(1, int(args.share * len(stamps)) // args.origins)
+        result = backtest.evaluate(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
+        drawn, t = result["drawn"], result["targets"]
+        for entry in result["checkpoints"]:
+            name = entry["ckpt"]
+            row = f"{os.path.basename(path)[:24]:25}{os.path.basename(name)[:18]:19}"
+            for metric, rival in (("crps", "har"), ("range_crps", "har"), ("volume_crps", "har"), ("path_crps", "har"), ("crps", "fhs")):
+                if metric not in drawn[rival] or metric not in drawn[name]:
+                    row += f"{'.':>24}"
+                    continue
+                a, b = (backtest.at_step(drawn[who], metric, -1) for who in (name, rival))
+                row += f"{backtest.show(backtest.versus(a, b, t.blocks_of(metric), as_ratio=True), 1, 4):>24}"
+            print(row + f"{entry['coverage90']['value']:>12.1%}", flush=True)
+
+
 SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
-            "leak": leak_study}
+            "leak": leak_study, "base": base_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:

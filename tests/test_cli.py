@@ -129,7 +129,7 @@ def test_a_run_that_no_longer_gains_ends_early_also_where_it_was_stopped_meanwhi
     scores = iter([0.9, 0.8, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86] * 2)
 
     def evaluate(*args):
-        return dict(coarse=0.1, fine=3.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=next(scores))
+        return dict(coarse=0.1, fine=3.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=next(scores), lean=1.0)
     monkeypatch.setattr(pretrain, "evaluate", evaluate)
     flags = ["--data", market, *TINY, "--steps", 20, "--eval_every", 1, "--save_every", 1]
     status, out, _ = call("pretrain", *flags, "--out", tmp_path / "a.pt")

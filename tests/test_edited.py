@@ -89,7 +89,7 @@ def test_an_edited_checkpoint_forecasts_and_resumes_rightly_or_is_refused(market
     monkeypatch.setattr(inspect, "getsource", lambda kind: "")       # help texts, which take longer than all else
     series = data.load([bars])
     monkeypatch.setattr(data, "load", lambda sources: series)      # read once
-    monkeypatch.setattr(pretrain, "evaluate", lambda *args: dict(coarse=1.0, fine=1.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=1.0))
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args: dict(coarse=1.0, fine=1.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=1.0, lean=1.0))
     count, refused, wrong = 0, 0, []
     for place, what, change in edits_of_a_checkpoint(whole, chance):
         torch.save(edited(whole, place, change), path)

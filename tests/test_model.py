@@ -563,6 +563,20 @@ def test_p_up_is_the_share_of_up_tokens_among_bars_that_move():
     assert model.p_up(h, 0.99).max() == 1
 
 
+def test_lean_draws_the_odds_of_up_towards_those_of_the_training_data_and_changes_nothing_else():
+    model, h = make(), torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        p = model.coarse_logits(h).double().softmax(-1)
+        base = torch.logit(model.coarse_share.double().softmax(-1)[32:].sum())
+        for lean in (0.0, 0.3, 1.0):
+            model.lean.fill_(lean)
+            got = model.coarse_logits(h).double().softmax(-1)
+            want = torch.sigmoid(base + lean * (torch.logit(p[:, 32:].sum(-1)) - base))
+            close(got[:, 32:].sum(-1), want, 1e-5)
+            for half in (slice(0, 32), slice(32, 64)):
+                close(got[:, half] / got[:, half].sum(-1, keepdim=True), p[:, half] / p[:, half].sum(-1, keepdim=True), 1e-5)
+
+
 def test_loss_is_the_cross_entropy_of_what_counts():
     model = make()
     coarse, fine, time = bars(2, 101)
@@ -652,6 +666,15 @@ def test_crps_is_the_integral_and_the_mean_distance():
         spread = (p[n][:, None] * p[n] * (values[:, None] - values).abs()).sum()
         assert got[n] == pytest.approx(((p[n] * (values - y[n]).abs()).sum() - spread / 2).item(), abs=1e-5)
     assert got[0] == 0
+
+
+@pytest.mark.parametrize("truth", [-0.5, 0.0, 0.4, 0.8, 2.0])
+def test_the_lean_that_is_fitted_has_the_least_log_loss(truth):
+    odds = 2 * torch.randn(4000, generator=torch.Generator().manual_seed(0)).double()
+    up = torch.rand(4000, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(truth * odds)
+    grid = torch.linspace(0, 1, 1001).double()
+    loss = F.binary_cross_entropy_with_logits(grid[:, None] * odds, up.double().expand(1001, -1), reduction="none").mean(1)
+    assert pretrain.fit_lean(odds, up) == pytest.approx(grid[loss.argmin()].item(), abs=2e-3)
 
 
 def test_candle_values_are_close_range_and_volume():
