@@ -31,24 +31,24 @@ FLAGS = {
 }
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+def equal_weights():
+    a, b = (torch.load(path, weights_only=True)["model"] for path in ("whole.pt", "broken.pt"))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def killed_again_and_again(script, args, chance):
-    """Trains the stage unbroken to whole.pt and broken to broken.pt: (kills, how many of them while it wrote, seconds)."""
+    """Trains the stage unbroken to whole.pt, and to broken.pt until enough kills fell: (kills, those while it wrote, equal)."""
     job = [sys.executable, os.path.join(ROOT, script + ".py"), *FLAGS[script], "--steps", str(args.steps)]
     began = time.time()
     subprocess.run([*job, "--out", "whole.pt", "--overwrite"], check=True, stdout=subprocess.DEVNULL)
-    each = (time.time() - began) / args.kills  # of its own work a run gets on average so much before the kill
-    kills = in_write = 0
+    each = (time.time() - began) / args.kills  # so much of its work a run does at most before the kill; the start alone takes seconds
+    kills, in_write, equal = 0, 0, True
     while True:
         if time.time() - began > args.seconds:
             sys.exit(f"{script}: not finished after {args.seconds:.0f} s and {kills} kills")
         resume = ["--resume"] * os.path.exists("broken.pt")
         run = subprocess.Popen([*job, "--out", "broken.pt", *resume], stdout=subprocess.DEVNULL)
         try:
-            # the start alone takes seconds; while kills are owed, no run may come to its end
             run.wait(chance.uniform(2.0, 3.5 + each) if kills < args.kills else max(1.0, args.seconds - (time.time() - began)))
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
@@ -60,9 +60,10 @@ def killed_again_and_again(script, args, chance):
             continue
         if run.returncode:
             sys.exit(f"{script}: a resumed run failed with status {run.returncode}")
-        if kills < args.kills:
-            sys.exit(f"{script}: finished after {kills} kills; on a machine so fast give it more --steps")
-        return kills, in_write, time.time() - began
+        equal &= equal_weights()
+        os.unlink("broken.pt")
+        if kills >= args.kills:
+            return kills, in_write, equal
 
 
 def main():
@@ -80,13 +81,11 @@ def main():
         subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *FLAGS["pretrain"], "--steps", "20", "--out", "base.pt"],
                        check=True, stdout=subprocess.DEVNULL)
         for script in args.stages or FLAGS:
-            kills, in_write, seconds = killed_again_and_again(script, args, chance)
-            a, b = weights("whole.pt"), weights("broken.pt")
-            equal = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+            began = time.time()
+            kills, in_write, equal = killed_again_and_again(script, args, chance)
             all_equal &= equal
-            print(f"{script}: {kills} kills ({in_write} while writing) in {seconds:.0f} s: weights "
+            print(f"{script}: {kills} kills ({in_write} while writing) in {time.time() - began:.0f} s: weights "
                   f"{'equal, bit for bit' if equal else 'DIFFER'}", flush=True)
-            os.unlink("broken.pt")
         os.chdir(ROOT)
     sys.exit(not all_equal)
 

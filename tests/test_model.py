@@ -750,6 +750,19 @@ BROKEN = {
     "weight missing": lambda path: damage(path, lambda e: e["best"].pop("calendar.weight")),
     "weight of another shape": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": torch.ones(2, 2)})),
     "weight is text": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": "x"})),
+    "weight of integers": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": e["best"]["calendar.weight"].long()})),
+    "weight of complex numbers": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": e["best"]["calendar.weight"] + 0j})),
+    "weight is NaN": lambda path: damage(path, lambda e: e["best"]["calendar.weight"].fill_(math.nan)),
+    "a last weight is infinite": lambda path: damage(path, lambda e: e["model"]["calendar.weight"].fill_(math.inf)),
+    "one number claims to be many": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": torch.ones(()).expand(165, 32)})),
+    "mask of numbers": lambda path: damage(path, lambda e: e["model"].update(up_mask=e["model"]["up_mask"].float())),
+    "a code turned upside down": lambda path: damage(path, lambda e: e["model"]["up_mask"].logical_not_()),
+    "candles of another tokenizer": lambda path: damage(path, lambda e: e["model"]["D1"].add_(1)),
+    "tokenizer of other bits": lambda path: damage(path, lambda e: e.update(tokenizer=Tokenizer(TokenizerConfig(coarse_bits=5, fine_bits=5)).dump())),
+    "tokenizer of integers": lambda path: damage(path, lambda e: e["tokenizer"]["state"].update(mean=torch.ones(6, dtype=torch.int64))),
+    "splits the wrong way round": lambda path: damage(path, lambda e: e.update(splits=(2, 1))),
+    "a report is text": lambda path: damage(path, lambda e: e.update(metrics=["x"])),
+    "other features": lambda path: damage(path, lambda e: e.update(features=dict(channels=("close",), half_life=32))),
     "weights are none": lambda path: damage(path, lambda e: e.update(best=[1])),
     "no model yet": lambda path: damage(path, lambda e: e.update(model=None, config=None)),
     "tokenizer is none": lambda path: damage(path, lambda e: e.update(tokenizer=None)),
@@ -764,6 +777,17 @@ def test_checkpoint_that_is_none_gets_one_line(saved, how):
     with pytest.raises(data.UserError) as error:
         load_checkpoint(path)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_in_half_precision_are_given_away_and_read(saved, tmp_path):
+    path, model, tokenizer = saved
+    half = copy.deepcopy(model)
+    for p in half.parameters():
+        p.data = p.data.half()
+    save_checkpoint(tmp_path / "half.pt", half, tokenizer, stage="pretrain")
+    again = load_checkpoint(str(tmp_path / "half.pt"))[0]
+    for a, b in zip(again.parameters(), model.parameters()):
+        assert a.dtype == torch.float32 and torch.equal(a, b.half().float())
 
 
 @pytest.mark.parametrize("wrong", [dict(n_head=3), dict(n_embd=33), dict(pos="none"), dict(span=100), dict(slots=64), dict(linear_heads=5),
