@@ -11,7 +11,6 @@ symbol share it, and each path then costs one recurrent step a bar. Token pairs 
 
 In this order: simulation, the report, pictures. What forecasts are worth: `backtest.py`.
 """
-import contextlib
 import csv
 import json
 import math
@@ -20,6 +19,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 from html import escape
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -110,12 +110,16 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     times = times_ahead(origins, horizon, times)
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
     at_once = rows_at_once(model)
-    for rows in batches(origins, max(1, min(BATCH_ORIGINS, at_once // paths))):
-        part = [origins[i] for i in rows]
-        tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed, parallel,
-                                         at_once)
-        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
-        ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
+    size = max(1, min(BATCH_ORIGINS, at_once // paths))
+    lengths = np.array([len(o.tokens) for o in origins])
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for rows in np.split(alike, range(size, len(alike), size)):
+            part = [origins[i] for i in rows]
+            tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed,
+                                             parallel, at_once)
+            x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
+            ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
     return ohlcva, p_up
 
 
@@ -131,7 +135,7 @@ def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, see
     uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
     order = by_close(tokenizer).to(device)
     state = model.prefill(coarse, fine, seen)
-    p_up = chance_up(model, state.h, torch.tensor([o.unmoved for o in origins], device=device)).cpu().numpy()
+    p_up = model.p_up(state.h, torch.tensor([o.unmoved for o in origins], device=device)).cpu().numpy()
     if parallel:
         _, h = model.parallel(coarse, fine, seen)  # (n, slots, C)
         h = h[:, :horizon].repeat_interleave(paths, 0)
@@ -174,32 +178,19 @@ def stratified(random, paths, horizon):
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
-def batches(origins, size):
-    """Numbers of the origins, in lists of at most `size` whose contexts have one length."""
-    groups = {}
-    for i, origin in enumerate(origins):
-        groups.setdefault(len(origin.tokens), []).append(i)
-    for group in groups.values():
-        for i in range(0, len(group), size):
-            yield group[i:i + size]
-
-
 def rows_at_once(model):
-    """How many paths' states BATCH_BYTES hold: what the state of one row more takes."""
-    one = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    two = one.repeat(2, 1)
-    return max(1, BATCH_BYTES // (bytes_of(model.prefill(two, two, two)) - bytes_of(model.prefill(one, one, one))))
-
-
-def bytes_of(value):
-    """Of all tensors in a state."""
-    if torch.is_tensor(value):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(bytes_of(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(bytes_of(v) for v in value)
-    return bytes_of(vars(value)) if hasattr(value, "__dataclass_fields__") else 0
+    """How many paths' states BATCH_BYTES hold."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    parts, n_bytes = [vars(model.prefill(token, token, token))], 0
+    while parts:
+        part = parts.pop()
+        if torch.is_tensor(part):
+            n_bytes += part.numel() * part.element_size()
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, (list, tuple)):
+            parts += part
+    return max(1, BATCH_BYTES // n_bytes)
 
 
 def times_ahead(origins, horizon, times):
@@ -230,12 +221,6 @@ def unmoved_share(bars, prior):
     count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
     seen = np.concatenate([[0], np.arange(len(bars))])
     return (prior * PRIOR_BARS + count) / (PRIOR_BARS + seen)
-
-
-def chance_up(model, h, unmoved):
-    """P(next close up | it moves) [...] for h [..., C]: the exact P(up token) over the share of bars that move."""
-    p = model.coarse_logits(h).float().softmax(-1) @ model.up_mask.float()
-    return (p / (1 - unmoved)).clamp(max=1)
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
@@ -311,30 +296,22 @@ def give_ranks(rows, histories, horizon):
         spacing = np.median(np.diff(bars.time[-100:]))
         if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * data.DAY):
             live.append(row)
-    for rank, row in enumerate(sorted(live, key=p_up_of, reverse=True)):
+    for rank, row in enumerate(sorted(live, key=itemgetter("p_up"), reverse=True)):
         row["rank"] = rank + 1
     return np.array([row["p_up"] for row in live])
-
-
-def p_up_of(row):
-    return row["p_up"]
-
-
-def rank_of(row):
-    return row["rank"] or math.inf
 
 
 def print_report(rows, horizon, breadth, mean_p_up):
     """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
     ahead = f"in {horizon}"
-    width = max(7, *(len(plain(r["symbol"])) for r in rows))
+    width = max(7, *(len(data.printable(r["symbol"])) for r in rows))
     print(f"{'':{width}} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
     print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
-    for r in sorted(rows, key=rank_of):
+    for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
         flag = " !" if r["p_extreme"] > WARN else ""
         rank = r["rank"] or f" ended {r['last_time'][:10]}"
-        print(f"{plain(r['symbol']):{width}} {r['last_close']:>8.6g} "
+        print(f"{data.printable(r['symbol']):{width}} {r['last_close']:>8.6g} "
               f"{r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
               f"{r['expected_return'] * 100:>+6.2f} {r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} "
               f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>4.1f}{rank:>5}{flag}")
@@ -345,47 +322,31 @@ def print_report(rows, horizon, breadth, mean_p_up):
     if any(r["p_extreme"] > WARN for r in rows):
         print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
     if rows[0]["options"]:
-        print_options(rows, width)
-
-
-def print_options(rows, width):
-    print("\noptions (drift: the forward's; volatility: the model's own)")
-    print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
+        print("\noptions (drift: the forward's; volatility: the model's own)")
+        print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
     for r in rows:
         for o in r["options"]:
-            print(f"{plain(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
+            print(f"{data.printable(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
                   f"{o['call']:>10.4g} {o['put']:>10.4g}")
 
 
 def write_csv(path, histories, ohlcva, times):
-    """One line a bar forecast: share of paths above the last close, quantiles and mean of close, medians of the bar."""
-    head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean"]
-    with written(path) as f:
-        writer = csv.writer(f)
-        writer.writerow(head + list(data.COLUMNS))
-        for bars, paths, stamps in zip(histories, ohlcva, times):
-            close, last = paths[:, :, 3], bars.ohlcva[-1, 3]
-            quantiles, medians = np.quantile(close, QUANTILES, axis=0).T, median_bars(paths, bars)
-            for k, when in enumerate(stamps.astype("datetime64[s]")):
-                values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
-                texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
-                writer.writerow([f"{when}Z", cell(bars.symbol), k + 1, *texts])
-
-
-def median_bars(paths, bars):
-    """The median of each column at each step, [horizon, 6]; NaN where the history has no such column.
+    """One line a bar forecast: share of paths above the last close, quantiles and mean of close, medians of the bar.
 
     Medians of one column over valid candles are in order, so the median bar is a valid candle too.
     """
-    medians = np.median(paths, axis=0)
-    medians[:, np.isnan(bars.ohlcva).all(0)] = np.nan
-    return medians
-
-
-def cell(text):
-    """A symbol that no spreadsheet takes for a formula."""
-    text = plain(text)
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+    head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *data.COLUMNS]
+    with data.write_atomic(path, text=True) as f:
+        writer = csv.writer(f)
+        writer.writerow(head)
+        for bars, paths, stamps in zip(histories, ohlcva, times):
+            close, last = paths[:, :, 3], bars.ohlcva[-1, 3]
+            quantiles, medians = np.quantile(close, QUANTILES, axis=0).T, np.median(paths, axis=0)
+            medians[:, np.isnan(bars.ohlcva).all(0)] = np.nan  # the history has no such column
+            for k, when in enumerate(stamps.astype("datetime64[s]")):
+                values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
+                texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
+                writer.writerow([f"{when}Z", data.csv_text(bars.symbol), k + 1, *texts])
 
 
 def jsonable(value):
@@ -412,12 +373,12 @@ STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{str
 def write_svg(path, width, height, parts):
     """A picture of SVG elements, texts, in pixels."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    with written(path) as f:
+    with data.write_atomic(path, text=True) as f:
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>\n')
 
 
 def label(x, y, text, anchor="start", css=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(plain(text))}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(data.printable(text))}</text>'
 
 
 def grid_line(x1, x2, y):
@@ -426,14 +387,6 @@ def grid_line(x1, x2, y):
 
 def line(points, css, tag="polyline"):
     return f'<{tag} class="{css}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-
-
-def candle(x, width, open_, high, low, close):
-    """A candle at x; the four prices are pixel heights (smaller is higher)."""
-    css = "up" if close < open_ else "dn"
-    top, tall = min(open_, close), max(1.0, abs(open_ - close))
-    return (f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{high:.1f}" y2="{low:.1f}"/>'
-            f'<rect class="{css}" x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall:.1f}"/>')
 
 
 @dataclass
@@ -455,51 +408,54 @@ class Panel:
 
     def grid(self, x, anchor):
         """Lines at about four round values, with labels at x."""
-        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
-        lines_of = [abs((self.high - self.low) / (step * m) - 4) for m in (1, 2, 5, 10)]
-        step *= (1, 2, 5, 10)[int(np.argmin(lines_of))]
+        each = (self.high - self.low) / 4
+        power = 10 ** math.floor(math.log10(each))
+        step = min((power, 2 * power, 5 * power, 10 * power), key=lambda step: abs(4 * each / step - 4))
         parts = []
         for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
             parts.append(grid_line(self.left, self.left + self.width, self.y(k * step)))
             parts.append(label(x, self.y(k * step) + 4, f"{k * step:.6g}", anchor))
         return parts
 
+    def candle(self, k, prices, width=10.0):
+        """prices: open, high, low, close."""
+        x, css = self.x(k), "up" if prices[3] > prices[0] else "dn"
+        open_, high, low, close = (self.y(price) for price in prices)
+        top, tall = min(open_, close), max(1.0, abs(open_ - close))
+        return (f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{high:.1f}" y2="{low:.1f}"/>'
+                f'<rect class="{css}" x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall:.1f}"/>')
 
-def plot_forecast(path, histories, ohlcva, times):
-    """Last bars as candles, the fan of the forecast beside them; one panel a symbol, at most 12. times: [n, horizon]."""
+
+def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
+    """Last bars as candles; beside them the median forecast, its 5-95 and 25-75 % fan and a few paths.
+
+    One panel a symbol, at most 12. times: [n, horizon].
+    """
     n = min(len(histories), 12)
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
     parts = []
     for i in range(n):
+        bars, horizon = histories[i][-shown:], times.shape[1]
+        close = ohlcva[i, :, :, 3]
+        close = np.concatenate([np.full((len(close), 1), bars.ohlcva[-1, 3]), close], axis=1)  # (paths, 1 + horizon)
+        fan, few = np.quantile(close, QUANTILES, axis=0), close[:drawn]
+        low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
+        high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
+        margin = 0.03 * (high - low) + 1e-9 * high
         left, top = i % columns * W + 10, i // columns * H + 26
-        parts += forecast_panel(left, top, W - 75, H - 62, histories[i], ohlcva[i], times[i])
+        panel = Panel(left, top, W - 75, H - 62, len(bars) + horizon, low - margin, high + margin)
+        parts.append(label(left, top - 10, f"{bars.symbol}, {horizon} bars ahead", css="t"))
+        parts += panel.grid(left + panel.width + 4, "start")
+        parts.append(label(panel.x(0), top + panel.height + 16, data.iso(bars.time[0])))
+        parts.append(label(panel.x(panel.n - 1), top + panel.height + 16, data.iso(times[i, -1]), "end"))
+        x, fan = panel.x(len(bars) - 1 + np.arange(horizon + 1)), panel.y(fan)
+        for lower, upper, css in ((fan[0], fan[4], "f1"), (fan[1], fan[3], "f2")):
+            parts.append(line([*zip(x, lower), *zip(x[::-1], upper[::-1])], css, "polygon"))
+        parts += [line(zip(x, row), "p") for row in panel.y(few)]
+        parts.append(line(zip(x, fan[2]), "m"))
+        parts += [panel.candle(k, row[:4], 0.6 * panel.width / panel.n) for k, row in enumerate(bars.ohlcva)]
     write_svg(path, columns * W, -(-n // columns) * H, parts)
-
-
-def forecast_panel(left, top, width, height, bars, paths, times, shown=60, drawn=3):
-    """The last bars, the fan of 5-95 % and 25-75 %, the median, a few paths [paths, horizon, 6]."""
-    bars, last, horizon = bars[-shown:], bars.ohlcva[-1, 3], len(times)
-    fan, few = np.quantile(paths[:, :, 3], QUANTILES, axis=0), paths[:drawn, :, 3]  # (5, H), (drawn, H)
-    low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
-    high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
-    margin = 0.03 * (high - low) + 1e-9 * high
-    panel = Panel(left, top, width, height, len(bars) + horizon, low - margin, high + margin)
-    parts = [label(left, top - 10, f"{bars.symbol}, {horizon} bars ahead", css="t")]
-    parts += panel.grid(left + width + 4, "start")
-    parts.append(label(panel.x(0), top + height + 16, data.iso(bars.time[0])))
-    parts.append(label(panel.x(panel.n - 1), top + height + 16, data.iso(times[-1]), "end"))
-    at = [panel.x(len(bars) - 1 + k) for k in range(horizon + 1)]
-    fan = panel.y(np.concatenate([np.full((5, 1), last), fan], axis=1))
-    few = panel.y(np.concatenate([np.full((len(few), 1), last), few], axis=1))
-    for outer, css in ((0, "f1"), (1, "f2")):
-        edge = [*zip(at, fan[outer]), *zip(at[::-1], fan[4 - outer][::-1])]
-        parts.append(line(edge, css, "polygon"))
-    parts += [line(zip(at, row), "p") for row in few]
-    parts.append(line(zip(at, fan[2]), "m"))
-    for k, (open_, high, low, close) in enumerate(panel.y(bars.ohlcva[:, :4])):
-        parts.append(candle(panel.x(k), 0.6 * width / panel.n, open_, high, low, close))
-    return parts
 
 
 def plot_codebook(path, tokenizer, series, shown=40):
@@ -509,55 +465,51 @@ def plot_codebook(path, tokenizer, series, shown=40):
     if not count.sum():
         raise UserError("no series has a bar past its first 32; give longer --data for a codebook picture")
     x = tokenizer.decode(torch.arange(len(count))).numpy()  # (codes, 6)
+    close, open_, upper, lower = np.sinh(x[:, :4]).T
+    high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
+    candles = np.stack([open_, high, low, close], 1)
     W, H, parts = 20 + shown * 22, 170, []
     for row, (name, mask) in enumerate((("up", x[:, 0] > 0), ("not up", x[:, 0] <= 0))):
-        codes = [c for c in np.argsort(-count) if mask[c] and count[c]][:shown]
+        codes = [code for code in np.argsort(-count) if mask[code] and count[code]][:shown]
         if not codes:
             continue
-        close, open_, upper, lower = np.sinh(x[codes, :4]).T
-        high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
-        span = max(np.abs(high).max(), np.abs(low).max())
+        span = np.abs(candles[codes]).max()
         panel = Panel(9, row * H + 35, shown * 22, 100, shown, -span, span)
-        share = count[mask].sum() / count.sum()
-        parts.append(label(10, panel.top - 17, f"{name}: {share:.1%} of bars, {(count[mask] > 0).sum()} codes used; "
-                                               f"the {len(codes)} most used, share in %", css="t"))
-        parts.append(grid_line(10, W - 10, panel.y(0)))
+        title = (f"{name}: {count[mask].sum() / count.sum():.1%} of bars, {(count[mask] > 0).sum()} codes used; "
+                 f"the {len(codes)} most used, share in %")
+        parts += [label(10, panel.top - 17, title, css="t"), grid_line(10, W - 10, panel.y(0))]
         for k, code in enumerate(codes):
-            parts.append(candle(panel.x(k), 10, *panel.y(np.array([open_[k], high[k], low[k], close[k]]))))
-            text = f"{100 * count[code] / count.sum():.1f}"
-            parts.append(label(panel.x(k), panel.top + 117 + k % 2 * 11, text, "middle"))
+            parts.append(panel.candle(k, candles[code]))
+            share = f"{100 * count[code] / count.sum():.1f}"
+            parts.append(label(panel.x(k), panel.top + 117 + k % 2 * 11, share, "middle"))
     write_svg(path, W, 2 * H, parts)
 
 
-PANELS = (("pretrain: loss, nats per bar", (("train", "m", "train"), ("val", "m2", "val"))),  # title, (key, css, label)
-          ("expo: log loss of P(up)", (("val_logloss", "m2", "val"),)),
-          ("rollout: path CRPS, log return x 100", (("path_crps", "m2", "val"),)))
+LOSSES = (("pretrain: loss, nats per bar", ("train", "val")), ("expo: log loss of P(up)", ("val_logloss",)),
+          ("rollout: path CRPS, log return x 100", ("path_crps",)))  # title, keys of the reports
 
 
 def plot_loss(path, metrics):
     """The reports in a checkpoint's metrics, a panel for each stage that made any."""
     parts, n = [], 0
-    for title, curves in PANELS:
-        reports = [m for m in metrics if all(key in m for key, *_ in curves)]  # of all runs: each counts its steps anew
-        if len(reports) > 1:
-            parts += loss_panel(30 + n * 340, title, curves, reports)
-            n += 1
+    for title, keys in LOSSES:
+        reports = [report for report in metrics if all(key in report for key in keys)]
+        if len(reports) < 2:
+            continue
+        values = np.array([[report[key] for key in keys] for report in reports])  # (reports, curves)
+        panel = Panel(60, 30 + n * 340, 510, 260, len(reports), values.min(), values.max() + 1e-9)
+        n += 1
+        parts += [label(60, panel.top - 12, title, css="t"), *panel.grid(55, "end")]
+        for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):  # of all runs: each counts its steps anew
+            parts.append(label(panel.x(k), panel.top + 278, f"{reports[k]['step']:,}", "middle"))
+        for key, column in zip(keys, values.T):
+            val = key != "train"
+            parts.append(line(zip(panel.x(np.arange(len(column))), panel.y(column)), "m2" if val else "m"))
+            parts.append(label(576, panel.y(column[-1]) + (4 if val else -6), "val" if val else "train"))
+        parts.append(label(315, panel.top + 294, "step", "middle"))
     if not n:
         raise UserError("the checkpoint holds fewer than two reports of losses: nothing to draw")
     write_svg(path, 640, 340 * n, parts)
-
-
-def loss_panel(top, title, curves, reports):
-    values = np.array([[report[key] for key, *_ in curves] for report in reports])  # (reports, curves)
-    panel = Panel(60, top, 510, 260, len(reports), values.min(), values.max() + 1e-9)
-    parts = [label(60, top - 12, title, css="t"), *panel.grid(55, "end")]
-    for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):
-        parts.append(label(panel.x(k), top + 278, f"{reports[k]['step']:,}", "middle"))
-    for column, (_, css, name) in enumerate(curves):
-        parts.append(line([(panel.x(k), panel.y(v)) for k, v in enumerate(values[:, column])], css))
-        parts.append(label(576, panel.y(values[-1, column]) + (4 if column else -6), name))
-    parts.append(label(315, top + 294, "step", "middle"))
-    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -569,29 +521,26 @@ def check(config):
     if not config.ckpt:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     for strike in config.strike or ():
-        check_strike(strike)
+        try:
+            valid = 0 < float(strike.removesuffix("x")) < math.inf
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
     if config.horizon < 1 or config.paths < 1:
         raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
     if not abs(config.rate) <= 1:
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
-    outputs = [path for path in (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss)
-               if path is not None]
+    outputs = [config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss]
+    outputs = [path for path in outputs if path is not None]
     if len({os.path.abspath(path) for path in outputs}) < len(outputs):
         raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
     for path in outputs:
         data.check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
         if os.path.exists(path) and not config.overwrite:
             raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
-
-
-def check_strike(text):
-    try:
-        if not 0 < float(text.removesuffix("x")) < math.inf:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--strike {text}: must be a price such as 105, or a share of spot such as 1.05x")
 
 
 def load_series(sources, meta, symbols=None):
@@ -615,55 +564,27 @@ def load_series(sources, meta, symbols=None):
 
 def read_times(path, histories, horizon):
     """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
-    stamps = []
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.read().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
                         f"give a file of dates, one a line")
+    stamps = []
     for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
         time = data.parse_time(text.strip())
-        if math.isnan(time):
-            raise UserError(f"{path}:{number}: {plain(text)[:40]!r} is no time; write it as 2018-01-31 or 2018-01-31 14:30")
-        stamps.append(int(time))
+        if text.strip() and math.isnan(time):
+            raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; "
+                            f"write it as 2018-01-31 or 2018-01-31 14:30")
+        if text.strip():
+            stamps.append(int(time))
     stamps, rows = np.unique(np.array(stamps, np.int64)), []
     for bars in histories:
-        later = stamps[stamps > bars.time[-1]][:horizon]
-        if len(later) < horizon:
-            raise UserError(f"--times {path}: {len(later)} stamps after the last bar of {bars.symbol}, "
+        rows.append(stamps[stamps > bars.time[-1]][:horizon])
+        if len(rows[-1]) < horizon:
+            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
                             f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
-        rows.append(later)
     return np.array(rows)
-
-
-def plain(text):
-    """A text without what a terminal or a file would take for a command."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-@contextlib.contextmanager
-def written(path, mode="w"):
-    """A file to write that takes the place of `path` once it is whole; a device or a link stays what it is."""
-    path = os.path.realpath(path)
-    options = {} if "b" in mode else dict(encoding="utf-8", newline="")
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **options) as f:
-            yield f
-        return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, mode, **options) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
 
 
 def main(argv=None):
@@ -697,7 +618,7 @@ def main(argv=None):
     if config.out:
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
-        with written(config.paths_out, "wb") as f:  # a name without .npz stays as it is
+        with data.write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
             np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva, times)

@@ -261,9 +261,12 @@ def tokenizer_study(argv):
         print(f"{name:20}{scores['coarse_error']:>13.4f}{scores['full_error']:>9.4f}{use['coarse_used']:>8.1%}"
               f"{use['coarse_perplexity']:>11.0f}{use['fine_perplexity']:>7.0f}{use['pairs']:>8,.0f}{nats:>8.3f}" +
               "".join(f"{backtest.show(entry[key], scale, digits):>26}" for key, _, scale, digits in shown))
-    if "correlations" in result:
+    if len(arms) >= 3:
         print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
-        for key, row in result["correlations"].items():
+        use = [entry["tokens"] for entry in result["checkpoints"]]
+        values, drawn = zip(*(result["drawn"][path]["da"] for _, path, _, _ in arms))
+        correlations = token_correlations(use, np.array(values), np.stack(drawn, -1), result["blocks"])
+        for key, row in correlations.items():
             pearson, spearman = (backtest.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
             print(f"{key:30}{pearson:>22}{spearman:>24}")
     if args.plot:
@@ -292,6 +295,34 @@ def tokenizer_arm(args, bits, nearest, seed, rows, borders):
     return name, stem + ".pt", report(tokenizer, rows[args.split]), nats
 
 
+def token_correlations(use, accuracy, drawn, n_blocks):
+    """Correlation, over checkpoints, of each number in `use` (a dict each) with direction accuracy.
+
+    accuracy [checkpoints], drawn [replicates, checkpoints]: the intervals speak of these checkpoints, not of others.
+    """
+    from backtest import scored
+    out = {}
+    with np.errstate(all="ignore"):
+        for key in use[0]:
+            x = np.array([float(row[key]) for row in use])
+            linear = pearson(x, accuracy), pearson(x, drawn)
+            ranked = pearson(places(x), places(accuracy)), pearson(places(x), places(drawn))
+            out[key] = dict(pearson=scored(*linear, n_blocks), spearman=scored(*ranked, n_blocks))
+    return out
+
+
+def pearson(x, y):
+    """Correlation of x [n] with each row of y [..., n]."""
+    x = x - x[0]  # all alike: exactly 0, so that no rounding correlates
+    x, y = x - x.mean(), y - y.mean(-1, keepdims=True)
+    return (x * y).sum(-1) / np.sqrt((x * x).sum() * (y * y).sum(-1))
+
+
+def places(v):
+    """How many of a row are below each, equal ones counted half: [..., n]."""
+    return ((v[..., None] > v[..., None, :]) + 0.5 * (v[..., None] == v[..., None, :])).sum(-1)
+
+
 def plot_tokenizers(path, names, result):
     """Direction accuracy, with its interval, over each number of codes, on a log scale."""
     import sample
@@ -306,16 +337,13 @@ def plot_tokenizers(path, names, result):
         def X(v):
             return x0 + 10 + (v - left) / wide * (w - 20)
 
-        def Y(v):
-            return 40 + (high - v) / (high - low) * h
-
-        for tick in sample.round_ticks(low, high):
-            parts.append(sample.grid_line(x0, x0 + w, Y(tick)) + sample.label(x0 - 5, Y(tick) + 4, f"{tick:.4g}", "end"))
+        scale = sample.Panel(x0, 40, w, h, 1, low, high)
+        parts += scale.grid(x0 - 5, "end")
         for name, v, s in zip(names, x, score):
             css = "dn" if "signs" in name else "up"
             if s["lo"] is not None:
-                parts.append(sample.line([(X(v), Y(s["lo"])), (X(v), Y(s["hi"]))], "p"))
-            parts.append(f'<circle class="{css}" cx="{X(v):.1f}" cy="{Y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
+                parts.append(sample.line([(X(v), scale.y(s["lo"])), (X(v), scale.y(s["hi"]))], "p"))
+            parts.append(f'<circle class="{css}" cx="{X(v):.1f}" cy="{scale.y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
         for v, anchor in ((min(x), "start"), (max(x), "end")):
             text = f"{math.exp(v):,.0f}" if v > math.log(10) else f"{math.exp(v):.3g}"
             parts.append(sample.label(X(v), h + 58, text, anchor))
