@@ -17,7 +17,9 @@ are heads, rows of the batch, bars, channels of a head; C = H D; M borders; k1, 
 2^k2. Heads come first in a shape, so that each kind of attention takes a piece of memory that hangs together.
 """
 import math
-from dataclasses import asdict, dataclass, fields, replace
+import types
+import typing
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -580,12 +582,14 @@ class Model(nn.Module):
     def code_vectors(self):
         """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; kept where none learns."""
         parts = (self.coarse_head, self.fine_given, self.fine_head)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.g.is_inference():    # a tensor of inference mode has no version
+            self.codes = None                                   # an update may follow, and a fused one raises no version
             return self.make_code_vectors()
         weights = [*self.coarse_head.parameters(), *self.fine_given.parameters(), *self.fine_head.parameters(), self.D1, self.M, self.g]
-        key = [(w.data_ptr(), w._version) for w in weights]     # training changes the weights, which raises their version
+        key = [(w.data_ptr(), w._version) for w in weights]
         if self.codes is None or self.codes[0] != key:
-            self.codes = key, self.make_code_vectors()
+            with torch.autocast(self.g.device.type, enabled=False):     # the same for callers in any precision
+                self.codes = key, self.make_code_vectors()
         return self.codes[1]
 
     def make_code_vectors(self):
@@ -754,15 +758,100 @@ def close_table(tokenizer):
 
 # --- The checkpoint --------------------------------------------------------------------------------------------------
 
-FIELDS = ("stage", "best", "average", "features", "optimizer", "scaler", "step", "bad_steps", "seed", "data", "splits", "metrics")
+class Source(typing.TypedDict):
+    """The bars that a run was trained on."""
+    sources: list[str]                      # as --data had them, or ["synthetic"]
+    fingerprint: str | None
+    seed: int | None                        # of the synthetic market, where it is not the run's
+    overlap: bool | None                    # fine-tuned on bars that its base had seen
+
+
+class Report(typing.TypedDict):
+    """Scores in the course of a run; each stage adds its own."""
+    stage: str | None
+    step: int | None
+    train: float | None                     # losses
+    val: float | None
+    val_logloss: float | None
+    path_crps: float | None
+    score: None                             # only in those of pretrain.py, which have all of these:
+
+
+class Scores(typing.TypedDict):
+    step: int
+    train: float
+    val: float
+    coarse: float
+    fine: float
+    da: float
+    close: float
+    range: float
+    volume: float
+    score: float
+
+
+class Dump(typing.TypedDict):
+    """What Tokenizer.dump makes."""
+    config: dict[str, object]
+    state: dict[str, torch.Tensor]
+
+
+class Checkpoint(typing.TypedDict):
+    """What a checkpoint of any stage holds; a stage may add to it."""
+    stage: str
+    config: dict[str, object] | None        # of the model; None while the tokenizer is in training
+    model: dict[str, torch.Tensor] | None   # its last weights
+    best: dict[str, torch.Tensor] | None    # those of the best score on val
+    average: dict[str, torch.Tensor] | None  # those averaged over the last updates
+    tokenizer: Dump
+    features: dict[str, object] | None      # channels and half-life of data.features
+    optimizer: list | None
+    scaler: dict[str, float] | None         # of fp16
+    dtype: str | None                       # of the matmuls
+    run: dict[str, object] | None           # the stage's settings
+    step: int | None                        # updates done
+    bad_steps: int | None                   # of these in a row, not finite
+    best_val: float | None                  # the best score, and how many reports ago it was
+    since_best: int | None
+    ended: bool | None                      # early, since it no longer gained
+    world: int | None                       # processes, and the threads of each
+    threads: int | None
+    seed: int | None
+    data: Source | None
+    splits: tuple[int, ...] | None          # time stamps: val starts, test starts
+    metrics: list[Report | Scores]
+
+
+def fits(value, kind):
+    """Whether a value of a file is of a type such as int, float | None, list[str], dict[str, int], or a TypedDict.
+
+    The last: a dict with at least these fields; one that is missing counts as None.
+    """
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, k) for k in inner)
+    if typing.is_typeddict(kind):
+        hints = typing.get_type_hints(kind)
+        return isinstance(value, dict) and all(fits(value.get(name), k) for name, k in hints.items())
+    if typing.get_origin(kind) in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(v, inner[0]) for v in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return type(value) in (int, float)
+    return isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
+
+
+def damaged(path, reason):
+    return data.UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew")
 
 
 def save_checkpoint(path, model, tokenizer, **meta):
     """Writes one self-contained file. model may be None while the tokenizer is in training, and tokenizer a plain dict.
 
-    meta: of FIELDS what there is, and what else a stage needs. Raises UserError when the disk refuses.
+    meta: of the fields of Checkpoint what there is, and what else a stage needs. Raises UserError when the disk refuses.
     """
-    entry = dict.fromkeys(FIELDS) | dict(metrics=[]) | meta | dict(format_version=FORMAT_VERSION, config=None, model=None)
+    entry = dict.fromkeys(typing.get_type_hints(Checkpoint)) | dict(metrics=[]) | meta | dict(format_version=FORMAT_VERSION)
     if model is not None:
         entry |= dict(config=asdict(model.config), model=model.state_dict())
     entry["tokenizer"] = tokenizer.dump() if hasattr(tokenizer, "dump") else tokenizer
@@ -770,17 +859,28 @@ def save_checkpoint(path, model, tokenizer, **meta):
 
 
 def read_checkpoint(path):
-    """The plain dict of a checkpoint of any stage. Raises UserError for a file that is none."""
+    """The plain dict of a checkpoint of any stage, its fields checked. Raises UserError for a file that is none."""
     entry = data.load_safe(path)
     if not isinstance(entry, dict) or "format_version" not in entry:
         raise data.UserError(f"{path}: not a Kronos-R checkpoint; give a file that pretrain.py wrote")
-    if entry["format_version"] != FORMAT_VERSION:
+    if type(entry["format_version"]) is not int or entry["format_version"] != FORMAT_VERSION:
         raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, this version reads {FORMAT_VERSION}; "
                              f"train it anew")
-    for key in ("stage", "config", "model", "best", "tokenizer", "metrics", "data", "splits"):
-        if key not in entry or (key == "metrics" and not isinstance(entry[key], list)):
-            raise data.UserError(f"{path}: damaged checkpoint, {key!r} is missing; "
-                                 f"restore it from a copy or train it anew")
+    for name, kind in typing.get_type_hints(Checkpoint).items():
+        if name not in entry or not fits(entry[name], kind):
+            raise damaged(path, f"{name!r} is {'of a wrong kind' if name in entry else 'missing'}")
+    for name in ("step", "bad_steps", "since_best", "seed"):
+        if not 0 <= (entry[name] or 0) < 2**63:
+            raise damaged(path, f"{name!r} is {entry[name]}")
+    splits, made = entry["splits"], dict(channels=tuple(data.CHANNELS), half_life=data.HALF_LIFE)
+    if splits is not None and not (len(splits) == 2 and -2**62 < splits[0] <= splits[1] < 2**62):
+        raise damaged(path, "'splits' are not two dates")
+    if entry["dtype"] not in (None, "bf16", "fp16", "fp32"):
+        raise damaged(path, f"'dtype' is {entry['dtype']!r}")
+    if any(weight.dtype != torch.float32 for weight in entry["tokenizer"]["state"].values()):
+        raise damaged(path, "weights of the tokenizer are of a wrong type")
+    if entry["features"] not in (None, made):
+        raise damaged(path, "it reads other features than this version makes")
     return entry
 
 
@@ -792,18 +892,36 @@ def load_checkpoint(path, device="cpu", weights="best"):
     entry = read_checkpoint(path)
     if entry["model"] is None:
         raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
-    state = entry["model"] if weights == "last" or entry[weights] is None else entry[weights]
+    states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
+    chosen = states["last"] if states[weights] is None else states[weights]
     try:
-        known = {f.name for f in fields(ModelConfig)}
-        if set(entry["config"]) - known:
-            raise ValueError(f"unknown setting {sorted(set(entry['config']) - known)[0]!r}")
-        config = ModelConfig(**entry["config"])
-        model = Model(config)
-        model.load_state_dict(state)
-        tokenizer = Tokenizer.load(entry["tokenizer"])
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew"
-        raise data.UserError(message) from None
+        sizes, kinds = entry["config"], typing.get_type_hints(ModelConfig)
+        for name in sizes:
+            if name not in kinds or not fits(sizes[name], kinds[name]):
+                raise ValueError(f"setting {name!r} of the model is unknown or of a wrong kind")
+        config = ModelConfig(**sizes)
+        if 12 * config.n_layer * config.n_embd**2 > sum(w.numel() for w in entry["model"].values()):
+            raise ValueError("its sizes are those of a larger model than its weights")
+        tokenizer, model = Tokenizer.load(entry["tokenizer"]), Model(config)
+        model.read_codes(tokenizer)
+        own = model.state_dict()
+        for state in states.values():
+            check_weights(own if state is None else state, own)
+        model.load_state_dict(chosen)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, data.UserError) as error:
+        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     meta = {key: value for key, value in entry.items() if key not in ("model", "best", "average", "tokenizer")}
     return model.to(device).eval(), tokenizer, meta
+
+
+def check_weights(state, own):
+    """ValueError unless the weights of a file are those of `own`, the model's: names, shapes, types, codes' candles."""
+    if state.keys() != own.keys():
+        raise ValueError(f"weight {min(state.keys() ^ own.keys())!r} is missing or unknown")
+    for name, weight in state.items():
+        kinds = (own[name].dtype, torch.float16 if own[name].is_floating_point() else None)     # half: weights to give away
+        if weight.shape != own[name].shape or weight.dtype not in kinds or not torch.isfinite(weight).all():
+            raise ValueError(f"weight {name!r} is of another shape or type than the sizes ask for, or not finite")
+    for name in ("D1", "M", "g", "mean", "std", "up_mask"):
+        if not torch.allclose(state[name].float(), own[name].float(), rtol=0, atol=1e-3):
+            raise ValueError(f"{name!r} of the model are not the candles of its tokenizer")

@@ -20,6 +20,7 @@ import datetime
 import math
 import os
 import time
+import typing
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError
-from model import Model, ModelConfig, load_checkpoint, norm, read_checkpoint, save_checkpoint
+from model import Model, ModelConfig, damaged, fits, load_checkpoint, norm, read_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -82,6 +83,7 @@ class Config:
 FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
+RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val", "since_best", "data", "splits")
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 PATIENCE = 4         # reports without a better score that end it
@@ -115,13 +117,21 @@ def resumed(given, config_class, free, stages):
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file to go on from; drop --resume, or name it by --out")
     entry = read_checkpoint(path)
-    if entry["stage"] not in stages or "run" not in entry:
+    if entry["stage"] not in stages:
         raise UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
+    missing = [name for name in RESUMED if entry[name] is None]
+    if missing:
+        raise UserError(f"{path}: no run can go on from it, it has no {missing[0]!r}; fine-tune its weights: --init_from {path}")
     for name, value in given.items():
         saved = entry["run"].get(name)
         if name not in free and value != saved:
             raise UserError(f"--{name} {value}: the run in {path} has {saved}; "
                             f"drop the flag to go on, or choose another --out")
+    kinds = typing.get_type_hints(config_class)
+    wrong = [name for name, kind in kinds.items() if not fits(entry["run"].get(name), kind)]
+    wrong += entry["run"].keys() - kinds.keys()
+    if wrong:
+        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
     return config_class(**entry["run"] | dict(overwrite=False) | given), entry
 
 
@@ -156,17 +166,22 @@ class Optimizer:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted."""
-        if not isinstance(states, list) or len(states) != len(self.parts):
-            raise ValueError("the optimizer's state is not two lists")
-        for part, state in zip(self.parts, states):
+        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted.
+
+        The settings (rates, decays) stay those of the config.
+        """
+        if len(states) != len(self.parts):
+            raise ValueError("the optimizer's state is not that of Muon and AdamW")
+        for part, state, names in zip(self.parts, states, ({"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"})):
             weights = [p for group in part.param_groups for p in group["params"]]
             for i, entry in state["state"].items():
+                if entry.keys() != names or not 0 <= i < len(weights):
+                    raise ValueError(f"the optimizer's state of weight {i!r} is not what it keeps of a weight")
                 for name, value in entry.items():
-                    whole = name == "step" or value.shape == weights[i].shape
-                    if not torch.is_tensor(value) or value.dtype != torch.float32 or not whole:
-                        raise ValueError(f"the optimizer's {name!r} does not fit its weight")
-            part.load_state_dict(state)
+                    shape = () if name == "step" else weights[i].shape
+                    if value.shape != shape or value.dtype != torch.float32 or not torch.isfinite(value).all():
+                        raise ValueError(f"the optimizer's {name!r} does not fit its weight, or is not finite")
+            part.load_state_dict(dict(state=state["state"], param_groups=part.state_dict()["param_groups"]))
 
 
 def rate(step, steps, warmup):
@@ -184,6 +199,7 @@ class Run:
     bad_steps: int = 0            # non-finite updates in a row
     best: dict | None = None      # weights of the best score on val
     best_val: float = math.inf    # that score, lower is better
+    since_best: int = 0           # reports since then
     metrics: list = field(default_factory=list)
 
     @classmethod
@@ -201,6 +217,7 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             for part in optimizer.parts:
                 scaler.step(part)
+            torch.autograd.graph.increment_version(model.parameters())  # which fused optimizers forget: see code_vectors
             self.bad_steps = 0
         else:
             self.bad_steps += 1
@@ -215,7 +232,9 @@ class Run:
 
     def keep_if_best(self, model, score):
         """Keeps the weights where their score is the best so far."""
+        self.since_best += 1
         if score < self.best_val:
+            self.since_best = 0
             self.best_val, self.best = score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 
@@ -554,7 +573,7 @@ def main(argv=None):
     # ---- tokens and batches
     features = [data.features(bars)[0] for bars in series]
     if entry:  # its own, whatever --init_from and --tokenizer hold by now
-        tokenizer = Tokenizer.load(entry["tokenizer"])
+        tokenizer = load_tokenizer(config.out)
     elif base:
         tokenizer = base[1]
     elif config.tokenizer:
@@ -617,7 +636,7 @@ def main(argv=None):
     say(f"{'':>6}{'nats per bar':^34}{'CRPS to unigram, val':^24}")
     say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'close':>8}{'range':>8}{'volume':>8}"
         f"{'right':>8}{'lean':>6}{'left':>8}")
-    clock, train_losses, since_best, ended = Clock(run.step, config.steps, config.save_every), [], 0, False
+    clock, train_losses, ended = Clock(run.step, config.steps, config.save_every), [], False
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
@@ -655,7 +674,6 @@ def main(argv=None):
 
         if run.step % eval_every == 0 or run.step == config.steps:
             scores = evaluate(average, val, tiles, series, autocast, rank, world)
-            since_best = 0 if scores["score"] < run.best_val else since_best + 1
             run.keep_if_best(average, scores["score"])
             val_loss, loss_sum = scores["coarse"] + scores["fine"], float(np.mean(train_losses))
             run.metrics.append(dict(stage="pretrain", step=run.step, train=loss_sum, val=val_loss, grad_norm=norm, **scores))
@@ -663,7 +681,7 @@ def main(argv=None):
             data.progress("")
             say(f"{run.step:>6}{loss_sum:>9.4f}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
                 f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{scores['lean']:>6.2f}{clock.left(run.step)!s:>8}", flush=True)
-            ended = since_best == PATIENCE and run.step < config.steps
+            ended = run.since_best >= PATIENCE and run.step < config.steps
         elif rank == 0:
             data.progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")
         if clock.save_due(run.step) or stopping or ended:
@@ -695,8 +713,8 @@ def load_tokenizer(path):
 def load_optimizer(optimizer, entry, path):
     try:
         optimizer.load_state_dict(entry["optimizer"])
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
-        raise UserError(f"{path}: damaged checkpoint ({str(e).splitlines()[0]}); restore it from a copy or train it anew")
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise damaged(path, str(e).splitlines()[0])
 
 
 def tell_result(config, run, model, val, best_da, seconds):

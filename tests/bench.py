@@ -6,9 +6,10 @@ Sections: data, tokenizer, backtest, model, training, tuning. Each prints a tabl
 without --data it runs on the synthetic market.
 """
 import argparse
+import contextlib
+import io
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 import data
+import pretrain
 from model import read_checkpoint
 from tokenizer import TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
 
@@ -391,52 +393,59 @@ def model_(args):
         print(f"{str(n) + ' paths':>12}{own[n]:>16,.0f}{other}{own[n] / own[1]:>11.1f}   {kind}")
 
 
+SIZES = "--tok_steps=50 --n_layer=4 --n_head=8 --n_embd=128 --batch_size=16 --block_size=256 --dropout=0 --mirror=0 --device=cpu".split()
 SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
 
 
-def pretrained(folder, name, *flags):
-    """Runs pretrain.py and returns its checkpoint's metrics of the model."""
-    path = os.path.join(folder, name)
-    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", path, *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [m for m in read_checkpoint(path)["metrics"] if m["stage"] == "pretrain"]
+def trained(script, path, *flags):
+    """Runs a stage in this process, silently -> its checkpoint's reports of that stage, and the least seconds of an update."""
+    ends, update, argv = [], pretrain.Run.update, sys.argv
+
+    def timed(*a):
+        ends.append(time.perf_counter())
+        return update(*a)
+    pretrain.Run.update, sys.argv = timed, [script.__name__, "--out", path, *flags]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main()
+    finally:
+        pretrain.Run.update, sys.argv = update, argv
+    return [m for m in read_checkpoint(path)["metrics"] if m["stage"] == script.__name__], min(np.diff(ends[1:]))
 
 
 @section
 def training(args):
     """What the loop adds to the bare step; what activation checkpointing saves; how near bf16 ends to float32."""
-    from model import Model, ModelConfig, adamw
+    from model import Model, ModelConfig
+    torch.set_num_threads(args.threads)
     B, T = 16, 256
     tokens = torch.randint(0, 1024, (2, B, T + 1))
     stamp = (1_500_000_000 + 86400 * torch.arange(T)).expand(B, -1)
     model = Model(ModelConfig(n_embd=128))
-    optimizer = adamw(model, 1e-3, 0.1)
+    optimizer = pretrain.Optimizer(model, 0.02, 3e-3, 0.1)
 
     def step():
+        began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(tokens[0, :, :-1], tokens[1, :, :-1], stamp, (tokens[0, :, 1:], tokens[1, :, 1:]))[2]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def bare(n=args.steps or 40):
-        began = time.perf_counter()
-        for _ in range(n):
-            step()
-        return n * B * T / (time.perf_counter() - began)
+        for part in optimizer.parts:
+            part.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as folder:
         data.write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
-        flags = ["--data", os.path.join(folder, "bars"), "--tok_steps=50", "--device=cpu", "--dtype=bf16"]
-        step()
-        rates = []
+        flags = ["--data", os.path.join(folder, "bars"), *SIZES, "--dtype=bf16"]
+        bare, loop = [], []
         for k in range(args.rounds):    # in turns, since the machine's speed drifts
-            first = pretrained(folder, f"{k}.pt", *flags, f"--steps={args.steps or 80}", f"--eval_every={(args.steps or 80) // 2}")[0]
-            rates.append((bare(), first["bars_per_s"]))
-        least, loop = (max(r) for r in zip(*rates))
-        print(f"{'bare step':44}{least:>10,.0f} bars/s")
-        print(f"{'in the loop of pretrain.py':44}{loop:>10,.0f} bars/s   {least / loop - 1:+.1%} time, at most +5 %")
+            n = args.steps or 40
+            loop.append(trained(pretrain, os.path.join(folder, f"{k}.pt"), *flags, f"--steps={n}", f"--eval_every={n}")[1])
+            bare.append(min(step() for _ in range(args.steps or 20)))
+        least, loop = min(bare), min(loop)
+        print(f"{'bare step':44}{B * T / least:>10,.0f} bars/s")
+        print(f"{'in the loop of pretrain.py':44}{B * T / loop:>10,.0f} bars/s   {loop / least - 1:+.1%} time, at most +5 %")
 
         model.zero_grad()
         tokens, T = torch.randint(0, 1024, (2, 4, 2049)), 2048
@@ -458,7 +467,7 @@ def training(args):
 
         n, last = args.steps or 300, {}
         for dtype in ("fp32", "bf16"):
-            run = pretrained(folder, f"{dtype}.pt", *flags[:-1], f"--dtype={dtype}", f"--steps={n}", f"--eval_every={n}", *SMALL)
+            run, _ = trained(pretrain, os.path.join(folder, f"{dtype}.pt"), *flags[:-1], f"--dtype={dtype}", f"--steps={n}", f"--eval_every={n}", *SMALL)
             last[dtype] = run[-1]["val"]
         print(f"{f'val loss after {n} steps, float32':44}{last['fp32']:>10.4f}")
         print(f"{'  bfloat16':44}{last['bf16']:>10.4f}   {last['bf16'] / last['fp32'] - 1:+.2%}, within 1 %")
@@ -466,59 +475,19 @@ def training(args):
 
 @section
 def tuning(args):
-    """expo.py: bars/s, and the share that drawing candidates takes; rollout.py: simulated bars/s, and of a run."""
+    """What an update of the later stages takes, as a multiple of one of pretrain.py on the same windows."""
     import expo
     import rollout
-    from model import close_table, load_checkpoint
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "a.pt")
-        pretrained(folder, "a.pt", "--steps=5", "--tok_steps=50")
-        model, tokenizer, meta = load_checkpoint(path)
-        reference, table = load_checkpoint(path)[0], close_table(tokenizer)
-    series = [bars[:20_000] for bars in data.synthetic(seed=0)[0]]
-    tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    streams = data.make_streams(series, tokens, "train", meta["splits"], 256, 16)
-    coarse, fine, when, target = data.get_batch(streams, 0, 0)
-    drawing = [0.0]
-    draw_pairs = expo.draw_pairs
-
-    def timed(*a):
-        began = time.perf_counter()
-        out = draw_pairs(*a)
-        drawing[0] += time.perf_counter() - began
-        return out
-    expo.draw_pairs = timed
-    print("an epoch: 335,000 bars; 192 candidates for each labelled bar")
-    print(f"{'expo.py':40}{'s a step':>10}{'bars/s':>10}{'drawing':>10}{'S&P epoch, min':>16}")
-    for pairs, labels in (("set", 0), ("extreme", 0), ("matched", 0), ("matched", 32)):
-        config, drawing[0], took = expo.Config(pairs=pairs, labels=labels), 0.0, []
-        for k in range(args.rounds):
-            began = time.perf_counter()
-            batch, chance = [coarse, fine, when, *target], np.random.default_rng(k)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = expo.loss_of(model, reference, table, batch, 0, chance, config)[0]
-            loss.backward()
-            took.append(time.perf_counter() - began)
-        rate = 16 * 256 / min(took)
-        name = pairs + (f", {labels} labels a window" if labels else "")
-        print(f"{name:40}{min(took):>10.2f}{rate:>10,.0f}{drawing[0] / sum(took):>10.0%}{335_000 / rate / 60:>16.1f}")
-    streams = data.make_streams(series, tokens, "train", meta["splits"], 256 + 9, 16)
-    print(f"{'rollout.py, 10 bars':40}{'s a step':>10}{'walked/s':>10}{'walking':>10}{'480 updates, min':>18}")
-    for mode in ("oracle", "expert"):
-        config, took, walking = rollout.Config(mode=mode), [], []
-        for k in range(args.rounds):
-            began = time.perf_counter()
-            origins = rollout.origins_of(streams, series, *data.draw_windows(streams, 0, k), 10, 10)
-            uniform = torch.rand(16, 8, 10, 2)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                state = model.prefill(*origins.context[:3])
-            walks = rollout.walk(model, tokenizer, state, origins, mode, uniform, 1.5)
-            walking.append(time.perf_counter() - began)
-            with torch.autocast("cpu", torch.bfloat16):
-                rollout.loss_of(model, reference, origins, walks, 0, config)[0].backward()
-            took.append(time.perf_counter() - began)
-        print(f"{mode:40}{min(took):>10.2f}{16 * 8 * 10 / min(walking):>10,.0f}{sum(walking) / sum(took):>10.0%}"
-              f"{480 * min(took) / 60:>18.1f}")
+        base, out = os.path.join(folder, "base.pt"), os.path.join(folder, "out.pt")
+        data.write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
+        n = args.steps or 20
+        _, plain = trained(pretrain, base, "--data", os.path.join(folder, "bars"), *SIZES, f"--steps={n}", f"--eval_every={n}")
+        print(f"{'pretrain.py':40}{plain:>8.2f} s an update")
+        for script, *how in ((expo, "--pairs=set"), (expo, "--pairs=drawn"), (rollout, "--target=score"), (rollout, "--target=chosen")):
+            took = trained(script, out, "--ckpt", base, "--overwrite", "--no-backtest", f"--steps={n}", f"--eval_every={n}", *how)[1]
+            print(f"{script.__name__ + '.py ' + how[0]:40}{took:>8.2f}{took / plain:>8.1f} times pretrain.py")
 
 
 if __name__ == "__main__":

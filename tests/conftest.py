@@ -11,6 +11,7 @@ sys.path.insert(0, ROOT)
 import pytest
 
 import data
+import pretrain
 
 TINY = "--steps 6 --tok_steps 40 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 32 --coarse_bits 6 --fine_bits 5 --eval_every 3".split()
 
@@ -38,10 +39,9 @@ def script(name, *argv, **kwargs):
 @pytest.fixture(scope="session")
 def checkpoint(market):
     """A checkpoint trained for a few steps on the tiny market."""
-    out = market.parent / f"tiny-{os.getpid()}.pt"
-    done = script("pretrain.py", "--data", market, "--out", out, *TINY)
-    assert done.returncode == 0, done.stderr
-    return str(out)
+    out = str(market.parent / f"tiny-{os.getpid()}.pt")
+    pretrain.main(["--data", str(market), "--out", out, *TINY])
+    return out
 
 
 @pytest.fixture

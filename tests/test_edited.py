@@ -1,0 +1,165 @@
+"""Files that were edited: a right result or one line, never a traceback or numbers that are none. All in one process, 550 files."""
+import copy
+import inspect
+import math
+import random
+import shutil
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import pretrain
+import sample
+from conftest import TINY, write_csv
+
+WRONG = {    # what takes the place of a field; of a tensor, what is made of it
+    "gone": None, "none": lambda old: None, "minus one": lambda old: -1, "huge": lambda old: 10**30, "nan": lambda old: math.nan,
+    "text": lambda old: "x", "list": lambda old: [], "dict": lambda old: {}, "true": lambda old: True, "nested": lambda old: [[old]],
+    "tensor": lambda old: torch.ones(3), "keys": lambda old: {1: 2},
+}
+WRONG_TENSORS = {
+    "nan": lambda old: torch.full(old.shape, math.nan), "integers": lambda old: torch.ones(old.shape, dtype=torch.int64),
+    "complex": lambda old: old.to(torch.complex64), "doubles": lambda old: old.double(), "longer": lambda old: torch.cat((old.reshape(-1), torch.ones(1))),
+    "flat": lambda old: old.reshape(-1)[:0], "one number": lambda old: torch.ones(()).expand(old.shape), "text": lambda old: "x", "gone": None,
+    "sparse": lambda old: torch.ones(2, 2).to_sparse(),
+}
+
+
+def places(value, path=()):
+    """The paths to all values in dicts and lists inside one another."""
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield (*path, key)
+        if isinstance(value[key], (dict, list)):
+            yield from places(value[key], (*path, key))
+
+
+def edited(entry, path, change):
+    """A copy of the checkpoint with the value at a path changed, or taken out."""
+    entry = copy.deepcopy(entry)
+    *parents, last = path
+    holder = entry
+    for key in parents:
+        holder = holder[key]
+    if change is None:
+        del holder[last]
+    else:
+        holder[last] = change(holder[last])
+    return entry
+
+
+def edits_of_a_checkpoint(entry, chance):
+    """Each field by each wrong value; and of what lies inside of them, of weights and moments too, a sample."""
+    for name in entry:
+        for what, change in WRONG.items():
+            yield (name,), what, change
+    inner = [path for path in places(entry) if len(path) > 1]
+    tensors = [path for path in inner if torch.is_tensor(value_at(entry, path))]
+    for table, paths, n in ((WRONG, [path for path in inner if path not in tensors], 60), (WRONG_TENSORS, tensors, 60)):
+        for path in chance.sample(paths, min(n, len(paths))):
+            what = chance.choice(list(table))
+            yield path, what, table[what]
+
+
+def value_at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def outcome(call):
+    """None, or the line of a UserError."""
+    try:
+        call()
+    except data.UserError as error:
+        assert str(error) and "\n" not in str(error)
+        return str(error)
+
+
+def test_an_edited_checkpoint_forecasts_and_resumes_rightly_or_is_refused(market, tmp_path, capsys, monkeypatch):
+    """The forecast of one that is taken holds real prices, and its run goes on, from the same bars, to its end."""
+    chance, path = random.Random(0), tmp_path / "a.pt"
+    bars = str(market / "SYN0.csv")
+    pretrain.main(["--data", bars, "--out", str(path), *TINY, "--steps", "1", "--tok_steps", "5", "--n_layer", "1"])
+    whole = data.load_safe(path)
+    whole["run"]["steps"] = 2                                       # as if stopped before its end
+    monkeypatch.setattr(inspect, "getsource", lambda kind: "")       # help texts, which take longer than all else
+    series = data.load([bars])
+    monkeypatch.setattr(data, "load", lambda sources: series)      # read once
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args: dict(coarse=1.0, fine=1.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=1.0, lean=1.0))
+    count, refused, wrong = 0, 0, []
+    for place, what, change in edits_of_a_checkpoint(whole, chance):
+        torch.save(edited(whole, place, change), path)
+        handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+        try:
+            said = outcome(lambda: sample.main(["--ckpt", str(path), "--data", bars, "--paths", "2", "--horizon", "2", "--out", str(tmp_path / "a.csv")]))
+            if not said:
+                rows = np.genfromtxt(tmp_path / "a.csv", delimiter=",", skip_header=1)[:, -6:-2]
+                assert np.isfinite(rows).all() and (rows > 0).all()
+            again = outcome(lambda: pretrain.main(["--out", str(path), "--resume"]))
+            refused += bool(said or again)
+        except Exception as error:
+            wrong.append(f"{place} {what}: {error!r}")
+        for s, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), handlers):
+            signal.signal(s, handler)
+        count += 1
+    assert not wrong, "\n".join(wrong)
+    assert count > 350 and refused > 250
+    assert capsys.readouterr().err == ""
+
+
+def valid(series):
+    """Bars that the rest may trust."""
+    for bars in series:
+        features = data.features(bars)[0]
+        o, h, l, c, v, _ = bars.ohlcva.T
+        assert np.isfinite(features).all() and (np.diff(bars.time) > 0).all()
+        assert (l > 0).all() and (l <= np.minimum(o, c)).all() and (np.maximum(o, c) <= h).all() and not (v < 0).any()
+
+
+def retyped(path, change):
+    np.save(path, change(np.load(path)))
+
+
+def test_an_edited_folder_of_bars_is_read_rightly_or_refused(tmp_path):
+    series, whole, folder = data.synthetic(seed=3, n_symbols=2, n_bars=200)[0], tmp_path / "whole", tmp_path / "folder"
+    data.write_folder(series, str(whole))
+    arrays = sorted(path.name for path in whole.iterdir() if path.suffix == ".npy")
+    texts = sorted(path.name for path in whole.iterdir() if path.suffix == ".json")
+    assert arrays and texts
+    edits = [(name, change) for name in arrays for change in (
+        lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(bytes(p.stat().st_size)),
+        lambda p: p.unlink(), lambda p: p.write_text("x"), lambda p: retyped(p, lambda a: a[::-1]), lambda p: retyped(p, lambda a: 0 * a),
+        lambda p: retyped(p, lambda a: -a), lambda p: retyped(p, lambda a: a.astype(np.complex64)), lambda p: retyped(p, lambda a: a.astype(str)),
+        lambda p: retyped(p, lambda a: a[:50]), lambda p: retyped(p, lambda a: a * np.nan), lambda p: retyped(p, lambda a: a.astype(np.float32)),
+        lambda p: retyped(p, lambda a: a.reshape(-1, 2)), lambda p: retyped(p, lambda a: np.array(a, object)))]
+    edits += [(name, lambda p, text=text: p.write_text(text)) for name in texts for text in (
+        "", "[]", "{}", "null", "3", '["a"]', '{"a": 1}', '[1, 2]', '["../a", "b"]', "[[[", '["", ""]', '["\\u001b[31m", "b"]', "nan")]
+    for name, change in edits:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        change(folder / name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                outcome(lambda: valid(data.load([str(folder)])))
+        except Exception as error:
+            raise AssertionError(f"{name}: {error!r}") from error
+
+
+def test_a_csv_with_flipped_bytes_is_read_rightly_or_refused(tmp_path, capsys):
+    chance = np.random.default_rng(0)
+    path = tmp_path / "a.csv"
+    write_csv(path, data.synthetic(seed=3, n_symbols=1, n_bars=100)[0][0])
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for n in [1] * 60 + [3] * 20 + [30] * 20:
+        raw = whole.copy()
+        raw[chance.integers(len(raw), size=n)] ^= (1 << chance.integers(8, size=n)).astype(np.uint8)
+        path.write_bytes(raw.tobytes())
+        try:
+            outcome(lambda: valid(data.load([str(path)])))
+        except Exception as error:
+            raise AssertionError(f"{raw.tobytes()!r}") from error
