@@ -31,8 +31,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 import data
 from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
-from sample import base_weights, (
-    WARN, Origin, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
+from sample import (
+    WARN, Origin, base_weights, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
     usual_sigma)
 from tokenizer import code_use
 
