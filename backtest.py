@@ -52,7 +52,7 @@ class Config:
     paths: int = 100                   # sampled futures of each origin
     stride: int | None = None          # bars between the origins of paths (default: the horizon, or a thousand origins)
     parallel: bool = False             # also the latent slots' forecast of all bars at once (at most 16)
-    by: str | None = None              # scores by symbol, quarter or volatility too
+    by: str | None = None              # scores by symbol, quarter or volatility (falling or rising, as HAR has it) too
     cost_bps: float = 0.0              # cost of trading, in 1/10000 of the value traded
     seed: int = 0                      # of the sampling
     json: bool = False                 # print JSON in place of the table
@@ -721,8 +721,9 @@ class TimeOfDay:
         per_day = int(np.median(np.unique(time // DAY, return_counts=True)[1]))
         x = np.log(u / trailing_mean(u, per_day))
         x -= x.mean()
-        around = len(np.unique(time // HOUR % 24)) >= 23
-        for period, width in ((DAY, HOUR), (7 * DAY, HOUR)) if around else ((DAY, int(step)),):
+        round_the_clock = len(np.unique(time // HOUR % 24)) >= 23
+        levels = [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]
+        for period, width in levels:
             slot = time % period // width
             n = period // width + 1
             total, count = np.bincount(slot, x, n), np.bincount(slot, minlength=n)
@@ -868,7 +869,7 @@ def path_sums(f, t):
     out["es95_ratio"] = mean_of_origins(loss * hit, t, 0.05 * f["path_es95"])  # Acerbi and Szekely, Risk 2014: 1 if right
     out["extreme_flagged"] = mean_of_origins(flagged, t)
     if flagged.any():
-        out["extreme_said"] = mean_of_origins(flagged * said, t, flagged)
+        out["extreme_said"] = mean_of_origins(np.where(flagged, said, 0), t, flagged)
         out["extreme_came"] = mean_of_origins(flagged * came, t, flagged)
     return out
 

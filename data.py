@@ -358,6 +358,7 @@ class Streams:
     block_size: int       # bars of context in a window
     batch_size: int       # windows in the global batch
     whole: bool = False   # only windows in which every bar is a target
+    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: all windows are equally likely
 
     def __post_init__(self):
         # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
@@ -377,14 +378,34 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
 
 
 def draw_windows(streams, seed, step, rank=0, world=1):
-    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; all windows are equally likely.
+    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each.
 
     A pure function of (seed, step): what came before, and who else draws, change nothing.
     """
-    draws = np.random.default_rng([seed, step]).integers(streams.windows[-1], size=streams.batch_size)[rank::world]
-    which = np.searchsorted(streams.windows, draws, side="right")
-    before = np.append(0, streams.windows)[which]
-    return which, streams.first_end[which] + draws - before
+    random = np.random.default_rng([seed, step])
+    count = np.diff(streams.windows, prepend=0)
+    if streams.weights is None:
+        draws = random.integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+        which = np.searchsorted(streams.windows, draws, side="right")
+        return which, streams.first_end[which] + draws - (streams.windows - count)[which]
+    which = random.choice(len(count), size=streams.batch_size, p=streams.weights)[rank::world]
+    place = random.random(streams.batch_size)[rank::world]
+    return which, streams.first_end[which] + (place * count[which]).astype(np.int64)
+
+
+def balanced(series, streams):
+    """Weights of the symbols [symbols], so that no market or interval rules: each by the root of its bars.
+
+    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars. Within
+    both a symbol's weight is its number of windows.
+    """
+    count = np.diff(streams.windows, prepend=0).astype(np.float64)
+    groups = [(bars.symbol.partition("@")[2], int(np.median(np.diff(bars.time)))) for bars in series]
+    total = Counter()
+    for group, n in zip(groups, count):
+        total[group] += n
+    weights = np.array([n / math.sqrt(max(1, total[group])) for group, n in zip(groups, count)])
+    return weights / weights.sum()
 
 
 def get_batch(streams, seed, step, rank=0, world=1):
@@ -788,10 +809,10 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "close": "close bidclose closelast adjclose last settle price schlusskurs schluss zuletzt letzter último ultimo dernier "
              "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
     "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
-              "totaltradedquantity tottrdqty quantity qty volumen объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz 成交额 成交金额 成交金額",
+              "totaltradedquantity tottrdqty quantity qty stuecke stücke volumen объём объем 成交量 成交股數 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz volumen 成交额 成交金额 成交金額",
     "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
-    "interval": "timeframe interval resolution per",
+    "interval": "timeframe interval resolution per granularity freq frequency",
 }
 HEADERS = {column: names.split() for column, names in HEADERS.items()}
 KNOWN = {name for names in HEADERS.values() for name in names}
@@ -902,8 +923,13 @@ def _symbols(paths):
         if undated[path] in bare:
             stem = undated[path]
             stem = bare[stem] if n_intervals[bare[stem]] == 1 else stem
-        symbols[path] = "".join(c if c.isprintable() else "?" for c in stem)
+        symbols[path] = _printable(stem)
     return symbols
+
+
+def _printable(text):
+    """For messages and names: without control characters and escape codes."""
+    return "".join(c if c.isprintable() else "?" for c in text.strip())
 
 
 # -- bytes -> lines
@@ -959,12 +985,17 @@ def _lines(path):
 
 
 def _decoded(raw):
-    """Text in UTF-8, else in the encoding of these in which most names of columns are known."""
+    """Text in UTF-8, else in that of these encodings in which most names of columns are known."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
-    return max(texts, key=lambda text: max(_n_known(map(_fold, re.split("[,;\t|]", line))) for line in text[:4000].split("\n")))
+        best, most = "", -1
+    for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis"):
+        text = raw.decode(encoding, "replace")
+        known = max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+        if known > most:
+            best, most = text, known
+    return best
 
 
 def _head(path):
@@ -1030,9 +1061,9 @@ def _n_known(fields):
 
 def _split(line, delimiter):
     if delimiter == " ":
-        return line.split()
+        return line.replace('"', "").split()
     try:
-        return next(csv.reader([line], delimiter=delimiter), [])
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
         return []
 
@@ -1069,8 +1100,8 @@ def _table(path):
     if known < 2:
         return _without_header(path, _lines(path), filled)
     if delimiter == " ":  # or runs of blanks
-        head, lines, delimiter = None, ["\t".join(line.split()) for line in _lines(path)], "\t"
-    cells = _split(lines[i], delimiter)
+        head, lines, delimiter = None, ["\t".join(line.replace('"', "").split()) for line in _lines(path)], "\t"
+    cells = [_printable(cell) for cell in _split(lines[i], delimiter)]
     table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names],
                   is_head=head is not None)
     if not any(table.tickers):
@@ -1130,7 +1161,8 @@ def _columns(table, ticker):
     fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        field = next((name for name in HEADERS[column] if name in fields), None)
+        taken = [fields[i] for i in columns.values()]
+        field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
         if field is None:
             continue
         if fields.count(field) > 1:
@@ -1170,7 +1202,7 @@ def _cells(table, numbers, texts):
     except (ValueError, OSError):
         pass  # holes, faults, numbers with commas, a text file named .gz: row by row
     rows, line_of, reasons, price = [], [], {}, min(numbers)
-    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter)
+    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
         for line, row in enumerate(reader, table.first + 1):
@@ -1241,7 +1273,7 @@ def _numbers(table, cells, reasons):
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 GERMAN_MONTHS = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
-ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?")
+ISO = re.compile(r"\d{4}-\d\d(-\d\d)?([T ]\d\d:\d\d(:\d\d)?)?")
 STAMP = re.compile(r"""
     (?:[^\W\d]{2,10}\.?,?\s+)?                                                                       # a weekday
     (?:(?P<a>\d{1,4}|[^\W\d]{3,9})[-/.\s年]\s*(?P<b>\d\d?|[^\W\d]{3,9})\.?,?[-/.\s月]\s*(?P<c>\d{1,4})日?
@@ -1254,7 +1286,7 @@ ZONES = dict(z=0, utc=0, gmt=0, est=-5, edt=-4, cdt=-5, mst=-7, mdt=-6, pst=-8, 
 DIGITS = (  # numbers that spell a date: name, fields of two digits behind the year, digits of the year, of a fraction
     ("YYYYMM", 1, 4, 0), ("YYMMDD", 2, 2, 0), ("YYYYMMDD", 2, 4, 0), ("YYYYMMDDHH", 3, 4, 0), ("YYMMDDHHMM", 4, 2, 0),
     ("YYYYMMDDHHMM", 4, 4, 0), ("YYYYMMDDHHMMSS", 5, 4, 0), ("YYYYMMDDHHMMSSmmm", 5, 4, 3))
-CLOCK = re.compile(r"(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
+CLOCK = re.compile(r"(?:0 days )?(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
 
 
 def parse_time(text):
@@ -1280,19 +1312,19 @@ def _dates(cells):
 
 
 def _dates_of_iso(texts):
-    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates of one length."""
-    if not ISO.fullmatch(texts[0]) or not ISO.fullmatch(texts[-1]) or np.ptp(np.char.str_len(texts)) > 0:
+    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates that exist."""
+    if not all(map(ISO.fullmatch, texts.tolist())):
         return None
     try:
         seconds = texts.astype("M8[s]").astype(np.int64).astype(np.float64)
-    except ValueError:  # one of them is none
+    except ValueError:  # a day that is none
         return None
     return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan)
 
 
 def _dates_of_texts(texts):
     found = [STAMP.fullmatch(text) for text in texts]
-    parts = np.array([_parts(match) for match in found]).T  # (8, n): date as it stands, clock, place of a month's name, shift
+    parts = np.array([_parts(match) for match in found]).T  # (7, n)
     readings = {}
     for name, (y, m, d) in ORDERS.items():
         wrong = (parts[6] >= 0) & ((parts[6] != m) | ((y == 0) & (parts[0] < 32)))  # 02-Jan-24 is a day of 2024
@@ -1303,7 +1335,7 @@ def _dates_of_texts(texts):
         if match and (match["zone"] or match["offset"]):
             zones.setdefault((match["zone"] or "", match["offset"] or ""), []).append(k)
     for (zone, offset), rows in zones.items():
-        seconds[rows] -= _offset(zone.lower(), offset, seconds[rows], zone)
+        seconds[rows] -= _offset(zone, offset, seconds[rows])
     return seconds, why
 
 
@@ -1317,30 +1349,33 @@ def _parts(match):
         if not part.isdecimal():
             named, part = k, part[:3].lower()
             date[k] = MONTHS.index(part) + 1 if part in MONTHS else GERMAN_MONTHS.get(part, np.nan)
-    hour = int(match["h"] or 0)
-    if match["half"]:
-        hour = _half_day(hour, match["half"])
-    return [*map(float, date), hour, int(match["m"] or 0), int(match["s"] or 0), named]
+    return [*map(float, date), _hour(match["h"], match["half"]), int(match["m"] or 0), int(match["s"] or 0), named]
 
 
-def _half_day(hour, half):
-    """12 am is 0, 12 pm is 12."""
+def _hour(text, half):
+    """Of half a day, "a" or "p": 12 am is 0, 12 pm is 12."""
+    hour = int(text or 0)
+    if not half:
+        return hour
     return hour % 12 + 12 * (half in "pP") if 1 <= hour <= 12 else 99
 
 
-def _offset(zone, offset, seconds, name):
-    """Seconds that local time is ahead of UTC; NaN for an unknown zone."""
-    if offset and zone in ("", "utc", "gmt"):
+def _offset(zone, offset, seconds):
+    """Seconds that local time is ahead of UTC, one number or float64 [n]; NaN for an unknown zone."""
+    if offset and zone.lower() in ("", "utc", "gmt"):
         digits = offset[1:].replace(":", "").ljust(4, "0")
         return int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
-    if zone in ZONES:
-        return ZONES[zone] * 3600
+    if zone.lower() in ZONES:
+        return ZONES[zone.lower()] * 3600
     try:
-        zone = zoneinfo.ZoneInfo(name)
-        local = [datetime.datetime.fromtimestamp(s, datetime.UTC).replace(tzinfo=zone) if s == s else None for s in seconds]
-        return np.array([when.utcoffset().total_seconds() if when else np.nan for when in local])
+        zone = zoneinfo.ZoneInfo(zone)
     except (KeyError, ValueError, OSError):
         return np.nan
+    ahead = np.full(len(seconds), np.nan)
+    for k in np.flatnonzero(np.isfinite(seconds)):
+        local = datetime.datetime.fromtimestamp(seconds[k], datetime.UTC)
+        ahead[k] = local.replace(tzinfo=zone).utcoffset().total_seconds()
+    return ahead
 
 
 def _dates_of_numbers(values):
@@ -1355,9 +1390,11 @@ def _dates_of_numbers(values):
     readings = readings or {"an epoch": epoch}
     seconds, why = _told_apart(readings, values)
     if not np.isfinite(seconds).any():
-        typical = np.nanmedian(values) if np.isfinite(values).any() else np.nan
-        why = why or ("it counts as .NET does" if typical > 6e17 else "it is a clock, a count, a year or a spreadsheet's number"
-                      if typical < 1e8 else "it lies in the future")
+        typical = np.nanmedian(values) if np.isfinite(values).any() else 0
+        if typical < 1e8:
+            why = why or "it is a clock, a count, a year or a spreadsheet's number"
+        else:
+            why = why or ("it counts as .NET does" if typical > 6e17 else "it lies in the future")
     return seconds, why
 
 
@@ -1420,7 +1457,7 @@ def _told_apart(readings, cells, prefer=None):
 
 def _clock(cells, field):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
-    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
     numbers = sorted((float(text), len(text)) for text in texts if text.isdecimal())
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
@@ -1435,9 +1472,11 @@ def _clock(cells, field):
             values //= 1000
         hour, minute, second = values // 10000, values // 100 % 100, values % 100
     else:
-        found = [CLOCK.fullmatch(text) for text in texts]
-        hour = np.array([(_half_day(int(m[1]), m[4]) if m[4] else int(m[1])) if m else np.nan for m in found])
-        minute, second = (np.array([int(m[k] or 0) if m else np.nan for m in found]) for k in (2, 3))
+        hour, minute, second = np.full((3, len(texts)), np.nan)
+        for k, text in enumerate(texts):
+            found = CLOCK.fullmatch(text)
+            if found:
+                hour[k], minute[k], second[k] = _hour(found[1], found[4]), int(found[2]), int(found[3] or 0)
     fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
     return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)[which]
 
@@ -1452,7 +1491,7 @@ def _times(table, cells, named, clocks=(), rising=False):
     for i in named:
         seconds, reason = _dates(cells[i])
         good = np.isfinite(seconds)
-        if good.sum() <= len(good) / 2 or (rising and not _is_monotone(seconds[good])):
+        if good.mean() < 0.5 or (rising and not _is_monotone(seconds[good])):
             if not why or "may be" in reason:
                 why = f"{table.names[i] or 'time'} {_first_cell(table, i)!r} is no date" + (f": {reason}" if reason else "")
             continue
@@ -1461,17 +1500,17 @@ def _times(table, cells, named, clocks=(), rising=False):
             best, most, at = seconds, distinct, i
     if best is None:
         return None, why
-    clocks = [i for i in clocks if i != at]
-    if not clocks or (best[np.isfinite(best)] % DAY != 0).any():
-        return best, at
-    for i in clocks:
+    midnight = bool(clocks) and (best[np.isfinite(best)] % DAY == 0).all()
+    for i in [i for i in clocks if i != at and midnight]:
         clock = _clock(cells[i], table.fields[i])
         if np.isfinite(clock).sum() <= len(clock) / 2:
             continue
         best = best + clock
         if table.fields[i] != "hour" or (clock % 3600 != 0).any():
             break  # else there may be a column of minutes, too
-    return best, at
+    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
+    ahead = _offset(zone[1], "", best) if zone else 0
+    return np.where(np.isfinite(ahead), best - ahead, best), at
 
 
 def _is_monotone(x):
@@ -1492,8 +1531,9 @@ def _read_csv(path, symbol):
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
 
-    alone = set(named) if named and len({*named, *clocks}) == 1 and _is_number(_first_cell(table, named[0])) else set()
-    cells, reasons = _cells(table, numbers | alone, (words | {*named, *clocks}) - alone)
+    stamps = {*named, *clocks}
+    epochs = stamps if len(stamps) == 1 and _is_number(_first_cell(table, min(stamps))) else set()
+    cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
     n = len(cells[min(numbers)])
     if not n:
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
@@ -1508,8 +1548,9 @@ def _read_csv(path, symbol):
     if time is None:
         raise UserError(f"{path}:{table.line(0)}: {at}; give dates with their clock, best as 2024-03-04 14:30")
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    prices = [columns[c] for columns in parts.values() for c in PRICES]
     for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not all(np.isnan(values[i][row]) for i in numbers):
+        if not all(np.isnan(values[i][row]) for i in prices):
             reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
 
     series = []
@@ -1535,7 +1576,7 @@ def _check_columns(table, columns, cells, ohlcva):
     if "interval" in columns:
         intervals = sorted({str(cell).strip() for cell in cells[columns["interval"]]})
         if len(intervals) > 1:
-            raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
+            raise UserError(f"{path}:{table.first}: bars of several intervals ({_printable(', '.join(intervals[:4]))}) in the column "
                             f"{names[columns['interval']]!r}; keep one of them a file")
     open_, high, low, close, volume, amount = ohlcva
     if "volume" in columns and not table.has_header and len(names) != len(BINANCE):

@@ -470,6 +470,7 @@ class Model(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that say "up"
+        self.register_buffer("lean", torch.ones(()))    # how far P(up) is trusted, see coarse_logits
         # log shares of the codes in the training data: what the heads say before they have learned anything
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
@@ -592,8 +593,20 @@ class Model(nn.Module):
         return self.coarse_head(self.D1), self.fine_given(given), self.fine_head(self.g)
 
     def coarse_logits(self, h):
-        """h [..., C] -> [..., 2^k1]."""
-        return h @ self.code_vectors()[0].T.to(h.dtype) + self.coarse_share
+        """h [..., C] -> [..., 2^k1].
+
+        Then the log odds of up are drawn towards those of the training data: odds = base + lean (odds - base), lean from 0
+        to 1. Directions are what is learned by heart first; so pretraining fits lean on val.
+        """
+        logits = h @ self.code_vectors()[0].T.to(h.dtype) + self.coarse_share
+        if self.lean.item() == 1:
+            return logits
+        change = (self.lean - 1) * (self.log_odds_up(logits) - self.log_odds_up(self.coarse_share))
+        return logits + change[..., None] * self.up_mask
+
+    def log_odds_up(self, logits):
+        """log P(up) / P(not up) [...] of coarse logits [..., 2^k1]."""
+        return logits[..., self.up_mask].logsumexp(-1) - logits[..., ~self.up_mask].logsumexp(-1)
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""

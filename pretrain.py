@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError
-from model import Model, ModelConfig, load_checkpoint, read_checkpoint, save_checkpoint
+from model import Model, ModelConfig, load_checkpoint, norm, read_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -44,7 +44,7 @@ class Config:
     val_start: str | None = None      # first date of val; train is before it (default: after 80 % of the time stamps)
     test_start: str | None = None     # first date of test; val is before it (default: after 90 %)
     steps: int = 0                    # updates of the model; 0: by the number of bars
-    tok_steps: int = 3000             # updates of the tokenizer
+    tok_steps: int = 1200             # updates of the tokenizer
     batch_size: int = 0               # windows per update, over all processes; 0: by the number of bars
     block_size: int = 0               # bars in a window; 0: by the number of bars
     micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: its whole share
@@ -56,6 +56,7 @@ class Config:
     dropout: float = -1.0             # share of a layer's outputs that is dropped; -1: by the number of bars
     average: float = 0.95             # decay of the averaged weights, per update
     mirror: int = -1                  # 1: also train on the market quoted the other way round, 0: not, -1: with few bars
+    balance: bool = False             # draw markets and intervals by the root of their bars, not by their bars
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
     n_layer: int = 0                  # layers; 0: by the number of bars
     n_head: int = 0                   # heads, half linear attention, half local; 0: by the number of bars
@@ -74,6 +75,7 @@ class Config:
     eval_every: int = 0               # updates between reports; 0: a tenth of the run
     eval_windows: int = 128           # windows of val in a report
     save_every: int = 100             # updates between saves (and at least each 30 s)
+    release: str | None = None        # at the end, also write the best weights alone, in half precision, to this file
 
 
 # flags that may differ on --resume; every other must be as the run began
@@ -421,37 +423,65 @@ def crps(p, values, y):
     return (F.square() * came + (1 - F).square() * (width - came)).sum(-1) + outside
 
 
+def fit_lean(odds, up):
+    """The factor from 0 to 1 of log odds [N], less those of the training data, that best tells what rose, bool [N].
+
+    The least log loss, by bisection of its slope, which rises with the factor.
+    """
+    slope = lambda lean: ((torch.sigmoid(lean * odds) - up.double()) * odds).sum().item()
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return low if low > 1e-3 else 0.0
+
+
 @torch.no_grad()
 def evaluate(model, val, tiles, series, autocast, rank, world):
-    """Scores over the targets in the tiles of val, a dict.
+    """Fits the model's lean on the targets in the tiles of val, then scores them: a dict.
 
     coarse, fine: CE, nats; da: share of right calls of bars that moved; close, range, volume: CRPS by the coarse token
-    alone, as a share of the unigram's; score: the mean of these three.
+    alone, as a share of the unigram's; score: the mean of these three; lean.
     """
     model.eval()
     device, n, n_rows = model.up_mask.device, val.block_size, max(1, 8192 // val.block_size)
-    codes = candle_values(model, torch.arange(len(model.D1), device=device))    # (2^k1, 3)
-    unigram = model.coarse_share.softmax(-1)
-    sums = torch.zeros(11, dtype=torch.float64)  # targets, coarse, fine, right, moved, CRPS x 3, the unigram's CRPS x 3
+    model.lean.fill_(1.0)
+    found = []  # of each batch of tiles: h (N, C), coarse, fine, change of the close (N,)
     for i in range(rank * n_rows, len(tiles), world * n_rows):
         which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
         *inputs, targets = data.gather(val, which, ends)
-        targets = tuple(t.to(device) for t in targets)
-        with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
-            coarse_logits, fine_logits, _ = model(*(a.to(device) for a in inputs), targets)
-        is_target = targets[0] >= 0
-        coarse, fine = targets[0][is_target], targets[1][is_target]             # (N,)
-        log_p = coarse_logits[is_target].float().log_softmax(-1)
-        log_fine = fine_logits[is_target].float().log_softmax(-1)
-        p, came = log_p.exp(), candle_values(model, coarse, fine)               # (N, 2^k1), (N, 3)
         change = np.stack([np.diff(series[s].ohlcva[e - n:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
-        change = torch.from_numpy(change).to(device)[is_target]
+        with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
+            h = norm(model.trunk(*(a.to(device) for a in inputs))[0]).float()
+        is_target = targets[0] >= 0
+        kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change))]
+        found.append((h[is_target.to(device)], *kept))
+    if found:
+        h, _, _, change = (torch.cat(column) for column in zip(*found))
+        odds = model.log_odds_up(model.coarse_logits(h)) - model.log_odds_up(model.coarse_share)
+        known = odds[change != 0].double(), change[change != 0] > 0
+    else:
+        known = torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, dtype=torch.bool, device=device)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, [a.cpu() for a in known])
+        known = [torch.cat(column) for column in zip(*parts)]
+    model.lean.fill_(fit_lean(*known))
+
+    codes = candle_values(model, torch.arange(len(model.D1), device=device))    # (2^k1, 3)
+    unigram = model.coarse_share.softmax(-1)
+    sums = torch.zeros(11, dtype=torch.float64)  # targets, coarse, fine, right, moved, CRPS x 3, the unigram's CRPS x 3
+    for h, coarse, fine, change in found:
+        log_p = model.coarse_logits(h).log_softmax(-1)
+        log_fine = model.fine_logits(h, coarse).log_softmax(-1)
+        p, came = log_p.exp(), candle_values(model, coarse, fine)               # (N, 2^k1), (N, 3)
         up = p @ model.up_mask.float() / (1 - model.config.unmoved) > 0.5
         nats = [-a.gather(1, b[:, None]).sum() for a, b in ((log_p, coarse), (log_fine, fine))]
         ours = [crps(p, codes[:, k], came[:, k]).sum() for k in range(3)]
         theirs = [crps(unigram.expand(len(p), -1), codes[:, k], came[:, k]).sum() for k in range(3)]
-        right = (up == (change > 0))[change != 0].sum()
-        sums += torch.stack([is_target.sum(), *nats, right, (change != 0).sum(), *ours, *theirs]).double().cpu()
+        moved = change != 0
+        right = (up == (change > 0))[moved].sum()
+        sums += torch.stack([torch.tensor(len(h)), *nats, right, moved.sum(), *ours, *theirs]).double().cpu()
     sums = sums.to(device)
     if world > 1:
         dist.all_reduce(sums)
@@ -460,7 +490,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
     shares = (sums[5:8] / sums[8:].clamp(min=1e-12)).tolist()  # without volume: 0 of 0
     known = [share for share, theirs in zip(shares, sums[8:].tolist()) if theirs > 1e-9]
     return dict(coarse=coarse / n_targets, fine=fine / n_targets, da=right / max(1, moved), close=shares[0],
-                range=shares[1], volume=shares[2], score=sum(known) / len(known))
+                range=shares[1], volume=shares[2], score=sum(known) / len(known), lean=model.lean.item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -528,7 +558,7 @@ def main(argv=None):
     elif base:
         tokenizer = base[1]
     elif config.tokenizer:
-        tokenizer = Tokenizer.load(read_checkpoint(config.tokenizer)["tokenizer"])
+        tokenizer = load_tokenizer(config.tokenizer)
     elif rank == 0:
         tokenizer = tokenizer_stage(config, features, spans, run.metrics, device)
     if world > 1:
@@ -544,6 +574,8 @@ def main(argv=None):
         mirrored = [data.mirrored(bars) for bars in series]
         both, tokens = both + mirrored, tokens + [data.tokenize(bars, tokenizer) for bars in mirrored]
     train = data.make_streams(both, tokens, "train", borders, block_size, config.batch_size)
+    if config.balance:
+        train.weights = data.balanced(both, train)
 
     # ---- model and optimizer
     if entry:
@@ -584,7 +616,7 @@ def main(argv=None):
     eval_every = config.eval_every or max(1, config.steps // 10)
     say(f"{'':>6}{'nats per bar':^34}{'CRPS to unigram, val':^24}")
     say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'close':>8}{'range':>8}{'volume':>8}"
-        f"{'right':>8}{'left':>8}")
+        f"{'right':>8}{'lean':>6}{'left':>8}")
     clock, train_losses, since_best, ended = Clock(run.step, config.steps, config.save_every), [], 0, False
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
@@ -630,7 +662,7 @@ def main(argv=None):
             train_losses = []
             data.progress("")
             say(f"{run.step:>6}{loss_sum:>9.4f}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
-                f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{clock.left(run.step)!s:>8}", flush=True)
+                f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{scores['lean']:>6.2f}{clock.left(run.step)!s:>8}", flush=True)
             ended = since_best == PATIENCE and run.step < config.steps
         elif rank == 0:
             data.progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")
@@ -642,10 +674,22 @@ def main(argv=None):
     # ---- what came of it
     if ended:
         say(f"stopped at step {run.step}: no better score on val for {PATIENCE} reports")
+    if rank == 0 and config.release:
+        average.load_state_dict(run.best)
+        for p in average.parameters():
+            p.data = p.data.half()
+        save_checkpoint(config.release, average, tokenizer, **meta, stage="pretrain", step=run.step, metrics=run.metrics)
     if rank == 0:
         tell_result(config, run, average, val, best_da, time.time() - began)
     if world > 1:
         dist.destroy_process_group()
+
+
+def load_tokenizer(path):
+    try:
+        return Tokenizer.load(read_checkpoint(path)["tokenizer"])
+    except ValueError as e:
+        raise UserError(f"{path}: no tokenizer can be taken from it ({str(e).splitlines()[0]}); name another checkpoint")
 
 
 def load_optimizer(optimizer, entry, path):

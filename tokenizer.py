@@ -281,17 +281,17 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, entry):
-        """The tokenizer of what `dump` made, in eval mode; UserError where the entry is damaged."""
-        damaged = "the tokenizer of this checkpoint is damaged or of another version"
+        """The tokenizer of what `dump` made, in eval mode; ValueError, one line, where the entry is damaged."""
+        damaged = "its tokenizer is damaged or of another version"
         try:
             tokenizer = cls(entry["config"])
             tokenizer.load_state_dict(entry["state"])
         except (AttributeError, KeyError, RuntimeError, TypeError, UserError) as e:
             reason = " ".join(str(e).split())
-            raise UserError(f"{damaged}: {reason}") from None
+            raise ValueError(f"{damaged}: {reason}") from None
         for name, weights in tokenizer.state_dict().items():
             if not torch.isfinite(weights).all() or (name == "std" and weights.min() < 0):
-                raise UserError(f"{damaged}: {name} holds numbers from {weights.min():g} to {weights.max():g}")
+                raise ValueError(f"{damaged}: {name} holds numbers from {weights.min():g} to {weights.max():g}")
         return tokenizer.eval()
 
 

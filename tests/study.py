@@ -222,7 +222,7 @@ def tokenizer_study(argv):
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--split", default="test", choices=("val", "test"))
-    parser.add_argument("--tok_steps", type=int, default=1500)
+    parser.add_argument("--tok_steps", type=int, default=1200)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="+", default=(8, 10, 12), help="of each level")

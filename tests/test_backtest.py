@@ -207,6 +207,7 @@ def random_forecaster(t, seed=0):
     n, shape = len(t.r), t.path_r.shape
     some = dict(range_crps=rng.random(n), range_pit=rng.random(n), volume_crps=np.where(np.isnan(t.volume), np.nan, rng.random(n)),
                 volume_pit=rng.random(n), path_rv_crps=rng.random(shape[0]), path_es95=rng.random(shape[0]), path_extreme=0.1 * rng.random(shape[0]))
+    some["path_extreme"][0] = np.nan  # a symbol that never moved
     return some | dict(p_up=rng.integers(1, 40, n) / 40, mean=rng.normal(0, 0.01, n), point=rng.normal(0, 0.01, n), pit=rng.random(n),  # ties in P(up)
                 crps=rng.random(n), path_point=rng.normal(0, 0.02, shape), path_crps=rng.random(shape), path_pit=rng.random(shape), path_width=np.full(shape, 0.1))
 

@@ -75,6 +75,7 @@ DATES = {
     "YYYYMMDDHH": (["2020010209", "2020010210", "2020010211"], ["2020-01-02 09:00", "2020-01-02 10:00", "2020-01-02 11:00"]),
     "YYMMDD": (["200102", "200115", "200131"], ["2020-01-02", "2020-01-15", "2020-01-31"]),
     "YYMMDDHHMM": (["2001020930", "2001020931", "2001020932"], ["2020-01-02 09:30", "2020-01-02 09:31", "2020-01-02 09:32"]),
+    "months": (["2019-12", "2020-01"], ["2019-12-01", "2020-01-01"]),
     "YYYYMM": (["201911", "201912", "202001"], ["2019-11-01", "2019-12-01", "2020-01-01"]),
     "s": (["1577923200", "1577923260"], ["2020-01-02", "2020-01-02 00:01"]),
     "ms": (["1577923200000", "1577923260000"], ["2020-01-02", "2020-01-02 00:01"]),
@@ -122,11 +123,13 @@ def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
     ("<DATE>,<TIME>", ["20200102,0", "20200102,100", "20200102,2300"], ["", "01:00", "23:00"]),
     ("<DATE>,<TIME>", ["20200102,500", "20200102,3000", "20200102,13000"], ["00:05", "00:30", "01:30"]),
     ("date,time", ["2020-01-02,20200102093500000", "2020-01-02,20200102094000000"], ["09:35", "09:40"]),
+    ("Date,Time", ["2020-01-02,93000.0", "2020-01-02,94500.0"], ["09:30", "09:45"]),
     ("Date,Hour", ["2020-01-02,9", "2020-01-02,14"], ["09:00", "14:00"]),
     ("Date,Hour,Minute", ["2020-01-02,9,0", "2020-01-02,9,30"], ["09:00", "09:30"]),
     ("Datetime,Date", ["2020-01-02 09:30:00,2020-01-02", "2020-01-02 09:31:00,2020-01-02"], ["09:30", "09:31"]),
     ("Unix,Date", ["1577957400000,2020-01-02", "1577957460000,2020-01-02"], ["09:30", "09:31"]),
     ("trade_date,minute", ["20200102,9:30", "20200102,9:31"], ["09:30", "09:31"]),
+    ("Time (EET)", ["2020.01.02 11:30:00", "2020.01.02 11:31:00"], ["09:30", "09:31"]),
     (",bar_start", ["0,1577957400", "1,1577957460"], ["09:30", "09:31"]),
 ])
 def test_a_date_takes_the_clock_beside_it(tmp_path, header, rows, want):
@@ -185,6 +188,9 @@ LAYOUTS = {
     "MOEX": ("candles\n\nopen;close;high;low;value;volume;begin;end\n1;2;3;0.5;9;7;2020-01-02 00:00:00;2020-01-02 00:09:59\n", "a", [1, 3, 0.5, 2, 7, 9]),
     "title, comment, note": ("Some exchange, all rights reserved\n# a comment\nDate,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7\nSource: us\n", "a", BAR),
     "numpy.savetxt": ("# time,open,high,low,close,volume\n1577923200,1,3,0.5,2,7\n", "a", BAR),
+    "ariva": ("Datum;Erster;Hoch;Tief;Schlusskurs;Stuecke;Volumen\n2020-01-02;1;3;0,5;2;7;9\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "Excel, separator and total": ("sep=;\nDate;Open;High;Low;Close;Volume\n2020-01-02;1;3;0,5;2;7\nTotal;;;;;7\n", "a", BAR),
+    "blanks before quotes": ('Date, "Open", High, Low, Close, Volume\n2020-01-02, "1", "3", 0.5, 2, 7\n', "a", BAR),
     "pipes": ("date|open|high|low|close|volume\n2020-01-02|1|3|0.5|2|7\n", "a", BAR),
     "blanks": ("date    open high  low close volume\n2020-01-02 1 3  0.5 2 7\n", "a", BAR),
     "row names without a title": ("time open high low close volume\n1 2020-01-02 1 3 0.5 2 7\n", "a", BAR),
@@ -339,6 +345,7 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("symbol,timeframe,time,open,high,low,close\nA,1h,2020-01-02,1,1,1,1\nA,1d,2020-01-03,1,1,1,1\n", "several intervals (1d, 1h)"),
     ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "differ in the column 'expiry'"),
     ("time,open,high,low,close\n2020-01-02,1,1,1,1\n2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of a have the time of another"),
+    ("\ttime\x1b,open,high,low,close\n5,1,1,1,1\n", "a.csv:2: time? '5' is no date"),
     ("time,open,high,low,close\n1.57792E+12,1,1,1,1\n1.57792E+12,2,2,2,2\n", "a spreadsheet has rounded"),
 ])
 def test_unusable_files_get_one_line(tmp_path, text, words):

@@ -356,7 +356,7 @@ def test_a_damaged_entry_is_refused_in_one_line(small):
                   small.dump() | {"config": config | {"coarse_bits": 7}}, small.dump() | {"config": config | {"coarse_bits": "6"}},
                   small.dump() | {"config": config | {"coarse_bits": 6.5}}, small.dump() | {"config": config | {"colour": 1}},
                   small.dump() | {"config": {"coarse_bits": 6}}):
-        with pytest.raises(UserError) as e:
+        with pytest.raises(ValueError) as e:
             Tokenizer.load(entry)
         assert "\n" not in str(e.value)
 
