@@ -1,22 +1,20 @@
-"""Stage 3: teach the model to go on from its own output, with the truth as its guide.
+"""Stage 3: better paths, by the score that they are judged by, or by walks on the model's own bars.
 
     python rollout.py --ckpt out.pt --out rollout.pt                    # on the bars that out.pt was trained on
-    python rollout.py --ckpt out.pt --target chosen --out rollout.pt    # train on the walk itself
+    python rollout.py --ckpt out.pt --target true --out rollout.pt      # walks, with the truth as their guide
     python rollout.py --ckpt out.pt --out rollout.pt --resume           # go on after a kill, to the same weights bit for bit
 
-In pretraining every bar of the context is real; in a forecast all but the first step follow the model's own bars, and
-errors pile up. Here the model walks from the end of a training window into the future on its own bars, and learns from
-the context that it had there:
+A path forecast adds up what the model expects of bar after bar: a small drift in much noise. Next-token training spends
+most of its gradient on other bits of the token. The targets:
 
-    loss = mean_k w_k CE(target_k)  +  kl mean_k KL_k(pi || base)  +  plain (pretraining's loss on the real bars)
-
-    true     at each step K candidates; the one whose return is nearest to that of the true bar goes on. It enters the
-             context alone: the targets are the true tokens. w_k rises from 1 to 1.75 (Ross, Gordon and Bagnell, arXiv
-             1011.0686: learn under the own states, from the expert's actions)
+    score    loss = score CRPS(close) + pretraining's loss, of the real bars. The CRPS of the next close in units of s_t, a
+             proper score (Gneiting and Raftery, JASA 2007), is exact from P(coarse): nothing is drawn
+    true     the published rollout. In pretraining every bar of the context is real; in a forecast all but the first step
+             follow the model's own bars. So here the model walks on from the end of a window: at each step K candidates,
+             and the one whose return is nearest to that of the true bar goes on. It enters the context alone, the
+             targets are the true tokens (Ross, Gordon and Bagnell, arXiv 1011.0686: learn under the own states from
+             the expert's actions).  loss = mean_k w_k CE(true bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
     chosen   the same walk, whose own tokens are the targets
-    score    K free walks, judged by the CRPS of where they are after each step. A policy gradient (Williams, Machine
-             Learning 1992): w of a step is what its walk adds to the scores from there on, beside the other walks.
-             CRPS is proper, so the optimum is the true law
 
 The truth only picks which of the model's own candidates becomes the next bar of the context; no true value enters it, and
 a forecast needs no guide. Kept are the weights with the best path CRPS on val, if it is surely (95 %) better than the
@@ -31,11 +29,10 @@ import torch
 
 import backtest
 import data
-import sample
 from data import UserError
 from expo import begin
 from model import kl, load_checkpoint, mean_nats, norm, save_checkpoint
-from pretrain import Clock, Optimizer, Run, load_optimizer, precision, rate, resumed, stop_here
+from pretrain import (Clock, Optimizer, Run, candle_values, crps, load_optimizer, precision, rate, resumed, stop_here)
 
 
 @dataclass
@@ -45,18 +42,17 @@ class Config:
     out: str = "rollout.pt"           # checkpoint to write
     resume: bool = False              # go on from --out
     overwrite: bool = False           # replace an existing --out
-    target: str = "true"              # true, chosen or score
-    horizons: tuple[int, ...] = (3, 6, 10)  # bars of a walk, each for an equal share of the updates
-    candidates: int = 8               # K: candidates a step, or free walks
+    target: str = "score"             # score, true or chosen
+    score: float = 20.0               # weight of the CRPS (target score)
+    horizon: int = 10                 # bars of a path on val and test; a walk has 3, 6, then all of them
+    candidates: int = 8               # K: candidates at each step of a walk
     temperature: float = 1.5          # of the candidates
-    walk: float = 1.0                 # weight of the loss on the walk
-    kl: float = 0.05                  # weight of KL(pi || base), nats per bar
-    plain: float = 1.0                # weight of the next-token loss on the real bars of the context
+    kl: float = 0.05                  # weight of KL(pi || base) along a walk, nats per bar
     steps: int = 150                  # updates
     batch_size: int = 16              # windows per update
     block_size: int = 0               # real bars before a walk; 0: as the checkpoint was trained
-    lr: float = 2e-3                  # peak learning rate of Muon (matrices of the layers)
-    adam_lr: float = 3e-4             # peak learning rate of AdamW (all else)
+    lr: float = 6e-3                  # peak learning rate of Muon (matrices of the layers)
+    adam_lr: float = 1e-3             # peak learning rate of AdamW (all else)
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm
@@ -74,27 +70,39 @@ class Config:
 # flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "resume", "overwrite", "device", "backtest", "paths", "eval_every", "save_every"}
 HISTORY = 512        # bars that a walk's scale is made from: 16 half-lives, so that what is older weighs 1e-5
-LATER = 0.75         # by how much the last step of a guided walk weighs more than the first
+LATER = 0.75         # by how much the last step of a walk weighs more than the first
 VAL_BARS, VAL_ORIGINS = 12_000, 400  # of val, looked at in training, about
 VAL_PATHS = 50       # from each of these origins
 ORIGINS = 1000       # of paths on test, about
 
 
 def check(config):
-    positive = ("candidates", "temperature", "steps", "batch_size", "lr", "adam_lr", "clip", "paths", "save_every")
-    data.check_numbers(config, positive, ("walk", "kl", "plain", "block_size", "warmup", "weight_decay", "shift_weeks",
-                                          "eval_every", "seed"))
+    positive = ("horizon", "candidates", "temperature", "steps", "batch_size", "lr", "adam_lr", "clip", "paths", "save_every")
+    data.check_numbers(config, positive, ("score", "kl", "block_size", "warmup", "weight_decay", "shift_weeks", "eval_every",
+                                          "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
-    if config.target not in ("true", "chosen", "score"):
-        raise UserError(f"--target {config.target}: choose true, chosen or score")
-    if config.target == "score" and config.candidates < 3:
-        raise UserError(f"--candidates {config.candidates}: --target score compares at least 3 walks")
-    if not config.horizons or min(config.horizons) < 1 or list(config.horizons) != sorted(config.horizons):
-        raise UserError(f"--horizons {','.join(map(str, config.horizons))}: bars of a walk, at least 1, growing, "
-                        f"such as 3,6,10")
+    if config.target not in ("score", "true", "chosen"):
+        raise UserError(f"--target {config.target}: choose score, true or chosen")
     if config.paths < 2:
         raise UserError(f"--paths {config.paths}: at least 2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The score
+
+def score_loss(model, batch, phase, config):
+    """Pretraining's loss plus `score` times the CRPS of the next close, in units of s_t; and both apart, as floats.
+
+    batch: coarse, fine, time, target_coarse, target_fine, as data.get_batch gives.
+    """
+    coarse, fine, when, *target = batch
+    coarse_logits, _, plain = model(coarse, fine, when, tuple(target), phase)
+    counts = target[0] >= 0
+    came = candle_values(model, target[0][counts], target[1][counts])[:, 0]                         # [N]
+    closes = candle_values(model, torch.arange(len(model.D1), device=came.device))[:, 0]            # [2^k1]
+    missed = crps(coarse_logits[counts].float().softmax(-1), closes, came).mean()
+    return plain + config.score * missed, dict(loss=missed.item(), plain=plain.item(), kl=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ def origins_of(streams, series, which, ends, horizon, longest):
 
 @torch.no_grad()
 def guided_walk(model, tokenizer, state, origins, uniform, temperature):
-    """Tokens int64 [B, 1, H, 2] of walks of H bars from `state`, the model's after each context, which is used up.
+    """Tokens int64 [B, H, 2] of walks of H bars from `state`, the model's after each context, which is used up.
 
     At each step the candidate whose log return is nearest to that of the true bar goes on. uniform [B, K, H, 2] is the
     chance of the K candidates; with K = 1 the truth has no say.
@@ -153,64 +161,33 @@ def guided_walk(model, tokenizer, state, origins, uniform, temperature):
         chosen.append(token)
         if k + 1 < H:
             model.step(token[:, 0], token[:, 1], origins.times[:, k], state)
-    return torch.stack(chosen, 1)[:, None]
+    return torch.stack(chosen, 1)
 
 
-@torch.no_grad()
-def free_walks(model, tokenizer, state, origins, uniform):
-    """Tokens int64 [B, K, H, 2] of K walks from each state, and log returns since the origin float64 [B, K, H]."""
-    B, K, H, _ = uniform.shape
-    drawn = sample.generate(model, state.repeat(K), origins.times.repeat_interleave(K, 0), uniform.flatten(0, 1))
-    tokens = torch.stack(drawn, -1).view(B, K, H, 2)
-    close = data.inverse(tokenizer.decode(*tokens.unbind(-1)).cpu().numpy(), origins.state)[0][..., 3]
-    return tokens, np.log(close / origins.state.close[..., None])
-
-
-def advantages(r, y):
-    """How much each step of each walk adds to the CRPS of the steps from there on, [B, K, H]; less is better.
-
-    r [B, K, H]: where K >= 3 walks are after each step, y [B, H]: where the market was. The CRPS of a law p, E|X - y| -
-    E|X - X'| / 2, changes with p(x) by |x - y| - E|x - X'|, which the other walks estimate; their own CRPS is the baseline.
-    """
-    K = r.shape[1]
-    miss = np.abs(r - y[:, None])                                               # [B, K, H]
-    apart = np.abs(r[:, :, None] - r[:, None]).sum(2)                           # [B, K, H]: from all others
-    others_miss = (miss.sum(1, keepdims=True) - miss) / (K - 1)
-    others_apart = (apart.sum(1, keepdims=True) - 2 * apart) / ((K - 1) * (K - 2))
-    added = miss - apart / (K - 1) - (others_miss - others_apart)
-    return added[..., ::-1].cumsum(-1)[..., ::-1]                               # of this step and those after it
-
-
-def loss_of(model, base, origins, walks, target, weight, phase, config):
-    """The loss of walks, and its parts as floats.
-
-    walks, target int64 [B, K, H, 2]: what enters the context, and what is to be said; weight [K, H] or [B, K, H].
-    """
+def walk_loss(model, base, origins, walk, target, phase, config):
+    """The loss of walks [B, H, 2], which enter the context, with targets [B, H, 2]; and its parts, as floats."""
     coarse, fine, when, real = origins.context
-    (B, n), (K, H) = coarse.shape, walks.shape[1:3]
-    fed, said = walks.flatten(0, 1)[:, :-1], target.flatten(0, 1)               # [B K, H - 1, 2], [B K, H, 2]
-    coarse, fine, when, times = (a.repeat_interleave(K, 0) for a in (coarse, fine, when, origins.times[:, :-1]))
-    inputs = torch.cat((coarse, fed[..., 0]), 1), torch.cat((fine, fed[..., 1]), 1), torch.cat((when, times), 1)
+    n, H = coarse.shape[1], walk.shape[1]
+    inputs = (torch.cat((coarse, walk[:, :-1, 0]), 1), torch.cat((fine, walk[:, :-1, 1]), 1),
+              torch.cat((when, origins.times[:, :-1]), 1))                      # [B, n + H - 1]
     x, slots = model.trunk(*inputs, phase)
-    h = norm(x)                                                                 # [B K, n + H - 1, C]
-    # the heads' vectors are made once: for the real bars of each window and the steps of each walk together
-    h = torch.cat((h[::K, :n].flatten(0, 1), h[:, n - 1:].flatten(0, 1)))
-    given = torch.cat((real[0].clamp(min=0).flatten(), said[..., 0].flatten()))
+    h = norm(x)
+    given = torch.cat((real[0][:, :-1].clamp(min=0), target[..., 0]), 1)
     coarse_logits, fine_logits = model.coarse_logits(h), model.fine_logits(h, given)
-    plain = mean_nats(coarse_logits[:B * n], real[0]) + mean_nats(fine_logits[:B * n], real[1])
+    plain = mean_nats(coarse_logits[:, :n], real[0]) + mean_nats(fine_logits[:, :n], real[1])
     if slots is not None:
         padded = [torch.nn.functional.pad(a, (0, H - 1), value=-1) for a in real]
-        plain = plain + model.config.aux_weight * model.slot_loss(slots[::K], padded, phase)
-    log_coarse, log_fine = (a[B * n:].float().log_softmax(-1) for a in (coarse_logits, fine_logits))  # [B K H, 2^k]
-    log_p = log_coarse.gather(1, said[..., :1].flatten(0, 1)) + log_fine.gather(1, said[..., 1:].flatten(0, 1))
-    own = -(log_p.view(B, K, H) * weight).mean()
+        plain = plain + model.config.aux_weight * model.slot_loss(slots, padded, phase)
+    log_coarse, log_fine = (a[:, n - 1:].float().log_softmax(-1) for a in (coarse_logits, fine_logits))  # [B, H, 2^k]
+    log_p = log_coarse.gather(-1, target[..., :1]) + log_fine.gather(-1, target[..., 1:])           # [B, H, 1]
+    weight = 1 + LATER * torch.arange(H, device=x.device) / max(1, H - 1)
+    own = -(log_p[..., 0] * weight).mean()
     with torch.no_grad():
-        h_base = norm(base.trunk(*inputs, phase)[0])[:, n - 1:].flatten(0, 1)
+        h_base = norm(base.trunk(*inputs, phase)[0])[:, n - 1:]
         base_coarse = base.coarse_logits(h_base).float().log_softmax(-1)
-        base_fine = base.fine_logits(h_base, given[B * n:]).float().log_softmax(-1)
+        base_fine = base.fine_logits(h_base, target[..., 0]).float().log_softmax(-1)
     away = (kl(log_coarse, base_coarse) + kl(log_fine, base_fine)).mean()
-    shown = dict(loss=own.item(), plain=plain.item(), kl=away.item())
-    return own + config.kl * away + config.plain * plain, shown
+    return own + config.kl * away + plain, dict(loss=own.item(), plain=plain.item(), kl=away.item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,8 +206,9 @@ def main():
 
     # ---- the base and its bars, the model in training
     began = time.time()
-    longest = max(config.horizons)
-    base, model, tokenizer, meta, series, train, reports = begin(config, entry, device, room=longest - 1)
+    walks, longest = config.target != "score", config.horizon
+    room = longest - 1 if walks else 0
+    base, model, tokenizer, meta, series, train, reports = begin(config, entry, device, room)
     # until some weights qualify, the base's are those that forecasts use
     run = Run.of(entry) if entry else Run(best=base.state_dict(), metrics=reports)
     autocast, scaler, dtype, why = precision(config, device, entry)
@@ -246,37 +224,36 @@ def main():
 
     base_scores = scores(base)
     print(f"{config.target}: {len(series)} symbols, {int(train.windows[-1]):,} windows of "
-          f"{train.block_size - longest + 1} bars, {config.batch_size} a step, {config.steps} steps; {device}, {dtype} ({why})")
+          f"{train.block_size - room} bars, {config.batch_size} a step, {config.steps} steps; {device}, {dtype} ({why})")
     print(f"checked on {len(t.path_r):,} origins of val; the base: path CRPS "
           f"{backtest.at_step(base_scores, 'path_crps', None)[0]:.4f}, mean over {longest} bars")
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
-    print(f"{'step':>5}{'bars':>5}{'walk':>9}{'plain':>9}{'KL':>8}   path CRPS to the base, val {'in 90 %':>10}{'left':>9}")
+    print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>8}   path CRPS to the base, val {'in 90 %':>10}{'left':>9}")
     clock, seen = Clock(run.step, config.steps, config.save_every), []
     while run.step < config.steps:
-        horizon = config.horizons[run.step * len(config.horizons) // config.steps]  # short walks first
         chance = np.random.default_rng([config.seed, run.step, 1])
         phase = int(chance.integers(model.config.border))
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        origins = origins_of(train, series, *data.draw_windows(train, config.seed, run.step), horizon, longest)
-        origins = origins.moved(torch.from_numpy(weeks * 7 * data.DAY), device)
-        uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
-        uniform = torch.from_numpy(uniform).to(device)
-        with torch.no_grad(), autocast():
-            state = model.prefill(*origins.context[:3], phase)
-        if config.target == "score":
-            walks, r = free_walks(model, tokenizer, state, origins, uniform)
-            s = origins.state.scales()[0]                                       # [B, 1]
-            weight = -advantages(r / s[..., None], origins.moves.cumsum(1) / s)  # what adds to the score must get rarer
-            weight = torch.from_numpy(weight.astype(np.float32)).to(device)
-        else:
-            walks = guided_walk(model, tokenizer, state, origins, uniform, config.temperature)
-            weight = 1 + LATER * torch.arange(horizon, device=device) / max(1, horizon - 1)
-        target = origins.tokens[:, None] if config.target == "true" else walks
+        later = torch.from_numpy(weeks * 7 * data.DAY)
+        windows = data.draw_windows(train, config.seed, run.step)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
-        with autocast():
-            loss, shown = loss_of(model, base, origins, walks, target, config.walk * weight, phase, config)
+        if walks:
+            horizon = min(longest, (3, 6, longest)[3 * run.step // config.steps])  # short walks first
+            origins = origins_of(train, series, *windows, horizon, longest).moved(later, device)
+            uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
+            with torch.no_grad(), autocast():
+                state = model.prefill(*origins.context[:3], phase)
+            walk = guided_walk(model, tokenizer, state, origins, torch.from_numpy(uniform).to(device), config.temperature)
+            target = origins.tokens if config.target == "true" else walk
+            with autocast():
+                loss, shown = walk_loss(model, base, origins, walk, target, phase, config)
+        else:
+            coarse, fine, when, target = data.gather(train, *windows)
+            batch = [a.to(device) for a in (coarse, fine, when + later, *target)]
+            with autocast():
+                loss, shown = score_loss(model, batch, phase, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
         model.codes = None  # AdamW in one kernel does not raise the version of the weights that they are made from
@@ -285,16 +262,16 @@ def main():
         if run.step % eval_every == 0 or run.step == config.steps:
             now = scores(model)
             ratio = backtest.against(now, base_scores, "path_crps", t, None)
-            crps, inside = (float(backtest.at_step(now, m, None)[0]) for m in ("path_crps", "path_coverage90"))
+            path_crps, inside = (float(backtest.at_step(now, m, None)[0]) for m in ("path_crps", "path_coverage90"))
             if ratio["hi"] is not None and ratio["hi"] < 1:
-                run.keep_if_best(model, crps)
+                run.keep_if_best(model, path_crps)
             mean = {k: float(np.mean([s[k] for s in seen])) for k in shown}
-            run.metrics.append(dict(stage="rollout", step=run.step, horizon=horizon, train=mean["loss"], plain=mean["plain"],
-                                    kl=mean["kl"], grad_norm=norm_now, path_crps=crps, path_crps_ratio=ratio,
+            run.metrics.append(dict(stage="rollout", step=run.step, train=mean["loss"], plain=mean["plain"],
+                                    kl=mean["kl"], grad_norm=norm_now, path_crps=path_crps, path_crps_ratio=ratio,
                                     path_coverage90=inside))
             seen = []
             data.progress("")
-            print(f"{run.step:>5}{horizon:>5}{mean['loss']:>9.4f}{mean['plain']:>9.4f}{mean['kl']:>8.4f}"
+            print(f"{run.step:>5}{mean['loss']:>9.4f}{mean['plain']:>9.4f}{mean['kl']:>8.4f}"
                   f"   {backtest.show(ratio, 1, 4):<27}{inside:>10.1%}{clock.left(run.step)!s:>9}", flush=True)
         else:
             data.progress(f"step {run.step}/{config.steps}  loss {shown['loss']:.4f}")

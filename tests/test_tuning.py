@@ -280,7 +280,7 @@ def test_a_guided_walk_is_the_naive_one(loaded, walks):
     _, _, origins = walks
     u = uniform_of(6)
     got = rollout.guided_walk(model, tokenizer, state_of(model, origins), origins, u, 1.5)
-    assert got.shape == (3, 1, 4, 2)
+    assert got.shape == (3, 4, 2)
     for b in range(3):
         coarse, fine, when = (a[b:b + 1] for a in origins.context[:3])
         state = origins.state.map(lambda f: f[b, 0])
@@ -291,90 +291,63 @@ def test_a_guided_walk_is_the_naive_one(loaded, walks):
             decoded = [data.inverse(tokenizer.decode(*pair).numpy()[None], state) for pair in tokens]
             error = [abs(math.log(bar[0, 3] / state.close) - origins.moves[b, k]) for bar, _ in decoded]
             pick = int(np.argmin(error))
-            assert got[b, 0, k].tolist() == [int(v) for v in tokens[pick]]
+            assert got[b, k].tolist() == [int(v) for v in tokens[pick]]
             state = decoded[pick][1]
             coarse, fine = (torch.cat((a, token.view(1, 1)), 1) for a, token in zip((coarse, fine), tokens[pick]))
             when = torch.cat((when, origins.times[b:b + 1, k:k + 1]), 1)
 
 
-def test_free_walks_end_where_their_tokens_say(loaded, walks):
-    model, tokenizer, _ = loaded
-    _, _, origins = walks
-    tokens, r = rollout.free_walks(model, tokenizer, state_of(model, origins), origins, uniform_of(5))
-    assert tokens.shape == (3, 5, 4, 2) and r.shape == (3, 5, 4)
-    for b in range(3):
-        state = origins.state.map(lambda f: f[b, 0])
-        one = state_of(model, origins)
-        first = model.sample(one.h[b].expand(5, -1), u=uniform_of(5)[b, :, 0])[0]
-        assert torch.equal(tokens[b, :, 0, 0], first)
-        for j in range(5):
-            bars, _ = data.inverse(tokenizer.decode(tokens[b, j, :, 0], tokens[b, j, :, 1]).numpy(), state)
-            np.testing.assert_allclose(r[b, j], np.log(bars[:, 3] / state.close), rtol=1e-9)
-
-
-def test_advantages_give_the_gradient_of_the_score():
-    """Over all triples of walks of two steps, up or down, the mean of advantage x score function is the exact gradient."""
-    y = np.array([0.4, -0.3])
-    theta = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)  # logit of up: first, after up, after down
-    paths = list(itertools.product((1, 0), (1, 0)))
-    p_up = theta.sigmoid()
-    p = []
-    for first, second in paths:
-        given = p_up[1] if first else p_up[2]
-        p.append(((p_up[0] if first else 1 - p_up[0]), (given if second else 1 - given)))
-    total = torch.stack([a * b for a, b in p])
-    r = np.array([[2.0 * first - 1, 2.0 * first - 1 + 2.0 * second - 1] for first, second in paths])  # [4, H]
-    score = 0.0
-    for k in range(2):
-        x = torch.from_numpy(r[:, k])
-        apart = (x[:, None] - x).abs()
-        score = score + (total * (x - y[k]).abs()).sum() - 0.5 * (total[:, None] * total * apart).sum()
-    exact, = torch.autograd.grad(score, theta, retain_graph=True)
-    estimate = 0.0
-    for triple in itertools.product(range(4), repeat=3):
-        added = rollout.advantages(r[None, list(triple)], y[None])[0]          # [3, H]
-        chance = math.prod(total[i].item() for i in triple)
-        for i, weight in zip(triple, added):
-            for k in range(2):
-                estimate = estimate + chance / 3 * weight[k] * p[i][k].log()
-    torch.testing.assert_close(torch.autograd.grad(estimate, theta)[0], exact)
-
-
 @pytest.mark.parametrize("true", [True, False])
-def test_the_loss_of_walks_is_the_naive_one(loaded, other, walks, true):
+def test_the_loss_of_a_walk_is_the_naive_one(loaded, other, walks, true):
     base, tokenizer, _ = loaded
     _, _, origins = walks
-    tokens, _ = rollout.free_walks(other, tokenizer, state_of(other, origins), origins, uniform_of(2))
-    target = origins.tokens[:, None].expand(-1, 2, -1, -1) if true else tokens
-    weight = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(1))
-    config = rollout.Config(kl=0.3, plain=0.5)
-    loss, shown = rollout.loss_of(other, base, origins, tokens, target, weight, 7, config)
+    tokens = rollout.guided_walk(other, tokenizer, state_of(other, origins), origins, uniform_of(1), 1.5)
+    target = origins.tokens if true else tokens
+    loss, shown = rollout.walk_loss(other, base, origins, tokens, target, 7, rollout.Config(kl=0.3))
     own, away = [], []
     with torch.no_grad():
-        for b, j in itertools.product(range(3), range(2)):
-            walk, goal = tokens[b, j], target[b, j]
+        for b, (walk, goal) in enumerate(zip(tokens, target)):
             coarse, fine = (torch.cat((origins.context[i][b], walk[:-1, i]))[None] for i in (0, 1))
             when = torch.cat((origins.context[2][b], origins.times[b, :-1]))[None]
             given = torch.cat((origins.context[3][0][b, :-1].clamp(min=0), goal[:, 0]))[None]
             said = [m(coarse, fine, when, (given, torch.zeros_like(given)), 7)[:2] for m in (other, base)]
-            for k in range(4):
-                for level in range(2):
-                    p, q = (s[level][0, 63 + k].log_softmax(-1) for s in said)
-                    own.append(-weight[b, j, k].item() * p[goal[k, level]].item())
-                    away.append((p.exp() * (p - q)).sum().item())
+            for k, level in itertools.product(range(4), range(2)):
+                p, q = (s[level][0, 63 + k].log_softmax(-1) for s in said)
+                own.append(-(1 + 0.75 * k / 3) * p[goal[k, level]].item())
+                away.append((p.exp() * (p - q)).sum().item())
         coarse, fine, when, real = origins.context
         plain = other(coarse, fine, when, tuple(real), 7)[2].item()
     assert shown["loss"] == pytest.approx(2 * np.mean(own), rel=1e-4)
     assert shown["plain"] == pytest.approx(plain, rel=1e-5)
     assert shown["kl"] == pytest.approx(2 * np.mean(away), rel=1e-3)
-    assert loss.item() == pytest.approx(2 * np.mean(own) + 0.3 * 2 * np.mean(away) + 0.5 * plain, rel=1e-4)
+    assert loss.item() == pytest.approx(2 * np.mean(own) + 0.3 * 2 * np.mean(away) + plain, rel=1e-4)
+
+
+def test_the_score_is_that_of_draws(other, batch):
+    """E|X - y| - E|X - X'| / 2 over all pairs of codes, bar by bar; bars that do not count are left out."""
+    loss, shown = rollout.score_loss(other, batch, 5, rollout.Config(score=3.0))
+    coarse, fine, when, *target = batch
+    closes = (other.mean[0] + other.std[0] * other.D1[:, 0]).double().clamp(-20, 20).sinh()
+    apart = (closes[:, None] - closes).abs()
+    each = []
+    with torch.no_grad():
+        logits, _, plain = other(coarse, fine, when, tuple(target), 5)
+        for b, t in (target[0] >= 0).nonzero().tolist():
+            p = logits[b, t].double().softmax(-1)
+            c, f = target[0][b, t], target[1][b, t]
+            z = other.D1[c, 0] + (other.M[c] @ other.g[f])[0]
+            y = (other.mean[0] + other.std[0] * z).double().clamp(-20, 20).sinh()
+            each.append(((p * (closes - y).abs()).sum() - p @ apart @ p / 2).item())
+    assert len(each) == 4 * 64 - 5
+    assert shown["loss"] == pytest.approx(np.mean(each), rel=1e-4) and shown["plain"] == pytest.approx(plain.item())
+    assert loss.item() == pytest.approx(plain.item() + 3 * np.mean(each), rel=1e-5)
 
 
 # ---- the scripts
 
 @pytest.mark.parametrize("name, flags", [
-    ("expo", "--pairs set --noise 0.2"), ("expo", "--pairs drawn --candidates 16"), ("rollout", "--target true --horizons 2,3"),
-    ("rollout", "--target chosen --horizons 2"), ("rollout", "--target score --horizons 2 --candidates 3")])
+    ("expo", "--pairs set --noise 0.2"), ("expo", "--pairs drawn --candidates 16"), ("rollout", "--horizon 2"),
+    ("rollout", "--target true --horizon 3"), ("rollout", "--target chosen --horizon 2")])
 def test_a_stage_writes_a_checkpoint_that_forecasts(checkpoint, tmp_path, call, name, flags):
     before = open(checkpoint, "rb").read()
     status, out, err = call(name, "--ckpt", checkpoint, "--out", tmp_path / "a.pt", *FAST, *flags.split())
@@ -388,7 +361,7 @@ def test_a_stage_writes_a_checkpoint_that_forecasts(checkpoint, tmp_path, call, 
     assert status == 0 and "symbol" in out, err
 
 
-@pytest.mark.parametrize("name, flags, metric", [("expo", "--horizon 2", "log loss"), ("rollout", "--horizons 2", "path CRPS")])
+@pytest.mark.parametrize("name, flags, metric", [("expo", "--horizon 2", "log loss"), ("rollout", "--horizon 2", "path CRPS")])
 def test_ends_with_the_paired_backtest(checkpoint, tmp_path, call, name, flags, metric):
     args = ["--ckpt", checkpoint, "--out", tmp_path / "a.pt", "--steps", 2, "--batch_size", 2, "--paths", 4, *flags.split()]
     status, out, err = call(name, *args)
@@ -423,7 +396,7 @@ def test_the_base_is_kept_unless_an_interval_says_better(checkpoint, tmp_path, c
 
 
 @pytest.mark.parametrize("name, flags", [("expo", "--pairs set"), ("expo", "--pairs drawn --candidates 8"),
-                                         ("rollout", "--horizons 2,4"), ("rollout", "--target score --horizons 2 --candidates 3")])
+                                         ("rollout", "--horizon 4"), ("rollout", "--horizon 4 --target true")])
 def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags):
     args = ["--ckpt", checkpoint, *flags.split(), *"--steps 8 --batch_size 2 --eval_every 8 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
@@ -460,7 +433,7 @@ def test_sigterm_saves_and_exits_143(checkpoint, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["expo", "rollout"])
 def test_bad_steps_and_refusals(checkpoint, tmp_path, call, monkeypatch, name):
-    module = {"expo": expo, "rollout": rollout}[name]
+    module, loss = {"expo": (expo, "loss_of"), "rollout": (rollout, "score_loss")}[name]
     out = tmp_path / "a.pt"
     assert "--ckpt is missing" in complaint(call(name))
     assert call(name, "--ckpt", checkpoint, "--out", out, *FAST)[0] == 0
@@ -470,8 +443,8 @@ def test_bad_steps_and_refusals(checkpoint, tmp_path, call, monkeypatch, name):
     entry = torch.load(out, weights_only=True)
     torch.save(entry | dict(step=2, data=entry["data"] | dict(reference="another")), tmp_path / "c.pt")
     assert "another --ckpt" in complaint(call(name, "--out", tmp_path / "c.pt", "--resume"))
-    real = module.loss_of
-    monkeypatch.setattr(module, "loss_of", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    real = getattr(module, loss)
+    monkeypatch.setattr(module, loss, lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     result = call(name, "--ckpt", checkpoint, "--out", tmp_path / "b.pt", *FAST, "--steps", 30, "--save_every", 1)
     assert "10 steps in a row" in complaint(result) and result[1].count("step skipped") == 10
     kept = read_checkpoint(str(tmp_path / "b.pt"))["model"]
@@ -482,8 +455,8 @@ def test_bad_steps_and_refusals(checkpoint, tmp_path, call, monkeypatch, name):
     ("expo", "--pairs", "best", "--pairs best"), ("expo", "--lam", 1.5, "--lam 1.5"), ("expo", "--candidates", 0, "--candidates 0"),
     ("expo", "--steps", 0, "--steps 0"), ("expo", "--ckpt", "none.pt", "no such file"),
     ("expo", "--block_size", 100000, "--block_size"), ("expo", "--dtype", "int8", "--dtype int8"),
-    ("rollout", "--target", "luck", "--target luck"), ("rollout", "--horizons", "10,3", "--horizons 10,3"),
-    ("rollout", "--horizons", "0", "--horizons 0"), ("rollout", "--kl", -1, "--kl -1"),
+    ("rollout", "--target", "luck", "--target luck"), ("rollout", "--horizon", 0, "--horizon 0"),
+    ("rollout", "--kl", -1, "--kl -1"),
     ("rollout", "--temperature", 0, "--temperature 0"), ("rollout", "--out", "no/such/a.pt", "folder"),
     ("rollout", "--paths", 1, "--paths 1")])
 def test_bad_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, name, flag, value, why):
