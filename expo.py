@@ -283,7 +283,7 @@ def main():
             logloss, da, up_share = (float(now[m][0]) for m in ("logloss", "da", "up_share"))
             if fair and gain["hi"] is not None and gain["hi"] < 0:
                 run.keep_if_best(model, logloss)
-            mean = {k: float(np.nanmean([s[k] for s in seen])) for k in shown}
+            mean = {k: float(np.mean([s[k] for s in seen if math.isfinite(s[k])] or [math.nan])) for k in shown}
             run.metrics.append(dict(stage="expo", step=run.step, train=mean["loss"], kl=mean["kl"], ref_odds=mean["odds"],
                                     grad_norm=norm_now, val_logloss=logloss, gain=gain, da=da, up_share=up_share,
                                     mae_ratio=mae, crps_ratio=crps))

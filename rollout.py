@@ -13,7 +13,7 @@ most of its gradient on other bits of the token. The targets:
              follow the model's own bars. So here the model walks on from the end of a window: at each step K candidates,
              and the one whose return is nearest to that of the true bar goes on. It enters the context alone, the
              targets are the true tokens (Ross, Gordon and Bagnell, arXiv 1011.0686: learn under the own states from
-             the expert's actions).  loss = mean_k w_k CE(true bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
+             the expert's actions).  loss = walk mean_k w_k CE(true bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
     chosen   the same walk, whose own tokens are the targets
 
 The truth only picks which of the model's own candidates becomes the next bar of the context; no true value enters it, and
@@ -47,12 +47,13 @@ class Config:
     horizon: int = 10                 # bars of a path on val and test; a walk has 3, 6, then all of them
     candidates: int = 8               # K: candidates at each step of a walk
     temperature: float = 1.5          # of the candidates
+    walk: float = 1.0                 # weight of the loss on a walk
     kl: float = 0.05                  # weight of KL(pi || base) along a walk, nats per bar
     steps: int = 150                  # updates
     batch_size: int = 16              # windows per update
     block_size: int = 0               # real bars before a walk; 0: as the checkpoint was trained
-    lr: float = 6e-3                  # peak learning rate of Muon (matrices of the layers)
-    adam_lr: float = 1e-3             # peak learning rate of AdamW (all else)
+    lr: float = 0.02                  # peak learning rate of Muon (matrices of the layers)
+    adam_lr: float = 3e-3             # peak learning rate of AdamW (all else)
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm
@@ -78,8 +79,8 @@ ORIGINS = 1000       # of paths on test, about
 
 def check(config):
     positive = ("horizon", "candidates", "temperature", "steps", "batch_size", "lr", "adam_lr", "clip", "paths", "save_every")
-    data.check_numbers(config, positive, ("score", "kl", "block_size", "warmup", "weight_decay", "shift_weeks", "eval_every",
-                                          "seed"))
+    data.check_numbers(config, positive, ("score", "walk", "kl", "block_size", "warmup", "weight_decay", "shift_weeks",
+                                          "eval_every", "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     if config.target not in ("score", "true", "chosen"):
@@ -187,7 +188,7 @@ def walk_loss(model, base, origins, walk, target, phase, config):
         base_coarse = base.coarse_logits(h_base).float().log_softmax(-1)
         base_fine = base.fine_logits(h_base, target[..., 0]).float().log_softmax(-1)
     away = (kl(log_coarse, base_coarse) + kl(log_fine, base_fine)).mean()
-    return own + config.kl * away + plain, dict(loss=own.item(), plain=plain.item(), kl=away.item())
+    return config.walk * own + config.kl * away + plain, dict(loss=own.item(), plain=plain.item(), kl=away.item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def main():
             path_crps, inside = (float(backtest.at_step(now, m, None)[0]) for m in ("path_crps", "path_coverage90"))
             if ratio["hi"] is not None and ratio["hi"] < 1:
                 run.keep_if_best(model, path_crps)
-            mean = {k: float(np.mean([s[k] for s in seen])) for k in shown}
+            mean = {k: float(np.mean([s[k] for s in seen if math.isfinite(s[k])] or [math.nan])) for k in shown}
             run.metrics.append(dict(stage="rollout", step=run.step, train=mean["loss"], plain=mean["plain"],
                                     kl=mean["kl"], grad_norm=norm_now, path_crps=path_crps, path_crps_ratio=ratio,
                                     path_coverage90=inside))

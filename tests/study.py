@@ -394,18 +394,18 @@ def plot_codes(path, curves, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # Later stages: what each, in each of its forms and orders, is worth beside as many plain next-token updates
 
-PLAIN = ["--walk=0", "--kl=0", "--horizons=1"]  # of rollout.py: only its next-token loss on the real bars is left
+PLAIN = ["--target=score", "--score=0"]  # of rollout.py: next-token training is left
 ARMS = {    # name: (script, the arm it starts from, flags)
     "plain updates": ("rollout", "base", PLAIN),
     "expo, set": ("expo", "base", []),
     "expo, set, lam 0.6": ("expo", "base", ["--lam=0.6"]),
     "expo, drawn": ("expo", "base", ["--pairs=drawn"]),
+    "rollout, score": ("rollout", "base", []),
     "rollout, true": ("rollout", "base", ["--target=true"]),
     "rollout, chosen": ("rollout", "base", ["--target=chosen"]),
     "rollout, one candidate": ("rollout", "base", ["--target=chosen", "--candidates=1", "--temperature=1"]),
-    "rollout, score": ("rollout", "base", ["--target=score"]),
     "expo, then rollout": ("rollout", "expo, set", []),
-    "rollout, then expo": ("expo", "rollout, true", []),
+    "rollout, then expo": ("expo", "rollout, score", []),
 }
 HORIZON = 10
 
