@@ -4,8 +4,8 @@
     python rollout.py --ckpt out.pt --target true --out rollout.pt      # walks, with the truth as their guide
     python rollout.py --ckpt out.pt --out rollout.pt --resume           # go on after a kill, to the same weights bit for bit
 
-A path forecast adds up what the model expects of bar after bar: a small drift in much noise. Next-token training spends
-most of its gradient on other bits of the token. The targets:
+A path forecast adds up what the model expects of bar after bar: a small drift in much noise. Next-token training weighs
+every code alike, however near it is to what came. The targets:
 
     score    loss = score CRPS(close) + pretraining's loss, of the real bars. The CRPS of the next close in units of s_t, a
              proper score (Gneiting and Raftery, JASA 2007), is exact from P(coarse): nothing is drawn
@@ -17,8 +17,8 @@ most of its gradient on other bits of the token. The targets:
     chosen   the same walk, whose own tokens are the targets
 
 The truth only picks which of the model's own candidates becomes the next bar of the context; no true value enters it, and
-a forecast needs no guide. Kept are the weights with the best path CRPS on val, if it is surely (95 %) better than the
-base's; else the base.
+a forecast needs no guide. On a mean-reverting market both walks made the paths worse (`tests/study.py stages`). Kept are
+the weights with the best path CRPS on val, if it is surely (95 %) better than the base's; else the base.
 """
 import math
 import time
@@ -32,7 +32,7 @@ import data
 from data import UserError
 from expo import begin
 from model import kl, load_checkpoint, mean_nats, norm, save_checkpoint
-from pretrain import (Clock, Optimizer, Run, candle_values, crps, load_optimizer, precision, rate, resumed, stop_here)
+from pretrain import Clock, Optimizer, Run, candle_values, crps, load_optimizer, precision, rate, resumed, stop_here
 
 
 @dataclass

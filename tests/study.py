@@ -5,7 +5,7 @@
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
-    python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
+    python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
 one thread. Those of `model` end with their processor time, which does not depend on what else the machine does.
