@@ -7,13 +7,15 @@
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
-    python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
+    python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
 one thread. Those of `model` end with their processor time, which does not depend on what else the machine does.
 """
 
 import argparse
+import copy
+import functools
 import json
 import math
 import os
@@ -29,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+import backtest
 import data
 from model import Model, load_checkpoint, save_checkpoint
 from tokenizer import TokenizerConfig, report, train_tokenizer
@@ -231,7 +234,6 @@ def tokenizer_study(argv):
     parser.add_argument("--signs", action="store_true", help="also the published form alone, at every size")
     parser.add_argument("--plot", help="write a picture of direction accuracy over codes in use")
     args = parser.parse_args(argv)
-    import backtest
     if (args.data is None) == (args.market is None):
         parser.error("give --data or --market")
     os.makedirs(args.out, exist_ok=True)
@@ -420,126 +422,177 @@ def plot_codes(path, curves, steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Post-training: what each stage, each form of it, and their order are worth, beside as many plain next-token updates
+# Later stages: what each, in each of its forms and orders, is worth beside as many plain next-token updates
 
+PLAIN = ["--target=score", "--score=0"]  # of rollout.py: next-token training is left
 ARMS = {    # name: (script, the arm it starts from, flags)
+    "plain updates": ("rollout", "base", PLAIN),
     "expo, set": ("expo", "base", []),
-    "expo, matched": ("expo", "base", ["--pairs=matched"]),
-    "expo, extreme": ("expo", "base", ["--pairs=extreme"]),
-    "plain updates, as expo": ("expo", "base", ["--pairs=plain"]),
-    "rollout, oracle": ("rollout", "base", []),
-    "rollout, oracle, one bar": ("rollout", "base", ["--horizons=1"]),
-    "rollout, expert": ("rollout", "base", ["--mode=expert"]),
-    "rollout, random": ("rollout", "base", ["--mode=random"]),
-    "plain updates, as rollout": ("rollout", "base", ["--mode=plain"]),
+    "expo, set, lam 0.6": ("expo", "base", ["--lam=0.6"]),
+    "expo, drawn": ("expo", "base", ["--pairs=drawn"]),
+    "rollout, score": ("rollout", "base", []),
+    "rollout, true": ("rollout", "base", ["--target=true"]),
+    "rollout, chosen": ("rollout", "base", ["--target=chosen"]),
+    "rollout, one candidate": ("rollout", "base", ["--target=chosen", "--candidates=1", "--temperature=1"]),
     "expo, then rollout": ("rollout", "expo, set", []),
-    "rollout, then expo": ("expo", "rollout, oracle", []),
+    "rollout, then expo": ("expo", "rollout, score", []),
 }
 HORIZON = 10
 
 
 def stages_study(argv):
-    """Each arm from several seeds, paired with its base on the test bars; means over the seeds. Stop and start at will, as above."""
+    """Each arm from several seeds, paired with its base on the test bars; means over the seeds.
+
+    On bars that are given, or on a planted market, where the best forecast is known: there the figure is the share of the
+    room that the base left, in path CRPS (reverting) or in the log loss of P(up) (edge).
+    """
     parser = argparse.ArgumentParser(prog="study.py stages")
-    parser.add_argument("--data", nargs="+", help="none: the synthetic market")
-    parser.add_argument("--out", default="study_stages", help="folder of checkpoints and scores; what is there is not made again")
+    parser.add_argument("--data", nargs="+", help="files or folders of bars")
+    parser.add_argument("--market", choices=("edge", "reverting"), help="a planted market, in place of --data")
+    parser.add_argument("--half_life", type=int, default=8, help="of the reverting market, in bars")
+    parser.add_argument("--bars", type=int, default=40_000, help="of each of the planted market's 4 symbols")
+    parser.add_argument("--out", default="study_stages", help="folder of checkpoints, scores; what is there is not made again")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=0, help="of the base model's pretraining; 0: pretrain.py's default")
-    parser.add_argument("--tok_steps", type=int, default=1000)
-    parser.add_argument("--stage_steps", type=int, default=150, help="of each later stage")
-    parser.add_argument("--seeds_apart", action="store_true", help="show each seed's value too")
-    parser.add_argument("--bars", type=int, default=24_000, help="test bars, about")
-    parser.add_argument("--origins", type=int, default=800)
-    parser.add_argument("--paths", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100, help="of the base model")
+    parser.add_argument("--tok_steps", type=int, default=600)
+    parser.add_argument("--stage_steps", type=int, default=100, help="of each later stage")
+    parser.add_argument("--test_bars", type=int, default=24_000, help="about")
+    parser.add_argument("--origins", type=int, default=1000)
+    parser.add_argument("--paths", type=int, default=32)
     args = parser.parse_args(argv)
-    import backtest
-    import sample
-    from model import load_checkpoint
-    data_flags = ["--data", *args.data] if args.data else []
-    dates = [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
+    if (args.data is None) == (args.market is None):
+        parser.error("give --data or --market")
     os.makedirs(args.out, exist_ok=True)
-    file = lambda arm, seed, end=".pt": os.path.join(args.out, arm.replace(", ", "-").replace(" ", "-") + f"_{seed}{end}")
-    t, spent = None, {}
+    if args.market:
+        args.data = [os.path.join(args.out, "market")]
+        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
+            market = data.synthetic(n_symbols=4, n_bars=args.bars, kind=args.market, half_life=args.half_life)[0]
+            data.write_folder(market, args.data[0])
+    scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
-            path, log = file(arm, seed), file(arm, seed, ".txt")
-            script, start, flags = ARMS.get(arm, ("pretrain", None, []))
-            if start:
-                tuning = [f"--steps={args.stage_steps}", f"--eval_every={max(1, args.stage_steps // 3)}", "--no-backtest"]
-                flags = [*tuning, *flags, "--ckpt", file(start, seed), *data_flags]
-            else:
-                flags = [*dates, f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, *data_flags]
-                flags += ["--tokenizer", file("base", 0)] * bool(seed)  # one for all seeds: scores differ by the model alone
-            if not os.path.exists(file(arm, seed, ".done")):
-                if script == "pretrain" and not args.data and seed:
-                    raise SystemExit("the synthetic market's seed is the run's: write it by data.py --synthetic and give it as --data")
-                with open(log, "a") as out:
-                    began = time.time()
-                    command = [sys.executable, os.path.join(ROOT, script + ".py"), "--out", path]
-                    subprocess.run(command + (["--resume"] if os.path.exists(path) else [*flags, f"--seed={seed}"]), check=True, stdout=out, stderr=out)
-                with open(file(arm, seed, ".done"), "w") as out:
-                    out.write(f"{time.time() - began:.0f}")
-            spent.setdefault(arm, []).append(float(open(file(arm, seed, ".done")).read()))
-            if t is None:
-                _, _, meta = load_checkpoint(path)
-                series = sample.load_series(args.data, meta)
-                t = backtest.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.bars)
-                still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-                still = backtest.bootstrap(backtest.block_sums(still, t), t)
-            if not os.path.exists(file(arm, seed, ".scores.pt")):
-                # the last weights, before the choice on val: where nothing is better that takes the base, and would show a 1 for all arms
-                model, tokenizer, _ = load_checkpoint(path, weights="best" if arm == "base" else "last")
-                drawn = backtest.drawn_scores(model, tokenizer, t, args.paths)
-                data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, file(arm, seed, ".scores.pt"))
+            path = stage_arm(args, arm, seed)
+            if test is None:
+                test = StageTest(args, load_checkpoint(path)[2])
+            # the last weights, before the choice on val: where nothing is better that takes the base, and all arms look alike
+            scores[arm, seed] = test.scores(path, "best" if arm == "base" else "last")
+            kept[arm] = kept.get(arm, 0) + math.isfinite(load_checkpoint(path)[2]["best_val"])
             print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
-    print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; paths of {HORIZON} bars from {len(t.path_r):,} origins, "
-          f"{t.blocks_of('path')} blocks; {args.seeds} seeds")
-    kept = {arm: sum(math.isfinite(load_checkpoint(file(arm, seed))[2]["best_val"]) for seed in range(args.seeds)) for arm in args.arms}
-    load = lambda arm, seed: {k: tuple(a.numpy() for a in v) for k, v in data.load_safe(file(arm, seed, ".scores.pt")).items()}
-    scores = {arm: [load(arm, seed) for seed in range(args.seeds)] for arm in ("base", *args.arms)}
+        if args.market == "reverting":
+            scores["best", seed] = test.scores(arm_file(args, "base", seed), "best", shifted=True)
+    print_stages(args, scores, test.t, kept)
 
-    def mean(arm, metric, step, other):
-        """Mean over seeds of the arm beside `other` (its base, seed by seed, or one forecaster for all), and the seeds apart."""
-        each = []
-        for seed, drawn in enumerate(scores[arm]):
-            (v, r), (w, s) = backtest.at_step(drawn, metric, step), backtest.at_step(other[seed], metric, step) if other else (0.0, 0.0)
-            each.append((v / w, r / s) if other and metric in backtest.RATIOS else (v - w, r - s))
-        n = t.blocks_of(metric)
-        return backtest.scored(sum(v for v, _ in each) / len(each), sum(r for _, r in each) / len(each), n), [v for v, _ in each]
 
-    def cell(arm, metric, step, scale, digits, other):
-        """The base's own score; of an arm its difference to the base or, of errors, its change in %. other: base or still."""
-        if arm == "base" and other == "base":
-            return f"{mean(arm, metric, step, None)[0]['value'] * scale:.{digits}f}"
-        score, each = mean(arm, metric, step, scores["base"] if other == "base" else [still] * args.seeds)
-        change = (lambda v: 100 * (v - 1)) if metric in backtest.RATIOS else (lambda v: v * scale)
-        digits = 2 if metric in backtest.RATIOS else digits
-        each = sorted(map(change, each))
-        text = backtest.show({k: v if v is None else change(v) for k, v in score.items()}, 1, digits, "+")
-        if args.seeds_apart:
-            return text + f" ({', '.join(f'{v:+.{digits}f}' for v in each)})"
-        return text if score["lo"] is not None else text + f" ({each[0]:+.{digits}f} to {each[-1]:+.{digits}f})"
+def arm_file(args, arm, seed, end=".pt"):
+    return os.path.join(args.out, f"{arm.replace(', ', '-').replace(' ', '-')}_{seed}{end}")
 
-    def table(title, columns, first=()):
-        print(f"\n{title}\n\n| | " + " | ".join([*(label for label, _ in first), *(label for _, _, label, *_ in columns)]) + " |")
-        print("| --- |" + " --- |" * (len(first) + len(columns)))
-        for arm in ("base", *args.arms):
-            cells = [str(told.get(arm, "")) for _, told in first]
-            cells += [cell(arm, metric, step, *how) for metric, step, _, *how in columns]
-            print(f"| {arm} | " + " | ".join(cells) + " |")
 
-    seconds = {arm: f"{max(s):.0f}" for arm, s in spent.items()}
-    table("Next bar: the base's score, and of each arm the difference to its own base, of MAE and CRPS the change in %",
-          [("da", None, "right calls, %", 100, 2, "base"), ("up_share", None, "called up, %", 100, 1, "base"),
-           ("logloss", None, "log loss x 1000", 1000, 2, "base"), ("ece", None, "calibration, %", 100, 2, "base"),
-           ("mae", None, "MAE", 1, 4, "base"), ("crps", None, "CRPS", 1, 4, "base")], [("kept", kept), ("s", seconds)])
-    table(f"Paths: means over {HORIZON} bars, changes in %",
-          [("path_mape", None, "MAPE, %", 1, 4, "base"), ("path_mape", None, "MAPE, to persistence", 1, 4, "still"),
-           ("path_crps", None, "CRPS", 1, 4, "base"), ("path_coverage90", None, "in 90 % band, %", 100, 1, "base")])
-    table("Paths: MAPE bar by bar, changes in %", [("path_mape", k - 1, f"bar {k}", 1, 4, "base") for k in (1, 3, 5, 10)])
+def stage_arm(args, arm, seed):
+    """Trains an arm, if that is not done: its checkpoint."""
+    path, done = arm_file(args, arm, seed), arm_file(args, arm, seed, ".done")
+    if os.path.exists(done):
+        return path
+    if arm == "base":
+        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--batch_size=16",
+                                     "--block_size=256"]
+        flags += [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
+        flags += ["--tokenizer", arm_file(args, "base", 0)] * bool(seed)  # one for all seeds: scores differ by the model
+    else:
+        script, start, flags = ARMS[arm]
+        flags = [f"--steps={args.stage_steps}", f"--eval_every={args.stage_steps}", "--no-backtest", *flags,
+                 "--ckpt", arm_file(args, start, seed)]
+    flags = ["--resume"] if os.path.exists(path) else [*flags, f"--seed={seed}", "--data", *args.data]
+    with open(arm_file(args, arm, seed, ".txt"), "a") as log:
+        subprocess.run([sys.executable, os.path.join(ROOT, script + ".py"), "--out", path, *flags], check=True, stdout=log,
+                       stderr=log)
+    open(done, "w").close()
+    return path
+
+
+class StageTest:
+    """The test bars t and, on the reverting market, the true expected log returns since each origin, [n, HORIZON]."""
+
+    def __init__(self, args, meta):
+        self.args = args
+        self.t = backtest.some_targets(data.load(args.data), "test", meta["splits"], HORIZON, args.origins, 0, args.test_bars)
+        if args.market == "reverting":
+            true = [data.reverting_path(bars, HORIZON, args.half_life)[o] for bars, o in zip(self.t.series, self.t.origins)]
+            self.true = np.concatenate(true)
+
+    def scores(self, path, weights, shifted=False):
+        """drawn_scores, kept in a file. shifted: the model's paths moved so that their means are the true ones."""
+        kept = path.removesuffix(".pt") + ("-shifted" if shifted else "") + ".scores.pt"
+        if not os.path.exists(kept):
+            model, tokenizer, _ = load_checkpoint(path, weights=weights)
+            judge = backtest.from_paths
+            if self.args.market == "reverting":
+                backtest.from_paths = functools.partial(self.judge_twice, judge, shifted)
+            try:
+                drawn = backtest.drawn_scores(model, tokenizer, self.t, self.args.paths)
+            finally:
+                backtest.from_paths = judge
+            data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
+        return {k: (v.numpy(), r.numpy()) for k, (v, r) in data.load_safe(kept).items()}
+
+    def judge_twice(self, judge, shifted, moves, t, rows):
+        """backtest.from_paths, with the CRPS also of the outcome's mirror image about the true mean.
+
+        In this market it is equally likely, and the mean of both varies far less.
+        """
+        if shifted:
+            moves = moves + (np.diff(self.true[rows], prepend=0.0) - moves.mean(1))[:, None]
+        mirrored = copy.copy(t)
+        mirrored.path_r = 2 * self.true - t.path_r
+        came, image = judge(moves, t, rows), judge(moves, mirrored, rows)
+        return came | dict(path_crps=(came["path_crps"] + image["path_crps"]) / 2)
+
+
+def print_stages(args, scores, t, kept):
+    """A row for each arm: its scores less those of its base or, of errors, their change in %."""
+    print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; "
+          f"{len(t.path_r):,} origins, {t.blocks_of('path')} blocks; {args.seeds} seeds; best weights kept of `kept`")
+
+    def over_seeds(metric, of_seed, scale, digits):
+        """The mean over seeds of of_seed(seed) -> (value, replicates), as text."""
+        values, replicates = zip(*(of_seed(seed) for seed in range(args.seeds)))
+        return backtest.show(backtest.scored(sum(values) / args.seeds, sum(replicates) / args.seeds, t.blocks_of(metric)),
+                             scale, digits, "+")
+
+    def change(arm, metric, seed):
+        (a, a_drawn), (b, b_drawn) = (backtest.at_step(scores[name, seed], metric, None) for name in (arm, "base"))
+        if metric in backtest.RATIOS:
+            return a / b - 1, a_drawn / b_drawn - 1
+        return a - b, a_drawn - b_drawn
+
+    def share(arm, metric, seed):
+        """Of the room between the base and the best."""
+        (a, a_drawn), (b, b_drawn) = (backtest.at_step(scores[name, seed], metric, None) for name in (arm, "base"))
+        if args.market == "edge":
+            p = data.best_accuracy()
+            best = best_drawn = -p * math.log(p) - (1 - p) * math.log(1 - p)
+        else:
+            best, best_drawn = backtest.at_step(scores["best", seed], metric, None)
+        return (b - a) / (b - best), (b_drawn - a_drawn) / (b_drawn - best_drawn)
+
+    columns = [("da", "right calls, points", 100, 2), ("logloss", "log loss x 1000", 1000, 2), ("ece", "calibration, points", 100, 2),
+               ("crps", "CRPS, %", 100, 2), ("path_mape", "path MAPE, %", 100, 2), ("path_crps", "path CRPS, %", 100, 2),
+               ("path_coverage90", "in 90 % band, points", 100, 1)]
+    room = {"edge": "logloss", "reverting": "path_crps"}.get(args.market)
+    heads = ["", "kept", *(label for _, label, *_ in columns)] + ["share of the room, %"] * bool(room)
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for arm in args.arms:
+        cells = [arm, str(kept[arm])]
+        for metric, _, scale, digits in columns:
+            cells.append(over_seeds(metric, lambda seed: change(arm, metric, seed), scale, digits))
+        if room:
+            cells.append(over_seeds(room, lambda seed: share(arm, room, seed), 100, 1))
+        print("| " + " | ".join(cells) + " |", flush=True)
+    for metric, label, scale, digits in columns:
+        each = [float(backtest.at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
+        print(f"base, {label.split(',')[0]}: " + ", ".join(f"{v:.{digits + 1}f}" for v in each))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,14 +608,13 @@ def null_study(argv):
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150, help="of the model; expo.py takes 2 for each 5 of them")
     args = parser.parse_args(argv)
-    import backtest
     os.makedirs(args.out, exist_ok=True)
     held, harmed = {"pretrain": 0, "expo": 0}, 0
     for seed in range(args.seeds):
         market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
         if not os.path.exists(os.path.join(market, "symbols.json")):
             data.write_folder(data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=8000)[0], market)
-        sizes = ["--tok_steps=200", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64", "--lr=3e-3"]
+        sizes = ["--tok_steps=200", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64"]
         for script, path, flags in (("pretrain.py", base, ["--data", market, f"--steps={args.steps}", *sizes]),
                                     ("expo.py", tuned, ["--ckpt", base, f"--steps={args.steps * 2 // 5}", "--no-backtest"])):
             if not os.path.exists(path):
