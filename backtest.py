@@ -32,14 +32,14 @@ import data
 from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
-    WARN, Origin, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
+    WARN, Origin, base_weights, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
     usual_sigma)
 from tokenizer import code_use
 
 
 @dataclass
 class Config:
-    ckpt: list[str] | None = None      # one or more checkpoints
+    ckpt: list[str] | None = None      # one or more checkpoints; none: the weights that come along, assets/base.pt
     data: list[str] | None = None      # bars; none: those that the first checkpoint was trained on
     symbols: list[str] | None = None   # only these
     split: str = "test"                # targets in test or val, by the checkpoints' dates
@@ -1043,7 +1043,8 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
         groups.append(dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask)))
     return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
                 checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
-                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading, drawn=drawn)
+                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading,
+                drawn=drawn, targets=t)
 
 
 def warn_of_few_blocks(t):
@@ -1266,8 +1267,7 @@ def best_rival(baselines, metric):
 
 def main(argv=None):
     config = Config(**data.cli(Config, __doc__, argv))
-    if not config.ckpt:
-        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
+    config.ckpt = config.ckpt or [base_weights(config.data)]
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if not math.isfinite(config.cost_bps):

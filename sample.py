@@ -1,5 +1,6 @@
 """What a checkpoint can show: forecasts, their report and pictures.
 
+    python sample.py --data bars.csv                                # with the weights that come along, assets/base.pt
     python sample.py --ckpt out.pt                                  # a table: one row a symbol, ten bars ahead
     python sample.py --ckpt out.pt --data other.csv --symbols AAPL MSFT --horizon 20 --paths 1000 --out forecast.csv
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
@@ -31,7 +32,7 @@ from model import load_checkpoint
 
 @dataclass
 class Config:
-    ckpt: str | None = None            # checkpoint to forecast from
+    ckpt: str | None = None            # checkpoint to forecast from; none: the weights that come along
     data: list[str] | None = None      # bars to forecast; none: those that the checkpoint was trained on
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
@@ -518,8 +519,7 @@ def plot_loss(path, metrics):
 def check(config):
     if config.backtest:
         raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
-    if not config.ckpt:
-        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
+    config.ckpt = config.ckpt or base_weights(config.data)
     for strike in config.strike or ():
         try:
             valid = 0 < float(strike.removesuffix("x")) < math.inf
@@ -541,6 +541,16 @@ def check(config):
         data.check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
         if os.path.exists(path) and not config.overwrite:
             raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
+
+
+def base_weights(sources):
+    """The path of the weights that come along; they need bars of the user's own."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
+    if not os.path.exists(path):
+        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
+    if not sources:
+        raise UserError("--data is missing: name the bars, which the weights that come along have not seen")
+    return path
 
 
 def load_series(sources, meta, symbols=None):

@@ -6,6 +6,7 @@
     python tests/study.py null                          # how often an interval of right calls misses one half
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
+    python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
     python tests/study.py stages --data bars.csv.gz     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
@@ -624,6 +625,29 @@ def leak_study(argv):
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights that come along, on bars that they have not seen
 
+HEADS = ("close", "range", "volume", "close, bar 10", "close to FHS")
+
+
+def print_to_opponents(label, ckpt, result):
+    """A row of a checkpoint's CRPS as ratios to HAR's, and to that of FHS."""
+    import backtest
+    drawn, t = result["drawn"], result["targets"]
+    row = f"{label[:26]:27}{os.path.basename(ckpt).removesuffix('.pt')[:16]:17}"
+    for metric, rival in (("crps", "har"), ("range_crps", "har"), ("volume_crps", "har"), ("path_crps", "har"), ("crps", "fhs")):
+        if metric not in drawn[rival] or metric not in drawn[ckpt]:
+            row += f"{'.':>24}"
+            continue
+        a, b = (backtest.at_step(drawn[who], metric, -1) for who in (ckpt, rival))
+        row += f"{backtest.show(backtest.versus(a, b, t.blocks_of(metric), as_ratio=True), 1, 4):>24}"
+    inside = next(entry for entry in result["checkpoints"] if entry["ckpt"] == ckpt)["coverage90"]["value"]
+    print(row + f"{inside:>11.1%}", flush=True)
+
+
+def print_heads():
+    print("CRPS to HAR, of the close also to FHS; 95 % intervals")
+    print(f"{'':44}" + "".join(f"{head:>24}" for head in HEADS) + f"{'90 % band':>11}")
+
+
 def base_study(argv):
     """One row a file: CRPS of checkpoints on its last bars beside HAR and FHS, which are fitted on the bars before."""
     parser = argparse.ArgumentParser(prog="study.py base")
@@ -636,8 +660,7 @@ def base_study(argv):
     parser.add_argument("--paths", type=int, default=64)
     args = parser.parse_args(argv)
     import backtest
-    heads = "".join(f"{head:>24}" for head in ("close", "range", "volume", "close, bar 10", "close to FHS"))
-    print(f"CRPS to HAR (close also to FHS), 95 % intervals\n{'':44}{heads}{'90 % band':>12}")
+    print_heads()
     for path in args.data:
         series = sorted(data.load(path), key=lambda bars: bars.symbol)
         series = [bars[-args.bars:] for bars in series if len(bars) >= 500]
@@ -650,21 +673,45 @@ def base_study(argv):
         start = np.datetime64(int(stamps[int((1 - args.share) * len(stamps))]), "s")
         stride = max(1, int(args.share * len(stamps)) // args.origins)
         result = backtest.evaluate(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
-        drawn, t = result["drawn"], result["targets"]
-        for entry in result["checkpoints"]:
-            name = entry["ckpt"]
-            row = f"{os.path.basename(path)[:24]:25}{os.path.basename(name)[:18]:19}"
-            for metric, rival in (("crps", "har"), ("range_crps", "har"), ("volume_crps", "har"), ("path_crps", "har"), ("crps", "fhs")):
-                if metric not in drawn[rival] or metric not in drawn[name]:
-                    row += f"{'.':>24}"
-                    continue
-                a, b = (backtest.at_step(drawn[who], metric, -1) for who in (name, rival))
-                row += f"{backtest.show(backtest.versus(a, b, t.blocks_of(metric), as_ratio=True), 1, 4):>24}"
-            print(row + f"{entry['coverage90']['value']:>12.1%}", flush=True)
+        for ckpt in args.ckpt:
+            print_to_opponents(os.path.basename(path), ckpt, result)
+
+
+def few_study(argv):
+    """One row a file: its middle symbol's last bars, alone; from scratch with all defaults, and as other flags have it."""
+    parser = argparse.ArgumentParser(prog="study.py few")
+    parser.add_argument("--data", nargs="+", required=True, help="CSV files")
+    parser.add_argument("--out", default="study_few", help="folder of bars and checkpoints; what is there is not made again")
+    parser.add_argument("--bars", type=int, default=4000)
+    parser.add_argument("--base", help="also fine-tune these weights, and score them as they are")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    import backtest
+    os.makedirs(args.out, exist_ok=True)
+    print_heads()
+    for path in args.data:
+        stem = os.path.join(args.out, os.path.basename(path).partition(".")[0])
+        if not os.path.exists(os.path.join(stem, "symbols.json")):
+            series = sorted(data.load(path), key=lambda bars: bars.symbol)
+            long = [bars for bars in series if len(bars) >= min(2000, max(map(len, series)))]
+            data.write_folder([long[len(long) // 2][-args.bars:]], stem)
+        arms = {"scratch": []} | ({"tuned": ["--init_from", args.base, "--overlap"]} if args.base else {})
+        ckpts = []
+        for arm, flags in arms.items():
+            ckpts.append(f"{stem}-{arm}-{args.seed}.pt")
+            if not os.path.exists(ckpts[-1]):
+                command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", stem, "--out", ckpts[-1], f"--seed={args.seed}"]
+                subprocess.run(command + flags, check=True, stdout=subprocess.DEVNULL)
+        series = data.load(stem)
+        start = data.iso(data.split_borders(series)[1])
+        ckpts += [args.base] * bool(args.base)
+        result = backtest.evaluate(ckpts, series, start=start, horizon=10, paths=100, stride=4)
+        for ckpt in ckpts:
+            print_to_opponents(f"{os.path.basename(stem)}, {len(series[0]):,}", ckpt, result)
 
 
 SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
-            "leak": leak_study, "base": base_study}
+            "leak": leak_study, "base": base_study, "few": few_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
