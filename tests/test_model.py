@@ -755,6 +755,7 @@ BROKEN = {
     "weight is NaN": lambda path: damage(path, lambda e: e["best"]["calendar.weight"].fill_(math.nan)),
     "a last weight is infinite": lambda path: damage(path, lambda e: e["model"]["calendar.weight"].fill_(math.inf)),
     "one number claims to be many": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": torch.ones(()).expand(165, 32)})),
+    "a last weight of another shape": lambda path: damage(path, lambda e: e["model"].update({"calendar.weight": torch.ones(2, 2)})),
     "mask of numbers": lambda path: damage(path, lambda e: e["model"].update(up_mask=e["model"]["up_mask"].float())),
     "a code turned upside down": lambda path: damage(path, lambda e: e["model"]["up_mask"].logical_not_()),
     "candles of another tokenizer": lambda path: damage(path, lambda e: e["model"]["D1"].add_(1)),
