@@ -46,7 +46,7 @@ import zipfile
 import zlib
 import zoneinfo
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
 _script = getattr(sys.modules["__main__"], "__file__", None) or ""
@@ -252,33 +252,34 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     if not np.isfinite(x).all():
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
-    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch).copy())
+    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch))
+    close, total, weight = st.close, np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
+    s_low, s_high = np.fmax(st.origin_s / 8, S_FLOOR), np.fmin(st.origin_s * 8, np.inf)  # fmin, fmax: NaN does not bind
+    d_low, d_high = np.fmax(st.origin_d / 8, D_FLOOR), np.fmin(st.origin_d * 8, np.inf)
+    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))  # moves to close, open, high, low
+    most = np.array([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0]).reshape(least.shape)
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
+    y[:, 3] *= -1.0
     out = np.empty((n, 6) + batch)
+    add, add_weight = np.ones((2, 4) + batch)
     for t in range(n):
-        close, open_, upper, lower, volume, vwap = y[t]
-        s, m, d, g = st.scales()
-        c = _clip(st.close * np.exp(_clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        o = _clip(st.close * np.exp(_clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        h = np.maximum(o, c) * np.exp(_clip(upper * s, 0.0, MAX_MOVE))
-        l = np.minimum(o, c) * np.exp(-_clip(lower * s, 0.0, MAX_MOVE))
-        fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
-        has_v = ((volume != 0) & ((st.m_w > 0) | fresh)).astype(np.float64)
-        has_a = ((vwap != 0) & ((st.g_w > 0) | fresh)).astype(np.float64) * has_v
-        log_v = _clip(m + volume * d, 0.0, 80.0) * has_v
-        rel = _clip(g + vwap * s * has_a, -80.0, 80.0)
+        s, m, d, g = total / np.where(weight > 0, weight, 1.0)
+        s, d = np.minimum(np.maximum(s, s_low), s_high), np.minimum(np.maximum(d, d_low), d_high)
+        factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, least), most))
+        c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
+        h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
+        seen = (weight > 0) | (weight[0] == 0)  # after bar 0 alone nothing says yet that a column is missing
+        has_v = (y[t, 4] != 0) & seen[1]
+        has_a = (y[t, 5] != 0) & seen[3] & has_v
+        log_v = np.minimum(np.maximum(m + y[t, 4] * d, 0.0), 80.0) * has_v
+        rel = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
         v = np.expm1(log_v)
         out[t] = o, h, l, c, v, v * c * np.exp(rel)
-        deviates = has_v * (st.m_w > 0)
-        st = State(c, DECAY * st.s + _true_range(h, l, st.close), DECAY * st.s_w + 1.0,
-                   DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
-                   DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
-                   DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
-    return np.moveaxis(out, (0, 1), (-2, -1)), st
-
-
-def _clip(x, low, high):  # np.clip, three times as fast on a few numbers
-    return np.minimum(np.maximum(x, low), high)
+        add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
+        add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
+        close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
+    (s, m, d, g), (s_w, m_w, d_w, g_w) = total, weight
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, s, s_w, m, m_w, d, d_w, g, g_w, st.origin_s, st.origin_d)
 
 
 def mirrored(bars):
@@ -630,7 +631,7 @@ def _edge_bars(rng, log_vol, common_coin, signal):
     told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
     up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
     close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
-    gap = rng.standard_normal(n_bars) * sigma * _gap_size(n_bars)
+    gap = _gaps(rng, sigma)
     open_ = np.append(close[0], close[:-1]) * np.exp(gap)
     long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
     high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
@@ -638,9 +639,9 @@ def _edge_bars(rng, log_vol, common_coin, signal):
     return _with_volume(rng, log_vol, size / sigma, open_, high, low, close)
 
 
-def _gap_size(n_bars):
-    """Standard deviation of the gap before each bar, in units of its sigma."""
-    return np.where(np.arange(n_bars) % SESSION == 0, 1.5, 0.1)
+def _gaps(rng, sigma):
+    """The move between a close and the next open, in log price: wide where a session opens."""
+    return rng.standard_normal(len(sigma)) * sigma * np.where(np.arange(len(sigma)) % SESSION == 0, 1.5, 0.1)
 
 
 def _with_volume(rng, log_vol, size, open_, high, low, close):
@@ -661,7 +662,7 @@ def _reverting_moves(rng, log_vol, coin, signal, half_life):
     """(m, gap, body), [n] each, of one symbol: its log return is m + gap + body, u = gap + body."""
     n_bars, phi = len(log_vol), 0.5 ** (1 / half_life)
     sigma = np.exp(log_vol)
-    gap = rng.standard_normal(n_bars) * sigma * _gap_size(n_bars)
+    gap = _gaps(rng, sigma)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
     up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) > 0
     body = np.where(up, size, -size)
@@ -852,12 +853,7 @@ def _symbols(paths):
     for path, name in undated.items():
         if count[name] > 1:
             stems[path] = re.sub(interval, "", name, flags=re.I)
-    return {path: _clean(stem) for path, stem in stems.items()}
-
-
-def _clean(text):
-    """A name without control characters and escape codes."""
-    return "".join(c if c.isprintable() else "?" for c in text.strip())
+    return {path: printable(stem.strip()) for path, stem in stems.items()}
 
 
 # -- bytes -> text
@@ -902,19 +898,15 @@ CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0":
 
 def _decoded(raw):
     """(text, encoding): UTF-16 by its mark, UTF-8, else that of a few encodings in which most names of columns are known."""
-    raw = raw.rstrip(b"\0") if not raw.startswith(codecs.BOM_UTF16_LE) else raw  # the machine died while it wrote
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return raw.decode("utf-16", "replace"), "utf-16"
-    try:
-        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8"), "utf-8"
-    except UnicodeDecodeError:
-        best, most = ("", ""), -1
-    for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis"):
-        text = raw.decode(encoding, "replace")
-        known = max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
-        if known > most:
-            best, most = (text, encoding), known
-    return best
+        return raw.decode("utf-16", "replace").rstrip("\0"), "utf-16"
+    raw = raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\0")  # the machine died while it wrote
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8"), "utf-8"
+    texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
+    split = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
+    known = [max(_n_known(map(_fold, cells)) for cells in lines) for lines in split]
+    return texts[known.index(max(known))], "another"
 
 
 # -- text -> delimiter, header, columns
@@ -932,6 +924,7 @@ class Table:
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
+    row: list[str] = field(default_factory=list)  # cells of the first row
     line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     @functools.cached_property
@@ -1005,7 +998,7 @@ def _table(path):
     known, delimiter, i, names = best
     if known == 1:
         return _without_header(path, text, plain, head, filled)
-    cells = [_clean(cell) for cell in _split(head[i], delimiter)]
+    cells = [printable(cell.strip()) for cell in _split(head[i], delimiter)]
     if delimiter == " ":
         text, plain, delimiter = "\n".join("\t".join(_split(line, " ")) for line in text.split("\n")), False, "\t"
         head = text[:1 << 16].split("\n")[:200]
@@ -1014,7 +1007,6 @@ def _table(path):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
         table.fields[0] = ""  # what yfinance calls its column of dates
-    _fit(table)
     return table
 
 
@@ -1034,8 +1026,9 @@ def _find_tickers(table, filled):
 
 
 def _fit(table):
-    """Rows with one cell more than the header: a delimiter at the end, or row names without a title."""
-    rows = [_split(line, table.delimiter) for line in table.head[table.first:table.first + 9]]
+    """Note the first row. Rows with one cell more than the header: a delimiter at the end, or row names without a title."""
+    rows = [_split(line, table.delimiter) for line in table.head[table.first:] if line.strip()][:9]
+    table.row = rows[0] if rows else []
     wide = [row for row in rows if len(row) == len(table.names) + 1]
     if wide and not any(len(row) == len(table.names) for row in rows):
         at = 0 if any(row[-1].strip() for row in wide) else len(table.names)
@@ -1228,9 +1221,9 @@ def _day(text, formats):
 def _clock(cells):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
     texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
-    numbers = sorted((float(text), len(text)) for text in texts if text.isdecimal())
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
+        numbers = sorted((value, len(text)) for value, text in zip(values, texts) if np.isfinite(value))
         top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
         if top <= 24 and width <= 2:  # hours
             values *= 10000
@@ -1238,15 +1231,21 @@ def _clock(cells):
             values *= 100
         elif top > 240000:  # with milliseconds
             values //= 1000
-        hour, minute, second = values // 10000, values // 100 % 100, values % 100
     else:
-        parts = [CLOCK.fullmatch(text) for text in texts]
-        hour, minute, second = np.array([[int(p[k] or 0) if p else np.nan for p in parts] for k in (1, 2, 3)], float)
-        half = np.array([p[4].lower() if p and p[4] else "" for p in parts])  # 12 am is 0, 12 pm is 12
-        hour[(half != "") & ((hour < 1) | (hour > 12))] = np.nan
-        hour = np.where(half == "", hour, hour % 12 + 12 * (half == "p"))
+        for k, text in enumerate(texts):
+            found = CLOCK.fullmatch(text)
+            if found:
+                hour, half = int(found[1]), (found[4] or "").lower()
+                if half:  # 12 am is 0, 12 pm is 12
+                    hour = hour % 12 + 12 * (half == "p") if 1 <= hour <= 12 else 99
+                values[k] = hour * 10000 + int(found[2] or 0) * 100 + int(found[3] or 0)
+    return _of_hhmmss(values)[which]
+
+
+def _of_hhmmss(values):
+    hour, minute, second = values // 10000, values // 100 % 100, values % 100
     fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
-    return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)[which]
+    return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)
 
 
 def _ahead(zone, seconds):
@@ -1282,10 +1281,7 @@ def _spelled(values, form, n_clock):
     texts = [f"{d:.0f}" for d in days]
     fits = [len(text) == (8 if form == "%Y%m%d" else 6) for text in texts]
     seconds = np.array([_day(text, [form]) if fit else np.nan for text, fit in zip(texts, fits)])[which]
-    clock = np.floor(clock * 10.0 ** (6 - n_clock))  # HHMMSS
-    hour, minute, second = clock // 10000, clock // 100 % 100, clock % 100
-    fits = (hour < 24) & (minute < 60) & (second < 60)
-    seconds = np.where(fits, seconds + hour * 3600 + minute * 60 + second, np.nan)
+    seconds = seconds + _of_hhmmss(np.floor(clock * 10.0 ** (6 - n_clock)))
     return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
 
 
@@ -1333,7 +1329,7 @@ def _times(table, cells, named, clocks):
         good = np.isfinite(seconds)
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {_first_cell(table, i)!r} is no date" + (f": {reason}" if reason else "")
+                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date" + (f": {reason}" if reason else "")
             continue
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if distinct > most:
@@ -1357,6 +1353,7 @@ def _times(table, cells, named, clocks):
 def _read_csv(path, symbol):
     """The Bars of one file, a list. symbol: whose they are in a file that names none."""
     table = _table(path)
+    _fit(table)
     if not re.compile(r"\S").search(table.text, table.start):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
@@ -1370,7 +1367,7 @@ def _read_csv(path, symbol):
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
 
     stamps = {*named, *clocks}
-    epochs = stamps if len(stamps) == 1 and _is_number(_first_cell(table, min(stamps))) else set()
+    epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
     cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
     time, at = _times(table, cells, named, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
@@ -1389,17 +1386,11 @@ def _read_csv(path, symbol):
     return series
 
 
-def _first_cell(table, column):
-    """The cell of the first row in a column."""
-    row = _split(next((line for line in table.head[table.first:] if line.strip()), ""), table.delimiter)
-    return row[column] if column < len(row) else ""
-
-
 def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
     path, names = table.path, table.names
     _, high, low, close, volume, amount = ohlcva
-    intervals = sorted({_clean(cell) for cell in cells[columns["interval"]]}) if "interval" in columns else []
+    intervals = sorted({printable(cell.strip()) for cell in cells[columns["interval"]]}) if "interval" in columns else []
     if len(intervals) > 1:
         raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
                         f"{names[columns['interval']]!r}; keep one of them a file")
@@ -1437,7 +1428,9 @@ def _bars(table, symbols, time, ohlcva, reasons):
     """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
-    for row in _strays(time, code).tolist():
+    step = np.diff(time)
+    far = (np.abs(step) > 360 * DAY) & (np.diff(code) == 0)  # a mistyped year: there and back
+    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
         reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
     bad = np.zeros(len(time), bool)
     bad[list(reasons)] = True
@@ -1461,13 +1454,6 @@ def _bars(table, symbols, time, ohlcva, reasons):
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
     ends = np.append(starts[1:], len(code))
     return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, ends)]
-
-
-def _strays(time, code):
-    """Rows that lie a year or more from both rows around them, which are close: a mistyped year."""
-    step, year = np.diff(time), 360 * DAY
-    far = (np.abs(step) > year) & (np.diff(code) == 0)
-    return np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < year)) + 1
 
 
 # -- faults
@@ -1569,7 +1555,7 @@ def write_folder(series, out):
                 os.unlink(stale)
             np.save(stem + ".time.npy", bars.time)
             np.save(stem + ".ohlcva.npy", bars.ohlcva)
-        with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
+        with write_atomic(os.path.join(out, "symbols.json"), text=True) as f:
             json.dump(list(names), f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
@@ -1622,16 +1608,11 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
     """
     if x is not None and len(x) != len(bars):
         raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
-    tokens = np.empty((len(bars), 2), np.int16)
-    if x is None:
-        pieces = (piece for piece, _ in feature_pieces(bars))
-    else:
-        pieces = (x[i:i + PIECE] for i in range(0, len(x), PIECE))
-    at = 0
-    for piece in pieces:
+    tokens, at = np.empty((len(bars), 2), np.int16), 0
+    made = (piece for piece, _ in feature_pieces(bars))
+    for piece in made if x is None else (x[i:i + PIECE] for i in range(0, len(x), PIECE)):
         coarse, fine = tokenizer.encode(torch.from_numpy(piece))
-        tokens[at:at + len(piece), 0] = coarse.cpu().numpy()
-        tokens[at:at + len(piece), 1] = fine.cpu().numpy()
+        tokens[at:at + len(piece)] = torch.stack((coarse, fine), dim=-1).cpu().numpy()
         at += len(piece)
         if at % (256 * PIECE) == 0:
             progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
@@ -1665,10 +1646,9 @@ def fingerprint(series) -> str:
 def write_atomic(path, text=False):
     """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
 
-    It is written beside path under a name of its own, flushed, renamed, its folder flushed: a kill or a full disk leaves
-    the old file or the new one, and of two runs that write path the last wins whole. A symlink stays and its target is
-    replaced; a device, a pipe and the process's own output (/dev/stdout) are written through. Text is UTF-8; what is
-    none of it, such as parts of a file name, is written as escapes. UserError where the disk refuses.
+    Written beside path, flushed, renamed: a kill or a full disk leaves the old file or the new one, and of two runs the
+    last wins whole. A symlink stays and its target is replaced; a device, a pipe and the process's own output
+    (/dev/stdout) are written through. Text is UTF-8, with escapes for what is none. UserError where the disk refuses.
     """
     how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
     target = os.path.realpath(path)
@@ -1682,7 +1662,10 @@ def write_atomic(path, text=False):
             with open(path, **how) as f:
                 yield f
         else:
-            _remove_leftovers(target)
+            for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
+                with contextlib.suppress(OSError):
+                    if time.time() - os.path.getmtime(stale) > 3600:
+                        os.unlink(stale)
             with open(temporary, **how) as f:
                 yield f
                 f.flush()
@@ -1691,7 +1674,10 @@ def write_atomic(path, text=False):
                 with contextlib.suppress(OSError):
                     os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
             os.replace(temporary, target)
-            _flush_folder(os.path.dirname(target))
+            with contextlib.suppress(PermissionError):  # Windows, where a folder cannot be flushed
+                folder = os.open(os.path.dirname(target), os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     except BrokenPipeError:
         raise  # who reads our output went away; see run
     except OSError as e:
@@ -1714,14 +1700,6 @@ def _own_stream(path):
     return None
 
 
-def _remove_leftovers(target):
-    """Remove what runs that were killed an hour and more ago left of their saving of target."""
-    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - os.path.getmtime(name) > 3600:
-                os.unlink(name)
-
-
 def save_atomic(obj, path):
     """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
@@ -1730,24 +1708,11 @@ def save_atomic(obj, path):
         f.write(buffer.getbuffer())
 
 
-def _flush_folder(path):
-    """Let a rename in this folder outlast a power cut, where the system can (on Windows a folder cannot be opened)."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def load_safe(path):
     """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours.
 
     A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
     """
-    train = "train one with python pretrain.py"
     try:
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
@@ -1755,31 +1720,28 @@ def load_safe(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
             found = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in _tensors_in(found):
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError("a tensor claims more numbers than the file holds")
+        return found
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {train}")
+        why = "no such file"
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name a checkpoint file")
+        why = f"cannot be read ({e.strerror})"
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
         why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
-        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); {train}")
-    for tensor in _tensors_in(found):
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: not a checkpoint that can be loaded safely (a tensor claims more numbers than the "
-                            f"file holds); {train}")
-    return found
+        why = f"not a checkpoint that can be loaded safely ({e if 'more numbers' in str(e) else why})"
+    raise UserError(f"{path}: {why}; name a checkpoint, or train one with python pretrain.py")
 
 
 def _tensors_in(obj):
     """Every tensor in dicts, lists and tuples inside one another."""
-    waiting, known = [obj], set()
-    while waiting:
-        obj = waiting.pop()
-        if isinstance(obj, torch.Tensor):
-            yield obj
-        elif isinstance(obj, (dict, list, tuple)) and id(obj) not in known:  # one that holds itself is met once
-            known.add(id(obj))
-            waiting.extend(obj.values() if isinstance(obj, dict) else obj)
+    if isinstance(obj, torch.Tensor):
+        yield obj
+    elif isinstance(obj, (dict, list, tuple)):
+        for part in obj.values() if isinstance(obj, dict) else obj:
+            yield from _tensors_in(part)
 
 
 def printable(text):
@@ -1833,44 +1795,18 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor bf16 where it has matrix units for it (AMX), or multiplies
-    clearly faster than float32, which is measured: some that have bf16 are slower with it. Keep the name in the
-    checkpoint, so that a resumed run has the same.
+    On a GPU bf16 where it has it, else fp16. On a processor bf16 where it has matrix units for it (AMX): others that have
+    bf16 are often slower with it. Keep the name in the checkpoint, so that a resumed run has the same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
-    elif name == "auto" and _has_amx():
-        name, why = "bf16", "this processor has matrix units for bf16"
     elif name == "auto":
-        gain = _gain_of_bf16()
-        name = "bf16" if gain > 1.5 else "fp32"  # a gain below is lost in casts
-        why = f"bf16 multiplies {gain:.1f} times as fast as float32 here"
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # not part of torch's promised interface
+        name = "bf16" if has_amx else "fp32"
+        why = f"this processor has {'' if has_amx else 'no '}matrix units for bf16"
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
-
-
-def _has_amx():
-    known = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not part of torch's promised interface
-    return known is not None and known()
-
-
-def _gain_of_bf16():
-    """Speed of a matrix product of a layer's size in bf16 to that in float32, on the CPU; 0.0 where it has none."""
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    try:
-        pairs = {dtype: (torch.ones(2048, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)) for dtype in seconds}
-        began = time.perf_counter()
-        for turn in range(20):  # in turns, since other jobs come and go
-            for dtype, (a, b) in pairs.items():
-                start = time.perf_counter()
-                a @ b
-                seconds[dtype].append(time.perf_counter() - start)
-            if turn > 5 and time.perf_counter() - began > 0.1:
-                break
-    except RuntimeError:
-        return 0.0
-    return min(seconds[torch.float32][1:]) / min(seconds[torch.bfloat16][1:])
 
 
 def peak_memory():
@@ -1944,12 +1880,9 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.signum = 0
-        self.before = {}
-        if threading.current_thread() is not threading.main_thread():
-            return
+        self.signum, self.before = 0, {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():  # Windows has no SIGHUP
                 signum = getattr(signal, name)
                 self.before[signum] = signal.signal(signum, self._note)
 
@@ -1978,23 +1911,23 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+        return
     except UserError as e:
-        sys.stdout.flush()
-        print(f"error: {printable(e)}", file=sys.stderr)
-        sys.exit(2)
+        why = str(e)
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output went away, as `| head` does: stop as the shell has it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+        why = f"{e.filename or 'output'}: {e.strerror or e}; make room or choose another place"
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        why = f"out of memory ({str(e).splitlines()[0][:80] if str(e) else 'none left'}); lower --batch_size, --n_embd or --paths"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
-    except OSError as e:
-        why = printable(f"{e.filename or 'output'}: {e.strerror or e}")
-        print(f"error: {why}; make room or choose another place", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"error: out of memory ({str(e).splitlines()[0][:80]}); lower --batch_size, --n_embd or --paths", file=sys.stderr)
-        sys.exit(2)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {printable(why)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def progress(text):
@@ -2033,17 +1966,19 @@ def main(argv=None):
                                   config.kind, config.half_life)
     else:
         series = read_files(config.data)
-    count = [0, 0]
+    symbols, n_bars = set(), 0
 
     def counted():
+        nonlocal n_bars
         for bars in series:
-            count[0], count[1] = count[0] + 1, count[1] + len(bars)
-            progress(f"{count[0]} series, {count[1]:,} bars")
+            symbols.add(bars.symbol)
+            n_bars += len(bars)
+            progress(f"{len(symbols)} symbols, {n_bars:,} bars")
             yield bars
 
     write_folder(counted(), config.out)
     progress("")
-    print(f"{config.out}: {count[0]} series, {count[1]:,} bars; use it with --data {config.out}")
+    print(f"{config.out}: {len(symbols)} symbols, {n_bars:,} bars; use it with --data {config.out}")
 
 
 if __name__ == "__main__":
