@@ -8,16 +8,15 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the clock, synthetic
-markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts'
-command line.
+Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, tokens, the clock,
+synthetic markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the
+scripts' command line.
 """
 import argparse
 import contextlib
 import bz2
 import codecs
 import csv
-import dataclasses
 import datetime
 import functools
 import gc
@@ -46,7 +45,7 @@ import zipfile
 import zlib
 import zoneinfo
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
 _script = getattr(sys.modules["__main__"], "__file__", None) or ""
@@ -314,7 +313,7 @@ def states_at(bars, origins):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Splits, token streams, batches
+# Splits, tokens, batches
 
 def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
     """(val_start, test_start) in UTC seconds: train < val_start <= val < test_start <= test, over all symbols at once.
@@ -418,6 +417,25 @@ def gather(streams, which, ends):
     target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
     to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
     return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
+
+
+def tokenize(bars, tokenizer, x=None) -> np.ndarray:
+    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
+
+    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
+    """
+    if x is not None and len(x) != len(bars):
+        raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
+    tokens, at = np.empty((len(bars), 2), np.int16), 0
+    made = (piece for piece, _ in feature_pieces(bars))
+    for piece in made if x is None else (x[i:i + PIECE] for i in range(0, len(x), PIECE)):
+        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
+        tokens[at:at + len(piece)] = torch.stack((coarse, fine), dim=-1).cpu().numpy()
+        at += len(piece)
+        if at % (256 * PIECE) == 0:
+            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
+    progress("")
+    return tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -593,18 +611,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     """The series of `synthetic`, one at a time."""
     signal = _checked_signal(signal, kind, half_life)
     common = np.random.default_rng([seed, 0])
-    n = np.arange(n_bars)
-    day = n // SESSION
-    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + n % SESSION * 60  # from Monday 2020-01-06
+    day, minute = np.divmod(np.arange(n_bars), SESSION)
+    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + minute * 60  # from Monday 2020-01-06, 14:30
     common_vol = decayed_sum(common.normal(0, 0.06, n_bars), decay=0.98)
-    common_coin = common.standard_normal(n_bars)
+    coin = common.standard_normal(n_bars)
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
-        if kind == "edge":
-            ohlcva = _edge_bars(rng, log_vol, common_coin, signal)
-        else:
-            ohlcva = _reverting_bars(rng, log_vol, common_coin, signal, half_life)
+        edge = kind == "edge"
+        ohlcva = _edge_bars(rng, log_vol, coin, signal) if edge else _reverting_bars(rng, log_vol, coin, signal, half_life)
         yield Bars(f"SYN{i}", time.copy(), ohlcva)
 
 
@@ -728,7 +743,10 @@ def _student4(x):
     return 0.5 + 0.25 * z * (3 - z * z)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# The second part: files. Who reads to learn how the model sees a market can stop here.
+# ======================================================================================================================
+
 # Bars from files: CSV as people have it
 #
 # One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
@@ -924,12 +942,16 @@ class Table:
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
-    row: list[str] = field(default_factory=list)  # cells of the first row
     line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     @functools.cached_property
     def lines(self):
         return self.text.split("\n")
+
+    @functools.cached_property
+    def row(self):
+        """The cells of the first row."""
+        return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
 
     @functools.cached_property
     def start(self):
@@ -1025,32 +1047,19 @@ def _find_tickers(table, filled):
             return
 
 
-def _fit(table):
-    """Note the first row. Rows with one cell more than the header: a delimiter at the end, or row names without a title."""
-    rows = [_split(line, table.delimiter) for line in table.head[table.first:] if line.strip()][:9]
-    table.row = rows[0] if rows else []
-    wide = [row for row in rows if len(row) == len(table.names) + 1]
-    if wide and not any(len(row) == len(table.names) for row in rows):
-        at = 0 if any(row[-1].strip() for row in wide) else len(table.names)
-        for cells in (table.names, table.fields, table.tickers):
-            cells.insert(at, "")
-
-
 def _without_header(path, text, plain, head, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
     for delimiter in ",;\t| ":
         first = filled[0]
-        cells = _split(head[first], delimiter)
-        if cells == [str(k) for k in range(len(cells))] and len(filled) > 1:  # numbers of columns, as pandas writes them
+        if len(filled) > 1 and _split(head[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:  # pandas numbers columns
             first = filled[1]
-            cells = _split(head[first], delimiter)
+        cells = _split(head[first], delimiter)
         stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
         rest = cells[len(stamp):]
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        if len(fields) != len(cells) or len(rest) < 5 or not all(map(_is_number, rest)):
-            continue
-        if _is_number(cells[0]) or STAMP.fullmatch(cells[0].strip()):
-            return Table(path, text, plain, head, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
+        numbers = len(rest) >= 5 and all(map(_is_number, rest))
+        if len(fields) == len(cells) and numbers and (_is_number(cells[0]) or STAMP.fullmatch(cells[0].strip())):
+            return Table(path, text, plain, head, delimiter, first, list(fields), list(fields), [""] * len(fields), False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -1353,7 +1362,6 @@ def _times(table, cells, named, clocks):
 def _read_csv(path, symbol):
     """The Bars of one file, a list. symbol: whose they are in a file that names none."""
     table = _table(path)
-    _fit(table)
     if not re.compile(r"\S").search(table.text, table.start):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
@@ -1537,7 +1545,7 @@ def _look_for_jumps(table, names, time, code, close):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy (and cached tokens)
+# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
     """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
@@ -1551,8 +1559,6 @@ def write_folder(series, out):
             stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
             if seen:  # the symbol goes on in another file
                 bars = _joined([_open_series(stem, bars.symbol), bars])
-            for stale in glob.glob(glob.escape(stem) + ".tokens-*"):  # of bars that lay here before
-                os.unlink(stale)
             np.save(stem + ".time.npy", bars.time)
             np.save(stem + ".ohlcva.npy", bars.ohlcva)
         with write_atomic(os.path.join(out, "symbols.json"), text=True) as f:
@@ -1599,26 +1605,7 @@ def _check_series(bars, piece=1 << 16):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens of a series, and what tells two data sets or two sets of weights apart
-
-def tokenize(bars, tokenizer, x=None) -> np.ndarray:
-    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
-
-    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
-    """
-    if x is not None and len(x) != len(bars):
-        raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
-    tokens, at = np.empty((len(bars), 2), np.int16), 0
-    made = (piece for piece, _ in feature_pieces(bars))
-    for piece in made if x is None else (x[i:i + PIECE] for i in range(0, len(x), PIECE)):
-        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
-        tokens[at:at + len(piece)] = torch.stack((coarse, fine), dim=-1).cpu().numpy()
-        at += len(piece)
-        if at % (256 * PIECE) == 0:
-            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
-    progress("")
-    return tokens
-
+# What tells two data sets, or two sets of weights, apart
 
 def weights_hash(weights) -> str:
     """A hash of named tensors."""
@@ -1859,7 +1846,7 @@ def cli(config_class, doc, argv=None) -> dict:
         if typing.get_origin(kind) is types.UnionType:  # X | None
             kind = typing.get_args(kind)[0]
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        default = "" if default in (None, dataclasses.MISSING) else f" (default {default})"
+        default = "" if default in (None, NO_DEFAULT) else f" (default {default})"
         how = dict(help=(comments.get(field.name, "") + default).replace("%", "%%"), default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction

@@ -190,8 +190,6 @@ LAYOUTS = {
     "blanks before quotes": ('Date, "Open", High, Low, Close, Volume\n2020-01-02, "1", "3", 0.5, 2, 7\n', "a", BAR),
     "pipes": ("date|open|high|low|close|volume\n2020-01-02|1|3|0.5|2|7\n", "a", BAR),
     "blanks": ("date    open high  low close volume\n2020-01-02 1 3  0.5 2 7\n", "a", BAR),
-    "row names without a title": ("time open high low close volume\n1 2020-01-02 1 3 0.5 2 7\n", "a", BAR),
-    "a comma at each end": ("time,open,high,low,close,volume\n2020-01-02,1,3,0.5,2,7,\n2020-01-03,1,3,0.5,2,7,\n", "a", BAR),
     "code of a row": ("date,open,high,low,close,volume,code\n2020-01-02,1,3,0.5,2,7,0\n2020-01-03,1,3,0.5,2,7,1\n2020-01-04,1,3,0.5,2,7,0\n", "a", BAR),
     "ticker before name": ("date,name,ticker,open,high,low,close,volume\n2020-01-02,Long Name,B,1,3,0.5,2,7\n", "B", BAR),
 }
