@@ -1097,13 +1097,13 @@ def _is_number(text):
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
     n_columns = len(table.names)
-    used = sorted(numbers | texts)
+    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(n_columns)]
+    quote = '"' if '"' in table.text else None
     try:
         got = np.loadtxt(table.path if table.plain else io.StringIO(table.text[table.start:]), skiprows=table.plain * table.first,
-                         dtype=[(str(i), "f8" if i in numbers else "O") for i in used], usecols=used, comments=None,
-                         delimiter=table.delimiter, quotechar='"' if '"' in table.text else None, ndmin=1, encoding="utf-8-sig")
-        if table.text.count(table.delimiter, table.start) == len(got) * (n_columns - 1) > 0:  # no row is longer
-            return {i: got[str(i)] for i in used}, {}
+                         dtype=kinds, comments=None, delimiter=table.delimiter, quotechar=quote, ndmin=1, encoding="utf-8-sig")
+        if not quote or not any("\n" in cell for i in texts for cell in got[str(i)]):  # else one that was not closed
+            return {i: got[str(i)] for i in numbers | texts}, {}
     except (ValueError, OSError):
         pass  # holes, faults, numbers with commas: row by row
     rows, line_of, reasons, price = [], [], {}, min(numbers)
@@ -1127,7 +1127,7 @@ def _cells(table, numbers, texts):
     finally:
         gc.enable()
     table.line_of = np.array(line_of, np.int64)
-    return {i: [row[i] for row in rows] for i in used}, reasons
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
 def _is_note(row, n_columns):
@@ -1272,7 +1272,7 @@ def _ahead(zone, seconds):
 
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
-    sample = values[::max(1, len(values) // 200)]
+    sample = values[::max(1, len(values) // 50)]
     readings = {name: _spelled(values, *form) for name, *form in DIGITS if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
@@ -1304,7 +1304,7 @@ def _epoch(values):
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
     is_dotnet = unit == 1e9 and 6.2e17 < size < 6.5e17  # it counts 100 ns from year 1
-    is_1970 = unit == 1 and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
+    is_1970 = unit == 1 and len(sample) and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
     if is_dotnet or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         unit = np.nan
     seconds = np.floor(values / unit)
@@ -1405,9 +1405,10 @@ def _check_columns(table, columns, cells, ohlcva):
     if not table.has_header and len(names) != len(BINANCE) and ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9:
         raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; {FIRST_LINE}")
     if "amount" in columns:
-        base = volume * close if "volume" in columns else np.ones(len(amount))
-        traded = (amount > 0) & (base > 0)
-        ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
+        some = slice(None, None, max(1, len(amount) // 1000))
+        base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
+        traded = (amount[some] > 0) & (base > 0)
+        ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
         if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
             amount[:] = np.nan
             print(f"{path}: {names[columns['amount']]!r} is not volume times price; no amount is read", file=sys.stderr)
@@ -1469,6 +1470,8 @@ def _bars(table, symbols, time, ohlcva, reasons):
 def _mend(table, ohlcva, code):
     """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
     open_, high, low, close = ohlcva[:4]
+    if ((open_ > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
+        return
     lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
     if lacks.any():
         before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
@@ -1532,15 +1535,16 @@ def _latest(table, names, row, time, code, ohlcva, bad, reasons):
 
 def _look_for_jumps(table, names, time, code, close):
     """A word on closes that move as splits and mixed-up units do."""
-    move = np.where(np.diff(code) == 0, np.diff(np.log(close)), 0.0)
-    at = np.flatnonzero(np.abs(move) > np.log(SPLIT))
+    ratio = close[1:] / close[:-1]
+    at = np.flatnonzero(((ratio > SPLIT) | (ratio < 1 / SPLIT)) & (np.diff(code) == 0))
     if not len(at):
         return
     k = int(at[0])
-    back = k + 1 in at and abs(move[k] + move[k + 1]) < 0.2 * abs(move[k])
+    factor = max(ratio[k], 1 / ratio[k])
+    back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
     why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
     more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {np.exp(abs(move[k])):.2f} at {iso(time[k + 1])}"
+    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}"
           f"{why}{more}", file=sys.stderr)
 
 
