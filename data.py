@@ -934,7 +934,7 @@ class Table:
     """A text and its columns."""
     path: str
     text: str
-    plain: bool         # whether the file at path is this text, in UTF-8
+    plain: bool         # whether the file at path is this text, in UTF-8: then numpy reads it from there
     head: list[str]     # its first lines
     delimiter: str
     first: int          # index of the first line below the header
@@ -952,11 +952,6 @@ class Table:
     def row(self):
         """The cells of the first row."""
         return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
-
-    @functools.cached_property
-    def start(self):
-        """Where in the text the first line below the header begins."""
-        return sum(len(line) + 1 for line in self.head[:self.first])
 
     def line(self, row):
         """The line of a row, from 1, for messages."""
@@ -1099,12 +1094,15 @@ def _cells(table, numbers, texts):
     n_columns = len(table.names)
     kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(n_columns)]
     quote = '"' if '"' in table.text else None
+    file = table.path if table.plain else io.StringIO(table.text)
     try:
-        got = np.loadtxt(table.path if table.plain else io.StringIO(table.text[table.start:]), skiprows=table.plain * table.first,
-                         dtype=kinds, comments=None, delimiter=table.delimiter, quotechar=quote, ndmin=1, encoding="utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of no rows
+            got = np.loadtxt(file, skiprows=table.first, dtype=kinds, comments=None, delimiter=table.delimiter,
+                             quotechar=quote, ndmin=1, encoding="utf-8-sig")
         if not quote or not any("\n" in cell for i in texts for cell in got[str(i)]):  # else one that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
-    except (ValueError, OSError):
+    except (ValueError, OSError, UserWarning):
         pass  # holes, faults, numbers with commas: row by row
     rows, line_of, reasons, price = [], [], {}, min(numbers)
     reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
@@ -1362,8 +1360,6 @@ def _times(table, cells, named, clocks):
 def _read_csv(path, symbol):
     """The Bars of one file, a list. symbol: whose they are in a file that names none."""
     table = _table(path)
-    if not re.compile(r"\S").search(table.text, table.start):
-        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
     numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
     words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
@@ -1377,6 +1373,8 @@ def _read_csv(path, symbol):
     stamps = {*named, *clocks}
     epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
     cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
+    if not len(cells[named[0]]):
+        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     time, at = _times(table, cells, named, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
     prices = np.array([values[columns[c]] for columns in parts.values() for c in PRICES])

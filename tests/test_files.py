@@ -330,6 +330,7 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("time,open,high,low,volume\n2020-01-02,1,1,1,1\n", "a.csv:1: no column 'close'"),
     ("open,high,low,close,volume\n1,1,1,1,1\n", "a.csv:1: no column 'time'"),
     ("time,open,high,low,close\n", "a.csv:2: no rows"),
+    ("time,open,high,low,close\n# none\nTotal,,\n", "a.csv:2: no rows"),
     ("time,open,high,low,close,Close\n2020-01-02,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
     ("time,open,high,low,close\n2020-01-01,1,1,1,1\n\"2020-01-02,1,1,1,1\n2020-01-03,1,1,1,1\n", "a.csv:3: not a CSV row (a quote is opened"),
     ("time,open,high,low,close\n2020-01-02,,,,\n", "no row has a price"),
