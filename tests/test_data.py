@@ -161,6 +161,10 @@ def test_generated_scales_stay_near_their_origin():
         assert s0 / 8 * 0.999 <= s <= s0 * 8.001 and d0 / 8 * 0.999 <= d <= d0 * 8.001
         _, free = data.inverse(x, state)
         assert not s0 / 8 <= free.scales()[0] <= s0 * 8
+    for bound, origin in ((True, state.anchored()), (False, state)):  # and the bars are made with them
+        bars, _ = data.inverse(np.full((2000, 6), 1.5), origin)
+        move = np.abs(np.diff(np.log(bars[:, 3]))).max()
+        assert (move <= np.sinh(1.5) * s0 * 8 * (1 + 1e-9)) == bound
 
 
 def test_no_volume_in_history_gives_none_and_missing_amounts_are_volume_times_close():

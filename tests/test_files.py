@@ -333,6 +333,7 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("time,open,high,low,close\n# none\nTotal,,\n", "a.csv:2: no rows"),
     ("time,open,high,low,close,Close\n2020-01-02,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
     ("time,open,high,low,close\n2020-01-01,1,1,1,1\n\"2020-01-02,1,1,1,1\n2020-01-03,1,1,1,1\n", "a.csv:3: not a CSV row (a quote is opened"),
+    ("time,symbol,open,high,low,close\n2020-01-01,\"A,1,3,0.5,2\n2020-01-02,B\",1,3,0.5,2\n", "a.csv:2: not a CSV row (a quote is opened"),
     ("time,open,high,low,close\n2020-01-02,,,,\n", "no row has a price"),
     ("time,open,high,low,close\n" + days(9, "1,1,1,1") + "2020-02-01,0,0,0,0\n", "a.csv:11: a price is zero or negative; 1 of 10"),
     ("time,open,high,low,close\n2020-01-02,1,1,2,1\n", "check the columns"),
