@@ -8,16 +8,15 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, the clock, synthetic
-markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the scripts'
-command line.
+Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, tokens, the clock,
+synthetic markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the
+scripts' command line.
 """
 import argparse
 import contextlib
 import bz2
 import codecs
 import csv
-import dataclasses
 import datetime
 import functools
 import gc
@@ -26,6 +25,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -45,7 +45,7 @@ import zipfile
 import zlib
 import zoneinfo
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
 _script = getattr(sys.modules["__main__"], "__file__", None) or ""
@@ -251,33 +251,34 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     if not np.isfinite(x).all():
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
-    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch).copy())
+    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch))
+    close, total, weight = st.close, np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
+    s_low, s_high = np.fmax(st.origin_s / 8, S_FLOOR), np.fmin(st.origin_s * 8, np.inf)  # fmin, fmax: NaN does not bind
+    d_low, d_high = np.fmax(st.origin_d / 8, D_FLOOR), np.fmin(st.origin_d * 8, np.inf)
+    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))  # moves to close, open, high, low
+    most = np.array([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0]).reshape(least.shape)
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
+    y[:, 3] *= -1.0
     out = np.empty((n, 6) + batch)
+    add, add_weight = np.ones((2, 4) + batch)
     for t in range(n):
-        close, open_, upper, lower, volume, vwap = y[t]
-        s, m, d, g = st.scales()
-        c = _clip(st.close * np.exp(_clip(close * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        o = _clip(st.close * np.exp(_clip(open_ * s, -MAX_MOVE, MAX_MOVE)), 1e-100, 1e100)
-        h = np.maximum(o, c) * np.exp(_clip(upper * s, 0.0, MAX_MOVE))
-        l = np.minimum(o, c) * np.exp(-_clip(lower * s, 0.0, MAX_MOVE))
-        fresh = st.s_w == 0  # only bar 0 so far: nothing says yet that a column is missing
-        has_v = ((volume != 0) & ((st.m_w > 0) | fresh)).astype(np.float64)
-        has_a = ((vwap != 0) & ((st.g_w > 0) | fresh)).astype(np.float64) * has_v
-        log_v = _clip(m + volume * d, 0.0, 80.0) * has_v
-        rel = _clip(g + vwap * s * has_a, -80.0, 80.0)
+        s, m, d, g = total / np.where(weight > 0, weight, 1.0)
+        s, d = np.minimum(np.maximum(s, s_low), s_high), np.minimum(np.maximum(d, d_low), d_high)
+        factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, least), most))
+        c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
+        h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
+        seen = (weight > 0) | (weight[0] == 0)  # after bar 0 alone nothing says yet that a column is missing
+        has_v = (y[t, 4] != 0) & seen[1]
+        has_a = (y[t, 5] != 0) & seen[3] & has_v
+        log_v = np.minimum(np.maximum(m + y[t, 4] * d, 0.0), 80.0) * has_v
+        rel = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
         v = np.expm1(log_v)
         out[t] = o, h, l, c, v, v * c * np.exp(rel)
-        deviates = has_v * (st.m_w > 0)
-        st = State(c, DECAY * st.s + _true_range(h, l, st.close), DECAY * st.s_w + 1.0,
-                   DECAY * st.m + log_v * has_v, DECAY * st.m_w + has_v,
-                   DECAY * st.d + np.abs(log_v - m) * deviates, DECAY * st.d_w + deviates,
-                   DECAY * st.g + rel * has_a, DECAY * st.g_w + has_a, st.origin_s, st.origin_d)
-    return np.moveaxis(out, (0, 1), (-2, -1)), st
-
-
-def _clip(x, low, high):  # np.clip, three times as fast on a few numbers
-    return np.minimum(np.maximum(x, low), high)
+        add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
+        add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
+        close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
+    (s, m, d, g), (s_w, m_w, d_w, g_w) = total, weight
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, s, s_w, m, m_w, d, d_w, g, g_w, st.origin_s, st.origin_d)
 
 
 def mirrored(bars):
@@ -312,7 +313,7 @@ def states_at(bars, origins):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Splits, token streams, batches
+# Splits, tokens, batches
 
 def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
     """(val_start, test_start) in UTC seconds: train < val_start <= val < test_start <= test, over all symbols at once.
@@ -439,6 +440,25 @@ def gather(streams, which, ends):
     return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
 
 
+def tokenize(bars, tokenizer, x=None) -> np.ndarray:
+    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
+
+    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
+    """
+    if x is not None and len(x) != len(bars):
+        raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
+    tokens, at = np.empty((len(bars), 2), np.int16), 0
+    made = (piece for piece, _ in feature_pieces(bars))
+    for piece in made if x is None else (x[i:i + PIECE] for i in range(0, len(x), PIECE)):
+        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
+        tokens[at:at + len(piece)] = torch.stack((coarse, fine), dim=-1).cpu().numpy()
+        at += len(piece)
+        if at % (256 * PIECE) == 0:
+            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
+    progress("")
+    return tokens
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The clock: of bars, and of those to come
 
@@ -460,15 +480,17 @@ def calendar(time):
     return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
 
 
-WEEKS = 5  # whole weeks that tell when a market is open, beside the one that runs
+# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
+MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # New York's clocks change with Chicago's, ...
+WEEKS = 5  # that tell when a market is open
 
 
 def future_times(time, horizon):
-    """Stamps of the next bars, int64 [horizon]: the spacing, and the hours of each weekday, that the history shows.
+    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Hours come from the last weeks, each moved to the clock of
-    now where summer time began or ended in between; holidays are not known. A live last bar, off the grid of the others,
-    moves nothing. What a short history has not seen is as its last whole day, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
+    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
+    week has not seen is as its days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
@@ -476,151 +498,104 @@ def future_times(time, horizon):
     gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
     if gap >= 27 * DAY:
         return _coming_months(recent, gap, horizon)
-    if gap > 1.5 * DAY:
-        return _grid_point(recent, gap) + gap * np.arange(1, horizon + 1)
-    on_grid = recent % min(gap, HOUR)
-    live = len(recent) > 9 and on_grid[-1] not in on_grid[-50:-1]
-    past = time[:-1] if live else time
+    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
+        phases, counts = np.unique(recent % gap, return_counts=True)
+        late = (last - int(phases[counts.argmax()])) % gap
+        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
+
+    past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
+    seconds = recent % min(gap, HOUR)
+    live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
+    if live:
+        past = past[:-1]
+    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
+        past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
+    zone = _market_zone(past)
     after = last if live else last + gap // 2  # no bar comes sooner
-    stamps = _coming_week(past, after, horizon)
-    if not len(stamps):
-        stamps = _coming_weekdays(past, gap, after, horizon)
-    n = np.arange(horizon)
-    return stamps[n % len(stamps)] + n // len(stamps) * WEEK
+    local = past + _ahead_of_utc(zone, past)
+    local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
+    stamps = _coming(local, gap, local_after, DAY)
+    if len(stamps) <= horizon:
+        stamps = _coming(local, gap, local_after, WEEK)
+        n = np.arange(horizon + len(stamps))  # one week behind the other
+        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
+    stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
+    return stamps[stamps > after][:horizon]
+
+
+def _coming(past, gap, after, span):
+    """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
+    weeks = []
+    for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
+        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
+            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
+            weeks.append((past[first:end] + back, back))
+    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
+    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
+    stamps = stamps[3 * count >= could]
+
+    unseen = past[0] + WEEK  # up to here nothing was seen
+    if unseen > after:
+        if past[-1] - past[0] < DAY:
+            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
+        else:
+            clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
+            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
+        weekday = day // DAY + 3
+        has_weekends = (past // DAY + 3) % 7 == 5
+        day = day[(weekday % 7 < 5) | has_weekends.any()]
+        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
+    if not len(stamps) and span == WEEK:
+        return past[-1] + gap * np.arange(1, WEEK // gap + 2)
+    return stamps
+
+
+def _market_zone(past):
+    """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
+    ends = int(past[0]) // DAY, int(past[-1]) // DAY
+    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
+        return "UTC"
+    quarters = np.unique(past // 900) * 900
+    unlike = {}
+    for zone in MARKET_ZONES:
+        local = quarters + _ahead_of_utc(zone, quarters)
+        came, expected = local[local >= local[0] + WEEK], local + WEEK
+        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
+    return min(unlike, key=unlike.get)
+
+
+def _ahead_of_utc(zone, time):
+    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
+    if zone == "UTC":
+        return np.zeros(len(time), np.int64)
+    days, which = np.unique(time // DAY, return_inverse=True)
+    return np.array([_ahead_on(zone, int(day)) for day in days])[which]
+
+
+@functools.cache
+def _ahead_on(zone, day):
+    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
+    try:
+        noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
+    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
+        return 0
+    return int(noon.utcoffset().total_seconds())
 
 
 def _coming_months(recent, gap, horizon):
     """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
-    start = lambda month: month.astype("datetime64[s]").astype(np.int64)
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since, left = recent - start(month), start(month + 1) - recent
+    since = recent - month.astype("datetime64[s]").astype(np.int64)
+    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
+    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
     if left[last] <= DAY:
-        stamps = start(months + 1) - left[last]
+        stamps = end - left[last]
     else:
-        days = (start(months + 1) - start(months)) // DAY - 1  # of the month's last day, from 0
-        stamps = start(months) + np.minimum(since[last] // DAY, days) * DAY + since[last] % DAY
+        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
-
-
-def _grid_point(recent, gap):
-    """The last stamp, or where that is off the grid of most others by more than an hour, the grid's last point before it."""
-    phases, counts = np.unique(recent % gap, return_counts=True)
-    late = int(recent[-1] - phases[counts.argmax()]) % gap
-    return int(recent[-1]) - (late if HOUR < late < gap - HOUR else 0)
-
-
-def _coming_weekdays(past, gap, after, horizon):
-    """At least `horizon` stamps later than `after`, evenly spaced; weekends are left out unless the past has one."""
-    weekdays = (past[-500:] // DAY + 3) % 7  # Monday is 0
-    days = 2 * math.ceil(horizon * gap / DAY) + 4  # more than enough, weekends included
-    stamps = past[-1] + gap * np.arange(1, days * DAY // gap + 2)
-    if not (weekdays >= 5).any():
-        stamps = stamps[(stamps // DAY + 3) % 7 < 5]
-    return stamps[stamps > after][:horizon]
-
-
-def _coming_week(past, after, horizon):
-    """Stamps of the seven days that follow `after`, as the weeks before had them; of a long week `horizon` are enough.
-
-    Weeks begin on Sunday, when clocks change. A day is open that traded in a third of the weeks, or trades now; an hour,
-    that had bars in a third of those days. Empty where no whole day has been seen.
-    """
-    this_hour = int(past[-1]) // HOUR
-    day = this_hour // 24
-    sunday = 24 * (day - (day + 4) % 7)                                 # its first hour, in hours since 1970
-    now = this_hour - sunday
-    hours = np.arange(sunday - 168 * WEEKS - 1, sunday + 169)           # with one more on either side
-    edges = np.searchsorted(past, np.append(hours, hours[-1] + 1) * HOUR)
-    count = np.diff(edges)
-    begun = hours * HOUR >= past[0]
-    whole = begun & (hours < this_hour)
-    start = 1 + 168 * np.arange(WEEKS, -1, -1)[:, None]                 # [weeks, 1], this week first
-    clock = _clock_of_weeks(count > 0, begun & (hours <= this_hour), start)
-    at = start + np.arange(168) - clock[:, None]                        # [weeks, 168], as the clock is now
-    whole = whole[at] & (count[at] > 0).any(axis=1, keepdims=True)      # a week without a bar says nothing
-    bars = count[at] * whole
-    traded = bars.reshape(-1, 7, 24).any(axis=2)                        # [weeks, 7]
-    open_day = 3 * traded.sum(axis=0) >= whole.reshape(-1, 7, 24).any(axis=2).sum(axis=0)
-    open_day[now // 24] = True
-    n_open = (bars > 0).sum(axis=0)                                     # [168]
-    n_days = (whole & traded.repeat(24, axis=1)).sum(axis=0)            # [168]
-    is_open = (n_open > 0) & (3 * n_open >= n_days) & open_day.repeat(24)
-    source = _hours_that_stand_in(whole.any(axis=0), is_open, now)      # [168]
-    if source is None:
-        return np.empty(0, np.int64)
-    offsets = lambda k: past[edges[k]:edges[k + 1]] - hours[k] * HOUR   # of the bars of an hour, in seconds
-    found, n = [], 0
-    for hour in range(now, now + 169):
-        like = source[hour % 168]
-        if like < 0 or not is_open[like] or n > horizon:
-            continue
-        stamps = offsets(at[bars[:, like].argmax(), like])              # of the last of the weeks that had most of them
-        if len(stamps) > 1:
-            own = at[bars[:, like] > 0, like]
-            daily = at[:, like % 24::24][bars[:, like % 24::24] > 0]    # this hour of all days, the last first
-            daily = daily[:max(3, 2000 // len(stamps))]                 # enough of them, and quick
-            stamps = _without_holes(stamps, [offsets(k) for k in own], [offsets(k) for k in daily])
-        stamps = stamps + (sunday + hour) * HOUR
-        stamps = stamps[(stamps > after) & (stamps <= after + WEEK)]
-        found.append(stamps)
-        n += len(stamps)
-    return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def _without_holes(fullest, own, daily):
-    """When in an hour its bars come, in seconds: as in its fullest week, with what only that week lacked.
-
-    own: int64 offsets of the bars of this hour of the week, a list over weeks. daily: of the same hour on all days.
-    """
-    usual, n_days = np.unique(np.concatenate(daily), return_counts=True)
-    first, last = min(o[0] for o in own), max(o[-1] for o in own)
-    usual = usual[(10 * n_days > len(daily)) & (usual >= first) & (usual <= last)]
-    keep_a_grid = len(fullest) <= len(usual) <= 2 * len(fullest)
-    return usual if keep_a_grid else fullest
-
-
-def _clock_of_weeks(occupied, known, start):
-    """How many hours later than in each week, this one first, things happen now: 0, 1 or -1, int64 [weeks].
-
-    occupied, known: bool, whether an hour has bars, and whether it could have. Each week is compared with the one before
-    it, on days on which both trade, moved by an hour either way: the clock changed where that leaves at most half of the
-    hours unlike.
-    """
-    moves = np.array([0, 1, -1])[:, None, None]
-    newer = start[:-1] + np.arange(168)             # [weeks - 1, 168]
-    older = start[1:] + np.arange(168) - moves      # [3, weeks - 1, 168]
-    both = occupied[newer].reshape(-1, 7, 24).any(2) & occupied[older[0]].reshape(-1, 7, 24).any(2)
-    compared = known[newer] & known[older] & both.repeat(24, axis=1)
-    unlike = (compared & (occupied[newer] != occupied[older])).sum(axis=2)  # [3, weeks - 1]
-    best = unlike[1:].argmin(axis=0) + 1
-    changed = (unlike[0] > 0) & (2 * unlike[1:].min(axis=0) <= unlike[0])
-    return np.append(0, np.cumsum(np.where(changed, moves[best, 0, 0], 0)).clip(-1, 1))
-
-
-def _hours_that_stand_in(seen, is_open, now):
-    """Of each hour of the week the hour whose bars it has, int64 [168]: its own where seen; -1 for none.
-
-    Hours not seen take the last whole day seen with bars, of weekdays if there is one; those of weekends only if what was
-    seen of Saturday, or all of Sunday, was open about as long. None where no whole day has been seen.
-    """
-    source = np.arange(168)
-    if seen.all():
-        return source if is_open.any() else None
-    open_hours = is_open.reshape(7, 24).sum(axis=1)
-    whole_days = seen.reshape(7, 24).all(axis=1) & (open_hours > 0)
-    days_back = [(now // 24 - back) % 7 for back in range(1, 8)]  # 0 is Sunday
-    found = [day for day in days_back if whole_days[day]]
-    if not found:
-        return None
-    model = next((day for day in found if 1 <= day <= 5), found[0])
-    like = model * 24 + source % 24
-    usual = 0.75 * open_hours[model] / 24
-    if open_hours[6] <= usual * seen[-24:].sum() and open_hours[0] < usual * 24:
-        like[:24] = like[-24:] = -1
-    return np.where(seen, source, like)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -657,18 +632,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     """The series of `synthetic`, one at a time."""
     signal = _checked_signal(signal, kind, half_life)
     common = np.random.default_rng([seed, 0])
-    n = np.arange(n_bars)
-    day = n // SESSION
-    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + n % SESSION * 60  # from Monday 2020-01-06
+    day, minute = np.divmod(np.arange(n_bars), SESSION)
+    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + minute * 60  # from Monday 2020-01-06, 14:30
     common_vol = decayed_sum(common.normal(0, 0.06, n_bars), decay=0.98)
-    common_coin = common.standard_normal(n_bars)
+    coin = common.standard_normal(n_bars)
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
-        if kind == "edge":
-            ohlcva = _edge_bars(rng, log_vol, common_coin, signal)
-        else:
-            ohlcva = _reverting_bars(rng, log_vol, common_coin, signal, half_life)
+        edge = kind == "edge"
+        ohlcva = _edge_bars(rng, log_vol, coin, signal) if edge else _reverting_bars(rng, log_vol, coin, signal, half_life)
         yield Bars(f"SYN{i}", time.copy(), ohlcva)
 
 
@@ -695,7 +667,7 @@ def _edge_bars(rng, log_vol, common_coin, signal):
     told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
     up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
     close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
-    gap = rng.standard_normal(n_bars) * sigma * _gap_size(n_bars)
+    gap = _gaps(rng, sigma)
     open_ = np.append(close[0], close[:-1]) * np.exp(gap)
     long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
     high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
@@ -703,9 +675,9 @@ def _edge_bars(rng, log_vol, common_coin, signal):
     return _with_volume(rng, log_vol, size / sigma, open_, high, low, close)
 
 
-def _gap_size(n_bars):
-    """Standard deviation of the gap before each bar, in units of its sigma."""
-    return np.where(np.arange(n_bars) % SESSION == 0, 1.5, 0.1)
+def _gaps(rng, sigma):
+    """The move between a close and the next open, in log price: wide where a session opens."""
+    return rng.standard_normal(len(sigma)) * sigma * np.where(np.arange(len(sigma)) % SESSION == 0, 1.5, 0.1)
 
 
 def _with_volume(rng, log_vol, size, open_, high, low, close):
@@ -726,7 +698,7 @@ def _reverting_moves(rng, log_vol, coin, signal, half_life):
     """(m, gap, body), [n] each, of one symbol: its log return is m + gap + body, u = gap + body."""
     n_bars, phi = len(log_vol), 0.5 ** (1 / half_life)
     sigma = np.exp(log_vol)
-    gap = rng.standard_normal(n_bars) * sigma * _gap_size(n_bars)
+    gap = _gaps(rng, sigma)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
     up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) > 0
     body = np.where(up, size, -size)
@@ -792,11 +764,14 @@ def _student4(x):
     return 0.5 + 0.25 * z * (3 - z * z)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# The second part: files. Who reads to learn how the model sees a market can stop here.
+# ======================================================================================================================
+
 # Bars from files: CSV as people have it
 #
-# One way for every file: bytes -> lines -> delimiter and header -> columns -> numbers and dates, each in the one format
-# that fits the whole file -> faults -> bars. What cannot be told for certain is refused, never guessed.
+# One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
+# that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
 HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
@@ -810,7 +785,8 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
              "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
     "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
               "totaltradedquantity tottrdqty quantity qty stuecke stücke volumen объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz volumen 成交额 成交金额 成交金額",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz volumen "
+              "成交额 成交金额 成交金額",
     "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
 }
@@ -822,13 +798,13 @@ INDICATORS = "ma sma ema avg change pct osc delta buy sell".split()     # "Volum
 FIELD = "(adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
 MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
 MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
 SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
 FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
-FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"FEA1": "Feather", b"\x89HDF": "HDF5", b"SQLite": "SQLite", b"{": "JSON",
-           b"[": "JSON", b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "Excel"}
+FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON", b"\xd0\xcf\x11\xe0": "Excel"}
 
 
 class _NoBars(UserError):
@@ -907,148 +883,112 @@ def _files(paths):
 
 
 def _symbols(paths):
-    """{path: symbol of a file that names none}: its stem, without interval and date where several files differ by date alone.
-
-    BTCUSDT-1h-2024-01.csv and BTCUSDT-1h-2024-02.csv are BTCUSDT, but where BTCUSDT-1d-2024-01.csv lies beside them they
-    are BTCUSDT-1h.
-    """
+    """{path: symbol of a file that names none}: its stem; of files that differ by date alone, without date and interval."""
     stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
     interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
     undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
-    bare = {stem: re.sub(interval, "", stem, flags=re.I) for stem, n in Counter(undated.values()).items() if n > 1}
-    n_intervals = Counter(bare.values())
-    symbols = {}
-    for path, stem in stems.items():
-        if undated[path] in bare:
-            stem = undated[path]
-            stem = bare[stem] if n_intervals[bare[stem]] == 1 else stem
-        symbols[path] = _printable(stem)
-    return symbols
+    count = Counter(undated.values())
+    for path, name in undated.items():
+        if count[name] > 1:
+            stems[path] = re.sub(interval, "", name, flags=re.I)
+    return {path: printable(stem.strip()) for path, stem in stems.items()}
 
 
-def _printable(text):
-    """For messages and names: without control characters and escape codes."""
-    return "".join(c if c.isprintable() else "?" for c in text.strip())
+# -- bytes -> text
 
-
-# -- bytes -> lines
-
-def _bytes(path):
-    """What the file holds, out of its containers, which are told by their first bytes and not by name."""
+def _text(path):
+    """(what a text file holds in whatever encoding and container, whether the file is plainly that); UserError if it is none."""
     try:
         with open(path, "rb") as f:
-            raw = f.read()
-        for _ in range(3):  # such as a .csv.gz in a .zip
-            if raw.startswith(b"\x1f\x8b"):
-                raw = gzip.decompress(raw)
-            elif raw.startswith(b"\xfd7zXZ\0"):
-                raw = lzma.decompress(raw)
-            elif raw.startswith(b"BZh"):
-                raw = bz2.decompress(raw)
-            elif raw.startswith(b"PK\3\4"):
-                raw = _unzipped(path, raw)
+            raw = stored = f.read()
+        for magic, unpack in CONTAINERS.items():
+            if raw.startswith(magic):
+                raw = unpack(raw)
+        start = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip()
+        for magic, kind in FOREIGN.items():
+            if start.startswith(magic):
+                raise ValueError(f"it is {kind}")
+        text, encoding = _decoded(raw)
+        if "\0" in text:
+            raise ValueError("it is binary")
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the file")
-    return raw
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a CSV file, or an archive of one")
+    if not text or text.isspace():
+        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
+    plain = raw is stored and encoding == "utf-8"
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text, plain
 
 
-def _unzipped(path, raw):
+def _unzipped(raw):
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
         names = [name for name in file.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
         if "[Content_Types].xml" in names:
-            raise UserError(f"{path}: Excel, not CSV; export it as CSV")
+            raise ValueError("it is Excel")
         if len(names) != 1:
-            raise UserError(f"{path}: {len(names)} files in one archive; unpack it into a folder and name that")
+            raise ValueError(f"it holds {len(names)} files")
         return file.read(names[0])
 
 
-def _lines(path):
-    """The lines of a text file in whatever encoding; UserError for a file that is none."""
-    raw = _bytes(path)
-    start = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip()
-    for magic, kind in FOREIGN.items():
-        if start.startswith(magic):
-            raise UserError(f"{path}: {kind}, not CSV; export it as CSV")
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = raw.decode("utf-16", "replace")
-    elif raw[1:400:2].count(0) > 0.8 * len(raw[1:400:2]) > 0:
-        text = raw.decode("utf-16-le", "replace")
-    else:
-        text = _decoded(raw)
-    text = text.rstrip("\0")  # the disk filled up, or the machine died
-    if not text.strip():
-        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    if "\0" in text:
-        raise UserError(f"{path}: a binary file, not a CSV; export it as text")
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0": lzma.decompress, b"BZh": bz2.decompress}
 
 
 def _decoded(raw):
-    """Text in UTF-8, else in that of these encodings in which most names of columns are known."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        best, most = "", -1
-    for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis"):
-        text = raw.decode(encoding, "replace")
-        known = max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
-        if known > most:
-            best, most = text, known
-    return best
+    """(text, encoding): UTF-16 by its mark, UTF-8, else that of a few encodings in which most names of columns are known."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", "replace").rstrip("\0"), "utf-16"
+    raw = raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\0")  # the machine died while it wrote
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8"), "utf-8"
+    texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
+    split = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
+    known = [max(_n_known(map(_fold, cells)) for cells in lines) for lines in split]
+    return texts[known.index(max(known))], "another"
 
 
-def _head(path):
-    """The first lines of a long plain file in UTF-8, so that numpy can read the rest; None for any other file."""
-    try:
-        with open(path, "rb") as f:
-            raw = f.read(1 << 16)
-        if len(raw) < 1 << 16 or b"\0" in raw or b'"' in raw:
-            return None
-        return raw[:raw.rfind(b"\n") + 1].decode("utf-8-sig").replace("\r\n", "\n").split("\n")[:-1] or None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-# -- lines -> delimiter, header, columns
+# -- text -> delimiter, header, columns
 
 @dataclass
 class Table:
-    """A text file and its columns."""
+    """A text and its columns."""
     path: str
-    lines: list[str]    # or, of a long plain file, the first of them
+    text: str
+    plain: bool         # whether the file at path is this text, in UTF-8: then numpy reads it from there
+    head: list[str]     # its first lines
     delimiter: str
     first: int          # index of the first line below the header
     names: list[str]    # of each column, as in the file
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
-    is_head: bool = False
     line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
+
+    @functools.cached_property
+    def lines(self):
+        return self.text.split("\n")
+
+    @functools.cached_property
+    def row(self):
+        """The cells of the first row."""
+        return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
 
     def line(self, row):
         """The line of a row, from 1, for messages."""
-        self.whole()
         if self.line_of is None:
             self.line_of = np.array([k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line])
         return int(self.line_of[row])
-
-    def whole(self):
-        if self.is_head:
-            self.lines, self.is_head = _lines(self.path), False
-        return self
 
 
 @functools.lru_cache(10_000)
 def _fold(name):
     """A column's name in lower case, letters and digits only, without "1. ", "(USD)" and " Price"."""
     name = re.sub(r"^\d+[a-z]?\.\s+", "", name.strip().lower())
-    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?", name)
-    if what and what[1] not in INDICATORS:
-        return "volumemoney" if what[1] in MONEY else "volumecoin"
-    what = re.fullmatch(r"volume(to|from)", name)
-    if what:
-        return "volumemoney" if what[1] == "to" else "volumecoin"
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
+    unit = what and (what[1] or what[2])
+    if unit and unit not in INDICATORS:
+        return "volumemoney" if unit in MONEY else "volumecoin"
     folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
     return folded.removesuffix("price") or folded
 
@@ -1060,7 +1000,7 @@ def _n_known(fields):
 
 
 def _split(line, delimiter):
-    if delimiter == " ":
+    if delimiter == " ":  # or runs of them
         return line.replace('"', "").split()
     try:
         return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
@@ -1082,78 +1022,61 @@ def _names(cells):
 
 def _table(path):
     """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
-    head = _head(path)
-    lines = head or _lines(path)
-    filled = [i for i, line in enumerate(lines[:200]) if line.strip()][:40]
-    best = 0, ",", filled[0], []
-    for delimiter in ",;\t| ":
-        for i in filled:
-            names = _names(_split(lines[i], delimiter))
-            known = _n_known(field for field, _ in names) if len(names) > 4 else 0
-            if known > best[0]:
-                best = known, delimiter, i, names
-            if known == 6:
-                break
-        if best[0] == 6:
+    text, plain = _text(path)
+    head = text[:1 << 16].split("\n")[:200]
+    filled = [i for i, line in enumerate(head) if line.strip()][:40]
+    best = 1, ",", 0, []
+    for delimiter, i in itertools.product(",;\t| ", filled):
+        names = _names(_split(head[i], delimiter))
+        known = _n_known(field for field, _ in names) if len(names) > 4 else 0
+        if known > best[0]:
+            best = known, delimiter, i, names
+        if known > 4:
             break
     known, delimiter, i, names = best
-    if known < 2:
-        return _without_header(path, _lines(path), filled)
-    if delimiter == " ":  # or runs of blanks
-        head, lines, delimiter = None, ["\t".join(line.replace('"', "").split()) for line in _lines(path)], "\t"
-    cells = [_printable(cell) for cell in _split(lines[i], delimiter)]
-    table = Table(path, lines, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names],
-                  is_head=head is not None)
+    if known == 1:
+        return _without_header(path, text, plain, head, filled)
+    cells = [printable(cell.strip()) for cell in _split(head[i], delimiter)]
+    if delimiter == " ":
+        text, plain, delimiter = "\n".join("\t".join(_split(line, " ")) for line in text.split("\n")), False, "\t"
+        head = text[:1 << 16].split("\n")[:200]
+    table = Table(path, text, plain, head, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
     if not any(table.tickers):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
         table.fields[0] = ""  # what yfinance calls its column of dates
-    return _fit(table)
+    return table
 
 
 def _find_tickers(table, filled):
     """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
     at = filled.index(table.first - 1)
     for k in (at + 1, at - 1):
-        cells = _split(table.lines[filled[k]], table.delimiter) if 0 <= k < len(filled) else []
+        cells = _split(table.head[filled[k]], table.delimiter) if 0 <= k < len(filled) else []
         if len(cells) != len(table.fields) or _fold(cells[0]) not in ("", "ticker", "price", "symbol"):
             continue
         if all(cell.strip() and not _is_number(cell) for cell in cells[1:]):
             table.tickers = ["", *(cell.strip() for cell in cells[1:])]
             table.first = max(table.first, filled[k] + 1)
-            below = _split(table.lines[table.first], table.delimiter) if table.first < len(table.lines) else []
+            below = _split(table.head[table.first], table.delimiter) if table.first < len(table.head) else []
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             return
 
 
-def _fit(table):
-    """Rows with one cell more than the header: a delimiter at the end, or row names without a title."""
-    rows = [_split(line, table.delimiter) for line in table.lines[table.first:table.first + 9]]
-    if any(len(row) == len(table.names) + 1 for row in rows) and not any(len(row) == len(table.names) for row in rows):
-        at_end = all(not row[-1].strip() for row in rows if row)
-        at = len(table.names) if at_end else 0
-        for cells in (table.names, table.fields, table.tickers):
-            cells.insert(at, "")
-    return table
-
-
-def _without_header(path, lines, filled):
+def _without_header(path, text, plain, head, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
     for delimiter in ",;\t| ":
         first = filled[0]
-        cells = _split(lines[first], delimiter)
-        if cells == [str(k) for k in range(len(cells))] and len(filled) > 1:  # numbers of columns, as pandas writes them
+        if len(filled) > 1 and _split(head[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:  # pandas numbers columns
             first = filled[1]
-            cells = _split(lines[first], delimiter)
+        cells = _split(head[first], delimiter)
         stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
         rest = cells[len(stamp):]
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        if len(fields) != len(cells) or len(rest) < 5 or not all(map(_is_number, rest)):
-            continue
-        if _is_number(cells[0]) or STAMP.fullmatch(cells[0].strip()):
-            return Table(path, lines, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
-    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; "
-                    f"put a first line such as time,open,high,low,close,volume")
+        numbers = len(rest) >= 5 and all(map(_is_number, rest))
+        if len(fields) == len(cells) and numbers and (_is_number(cells[0]) or STAMP.fullmatch(cells[0].strip())):
+            return Table(path, text, plain, head, delimiter, first, list(fields), list(fields), [""] * len(fields), False)
+    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
 def _columns(table, ticker):
@@ -1168,10 +1091,10 @@ def _columns(table, ticker):
         if fields.count(field) > 1:
             raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
         columns[column] = fields.index(field)
-    missing = [c for c in PRICES if c not in columns]
-    if missing:
-        raise UserError(f"{table.path}:{table.first}: no column {missing[0]!r} in the header; "
-                        f"name it one of {', '.join(HEADERS[missing[0]][:4])}")
+    for column in PRICES:
+        if column not in columns:
+            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
+                            f"name it one of {', '.join(HEADERS[column][:4])}")
     if "volume" not in columns and "volumemoney" in fields:
         columns["volume"] = columns.pop("amount")
     return columns
@@ -1189,37 +1112,37 @@ def _is_number(text):
 
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
-    kinds = [(f"f{i}", "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
-    options = dict(dtype=kinds, comments=None, delimiter=table.delimiter, ndmin=1, encoding="utf-8-sig")
-    lines = [line for line in table.lines[table.first:] if line]
+    n_columns = len(table.names)
+    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(n_columns)]
+    quote = '"' if '"' in table.text else None
+    file = table.path if table.plain else io.StringIO(table.text)
     try:
-        if table.is_head:
-            got = np.loadtxt(table.path, skiprows=table.first, **options)
-        else:
-            got = np.loadtxt(lines, quotechar='"', **options) if lines else ()
-        if table.is_head or len(got) == len(lines) > 0:  # else a quote spans lines
-            return {i: got[f"f{i}"] for i in numbers | texts}, {}
-    except (ValueError, OSError):
-        pass  # holes, faults, numbers with commas, a text file named .gz: row by row
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of no rows
+            got = np.loadtxt(file, skiprows=table.first, dtype=kinds, comments=None, delimiter=table.delimiter,
+                             quotechar=quote, ndmin=1, encoding="utf-8-sig")
+        if not quote or not any("\n" in cell for i in texts for cell in got[str(i)]):  # else one that was not closed
+            return {i: got[str(i)] for i in numbers | texts}, {}
+    except (ValueError, OSError, UserWarning):
+        pass  # holes, faults, numbers with commas: row by row
     rows, line_of, reasons, price = [], [], {}, min(numbers)
-    reader = csv.reader(table.whole().lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
+    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
     try:
         for line, row in enumerate(reader, table.first + 1):
             if table.first + reader.line_num > line:
-                raise UserError(f"{table.path}:{line}: a quote is opened and not closed in this line; mend or remove the line")
-            whole = len(row) == len(kinds)
-            if whole and row[price][:1].isdecimal():
-                pass
-            elif _is_note(row, len(kinds)) or (whole and _fold(row[price]) == table.fields[price]):
-                continue  # or the header again: files were put one behind the other
-            elif not whole:
-                reasons[len(rows)] = f"{len(row)} cells where the header has {len(kinds)}"
-                row = [""] * len(kinds)
+                raise csv.Error("a quote is opened and not closed")
+            fits = len(row) == n_columns
+            if not (fits and row[price][:1].isdecimal()):
+                if _is_note(row, n_columns) or (fits and _fold(row[price]) == table.fields[price]):
+                    continue  # or the header again: files were put one behind the other
+                if not fits:
+                    reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
+                    row = [""] * n_columns
             rows.append(row)
             line_of.append(line)
     except csv.Error as e:
-        raise UserError(f"{table.path}:{table.first + reader.line_num}: not a CSV row ({e}); mend or remove the line")
+        raise UserError(f"{table.path}:{line_of[-1] + 1 if line_of else table.first + 1}: not a CSV row ({e}); mend or remove it")
     finally:
         gc.enable()
     table.line_of = np.array(line_of, np.int64)
@@ -1241,15 +1164,11 @@ SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
 
 def _numbers(table, cells, reasons):
     """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
-    try:
+    with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
-    except ValueError:
-        pass
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
-    try:
+    with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
-    except ValueError:
-        pass
     plain = {i: "\0".join(column).lower().translate(NOISE).split("\0") for i, column in cells.items()}
     distinct = {c for column in plain.values() for c in column}
     votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
@@ -1271,22 +1190,17 @@ def _numbers(table, cells, reasons):
 
 # -- texts -> UTC seconds
 
-MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-GERMAN_MONTHS = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
-ISO = re.compile(r"\d{4}-\d\d(-\d\d)?([T ]\d\d:\d\d(:\d\d)?)?")
-STAMP = re.compile(r"""
-    (?:[^\W\d]{2,10}\.?,?\s+)?                                                                       # a weekday
-    (?:(?P<a>\d{1,4}|[^\W\d]{3,9})[-/.\s年]\s*(?P<b>\d\d?|[^\W\d]{3,9})\.?,?[-/.\s月]\s*(?P<c>\d{1,4})日?
-      |(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d))
-    (?:[T\s,;]\s*(?P<h>\d\d?)(?::?(?P<m>\d\d)(?::?(?P<s>\d\d)(?:[.,]\d+)?)?)?(?:[\s-]*(?P<half>[ap])\.?m\b\.?)?)?
-    \s*(?P<zone>[a-z]+(?:/[a-z_/+-]+)?)?(?P<offset>[+-]\d\d(?::?\d\d)?)?(?:\s*\(.*\))?""", re.X | re.I)
-ORDERS = {"year-month-day": (0, 1, 2), "day/month/year": (2, 1, 0), "month/day/year": (2, 0, 1)}  # places of year, month, day
-ZONES = dict(z=0, utc=0, gmt=0, est=-5, edt=-4, cdt=-5, mst=-7, mdt=-6, pst=-8, pdt=-7, cet=1, cest=2, eet=2, eest=3, bst=1,
-             msk=3, hkt=8, sgt=8, jst=9, kst=9, aest=10, aedt=11)  # hours; not CST, which is Chicago's or China's
-DIGITS = (  # numbers that spell a date: name, fields of two digits behind the year, digits of the year, of a fraction
-    ("YYYYMM", 1, 4, 0), ("YYMMDD", 2, 2, 0), ("YYYYMMDD", 2, 4, 0), ("YYYYMMDDHH", 3, 4, 0), ("YYMMDDHHMM", 4, 2, 0),
-    ("YYYYMMDDHHMM", 4, 4, 0), ("YYYYMMDDHHMMSS", 5, 4, 0), ("YYYYMMDDHHMMSSmmm", 5, 4, 3))
-CLOCK = re.compile(r"(?:0 days )?(\d\d?):(\d\d)(?::(\d\d)(?:[.,]\d+)?)?\s*([ap])?\.?m?\.?", re.I)
+STAMP = re.compile(r"""(?P<date>\d{8}|\w{1,9}[-/.\s年]\s*\w{1,9}\.?,?(?:[-/.\s月]\s*\d{1,4}日?)?)
+    (?:[T\s,;]\s*(?P<clock>\d\d?(?::?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
+    \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)""", re.X | re.I)
+CLOCK = re.compile(r"(\d\d?)(?::(\d\d))?(?::(\d\d))?(?:[.,]\d+)?[\s-]*([ap])?\.?m?\.?", re.I)
+DATES = {  # order -> formats, with - for whatever stands between
+    "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
+    "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d-%m-%y", "%d-%b-%y"),
+    "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
+DIGITS = (  # numbers that spell a date: name, format of the day, digits of the clock behind it
+    ("YYYYMM", "%Y%m", 0), ("YYMMDD", "%y%m%d", 0), ("YYYYMMDD", "%Y%m%d", 0), ("YYYYMMDDHH", "%Y%m%d", 2),
+    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6), ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
 
 
 def parse_time(text):
@@ -1305,107 +1219,97 @@ def _dates(cells):
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
     else:
-        seconds, why = _dates_of_iso(texts), ""
-        if seconds is None:
-            seconds, why = _dates_of_texts(texts.tolist())
+        seconds, why = _dates_of_texts(texts.tolist())
     return seconds[which], why
 
 
-def _dates_of_iso(texts):
-    """UTC seconds by numpy, quickly; None unless all texts are plain ISO dates that exist."""
-    if not all(map(ISO.fullmatch, texts.tolist())):
-        return None
-    try:
-        seconds = texts.astype("M8[s]").astype(np.int64).astype(np.float64)
-    except ValueError:  # a day that is none
-        return None
-    return np.where(np.abs(seconds) < 230 * YEAR, seconds, np.nan)
-
-
 def _dates_of_texts(texts):
+    """As `_dates`. A text is a day, a clock and a zone; each day is looked up once, in the order that fits most of them."""
     found = [STAMP.fullmatch(text) for text in texts]
-    parts = np.array([_parts(match) for match in found]).T  # (7, n)
-    readings = {}
-    for name, (y, m, d) in ORDERS.items():
-        wrong = (parts[6] >= 0) & ((parts[6] != m) | ((y == 0) & (parts[0] < 32)))  # 02-Jan-24 is a day of 2024
-        readings[name] = np.where(wrong, np.nan, _civil(parts[y], parts[m], parts[d], *parts[3:6]))
-    seconds, why = _told_apart(readings, texts, prefer="day/month/year" if "." in texts[-1] else None)  # dots: never m.d.y
-    zones = {}
-    for k, match in enumerate(found):
-        if match and (match["zone"] or match["offset"]):
-            zones.setdefault((match["zone"] or "", match["offset"] or ""), []).append(k)
-    for (zone, offset), rows in zones.items():
-        seconds[rows] -= _offset(zone, offset, seconds[rows])
+    dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
+    days, which = np.unique([re.sub(r"[/.,\s年月日-]+", "-", date).strip("-") for date in dates], return_inverse=True)
+    readings = {order: np.array([_day(day, formats) for day in days.tolist()]) for order, formats in DATES.items()}
+    seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
+    seconds = seconds[which] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
+    for zone in set(zones) - {""}:
+        rows = np.array([z == zone for z in zones])
+        seconds[rows] -= _ahead(zone, seconds[rows])
     return seconds, why
 
 
-def _parts(match):
-    """The three numbers of a date in the order of the text, hour, minute, second, and where a month has a name, or -1."""
-    if not match:
-        return [np.nan] * 6 + [-1]
-    date = [match["a"], match["b"], match["c"]] if match["a"] else [match["year"], match["month"], match["day"]]
-    named = -1
-    for k, part in enumerate(date):
-        if not part.isdecimal():
-            named, part = k, part[:3].lower()
-            date[k] = MONTHS.index(part) + 1 if part in MONTHS else GERMAN_MONTHS.get(part, np.nan)
-    return [*map(float, date), _hour(match["h"], match["half"]), int(match["m"] or 0), int(match["s"] or 0), named]
+def _day(text, formats):
+    """UTC seconds of a date; NaN if it has none of the formats."""
+    for form in formats:
+        with contextlib.suppress(ValueError):
+            day = datetime.datetime.strptime(text, form)
+            return day.replace(tzinfo=datetime.UTC).timestamp() if 1770 <= day.year < 2200 else np.nan
+    return np.nan
 
 
-def _hour(text, half):
-    """Of half a day, "a" or "p": 12 am is 0, 12 pm is 12."""
-    hour = int(text or 0)
-    if not half:
-        return hour
-    return hour % 12 + 12 * (half in "pP") if 1 <= hour <= 12 else 99
+def _clock(cells):
+    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
+    texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
+    values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
+    if np.isfinite(values[which]).mean() > 0.5:
+        numbers = sorted((value, len(text)) for value, text in zip(values, texts) if np.isfinite(value))
+        top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
+        if top <= 24 and width <= 2:  # hours
+            values *= 10000
+        elif top <= 2400 and width <= 4:
+            values *= 100
+        elif top > 240000:  # with milliseconds
+            values //= 1000
+    else:
+        for k, text in enumerate(texts):
+            found = CLOCK.fullmatch(text)
+            if found:
+                hour, half = int(found[1]), (found[4] or "").lower()
+                if half:  # 12 am is 0, 12 pm is 12
+                    hour = hour % 12 + 12 * (half == "p") if 1 <= hour <= 12 else 99
+                values[k] = hour * 10000 + int(found[2] or 0) * 100 + int(found[3] or 0)
+    return _of_hhmmss(values)[which]
 
 
-def _offset(zone, offset, seconds):
-    """Seconds that local time is ahead of UTC, one number or float64 [n]; NaN for an unknown zone."""
-    if offset and zone.lower() in ("", "utc", "gmt"):
-        digits = offset[1:].replace(":", "").ljust(4, "0")
-        return int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
-    if zone.lower() in ZONES:
-        return ZONES[zone.lower()] * 3600
+def _of_hhmmss(values):
+    hour, minute, second = values // 10000, values // 100 % 100, values % 100
+    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
+    return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)
+
+
+def _ahead(zone, seconds):
+    """Seconds that the clocks of a zone, such as Z, +01:00, GMT+0100 or US/Eastern, are ahead of UTC; NaN if unknown."""
+    offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
+    if offset:
+        return int(f"{offset[1] or ''}1") * (int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60)
     try:
         zone = zoneinfo.ZoneInfo(zone)
     except (KeyError, ValueError, OSError):
         return np.nan
-    ahead = np.full(len(seconds), np.nan)
-    for k in np.flatnonzero(np.isfinite(seconds)):
-        local = datetime.datetime.fromtimestamp(seconds[k], datetime.UTC)
-        ahead[k] = local.replace(tzinfo=zone).utcoffset().total_seconds()
-    return ahead
+    local = [datetime.datetime.fromtimestamp(s, datetime.UTC) if np.isfinite(s) else None for s in seconds]
+    return np.array([when.replace(tzinfo=zone).utcoffset().total_seconds() if when else np.nan for when in local])
 
 
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
-    readings, sample = {}, values[::max(1, len(values) // 200)]
-    for name, *form in DIGITS:
-        if np.isfinite(_spelled(sample, *form)).mean() > 0.5:
-            readings[name] = _spelled(values, *form)
+    sample = values[::max(1, len(values) // 50)]
+    readings = {name: _spelled(values, *form) for name, *form in DIGITS if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
         readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
-    readings = readings or {"an epoch": epoch}
-    seconds, why = _told_apart(readings, values)
+    seconds, why = _told_apart(readings or {"an epoch": epoch})
     if not np.isfinite(seconds).any():
-        typical = np.nanmedian(values) if np.isfinite(values).any() else 0
-        if typical < 1e8:
-            why = why or "it is a clock, a count, a year or a spreadsheet's number"
-        else:
-            why = why or ("it counts as .NET does" if typical > 6e17 else "it lies in the future")
+        why = why or "it is a clock, a count, a year, a spreadsheet's number, or lies in the future"
     return seconds, why
 
 
-def _spelled(values, n_fields, n_year, fraction):
-    """UTC seconds of numbers such as 20240304143000, taken apart from behind."""
-    values = np.floor(np.where(np.abs(values) < 1e18, values, np.nan) / 10 ** fraction)
-    fields = [1.0, 1.0, 0.0, 0.0, 0.0]  # month, day, hour, minute, second
-    for k in reversed(range(n_fields)):
-        values, fields[k] = np.divmod(values, 100)
-    fits = (values >= 1900) & (values < 2200) if n_year == 4 else (values >= 10) & (values < 100)
-    seconds = _civil(np.where(fits, values, np.nan), *fields)
+def _spelled(values, form, n_clock):
+    """UTC seconds of numbers such as 20240304143000."""
+    day, clock = np.divmod(np.where(np.abs(values) < 1e18, values, np.nan), 10.0 ** n_clock)
+    days, which = np.unique(day, return_inverse=True)
+    texts = [f"{d:.0f}" for d in days]
+    fits = [len(text) == (8 if form == "%Y%m%d" else 6) for text in texts]
+    seconds = np.array([_day(text, [form]) if fit else np.nan for text, fit in zip(texts, fits)])[which]
+    seconds = seconds + _of_hhmmss(np.floor(clock * 10.0 ** (6 - n_clock)))
     return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
 
 
@@ -1415,107 +1319,61 @@ def _epoch(values):
     sample = np.sort(sample[sample < 1e19])
     if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
         values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
-        sample = np.sort(sample)
-    size = sample[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
+    size = np.sort(sample)[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    while unit < 1e9 and size > 0 and (sample % (1000 * DAY * unit) == 0).mean() > 0.9:  # days of 1970 in ms, not 1000 days each
-        unit *= 1000
-    if unit == 1e9 and 6.2e17 < size < 6.4e17:  # .NET counts 100 ns from year 1: now at 6.39e17
-        unit = np.nan
-    if size / unit < 1e8 and (size == 0 or (sample % (DAY * unit) == 0).mean() < 0.9):  # before 1973 only whole days are safe
+    is_dotnet = unit == 1e9 and 6.2e17 < size < 6.5e17  # it counts 100 ns from year 1
+    is_1970 = unit == 1 and len(sample) and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
+    if is_dotnet or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         unit = np.nan
     seconds = np.floor(values / unit)
     return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
 
 
-def _civil(year, month, day, hour, minute, second):
-    """UTC seconds of civil times, float64 [n]; NaN where there is no such day or clock. A year of two digits is not ahead."""
-    year = np.where(year < 100, year + np.where(year + 2000 > time.gmtime().tm_year + 1, 1900, 2000), year)
-    ok = (year >= 1770) & (year < 2200) & (month >= 1) & (month <= 12) & (day >= 1)
-    ok &= (hour * 60 + minute <= 1440) & (hour <= 24) & (minute < 60) & (second < 61)
-    months = np.where(ok, (year - 1970) * 12 + month - 1, 0).astype(np.int64).astype("M8[M]")
-    first, next_first = (m.astype("M8[D]").astype(np.int64) for m in (months, months + 1))
-    ok &= first + day <= next_first
-    return np.where(ok, (first + day - 1) * DAY + hour * 3600 + minute * 60 + second, np.nan)
-
-
-def _told_apart(readings, cells, prefer=None):
+def _told_apart(readings, prefer=None):
     """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and differ."""
     fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
     most = max(fits.values())
     name, *others = [name for name in readings if fits[name] == most]
     for other in others:
         differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
-        if most and len(differ) and prefer in (name, other):
-            name = prefer
-        elif most and len(differ):
+        if not len(differ):
+            continue
+        if prefer not in (name, other):
             one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
-            return np.full(len(cells), np.nan), f"it may be {one} ({name}) or {two} ({other}), as may all others here"
+            return readings[name] * np.nan, f"it may be {one} ({name}) or {two} ({other}), as may all others here"
+        name = prefer
     return readings[name].copy(), ""
 
 
-def _clock(cells, field):
-    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
-    texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
-    numbers = sorted((float(text), len(text)) for text in texts if text.isdecimal())
-    values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
-    if np.isfinite(values[which]).mean() > 0.5:
-        top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
-        if field == "minute" and top < 60:
-            values *= 100
-        elif top <= 24:  # hours
-            values *= 10000
-        elif top <= 2400 and width <= 4:
-            values *= 100
-        elif top > 240000:  # with milliseconds
-            values //= 1000
-        hour, minute, second = values // 10000, values // 100 % 100, values % 100
-    else:
-        hour, minute, second = np.full((3, len(texts)), np.nan)
-        for k, text in enumerate(texts):
-            found = CLOCK.fullmatch(text)
-            if found:
-                hour[k], minute[k], second[k] = _hour(found[1], found[4]), int(found[2]), int(found[3] or 0)
-    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
-    return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)[which]
-
-
-def _times(table, cells, named, clocks=(), rising=False):
+def _times(table, cells, named, clocks):
     """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
 
-    Dates without a clock take it from one of the columns `clocks`. rising: where names say nothing of time, a column must
-    rise or fall all the way. (None, why) if there are no dates.
+    Dates without a clock take it from one of the columns `clocks`. UserError if there are no dates.
     """
     best, most, at, why = None, 0, None, ""
     for i in named:
         seconds, reason = _dates(cells[i])
         good = np.isfinite(seconds)
-        if good.mean() < 0.5 or (rising and not _is_monotone(seconds[good])):
+        if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {_first_cell(table, i)!r} is no date" + (f": {reason}" if reason else "")
+                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date" + (f": {reason}" if reason else "")
             continue
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if distinct > most:
             best, most, at = seconds, distinct, i
     if best is None:
-        return None, why
+        raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
     midnight = bool(clocks) and (best[np.isfinite(best)] % DAY == 0).all()
-    for i in [i for i in clocks if i != at and midnight]:
-        clock = _clock(cells[i], table.fields[i])
-        if np.isfinite(clock).sum() <= len(clock) / 2:
-            continue
-        best = best + clock
-        if table.fields[i] != "hour" or (clock % 3600 != 0).any():
-            break  # else there may be a column of minutes, too
+    for i in clocks:
+        if midnight and i != at:
+            clock = _clock(cells[i])
+            if np.isfinite(clock).mean() > 0.5:
+                best = best + clock
+                break
     zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
-    ahead = _offset(zone[1], "", best) if zone else 0
+    ahead = _ahead(zone[1], best) if zone else 0
     return np.where(np.isfinite(ahead), best - ahead, best), at
-
-
-def _is_monotone(x):
-    steps = np.diff(x)
-    return (steps > 0).all() or (steps < 0).all()
 
 
 # -- columns -> bars
@@ -1530,32 +1388,23 @@ def _read_csv(path, symbol):
     named = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
+    if not named:
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
 
     stamps = {*named, *clocks}
-    epochs = stamps if len(stamps) == 1 and _is_number(_first_cell(table, min(stamps))) else set()
+    epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
     cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
-    n = len(cells[min(numbers)])
-    if not n:
+    if not len(cells[named[0]]):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     time, at = _times(table, cells, named, clocks)
-    unnamed = [i for i in free if i not in named]
-    if time is None and unnamed:
-        others, _ = _cells(table, numbers, set(unnamed))
-        time, found = _times(table, others, unnamed, rising=True)
-        cells, at = cells | others, at if time is None else found
-    if time is None and not named:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
-    if time is None:
-        raise UserError(f"{path}:{table.line(0)}: {at}; give dates with their clock, best as 2024-03-04 14:30")
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
-    prices = [columns[c] for columns in parts.values() for c in PRICES]
+    prices = np.array([values[columns[c]] for columns in parts.values() for c in PRICES])
     for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not all(np.isnan(values[i][row]) for i in prices):
+        if not np.isnan(prices[:, row]).all():
             reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
-
     series = []
     for ticker, columns in parts.items():
-        ohlcva = np.array([values[columns[c]] if c in columns else np.full(n, np.nan) for c in COLUMNS])
+        ohlcva = np.array([values[columns[c]] if c in columns else np.full(len(time), np.nan) for c in COLUMNS])
         _check_columns(table, columns, cells, ohlcva)
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
         series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
@@ -1564,25 +1413,16 @@ def _read_csv(path, symbol):
     return series
 
 
-def _first_cell(table, column):
-    """The cell of the first row in a column."""
-    row = _split(next((line for line in table.lines[table.first:] if line.strip()), ""), table.delimiter)
-    return row[column] if column < len(row) else ""
-
-
 def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
     path, names = table.path, table.names
-    if "interval" in columns:
-        intervals = sorted({str(cell).strip() for cell in cells[columns["interval"]]})
-        if len(intervals) > 1:
-            raise UserError(f"{path}:{table.first}: bars of several intervals ({_printable(', '.join(intervals[:4]))}) in the column "
-                            f"{names[columns['interval']]!r}; keep one of them a file")
-    open_, high, low, close, volume, amount = ohlcva
-    if "volume" in columns and not table.has_header and len(names) != len(BINANCE):
-        if (volume > 0.5 * low).mean() > 0.9 and (volume < 2 * high).mean() > 0.9:
-            raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
-                            f"put a first line such as time,open,high,low,close,volume")
+    _, high, low, close, volume, amount = ohlcva
+    intervals = sorted({printable(cell.strip()) for cell in cells[columns["interval"]]}) if "interval" in columns else []
+    if len(intervals) > 1:
+        raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
+                        f"{names[columns['interval']]!r}; keep one of them a file")
+    if not table.has_header and len(names) != len(BINANCE) and ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9:
+        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; {FIRST_LINE}")
     if "amount" in columns:
         some = slice(None, None, max(1, len(amount) // 1000))
         base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
@@ -1601,12 +1441,11 @@ def _symbol_of_rows(table, columns, cells, time, reasons):
     """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
     symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
     distinct, which = np.unique(symbols, return_inverse=True)
-    name = table.fields[columns["symbol"]]
-    if name in ("code", "name") and len(distinct) > 1 and len(np.unique(time)) == len(time):
+    if table.fields[columns["symbol"]] in ("code", "name") and len(np.unique(time)) == len(time):
         if (np.diff(which) != 0).mean() > 0.5:  # it changes from row to row, and no two share a time
             return None
     bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
-    if bad == list(range(len(distinct))):
+    if len(bad) == len(distinct):
         return None
     for row in np.flatnonzero(np.isin(which, bad)).tolist():
         reasons.setdefault(row, "no symbol, or one with control characters")
@@ -1617,9 +1456,10 @@ def _bars(table, symbols, time, ohlcva, reasons):
     """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
-    for row in _strays(time, code).tolist():
+    step = np.diff(time)
+    far = (np.abs(step) > 360 * DAY) & (np.diff(code) == 0)  # a mistyped year: there and back
+    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
         reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
-    row = np.arange(len(time))
     bad = np.zeros(len(time), bool)
     bad[list(reasons)] = True
     empty = np.isnan(ohlcva[:4]).all(0) & ~bad  # a row without any price is no bar, and no fault
@@ -1627,38 +1467,29 @@ def _bars(table, symbols, time, ohlcva, reasons):
         return []
     if empty.any() and not any(table.tickers):
         print(f"{table.path}: {empty.sum()} of {len(empty)} rows have no price: no bars", file=sys.stderr)
-    after = np.diff(code) * 1e12 + np.diff(time)
-    if empty.any() or not (after >= 0).all():
+    row = np.arange(len(time))
+    if empty.any() or not (np.diff(code) * 1e12 + np.diff(time) >= 0).all():
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
         time, code, bad, ohlcva = time[row], code[row], bad[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
-    good = _good(table, row, bad, _faults(time, ohlcva), reasons)
-    if not good.all():
-        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
-    last = ~_again(table, names, row, time, code, ohlcva)
-    if not last.all():
-        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
+    for keep in (_good, _latest):
+        kept = keep(table, names, row, time, code, ohlcva, bad, reasons)
+        if not kept.all():
+            row, time, code, bad, ohlcva = row[kept], time[kept], code[kept], bad[kept], ohlcva[:, kept]
+    _look_for_jumps(table, names, time, code, ohlcva[3])
     time, ohlcva = time.astype(np.int64), ohlcva.T
-    _look_for_jumps(table, names, time, code, ohlcva[:, 3])
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
     ends = np.append(starts[1:], len(code))
     return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, ends)]
 
 
-def _strays(time, code):
-    """Rows that lie a year or more from both rows around them, which are close: a mistyped year."""
-    step, same, year = np.diff(time), np.diff(code) == 0, 360 * DAY
-    far = (np.abs(step) > year) & same
-    if not far.any():
-        return np.flatnonzero(far)
-    return np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < year)) + 1
-
+# -- faults
 
 def _mend(table, ohlcva, code):
     """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
     open_, high, low, close = ohlcva[:4]
-    if ((low > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
+    if ((open_ > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
         return
     lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
     if lacks.any():
@@ -1666,21 +1497,19 @@ def _mend(table, ohlcva, code):
         open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
         print(f"{table.path}: {lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it", file=sys.stderr)
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
-    rounded = (high < top) & (high >= top * (1 - ROUNDING))
-    high[rounded] = top[rounded]
-    rounded = (low > bottom) & (low <= bottom * (1 + ROUNDING))
-    low[rounded] = bottom[rounded]
+    np.copyto(high, top, where=(high < top) & (high >= top * (1 - ROUNDING)))
+    np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
 
 
 def _faults(time, ohlcva):
     """(which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
-    price = ohlcva[:4]
+    least, most = np.minimum(np.minimum(o, h), np.minimum(l, c)), np.maximum(np.maximum(o, h), np.maximum(l, c))  # or NaN
     return ((np.isnan(time), "time is no date"),
-            (np.isnan(price).any(0), "a price is missing"),
-            (np.isinf(price).any(0), "a price is not a finite number"),
-            ((price <= 0).any(0), "a price is zero or negative"),
-            (((price < 1e-30) | (price > 1e30)).any(0), "a price outside of 1e-30 to 1e30"),
+            (np.isnan(least), "a price is missing"),
+            (np.isinf(least) | np.isinf(most), "a price is not a finite number"),
+            (least <= 0, "a price is zero or negative"),
+            ((least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"),
             (h < l, "high below low"),
             (h < np.maximum(o, c), "high below open or close"),
             (l > np.minimum(o, c), "low above open or close"),
@@ -1688,52 +1517,39 @@ def _faults(time, ohlcva):
             ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
 
 
-def _good(table, row, bad, faults, reasons):
+def _good(table, names, row, time, code, ohlcva, bad, reasons):
     """Which bars are good, bool; the bad ones are counted, the first three named; too many are an error. row: of each bar."""
-    for failed, why in faults:
+    for failed, why in _faults(time, ohlcva):
         if failed.any():
             reasons |= {k: why for k in row[failed & ~bad].tolist()}
             bad = bad | failed
     n_bad = int(bad.sum())
     examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
-    remedy = None if table.has_header else "put a first line such as time,open,high,low,close,volume"
-    if n_bad == len(row):
-        raise UserError(f"{examples[0]} (and every other row is bad too); there is no bar to read: {remedy or 'check the columns'}")
+    remedy = "check the columns" if table.has_header else FIRST_LINE
     if n_bad > MAX_BAD * len(row):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy or 'mend the file'}")
+        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
     if n_bad:
         print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _again(table, names, row, time, code, ohlcva):
-    """Which bars have the time of the bar behind them, which takes their place; UserError if that loses many unlike ones."""
+def _latest(table, names, row, time, code, ohlcva, bad, reasons):
+    """Which bars are the last of their time and symbol, bool; UserError if that drops many that differ from it."""
     again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
     if not again.any():
-        return again
+        return ~again
     left, right = ohlcva[:, :-1], ohlcva[:, 1:]
     unlike = again[:-1] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        lines = table.line(row[k]), table.line(row[k + 1])
-        raise UserError(f"{table.path}:{lines[1]}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of "
-                        f"another, as {iso(time[k])} in line {lines[0]}; {_cause(table, *lines)}")
+        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time "
+                        f"of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or intervals "
+                        f"in one file? Keep one a file, or name their column symbol. Times rounded by a spreadsheet? Export them in full")
     if lost.any():
         print(f"{table.path}: {lost.sum()} of {len(row)} rows have the time of a later one and give way to it", file=sys.stderr)
-    return again
-
-
-def _cause(table, *lines):
-    """Why two lines may have one time, and what to do."""
-    one, other = (_split(table.lines[line - 1], table.delimiter) for line in lines)
-    if any(re.fullmatch(r"\d\.\d+e\+\d+", cell.strip(), re.I) for cell in one):
-        return "a spreadsheet has rounded the numbers of the times: export them in full"
-    for name, field, cell, theirs in zip(table.names, table.fields, one, other):
-        if cell != theirs and not _is_number(cell) and field not in KNOWN:
-            return f"they differ in the column {name!r}: keep one of its values a file"
-    return "several symbols, contracts or intervals, or dates without their clock? Keep one a file, or name their column symbol"
+    return ~again
 
 
 def _look_for_jumps(table, names, time, code, close):
@@ -1752,7 +1568,7 @@ def _look_for_jumps(table, names, time, code, close):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy (and cached tokens)
+# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
     """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
@@ -1766,11 +1582,9 @@ def write_folder(series, out):
             stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
             if seen:  # the symbol goes on in another file
                 bars = _joined([_open_series(stem, bars.symbol), bars])
-            for stale in glob.glob(glob.escape(stem) + ".tokens-*"):  # of bars that lay here before
-                os.unlink(stale)
             np.save(stem + ".time.npy", bars.time)
             np.save(stem + ".ohlcva.npy", bars.ohlcva)
-        with open(os.path.join(out, "symbols.json"), "w", encoding="utf-8") as f:
+        with write_atomic(os.path.join(out, "symbols.json"), text=True) as f:
             json.dump(list(names), f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
@@ -1814,31 +1628,7 @@ def _check_series(bars, piece=1 << 16):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens of a series, and what tells two data sets or two sets of weights apart
-
-def tokenize(bars, tokenizer, x=None) -> np.ndarray:
-    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
-
-    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
-    """
-    if x is not None and len(x) != len(bars):
-        raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
-    tokens = np.empty((len(bars), 2), np.int16)
-    if x is None:
-        pieces = (piece for piece, _ in feature_pieces(bars))
-    else:
-        pieces = (x[i:i + PIECE] for i in range(0, len(x), PIECE))
-    at = 0
-    for piece in pieces:
-        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
-        tokens[at:at + len(piece), 0] = coarse.cpu().numpy()
-        tokens[at:at + len(piece), 1] = fine.cpu().numpy()
-        at += len(piece)
-        if at % (256 * PIECE) == 0:
-            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
-    progress("")
-    return tokens
-
+# What tells two data sets, or two sets of weights, apart
 
 def weights_hash(weights) -> str:
     """A hash of named tensors."""
@@ -1866,10 +1656,9 @@ def fingerprint(series) -> str:
 def write_atomic(path, text=False):
     """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
 
-    It is written beside path under a name of its own, flushed, renamed, its folder flushed: a kill or a full disk leaves
-    the old file or the new one, and of two runs that write path the last wins whole. A symlink stays and its target is
-    replaced; a device, a pipe and the process's own output (/dev/stdout) are written through. Text is UTF-8; what is
-    none of it, such as parts of a file name, is written as escapes. UserError where the disk refuses.
+    Written beside path, flushed, renamed: a kill or a full disk leaves the old file or the new one, and of two runs the
+    last wins whole. A symlink stays and its target is replaced; a device, a pipe and the process's own output
+    (/dev/stdout) are written through. Text is UTF-8, with escapes for what is none. UserError where the disk refuses.
     """
     how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
     target = os.path.realpath(path)
@@ -1883,7 +1672,10 @@ def write_atomic(path, text=False):
             with open(path, **how) as f:
                 yield f
         else:
-            _remove_leftovers(target)
+            for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
+                with contextlib.suppress(OSError):
+                    if time.time() - os.path.getmtime(stale) > 3600:
+                        os.unlink(stale)
             with open(temporary, **how) as f:
                 yield f
                 f.flush()
@@ -1892,7 +1684,10 @@ def write_atomic(path, text=False):
                 with contextlib.suppress(OSError):
                     os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
             os.replace(temporary, target)
-            _flush_folder(os.path.dirname(target))
+            with contextlib.suppress(PermissionError):  # Windows, where a folder cannot be flushed
+                folder = os.open(os.path.dirname(target), os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     except BrokenPipeError:
         raise  # who reads our output went away; see run
     except OSError as e:
@@ -1915,14 +1710,6 @@ def _own_stream(path):
     return None
 
 
-def _remove_leftovers(target):
-    """Remove what runs that were killed an hour and more ago left of their saving of target."""
-    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - os.path.getmtime(name) > 3600:
-                os.unlink(name)
-
-
 def save_atomic(obj, path):
     """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
@@ -1931,24 +1718,11 @@ def save_atomic(obj, path):
         f.write(buffer.getbuffer())
 
 
-def _flush_folder(path):
-    """Let a rename in this folder outlast a power cut, where the system can (on Windows a folder cannot be opened)."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def load_safe(path):
     """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours.
 
     A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
     """
-    train = "train one with python pretrain.py"
     try:
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
@@ -1956,31 +1730,28 @@ def load_safe(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
             found = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in _tensors_in(found):
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError("a tensor claims more numbers than the file holds")
+        return found
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {train}")
+        why = "no such file"
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name a checkpoint file")
+        why = f"cannot be read ({e.strerror})"
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
         why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
-        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({why}); {train}")
-    for tensor in _tensors_in(found):
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: not a checkpoint that can be loaded safely (a tensor claims more numbers than the "
-                            f"file holds); {train}")
-    return found
+        why = f"not a checkpoint that can be loaded safely ({e if 'more numbers' in str(e) else why})"
+    raise UserError(f"{path}: {why}; name a checkpoint, or train one with python pretrain.py")
 
 
 def _tensors_in(obj):
     """Every tensor in dicts, lists and tuples inside one another."""
-    waiting, known = [obj], set()
-    while waiting:
-        obj = waiting.pop()
-        if isinstance(obj, torch.Tensor):
-            yield obj
-        elif isinstance(obj, (dict, list, tuple)) and id(obj) not in known:  # one that holds itself is met once
-            known.add(id(obj))
-            waiting.extend(obj.values() if isinstance(obj, dict) else obj)
+    if isinstance(obj, torch.Tensor):
+        yield obj
+    elif isinstance(obj, (dict, list, tuple)):
+        for part in obj.values() if isinstance(obj, dict) else obj:
+            yield from _tensors_in(part)
 
 
 def printable(text):
@@ -2034,44 +1805,18 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor bf16 where it has matrix units for it (AMX), or multiplies
-    clearly faster than float32, which is measured: some that have bf16 are slower with it. Keep the name in the
-    checkpoint, so that a resumed run has the same.
+    On a GPU bf16 where it has it, else fp16. On a processor bf16 where it has matrix units for it (AMX): others that have
+    bf16 are often slower with it. Keep the name in the checkpoint, so that a resumed run has the same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
-    elif name == "auto" and _has_amx():
-        name, why = "bf16", "this processor has matrix units for bf16"
     elif name == "auto":
-        gain = _gain_of_bf16()
-        name = "bf16" if gain > 1.5 else "fp32"  # a gain below is lost in casts
-        why = f"bf16 multiplies {gain:.1f} times as fast as float32 here"
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # not part of torch's promised interface
+        name = "bf16" if has_amx else "fp32"
+        why = f"this processor has {'' if has_amx else 'no '}matrix units for bf16"
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
-
-
-def _has_amx():
-    known = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not part of torch's promised interface
-    return known is not None and known()
-
-
-def _gain_of_bf16():
-    """Speed of a matrix product of a layer's size in bf16 to that in float32, on the CPU; 0.0 where it has none."""
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    try:
-        pairs = {dtype: (torch.ones(2048, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)) for dtype in seconds}
-        began = time.perf_counter()
-        for turn in range(20):  # in turns, since other jobs come and go
-            for dtype, (a, b) in pairs.items():
-                start = time.perf_counter()
-                a @ b
-                seconds[dtype].append(time.perf_counter() - start)
-            if turn > 5 and time.perf_counter() - began > 0.1:
-                break
-    except RuntimeError:
-        return 0.0
-    return min(seconds[torch.float32][1:]) / min(seconds[torch.bfloat16][1:])
 
 
 def peak_memory():
@@ -2124,7 +1869,7 @@ def cli(config_class, doc, argv=None) -> dict:
         if typing.get_origin(kind) is types.UnionType:  # X | None
             kind = typing.get_args(kind)[0]
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        default = "" if default in (None, dataclasses.MISSING) else f" (default {default})"
+        default = "" if default in (None, NO_DEFAULT) else f" (default {default})"
         how = dict(help=(comments.get(field.name, "") + default).replace("%", "%%"), default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -2145,12 +1890,9 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.signum = 0
-        self.before = {}
-        if threading.current_thread() is not threading.main_thread():
-            return
+        self.signum, self.before = 0, {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():  # Windows has no SIGHUP
                 signum = getattr(signal, name)
                 self.before[signum] = signal.signal(signum, self._note)
 
@@ -2179,23 +1921,23 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+        return
     except UserError as e:
-        sys.stdout.flush()
-        print(f"error: {printable(e)}", file=sys.stderr)
-        sys.exit(2)
+        why = str(e)
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output went away, as `| head` does: stop as the shell has it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+        why = f"{e.filename or 'output'}: {e.strerror or e}; make room or choose another place"
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        why = f"out of memory ({str(e).splitlines()[0][:80] if str(e) else 'none left'}); lower --batch_size, --n_embd or --paths"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
-    except OSError as e:
-        why = printable(f"{e.filename or 'output'}: {e.strerror or e}")
-        print(f"error: {why}; make room or choose another place", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        print(f"error: out of memory ({str(e).splitlines()[0][:80]}); lower --batch_size, --n_embd or --paths", file=sys.stderr)
-        sys.exit(2)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {printable(why)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def progress(text):
@@ -2234,17 +1976,19 @@ def main(argv=None):
                                   config.kind, config.half_life)
     else:
         series = read_files(config.data)
-    count = [0, 0]
+    symbols, n_bars = set(), 0
 
     def counted():
+        nonlocal n_bars
         for bars in series:
-            count[0], count[1] = count[0] + 1, count[1] + len(bars)
-            progress(f"{count[0]} series, {count[1]:,} bars")
+            symbols.add(bars.symbol)
+            n_bars += len(bars)
+            progress(f"{len(symbols)} symbols, {n_bars:,} bars")
             yield bars
 
     write_folder(counted(), config.out)
     progress("")
-    print(f"{config.out}: {count[0]} series, {count[1]:,} bars; use it with --data {config.out}")
+    print(f"{config.out}: {len(symbols)} symbols, {n_bars:,} bars; use it with --data {config.out}")
 
 
 if __name__ == "__main__":

@@ -161,6 +161,10 @@ def test_generated_scales_stay_near_their_origin():
         assert s0 / 8 * 0.999 <= s <= s0 * 8.001 and d0 / 8 * 0.999 <= d <= d0 * 8.001
         _, free = data.inverse(x, state)
         assert not s0 / 8 <= free.scales()[0] <= s0 * 8
+    for bound, origin in ((True, state.anchored()), (False, state)):  # and the bars are made with them
+        bars, _ = data.inverse(np.full((2000, 6), 1.5), origin)
+        move = np.abs(np.diff(np.log(bars[:, 3]))).max()
+        assert (move <= np.sinh(1.5) * s0 * 8 * (1 + 1e-9)) == bound
 
 
 def test_no_volume_in_history_gives_none_and_missing_amounts_are_volume_times_close():
@@ -188,12 +192,11 @@ def test_splits_are_by_time_stamp_over_all_symbols():
     val, test = data.split_borders(series)
     stamps = np.unique(np.concatenate([b.time for b in series]))
     assert (val, test) == (stamps[int(0.8 * len(stamps))], stamps[int(0.9 * len(stamps))])
+    limits = {"train": (-np.inf, val), "val": (val, test), "test": (test, np.inf)}
     for bars in series:
-        ranges = [data.targets_of(bars, s, (val, test)) for s in ("train", "val", "test")]
-        assert all((bars.time[f:l] < val).all() for f, l in ranges[:1])
-        assert all(((bars.time[f:l] >= val) & (bars.time[f:l] < test)).all() for f, l in ranges[1:2])
-        assert all((bars.time[f:l] >= test).all() for f, l in ranges[2:])
-        assert min(f for f, _ in ranges) >= data.CONTEXT
+        for split, (begin, end) in limits.items():
+            first, last = data.targets_of(bars, split, (val, test))
+            assert ((bars.time[first:last] >= begin) & (bars.time[first:last] < end)).all() and first >= data.CONTEXT
     assert data.split_borders(series, "1970-01-01 10:00", "1970-01-01T15:00:00") == (36_000, 54_000)
     for bad in (("1970-01-02", "1970-01-01"), ("never", None), ("1960-01-01", None)):
         with pytest.raises(UserError):
@@ -202,30 +205,27 @@ def test_splits_are_by_time_stamp_over_all_symbols():
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_batches(split):
+    """Windows of one series, targets one bar later, -1 for those that do not count; ranks share them; (seed, step) decide."""
     series, tokens = panel()
     borders = data.split_borders(series)
     streams = data.make_streams(series, tokens, split, borders, 64, 7)
     seen = set()
     for step in range(60):
-        coarse, fine, time, (tc, tf) = whole = data.get_batch(streams, 9, step)
-        start = time[:, 0].tolist()
+        coarse, fine, time, (tc, tf) = data.get_batch(streams, 9, step)
         assert coarse.shape == (7, 64) and coarse.dtype == torch.int64
-        parts = [data.get_batch(streams, 9, step, rank, 3) for rank in range(3)]
-        for r in range(3):  # rank r takes rows r::world
-            assert torch.equal(parts[r][0], coarse[r::3]) and torch.equal(parts[r][3][1], tf[r::3])
-        for b in range(7):
-            [bars] = [s for s in series if len(s) > 64 and start[b] in s.time and time[b, -1].item() in s.time
-                      and np.array_equal(tokens[[x is s for x in series].index(True)][np.searchsorted(s.time, start[b]):][:64, 0], coarse[b].numpy())]
-            i = np.searchsorted(bars.time, start[b])
+        for rank in range(3):  # rank r takes rows r::world
+            part = data.get_batch(streams, 9, step, rank, 3)
+            assert torch.equal(part[0], coarse[rank::3]) and torch.equal(part[3][1], tf[rank::3])
+        for b, (which, end) in enumerate(zip(*data.draw_windows(streams, 9, step))):
+            bars, own = series[which], tokens[which]
             first, last = data.targets_of(bars, split, borders)
-            own = tokens[[x is bars for x in series].index(True)]
-            for k in range(64):
-                target = i + k + 1
-                expected = own[target] if first <= target < last else (-1, -1)
-                assert (tc[b, k], tf[b, k]) == tuple(expected)
-                seen.add((bars.symbol, len(bars), target)) if tc[b, k] >= 0 else None
-            if split == "train":
-                assert (tc[b] >= 0).all()
+            np.testing.assert_array_equal(time[b], bars.time[end - 64:end])
+            np.testing.assert_array_equal(torch.stack((coarse[b], fine[b]), 1), own[end - 64:end])
+            at = np.arange(end - 63, end + 1)
+            counts = (at >= first) & (at < last)
+            np.testing.assert_array_equal(torch.stack((tc[b], tf[b]), 1), np.where(counts[:, None], own[at], -1))
+            assert counts[-1] and (split != "train" or counts.all())
+            seen.update((which, t) for t in at[counts])
     assert len(seen) > 50
     again = data.get_batch(streams, 9, 5)
     assert torch.equal(again[0], data.get_batch(streams, 9, 5)[0]) and not torch.equal(again[0], data.get_batch(streams, 10, 5)[0])
@@ -342,14 +342,14 @@ CLOCKS = {
 
 @pytest.mark.parametrize("name", CLOCKS)
 def test_future_times_are_those_that_come(name):
-    """From anywhere in a year, except over a change of the clock and in the day after it."""
+    """From anywhere in a year, except over a change of the clock and in the hours after it."""
     time, rng = CLOCKS[name], np.random.default_rng(0)
     first, longest = np.searchsorted(time, time[0] + 15 * data.DAY), 300 if len(time) > 3000 else 30
     checked = 0
     for end in rng.integers(first, len(time) - longest, 60):
         horizon = int(rng.choice([1, 10, longest // 3, longest]))
         came = time[end:end + horizon]
-        if any(time[end - 1] - 1.5 * data.DAY < change <= came[-1] for change in SUMMER):
+        if any(time[end - 1] < change <= came[-1] for change in SUMMER):
             continue
         np.testing.assert_array_equal(data.future_times(time[:end], horizon), came, str(data.iso(time[end - 1])))
         checked += 1
@@ -357,24 +357,17 @@ def test_future_times_are_those_that_come(name):
 
 
 @pytest.mark.parametrize("name, last, came", [
-    ("stocks, 15 minutes", "2024-03-11 13:30", "2024-03-11 13:45"),           # the first bar of summer time
-    ("stocks, 15 minutes", "2024-03-11 19:45", "2024-03-12 13:30"),
-    ("stocks, 15 minutes", "2024-11-04 20:45", "2024-11-05 14:30"),
-    ("stocks, days from midnight there", "2024-03-12 04:00", "2024-03-13 04:00"),
+    ("stocks, 15 minutes", "2024-03-11 13:30", "2024-03-11 13:45"),  # the first bar of summer time
     ("currency, 5 minutes", "2024-03-15 20:55", "2024-03-17 21:00"),
     ("currency, hours", "2024-11-08 21:00", "2024-11-10 22:00"),
-    ("coins, minutes", "2024-01-19 23:59", "2024-01-20 00:00"),                # a Friday
-    ("currency, hours", "2024-01-19 21:00", "2024-01-21 22:00"),
+    ("coins, minutes", "2024-01-19 23:59", "2024-01-20 00:00"),      # a Friday
 ])
-def test_clocks_of_weekends_and_of_summer(name, last, came):
+def test_a_week_of_either_clock_has_each_bar_once(name, last, came):
     time = CLOCKS[name]
-    time = time[time <= data.parse_time(last)]
-    assert data.iso(data.future_times(time, 1)[0]) == data.iso(data.parse_time(came))
-    week = data.future_times(time, 12_000)
-    week = week[week < data.parse_time(came) + 7 * data.DAY]
-    one = CLOCKS[name]
-    one = one[(one >= data.parse_time(came)) & (one < data.parse_time(came) + 7 * data.DAY)]
-    np.testing.assert_array_equal(week, one)  # each bar once, though both clocks are in the history
+    history, came = time[time <= data.parse_time(last)], data.parse_time(came)
+    future = data.future_times(history, 12_000)
+    assert future[0] == came
+    np.testing.assert_array_equal(future[future < came + 7 * data.DAY], time[(time >= came) & (time < came + 7 * data.DAY)])
 
 
 @pytest.mark.parametrize("name, last, live, came", [
@@ -386,7 +379,8 @@ def test_clocks_of_weekends_and_of_summer(name, last, came):
 def test_a_live_last_bar_shifts_nothing(name, last, live, came):
     time = CLOCKS[name]
     time = np.append(time[time <= data.parse_time(last)], data.parse_time(live)).astype(np.int64)
-    assert data.future_times(time, 2).tolist() == stamps(*came).tolist()
+    for history in (time, time[-80:]):
+        assert data.future_times(history, 2).tolist() == stamps(*came).tolist()
 
 
 def test_weeks_with_a_live_bar_or_a_holiday_keep_their_day():
@@ -440,16 +434,9 @@ def test_bars_that_are_missing_at_times_are_expected_and_stamps_without_a_grid_k
     rng, time = np.random.default_rng(2), CLOCKS["stocks, 15 minutes"]
     for end in (700, 811, 912):
         history = time[:end][(rng.random(end) > 0.3) | (np.arange(end) == end - 1)]
-        assert np.isin(time[end:end + 100], data.future_times(history, 100)).mean() > 0.95
+        assert np.isin(time[end:end + 100], data.future_times(history, 100)).mean() > 0.9
     history = np.cumsum(rng.integers(20, 100, 40_000)) + data.parse_time("2024-01-01")
     assert 45 < np.diff(data.future_times(history, 5000)).mean() < 75
-
-
-def test_the_day_of_the_last_bar_is_open_whatever_its_weekday_was():
-    time = CLOCKS["stocks, 15 minutes"]
-    holidays = np.isin(time // data.DAY, [data.parse_time(d) // data.DAY for d in ("2024-01-10", "2024-01-17", "2024-01-24", "2024-01-31")])
-    history = time[~holidays & (time <= data.parse_time("2024-02-07 14:30"))]
-    assert data.future_times(history, 1)[0] == data.parse_time("2024-02-07 14:45")
 
 
 def test_future_times_of_any_history_rise():
@@ -483,19 +470,24 @@ def test_synthetic_market_has_the_edge_that_it_states_and_none_without():
     np.testing.assert_array_equal(series[3].ohlcva, again[3].ohlcva)
 
 
+def looks_like_a_market(bars):
+    o, h, l, c, v, a = bars.ohlcva.T
+    assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and np.isfinite(bars.ohlcva).all()
+    r = np.diff(np.log(c))
+    size = np.abs(r)
+    assert (np.diff(bars.time) > 0).all()
+    assert ((r - r.mean()) ** 4).mean() / r.var() ** 2 > 4                     # fat tails (3 for a Gaussian)
+    assert np.corrcoef(size[:-1], size[1:])[0, 1] > 0.05                       # volatility clusters
+    assert np.corrcoef(np.log(v[1:]), size)[0, 1] > 0.1                        # volume moves with it
+
+
 def test_synthetic_market_looks_like_one():
     series, _ = data.synthetic(seed=2, n_bars=20_000)
     for bars in series:
-        o, h, l, c, v, a = bars.ohlcva.T
-        assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and (np.diff(bars.time) > 0).all()
-        r = np.diff(np.log(c))
-        size = np.abs(r)
-        assert ((r - r.mean()) ** 4).mean() / r.var() ** 2 > 4                     # fat tails (3 for a Gaussian)
-        assert np.corrcoef(size[:-1], size[1:])[0, 1] > 0.05                       # volatility clusters
-        assert np.corrcoef(np.log(v[1:]), size)[0, 1] > 0.1                        # volume moves with it
-        assert 0.005 < (r == 0).mean() < 0.02
+        looks_like_a_market(bars)
+        assert 0.005 < (np.diff(bars.ohlcva[:, 3]) == 0).mean() < 0.02
     both = np.corrcoef(np.sign(np.diff(series[0].ohlcva[:, 3])), np.sign(np.diff(series[1].ohlcva[:, 3])))[0, 1]
-    assert both > 0.05                                                             # symbols move together
+    assert both > 0.05                                                         # symbols move together
 
 
 @pytest.fixture(scope="module")
@@ -569,12 +561,7 @@ def test_a_market_without_signal_is_a_null_market(kind):
 
 
 def test_reverting_market_looks_like_one(reverting):
-    bars, _ = reverting
-    o, h, l, c, v, a = bars.ohlcva.T
-    assert (l <= np.minimum(o, c)).all() and (h >= np.maximum(o, c)).all() and np.isfinite(bars.ohlcva).all()
-    r = np.diff(np.log(c))
-    assert ((r - r.mean()) ** 4).mean() / r.var() ** 2 > 4
-    assert np.corrcoef(np.abs(r[:-1]), np.abs(r[1:]))[0, 1] > 0.05 and np.corrcoef(np.log(v[1:]), np.abs(r))[0, 1] > 0.1
+    looks_like_a_market(reverting[0])
     longer = data.synthetic(seed=4, n_symbols=1, n_bars=3000, kind="reverting", half_life=32)[0][0]
     assert data.reverting_path(longer, 64, half_life=32)[-1, [31, 63]] @ [1.5, -1] == pytest.approx(0, abs=1e-12)
 
@@ -759,24 +746,13 @@ def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
 
 # ---- the machine it finds
 
-@pytest.mark.parametrize("gain, name", [(8.0, "bf16"), (1.2, "fp32"), (0.0, "fp32")])
-def test_auto_takes_bf16_only_where_it_is_faster(monkeypatch, gain, name):
-    monkeypatch.setattr(data, "_gain_of_bf16", lambda: gain)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert data.pick_dtype("auto", torch.device("cpu"))[:2] == ("bf16", torch.bfloat16)  # without measuring
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    found, dtype, why = data.pick_dtype("auto", torch.device("cpu"))
-    assert (found, dtype) == (name, dict(bf16=torch.bfloat16, fp32=torch.float32)[name]) and f"{gain:.1f} times" in why
+def test_auto_takes_bf16_where_there_are_matrix_units_for_it(monkeypatch):
+    for has_amx, found in ((True, ("bf16", torch.bfloat16)), (False, ("fp32", torch.float32))):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+        assert data.pick_dtype("auto", torch.device("cpu"))[:2] == found
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch
+    assert data.pick_dtype("auto", torch.device("cpu"))[0] == "fp32"
     assert data.pick_dtype("fp16", torch.device("cpu")) == ("fp16", torch.float16, "as asked")
-
-
-def test_the_speed_of_bf16_is_measured_and_may_be_none(monkeypatch):
-    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)  # a Mac
-    assert data._gain_of_bf16() > 0
-    def refuse(self, other):
-        raise RuntimeError("not implemented for 'BFloat16'")
-    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
-    assert data._gain_of_bf16() == 0.0
 
 
 def test_systems_without_these_names(monkeypatch, tmp_path):
@@ -824,7 +800,7 @@ def test_under_a_profiler_and_from_a_notebook(tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     data.main(["--synthetic", "100", "--out", "more"])
-    assert "more: 8 series, 96 bars" in capsys.readouterr().out
+    assert "more: 8 symbols, 96 bars" in capsys.readouterr().out
     def gone(_):
         raise OSError("source code not available")
     monkeypatch.setattr(data.inspect, "getsource", gone)

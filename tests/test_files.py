@@ -57,9 +57,7 @@ DATES = {
     "month by name, two digits": (["02-Jan-20", "03-Jan-20"], ["2020-01-02", "2020-01-03"]),
     "month by name, first": (['"Jan 02, 2020"', '"Jan 03, 2020"'], ["2020-01-02", "2020-01-03"]),
     "month in full": (["2 January 2020", "3 January 2020"], ["2020-01-02", "2020-01-03"]),
-    "month in German": (["2. März 2020", "3. März 2020"], ["2020-03-02", "2020-03-03"]),
     "Chinese": (["2020年1月2日", "2020年1月3日"], ["2020-01-02", "2020-01-03"]),
-    "browser": (["Thu Jan 02 2020 01:00:00 GMT+0100 (CET)"], ["2020-01-02"]),
     "half days": (["1/13/2020 12:30:00 AM", "1/13/2020 12:30:00 PM", "1/13/2020 1:30 PM"],
                   ["2020-01-13 00:30", "2020-01-13 12:30", "2020-01-13 13:30"]),
     "hours of half days": (["2020-01-13 11-AM", "2020-01-13 12-PM"], ["2020-01-13 11:00", "2020-01-13 12:00"]),
@@ -83,7 +81,6 @@ DATES = {
     "ns": (["1577923200000000000", "1577923260000000000"], ["2020-01-02", "2020-01-02 00:01"]),
     "ms, then us": (["1735686000000", "1735689600000000"], ["2024-12-31 23:00", "2025-01-01"]),
     "ms around 1970": (["-126057600000", "0", "189302400000"], ["1966-01-03", "1970-01-01", "1976-01-01"]),
-    "days of 1970 in ms": (["86400000", "172800000", "259200000"], ["1970-01-02", "1970-01-03", "1970-01-04"]),
 }
 
 
@@ -105,7 +102,8 @@ def test_dates_are_read_in_the_one_form_that_fits_the_file(tmp_path, form):
     (["43832", "43833"], "a spreadsheet's number"),
     (["45355.604167", "45355.604861"], "a spreadsheet's number"),
     (["52200000", "52260000"], "a clock, a count"),
-    (["638451594000000000", "638451594600000000"], "as .NET does"),
+    (["86400000", "172800000", "259200000"], "a clock, a count"),  # days of 1970 in ms
+    (["638451594000000000", "638451594600000000"], "a clock, a count"),  # .NET
     (["4102444800", "4102444860"], "no date"),
     (["soon", "later"], "'soon' is no date"),
     (["2020-01-02 CST", "2020-01-03 CST"], "no date"),
@@ -125,7 +123,6 @@ def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
     ("date,time", ["2020-01-02,20200102093500000", "2020-01-02,20200102094000000"], ["09:35", "09:40"]),
     ("Date,Time", ["2020-01-02,93000.0", "2020-01-02,94500.0"], ["09:30", "09:45"]),
     ("Date,Hour", ["2020-01-02,9", "2020-01-02,14"], ["09:00", "14:00"]),
-    ("Date,Hour,Minute", ["2020-01-02,9,0", "2020-01-02,9,30"], ["09:00", "09:30"]),
     ("Datetime,Date", ["2020-01-02 09:30:00,2020-01-02", "2020-01-02 09:31:00,2020-01-02"], ["09:30", "09:31"]),
     ("Unix,Date", ["1577957400000,2020-01-02", "1577957460000,2020-01-02"], ["09:30", "09:31"]),
     ("trade_date,minute", ["20200102,9:30", "20200102,9:31"], ["09:30", "09:31"]),
@@ -193,8 +190,6 @@ LAYOUTS = {
     "blanks before quotes": ('Date, "Open", High, Low, Close, Volume\n2020-01-02, "1", "3", 0.5, 2, 7\n', "a", BAR),
     "pipes": ("date|open|high|low|close|volume\n2020-01-02|1|3|0.5|2|7\n", "a", BAR),
     "blanks": ("date    open high  low close volume\n2020-01-02 1 3  0.5 2 7\n", "a", BAR),
-    "row names without a title": ("time open high low close volume\n1 2020-01-02 1 3 0.5 2 7\n", "a", BAR),
-    "a comma at each end": ("time,open,high,low,close,volume\n2020-01-02,1,3,0.5,2,7,\n2020-01-03,1,3,0.5,2,7,\n", "a", BAR),
     "code of a row": ("date,open,high,low,close,volume,code\n2020-01-02,1,3,0.5,2,7,0\n2020-01-03,1,3,0.5,2,7,1\n2020-01-04,1,3,0.5,2,7,0\n", "a", BAR),
     "ticker before name": ("date,name,ticker,open,high,low,close,volume\n2020-01-02,Long Name,B,1,3,0.5,2,7\n", "B", BAR),
 }
@@ -214,8 +209,6 @@ def test_encodings_of_other_languages(tmp_path):
         text, _, bar = LAYOUTS[layout]
         [bars] = read(tmp_path, text, encoding=encoding)
         assert first(bars) == bar
-    [bars] = read(tmp_path, LAYOUTS["yfinance"][0].encode("utf-16-le"))  # without its mark
-    assert first(bars) == BAR
     [bars] = read(tmp_path, LAYOUTS["yfinance"][0].encode() + bytes(5000))  # the machine died while it wrote
     assert first(bars) == BAR
 
@@ -326,8 +319,8 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("   ,,,\n", "no header"),
     (b"\xef\xbb\xbf\n", "empty"),
     (b"\x89PNG\0\0\0a", "binary"),
-    (b"PAR1\0\0", "Parquet, not CSV"),
-    ('[{"time": 1}]', "JSON, not CSV"),
+    (b"PAR1\0\0", "it is Parquet"),
+    ('[{"time": 1}]', "it is JSON"),
     ("1,2,3,4\n", "a.csv:1: no header"),
     ("2020-01-01,1,1,1,1\n", "a.csv:1: no header"),
     ("2020-01-02,10,12,9,11,10.9,100\n2020-01-03,10,12,9,11,10.9,100\n", "looks like a price"),
@@ -337,16 +330,18 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("time,open,high,low,volume\n2020-01-02,1,1,1,1\n", "a.csv:1: no column 'close'"),
     ("open,high,low,close,volume\n1,1,1,1,1\n", "a.csv:1: no column 'time'"),
     ("time,open,high,low,close\n", "a.csv:2: no rows"),
+    ("time,open,high,low,close\n# none\nTotal,,\n", "a.csv:2: no rows"),
     ("time,open,high,low,close,Close\n2020-01-02,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
-    ("time,open,high,low,close\n2020-01-01,1,1,1,1\n\"2020-01-02,1,1,1,1\n2020-01-03,1,1,1,1\n", "a.csv:3: a quote"),
+    ("time,open,high,low,close\n2020-01-01,1,1,1,1\n\"2020-01-02,1,1,1,1\n2020-01-03,1,1,1,1\n", "a.csv:3: not a CSV row (a quote is opened"),
+    ("time,symbol,open,high,low,close\n2020-01-01,\"A,1,3,0.5,2\n2020-01-02,B\",1,3,0.5,2\n", "a.csv:2: not a CSV row (a quote is opened"),
     ("time,open,high,low,close\n2020-01-02,,,,\n", "no row has a price"),
     ("time,open,high,low,close\n" + days(9, "1,1,1,1") + "2020-02-01,0,0,0,0\n", "a.csv:11: a price is zero or negative; 1 of 10"),
     ("time,open,high,low,close\n2020-01-02,1,1,2,1\n", "check the columns"),
     ("symbol,timeframe,time,open,high,low,close\nA,1h,2020-01-02,1,1,1,1\nA,1d,2020-01-03,1,1,1,1\n", "several intervals (1d, 1h)"),
-    ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "differ in the column 'expiry'"),
+    ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of A have the time of another"),
     ("time,open,high,low,close\n2020-01-02,1,1,1,1\n2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of a have the time of another"),
-    ("\ttime\x1b,open,high,low,close\n5,1,1,1,1\n", "a.csv:2: time? '5' is no date"),
-    ("time,open,high,low,close\n1.57792E+12,1,1,1,1\n1.57792E+12,2,2,2,2\n", "a spreadsheet has rounded"),
+    ("\ttime\x1b,open,high,low,close\n5,1,1,1,1\n", "a.csv:2: time\\x1b '5' is no date"),
+    ("time,open,high,low,close\n1.57792E+12,1,1,1,1\n1.57792E+12,2,2,2,2\n", "rounded by a spreadsheet"),
 ])
 def test_unusable_files_get_one_line(tmp_path, text, words):
     with pytest.raises(UserError) as e:
@@ -414,7 +409,7 @@ def test_containers_are_told_by_content(tmp_path):
                          ("a.zip", zipped(b=raw, __MACOSX__b=b"")), ("a.zip", zipped(b=gzip.compress(raw)))):
         [bars] = read(tmp_path, packed, name)
         assert bars.symbol == "a" and bars.ohlcva[:, 3].tolist() == [11, 12, 12]
-    for packed, words in ((zipped(a=raw, b=raw), "2 files in one archive"), (zipped(**{"[Content_Types].xml": b""}), "Excel"),
+    for packed, words in ((zipped(a=raw, b=raw), "it holds 2 files"), (zipped(**{"[Content_Types].xml": b""}), "Excel"),
                           (gzip.compress(raw * 50)[:60], "cannot be read"), (bz2.compress(raw)[:-9], "cannot be read"),
                           (lzma.compress(raw)[:-9], "cannot be read"), (zipped(a=raw)[:50], "cannot be read")):
         with pytest.raises(UserError, match=words):
@@ -452,7 +447,6 @@ def test_of_a_folder_the_useless_files_are_skipped_and_counted(tmp_path, capfd):
 @pytest.mark.parametrize("names, symbols", [
     (["BTCUSDT-1h-2020-01.csv"], ["BTCUSDT-1h-2020-01"]),
     (["BTCUSDT-1h-2020-01.zip", "BTCUSDT-1h-2020-02.csv"], ["BTCUSDT"]),
-    (["BTC-1h-2020-01.csv", "BTC-1h-2020-02.csv", "BTC-1d-2020-01.csv", "BTC-1d-2020-02.csv"], ["BTC-1d", "BTC-1h"]),
     (["A_2019.csv", "A_2020.csv", "B.csv"], ["A", "B"]),
     (["A_20200101_20200131.csv", "A_20200201_20200229.csv"], ["A"]),
     (["SPY-1.csv", "SPY-2.csv"], ["SPY-1", "SPY-2"]),
@@ -480,7 +474,7 @@ def test_odd_bytes_in_names_and_symbols(tmp_path):
     with open(path, "wb") as f:
         f.write(CSV.encode())
     [bars] = data.load(os.fsdecode(path))
-    assert bars.symbol == "a??[31m"
+    assert bars.symbol == "a\\udcff\\x1b[31m"
     rows = days(20, "A,1,3,0.5,2")
     [bars] = read(tmp_path, f"time,symbol,open,high,low,close\n{rows}2020-03-01,\x1b[31m,1,3,0.5,2\n")
     assert bars.symbol == "A" and len(bars) == 20
