@@ -696,7 +696,9 @@ def main(argv=None):
         average.load_state_dict(run.best)
         for p in average.parameters():
             p.data = p.data.half()
-        save_checkpoint(config.release, average, tokenizer, **meta, stage="pretrain", step=run.step, metrics=run.metrics)
+        names = [os.path.basename(path) for path in source["sources"]]  # the folders are nobody else's business
+        save_checkpoint(config.release, average, tokenizer, stage="pretrain", step=run.step, metrics=run.metrics,
+                        data=source | dict(sources=names), splits=borders, seed=config.seed, features=meta["features"])
     if rank == 0:
         tell_result(config, run, average, val, best_da, time.time() - began)
     if world > 1:
