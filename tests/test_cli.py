@@ -402,7 +402,7 @@ def test_bad_checkpoints_get_one_line(checkpoint, tmp_path, call):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pt")
     for name in ("cut.pt", "text.pt", "other.pt", "code.pt", "none.pt", "."):
         assert name in complaint(call("sample", "--ckpt", tmp_path / name if name != "." else str(tmp_path) + "/."))
-    assert "--ckpt" in complaint(call("sample"))
+    assert "--data is missing" in complaint(call("sample"))
 
 
 
