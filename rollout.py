@@ -17,8 +17,9 @@ every code alike, however near it is to what came. The targets:
     chosen   the same walk, whose own tokens are the targets
 
 The truth only picks which of the model's own candidates becomes the next bar of the context; no true value enters it, and
-a forecast needs no guide. On a mean-reverting market both walks made the paths worse (`tests/study.py stages`). Kept are
-the weights with the best path CRPS on val, if it is surely (95 %) better than the base's; else the base.
+a forecast needs no guide. On a mean-reverting market `score` won a little more than plain updates, not surely, and both
+walks made the paths worse (`tests/study.py stages`). Kept are the weights with the best path CRPS on val, if it is surely
+(95 %) better than the base's; else the base.
 """
 import math
 import time
