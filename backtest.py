@@ -414,6 +414,7 @@ class Bins:
     """
 
     def __init__(self, table, p):
+        p = p.clamp(min=1e-20)  # a code that never comes still has its bins
         value, order = table.flatten().sort()
         mass = p.flatten()[order].double().cumsum(0)
         inner = torch.linspace(0, 1, BINS + 1, device=table.device, dtype=mass.dtype)[1:-1] * mass[-1]

@@ -789,3 +789,11 @@ def test_the_correlation_of_tokens_and_accuracy_is_pearsons_and_spearmans():
     assert got["pearson"]["value"] == pytest.approx(np.corrcoef([3, 10, 7, 40], da)[0, 1])
     assert got["spearman"]["value"] == pytest.approx(np.corrcoef([0, 2, 1, 3], [0, 1, 2, 3])[0, 1])
     assert got["pearson"]["lo"] < got["pearson"]["value"] < got["pearson"]["hi"]
+
+
+def test_codes_that_never_come_have_bins_too():
+    table = torch.randn(8, 16, dtype=torch.float64)
+    p = torch.rand(8, 16)
+    p[3], p[:, 5] = 0.0, 0.0  # as where a probability is below the least float
+    bins = backtest.Bins(table, p / p.sum())
+    assert np.isfinite(bins.values).all() and torch.isfinite(bins.share).all()
