@@ -10,7 +10,7 @@ import torch
 
 import data
 import sample
-from conftest import complaint
+from conftest import ROOT, complaint
 from data import UserError
 from model import load_checkpoint
 
@@ -109,15 +109,16 @@ def test_parallel_forecast_samples_the_slots(loaded, series):
 
 # ---- as a library
 
-def test_from_arrays_to_quantiles(loaded, series):
-    """The README's lines: arrays -> Bars -> paths -> quantiles, many series at once; each as it is alone."""
-    model, tokenizer = loaded
-    columns = {bars.symbol: (bars.time, *bars.ohlcva.T) for bars in series}
-    many = [data.Bars(name, time, np.stack([o, h, l, c, v, a], 1)) for name, (time, o, h, l, c, v, a) in columns.items()]
-    ohlcva, p_up = sample.simulate(model, tokenizer, many, horizon=5, paths=20, seed=1)
-    low, middle, high = np.quantile(ohlcva[..., 3], (0.05, 0.5, 0.95), axis=1)  # (3, 5) each
-    assert ohlcva.shape == (3, 20, 5, 6) and p_up.shape == (3,) and (low <= middle).all() and (middle <= high).all()
-    np.testing.assert_allclose(ohlcva[1], sample.forecast(model, tokenizer, many[1], 5, 20, seed=1), rtol=1e-6)
+def test_from_arrays_to_quantiles(checkpoint, series):
+    """The README's lines, as they stand there: arrays -> Bars -> paths -> quantiles, many series at once."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as readme:
+        lines = readme.read().split("```python\n")[1].split("```")[0]
+    names = dict(columns={bars.symbol: (bars.time, *bars.ohlcva.T) for bars in series})
+    exec(lines.replace("out.pt", checkpoint), names)
+    ohlcva, low, middle, high = (names[name] for name in ("ohlcva", "low", "middle", "high"))
+    assert ohlcva.shape == (3, 200, 10, 6) and low.shape == (3, 10) and (low <= middle).all() and (middle <= high).all()
+    alone = sample.forecast(names["model"], names["tokenizer"], names["bars"][1], 10, 200)
+    np.testing.assert_allclose(ohlcva[1], alone, rtol=1e-6)
 
 
 def test_stamps_of_the_future_can_be_given(loaded, series):
