@@ -760,7 +760,7 @@ BROKEN = {
     "a code turned upside down": lambda path: damage(path, lambda e: e["model"]["up_mask"].logical_not_()),
     "candles of another tokenizer": lambda path: damage(path, lambda e: e["model"]["D1"].add_(1)),
     "tokenizer of other bits": lambda path: damage(path, lambda e: e.update(tokenizer=Tokenizer(TokenizerConfig(coarse_bits=5, fine_bits=5)).dump())),
-    "tokenizer of integers": lambda path: damage(path, lambda e: e["tokenizer"]["state"].update(mean=torch.ones(6, dtype=torch.int64))),
+    "tokenizer of integers": lambda path: damage(path, lambda e: e["tokenizer"]["state"].update(mean=torch.zeros(6, dtype=torch.int64))),
     "splits the wrong way round": lambda path: damage(path, lambda e: e.update(splits=(2, 1))),
     "a report is text": lambda path: damage(path, lambda e: e.update(metrics=["x"])),
     "other features": lambda path: damage(path, lambda e: e.update(features=dict(channels=("close",), half_life=32))),
