@@ -530,6 +530,8 @@ def main(argv=None):
     say = print if rank == 0 else lambda *a, **k: None
     if entry is None and rank == 0:
         data.check_out(config.out, config.overwrite, (config.init_from, config.tokenizer, *(config.data or ())))
+        if config.release:
+            data.check_out(config.release, config.overwrite, (config.out, config.init_from, *(config.data or ())))
     run = Run.of(entry) if entry else Run()
     if entry and (run.step >= config.steps or entry["ended"]):
         return say(f"{config.out}: finished at step {run.step}; nothing to do")
@@ -692,7 +694,7 @@ def main(argv=None):
     # ---- what came of it
     if ended:
         say(f"stopped at step {run.step}: no better score on val for {PATIENCE} reports")
-    if rank == 0 and config.release:
+    if rank == 0 and config.release and run.best:
         average.load_state_dict(run.best)
         for p in average.parameters():
             p.data = p.data.half()
