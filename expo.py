@@ -273,7 +273,6 @@ def main():
             loss, shown = loss_of(model, reference, table, batch, phase, chance, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
-        model.codes = None  # AdamW in one kernel does not raise the version of the weights that they are made from
         seen.append(shown)
 
         if run.step % eval_every == 0 or run.step == config.steps:

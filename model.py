@@ -581,7 +581,6 @@ class Model(nn.Module):
 
     def code_vectors(self):
         """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; kept where none learns."""
-        parts = (self.coarse_head, self.fine_given, self.fine_head)
         if torch.is_grad_enabled() or self.g.is_inference():    # a tensor of inference mode has no version
             self.codes = None                                   # an update may follow, and a fused one raises no version
             return self.make_code_vectors()

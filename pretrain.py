@@ -605,6 +605,7 @@ def main(argv=None):
     elif base:
         model, average = base[0], load_checkpoint(config.init_from)[0]
         model.config.block_size = average.config.block_size = block_size
+        model.lean.fill_(1.0)  # it is fitted after the training, on the average
     else:
         model, average = (new_model(config, tokenizer, both, train, block_size) for _ in range(2))
     model.to(device).train()
