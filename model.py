@@ -16,6 +16,7 @@ In this order: the two kinds of attention, the layer, the reasoner, the model, t
 are heads, rows of the batch, bars, channels of a head; C = H D; M borders; k1, k2 the bits of a token; V1, V2 = 2^k1,
 2^k2. Heads come first in a shape, so that each kind of attention takes a piece of memory that hangs together.
 """
+import copy
 import math
 import types
 import typing
@@ -34,6 +35,7 @@ CHUNK = 64          # bars in a chunk of linear attention: about as much work wi
 GROUP = 32          # chunks whose states are made in one product
 EPS = 1e-6          # of the RMS norm
 GAPS = 7            # spacings whose median tells the bars' interval
+AHEAD = 16          # bars of generation whose clock is read at once
 NO_GAP = 2**62      # stands for a spacing that does not exist (before the first bar)
 CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
 N_CHANNELS = len(data.CHANNELS)
@@ -93,26 +95,62 @@ class ModelConfig:
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
+class RMSNorm(torch.autograd.Function):
+    """With a backward of its own: under autocast F.rms_norm works in float32, which takes three times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = length.square().div(x.shape[-1]).add(EPS).rsqrt().to(x.dtype)
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, r = ctx.saved_tensors
+        along = (g * y).mean(-1, keepdim=True, dtype=torch.float32).to(y.dtype)
+        return torch.addcmul(g, y, along, value=-1).mul_(r)
+
+
 def norm(x):
     """x [..., C] / its root mean square (Zhang and Sennrich, arXiv 1910.07467), without gain: a linear map follows."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def rotation(pos, dim):
-    """cos and signed sin of pos * theta, each [T, dim] (rotary positions: Su et al., arXiv 2104.09864).
+def heads_first(x, n, H):
+    """[B, ..., n * C] -> [n, H, B, ..., D]."""
+    x = x.unflatten(-1, (n, H, -1))
+    return x.permute(-3, -2, *range(x.dim() - 3), -1).contiguous()
 
-    In float64: at bar 20,000 a float32 angle is off by 1e-3.
+
+def heads_last(x):
+    """[H, B, ..., D] -> [B, ..., C]."""
+    return x.permute(*range(1, x.dim() - 1), 0, -1).flatten(-2)
+
+
+def rotation(pos, dim, turns=True):
+    """cos and signed sin of pos * theta, each [2, 1, 1, T, dim], for q and k (rotary positions: Su et al., arXiv 2104.09864).
+
+    Those for q are divided by sqrt(dim), so that no attention has to. In float64: at bar 20,000 a float32 angle is off by
+    1e-3. Without turns, theta is 0.
     """
-    theta = 10000.0 ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float64) / dim)
+    theta = turns * 10000.0 ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float64) / dim)
     angle = pos.double()[:, None] * theta                                       # [T, dim / 2]
-    sin = angle.sin()
-    return angle.cos().repeat(1, 2).float(), torch.cat((-sin, sin), dim=1).float()
+    cos, sin = angle.cos(), angle.sin()
+    both = torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))           # [2, T, dim]
+    return torch.stack((both * dim**-0.5, both), dim=1)[:, :, None, None].float().unbind()
 
 
-def rotate(x, rot):
-    """Turns each pair (x_i, x_{i + D/2}) of x [..., T, D] by its angle: q_i . k_j then depends on i - j alone."""
+def rotate(qk, rot):
+    """Turns each pair (x_i, x_{i + D/2}) of q and k [2, H, B, T, D] by its angle: q_i . k_j then depends on i - j alone."""
     cos, sin = rot
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
+
+
+def slopes(n, most, decays):
+    """The slopes of n heads, from 2^most down to 2^(most - 6), or 0 without decay: [n]."""
+    return decays * 2.0 ** (most - 6 * torch.arange(n) / max(1, n - 1))
 
 
 def decay(slope, d):
@@ -122,8 +160,8 @@ def decay(slope, d):
 
 
 def softmax_attention(q, k, v, bias=None):
-    """Softmax attention of q [..., Tq, D] to k, v [..., Tk, D]; bias is added to the scores."""
-    score = (q * q.shape[-1] ** -0.5) @ k.mT
+    """Softmax attention of q [..., Tq, D], divided by sqrt(D) before, to k, v [..., Tk, D]; bias is added to the scores."""
+    score = q @ k.mT
     if bias is not None:
         score = score.add_(bias)
     return score.softmax(-1) @ v
@@ -145,20 +183,19 @@ class LinearAttention(nn.Module):
         o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j / sqrt(D),      m = slope of the head, 0 without decay
 
     as a recurrence (Katharopoulos et al., arXiv 2006.16236), without its denominator and normed per head instead (Qin et
-    al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621).
+    al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621). slope: [H].
     """
 
-    def __init__(self, n_heads, decays):
+    def __init__(self, slope):
         super().__init__()
-        # half of the weight is left after 11 .. 710 bars
-        place = torch.arange(n_heads) / max(1, n_heads - 1)                     # 0 .. 1
-        self.register_buffer("slope", 2.0 ** (-4 - 6 * place) * decays, persistent=False)       # [H]
+        self.register_buffer("slope", slope, persistent=False)
+        self.register_buffer("per_bar", torch.exp(-slope)[:, None, None, None], persistent=False)
 
     def forward(self, q, k, v):
         """q, k, v [H, B, T, D] -> o and, in float32, the state S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H, B, D, D].
 
-        Why chunks. Cut the bars into chunks n of L bars, let i and j count within a chunk, and split the sum into the
-        bars of the own chunk and all those before it (1 / sqrt(D) left out):
+        q comes divided by sqrt(D). Why chunks. Cut the bars into chunks n of L bars, let i and j count within a chunk, and
+        split the sum into the bars of the own chunk and all those before it:
             o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    = ((A * M) V)_i,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
                 + exp(-m (i + 1)) q_i S_{n-1}                       S_n [D, D]: the state after chunk n
             S_n = exp(-m L) S_{n-1} + U_n                           U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
@@ -170,9 +207,8 @@ class LinearAttention(nn.Module):
         if T % L:   # zeros in front: they add nothing to any sum, and the last chunk ends with the last bar
             q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
         q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))                # [H, B, N, L, D]
-        i, scale, per_bar = torch.arange(L, device=q.device), D**-0.5, (H, 1, 1, L, 1)
-        A = q @ k.mT                                                            # [H, B, N, L, L]
-        A = A * (decay(m, i[:, None] - i) * scale).to(dtype)[:, None, None]
+        i, per_bar = torch.arange(L, device=q.device), (H, 1, 1, L, 1)
+        A = (q @ k.mT).mul_(decay(m, i[:, None] - i).to(dtype)[:, None, None])  # [H, B, N, L, L]
         K = k * decay(m, L - 1 - i).to(dtype).view(per_bar)
         U = (K.mT @ v).float().flatten(-2)                                      # [H, B, N, D * D]
         S, before = U.new_zeros(H, B, 1, D * D), []
@@ -184,32 +220,34 @@ class LinearAttention(nn.Module):
                 S = s[:, :, -1:]
                 before.append(s[:, :, :-1].to(dtype))
         before = torch.cat(before, dim=2).unflatten(-1, (D, D))                 # S_{n-1} for each chunk n
-        Q = q * (decay(m, i + 1) * scale).to(dtype).view(per_bar)
-        o = A @ v + Q @ before                                                  # [H, B, N, L, D]
+        Q = q * decay(m, i + 1).to(dtype).view(per_bar)
+        o = (A @ v).add_(Q @ before)                                                 # [H, B, N, L, D]
         return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H, B, D, D)
 
-    def step(self, q, k, v, S):
-        """One bar more: q, k, v [H, B, 1, D]; S [H, B, D, D] is updated in place."""
-        S.mul_(torch.exp(-self.slope)[:, None, None, None]).addcmul_(k.mT, v)
-        return norm((q * q.shape[-1] ** -0.5) @ S)
+    def step(self, q, k, v, S, pos):
+        """One bar more, wherever: q, k, v [H, B, 1, D]; S [H, B, D, D] is updated in place."""
+        S.mul_(self.per_bar).addcmul_(k.mT, v)
+        return norm(q @ S)
 
 
 class LocalAttention(nn.Module):
     """Heads that look at the last `window` bars, the bar itself included, by softmax.
 
-    The score has the bias -slope (i - j) (linear biases: Press et al., arXiv 2108.12409); slope 0 switches it off.
+    The score has the bias -slope (i - j), slope [H] (linear biases: Press et al., arXiv 2108.12409); 0 switches it off.
     """
 
-    def __init__(self, n_heads, window, decays):
+    def __init__(self, window, slope):
         super().__init__()
         self.window = window
-        place = torch.arange(n_heads) / max(1, n_heads - 1)
-        self.register_buffer("slope", 2.0 ** (-1 - 6 * place) * decays, persistent=False)       # [H]
+        self.register_buffer("slope", slope, persistent=False)
+        # biases of the ring's places at bar p: those from W - 1 - p % W on
+        distance = torch.arange(window - 1, -1, -1).repeat(2)
+        self.register_buffer("ring_bias", (-slope[:, None] * distance)[:, None, None], persistent=False)    # [H, 1, 1, 2 W]
 
     def forward(self, q, k, v):
         """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, bar p in place p % window.
 
-        In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it.
+        q comes divided by sqrt(D). In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it.
         """
         T = q.shape[2]
         w, back = min(self.window, T), int(T > self.window)
@@ -234,12 +272,13 @@ class LocalAttention(nn.Module):
 
     def step(self, q, k, v, ring, pos):
         """One bar more, at position pos: q, k, v [H, B, 1, D]; ring [2, H, B, W, D] is updated in place."""
-        W = self.window
-        ring[0, :, :, pos % W], ring[1, :, :, pos % W] = k[:, :, 0], v[:, :, 0]
-        n = min(pos + 1, W)             # places in use
-        distance = (pos - torch.arange(n, device=q.device)) % W
-        bias = (-self.slope[:, None] * distance)[:, None, None]                 # [H, 1, 1, n]
-        return softmax_attention(q, ring[0, :, :, :n], ring[1, :, :, :n], bias)
+        W, place = self.window, pos % self.window
+        keys, values = ring
+        keys[:, :, place], values[:, :, place] = k[:, :, 0], v[:, :, 0]
+        bias = self.ring_bias[..., W - 1 - place:2 * W - 1 - place]
+        if pos + 1 < W:                 # places in use
+            keys, values, bias = keys[:, :, :pos + 1], values[:, :, :pos + 1], bias[..., :pos + 1]
+        return softmax_attention(q, keys, values, bias)
 
 
 class Layer(nn.Module):
@@ -248,23 +287,20 @@ class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, HL = config.n_embd, config.n_head, config.linear_heads
-        decays = float(config.pos != "rope")
-        self.H, self.rope = H, config.pos != "alibi"
+        self.H, decays = H, config.pos != "rope"
         self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         share = (H - HL) // max(1, len(config.windows))
-        kinds = [LinearAttention(HL, decays)] if HL else []
+        # half of the weight is left after 11 .. 710 bars
+        kinds = [LinearAttention(slopes(HL, -4, decays))] if HL else []
         if share:
-            kinds += [LocalAttention(share, window, decays) for window in config.windows]
+            kinds += [LocalAttention(window, slopes(share, -1, decays)) for window in config.windows]
         self.kinds = nn.ModuleList(kinds)
         self.shares = [len(kind.slope) for kind in kinds]
 
     def forward(self, x, rot, keep=None, drop=None):
         """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs. drop: see Model.forward."""
-        B, T, C = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, self.H, C // self.H).permute(2, 3, 0, 1, 4)       # [3, H, B, T, D]
-        q, k, v = qkv.unbind()
-        q, k = self.turned(q, k, rot)
+        q, k, v = self.queries(x, rot)                                          # 3 of [H, B, T, D]
         outs, states = [], []
         for kind, q, k, v in zip(self.kinds, q.split(self.shares), k.split(self.shares), v.split(self.shares)):
             o, state = kind(q, k, v)
@@ -272,26 +308,20 @@ class Layer(nn.Module):
             states.append(state)
         if keep is not None:
             keep.append(states)
-        y = torch.cat(outs).permute(1, 2, 0, 3).reshape(B, T, C)
-        x = x + dropped(self.out(y), drop, 0)
-        return x + dropped(self.down(F.gelu(self.up(norm(x)))), drop, 1)
+        x = x + dropped(self.out(heads_last(torch.cat(outs))), drop, 0)
+        return x + dropped(self.down(F.silu(self.up(norm(x)))), drop, 1)
 
-    def turned(self, q, k, rot):
-        if not self.rope:
-            return q, k
-        return rotate(q, rot), rotate(k, rot)
+    def queries(self, x, rot):
+        """q, k, v [H, B, T, D] of x [B, T, C]."""
+        qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))
+        return *rotate(qk, rot), v[0]
 
     def step(self, x, rot, pos, states):
-        """x [B, C] -> [B, C]: one bar more; updates the states in place."""
-        B, C = x.shape
-        q, k, v = self.qkv(norm(x)).view(B, 3, self.H, 1, -1).permute(1, 2, 0, 3, 4)            # 3 of [H, B, 1, D]
-        q, k = self.turned(q, k, rot)
-        outs = []
-        for kind, state, q, k, v in zip(self.kinds, states, q.split(self.shares), k.split(self.shares), v.split(self.shares)):
-            o = kind.step(q, k, v, state) if isinstance(kind, LinearAttention) else kind.step(q, k, v, state, pos)
-            outs.append(o)
-        x = x + self.out(torch.cat(outs).permute(1, 2, 0, 3).reshape(B, C))
-        return x + self.down(F.gelu(self.up(norm(x))))
+        """x [B, 1, C] -> [B, 1, C]: one bar more; updates the states, which are float32, in place."""
+        q, k, v = (a.float().split(self.shares) for a in self.queries(x, rot))  # per kind [H, B, 1, D]
+        outs = [kind.step(*a, pos) for kind, *a in zip(self.kinds, q, k, v, states)]
+        x = x + self.out(heads_last(torch.cat(outs)).to(x.dtype))
+        return x + self.down(F.silu(self.up(norm(x))))
 
 
 def dropped(x, drop, site):
@@ -320,18 +350,13 @@ class Reasoner(nn.Module):
         self.self_qkv, self.self_out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(2 * C, C, bias=False)
         self.read_q, self.read_kv, self.read_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))
-        slope = 2.0 ** (-1 - 8 * torch.arange(self.H) / self.H)
+        slope, self.scale = 2.0 ** (-1 - 8 * torch.arange(self.H) / self.H), (C // self.H) ** -0.5
         distance = torch.arange(config.span, 0, -1)
         self.register_buffer("near", -slope[:, None] * distance, persistent=False)      # [H, span]
 
     def heads(self, x):
-        """[B, ..., n * C] -> n tensors [H, B, ..., D], heads first."""
-        x = x.unflatten(-1, (-1, self.H, self.gate.shape[0] // self.H))
-        return x.permute(-3, -2, *range(x.dim() - 3), -1).contiguous().unbind()
-
-    def join(self, x):
-        """[H, B, ..., D] -> [B, ..., C]"""
-        return x.permute(*range(1, x.dim() - 1), 0, -1).flatten(-2)
+        """[B, ..., n * C] -> n tensors [H, B, ..., D]."""
+        return heads_first(x, x.shape[-1] // len(self.gate), self.H).unbind()
 
     def think(self, k, v, count):
         """Slots [B, M, 16, C] from k, v [H, B, M, span, D] of the bars before M borders, of which count [M] exist."""
@@ -339,10 +364,11 @@ class Reasoner(nn.Module):
         bias = self.near[:, None].masked_fill(missing, -math.inf)[:, None, :, None].to(k.dtype)     # [H, 1, M, 1, span]
         s = self.latent.to(k.dtype).expand(*k.shape[1:3], -1, -1)                                   # [B, M, 16, C]
         for _ in range(self.config.rounds):
-            q, = self.heads(self.look_q(norm(s)))
-            s = s + self.look_out(self.join(softmax_attention(q, k, v, bias)))
-            s = s + self.self_out(self.join(softmax_attention(*self.heads(self.self_qkv(norm(s))))))
-            s = s + self.down(F.gelu(self.up(norm(s))))
+            q, = self.heads(self.look_q(self.scale * norm(s)))
+            s = s + self.look_out(heads_last(softmax_attention(q, k, v, bias)))
+            q, *kv = self.heads(self.self_qkv(norm(s)))
+            s = s + self.self_out(heads_last(softmax_attention(self.scale * q, *kv)))
+            s = s + self.down(F.silu(self.up(norm(s))))
         return s
 
     def keys_values(self, slots):
@@ -351,8 +377,9 @@ class Reasoner(nn.Module):
 
     def read(self, x, kv, offset):
         """What bars x [B, M, n, C] take from the slots' keys and values; offset [n, C]: how far after the border."""
-        q, = self.heads(self.read_q(norm(x)) + offset.to(x.dtype))
-        return self.gate.to(x.dtype) * self.read_out(self.join(softmax_attention(q, *kv)))
+        q, = self.heads(self.scale * (self.read_q(norm(x)) + offset.to(x.dtype)))
+        o = softmax_attention(q.to(kv[0].dtype), *kv).to(x.dtype)
+        return self.gate.to(x.dtype) * self.read_out(heads_last(o))
 
     def forward(self, x, phase, keep=None):
         """x [B, T, C] -> x and the slots [B, M, 16, C] of the M borders at (p + phase) % border == 0, 0 < p < T."""
@@ -386,13 +413,11 @@ class Reasoner(nn.Module):
         return dict(pending=pending.float().clone(), past=torch.stack((k, v)).float(), slots=kv)
 
     def step(self, x, place, state):
-        """One bar x [B, C], `place` bars after its border."""
-        state["pending"][:, place] = x
+        """One bar x [B, 1, C], `place` bars after its border."""
+        state["pending"][:, place] = x[:, 0]
         if state["slots"] is None:
             return x
-        k, v = state["slots"]                                                   # [H, B, 1, 16, D]
-        read = self.read(x[:, None, None], (k.to(x.dtype), v.to(x.dtype)), self.offset[place:place + 1])
-        return x + read[:, 0, 0]
+        return x + self.read(x[:, None], state["slots"], self.offset[place:place + 1])[:, 0]
 
     def border_step(self, n_bars, state):
         """Before a bar at a border: the bars since the last one become keys and values, and the slots are made anew.
@@ -418,7 +443,7 @@ def gap_bucket(gaps):
 
 
 def mlp(n_in, n, n_out):
-    return nn.Sequential(nn.Linear(n_in, n), nn.GELU(), nn.Linear(n, n_out))
+    return nn.Sequential(nn.Linear(n_in, n), nn.SiLU(), nn.Linear(n, n_out))
 
 
 @dataclass
@@ -430,13 +455,14 @@ class State:
     """
     pos: int                      # bars seen, the same of all rows
     phase: int                    # borders lie where (p + phase) % border == 0
-    dtype: torch.dtype            # of the matmuls
+    parts: nn.ModuleList          # the layers, and the reasoner: see Model.parts_for_steps
     h: torch.Tensor               # [B, C]: hidden state of the last bar, from which the heads read the next one
-    time: torch.Tensor            # int64 [B]: stamp of the last bar
-    gaps: torch.Tensor            # int64 [B, GAPS]: the last spacings
+    time: torch.Tensor            # int64 [B]: stamp of the last bar whose clock was read
+    gaps: torch.Tensor            # int64 [B, GAPS]: the spacings before it
     ranges: torch.Tensor          # float64 [B, len(HALF_LIVES)]: see Model.range_means
     layers: list                  # per layer and kind of attention its state, heads first
     reasoner: dict | None         # see Reasoner
+    ahead: list                   # of the bars to come: rotation, and what Model.clock says
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
@@ -450,7 +476,8 @@ class State:
             reasoner = dict(pending=rows(reasoner["pending"], 0), past=rows(reasoner["past"], 2),
                             slots=rows(reasoner["slots"], 2))
         h, time, gaps, ranges = (rows(a, 0) for a in (self.h, self.time, self.gaps, self.ranges))
-        return replace(self, h=h, time=time, gaps=gaps, ranges=ranges, layers=layers, reasoner=reasoner)
+        ahead = [(rot, *(rows(a, 0) for a in clock)) for rot, *clock in self.ahead]
+        return replace(self, h=h, time=time, gaps=gaps, ranges=ranges, layers=layers, reasoner=reasoner, ahead=ahead)
 
 
 class Model(nn.Module):
@@ -477,6 +504,8 @@ class Model(nn.Module):
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
 
+        decay = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64))
+        self.register_buffer("range_decay", decay, persistent=False)
         n_seen = n + len(HALF_LIVES) + 2 * HARMONICS
         self.candle = mlp(n_seen, C, C)
         self.candle_linear = nn.Linear(n_seen, C, bias=False)   # sums over past moves stay linear
@@ -487,11 +516,12 @@ class Model(nn.Module):
         self.reasoner = Reasoner(config) if config.reasoner else None
         self.mid = config.n_layer // 2
         self.coarse_head = mlp(n, C, C)             # logits = share + h . coarse_head(D1)
-        self.fine_given = mlp(n + n * n, C, C)      # fine logits = share + gelu(fine_mix h + fine_given(D1, M)) . fine_head(g)
+        self.fine_given = mlp(n + n * n, C, C)      # fine logits = share + silu(fine_mix h + fine_given(D1, M)) . fine_head(g)
         self.fine_mix = nn.Linear(C, C, bias=False)
         self.fine_head = mlp(n, C, C)
         self.grad_ckpt = False                      # see run
         self.codes = None                           # see code_vectors
+        self.code_weights = [*self.coarse_head.parameters(), *self.fine_given.parameters(), *self.fine_head.parameters()]
         # maps back into the residual stream start smaller, the more layers there are; latent and offset as they are
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -524,31 +554,40 @@ class Model(nn.Module):
         k_t = TR_t / s_t, and with it all the rest:  s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,
         a and b the decays of s and e. The means are e_{t+1} / s_{t+1}: known once bar t is.
         """
-        close, open_, upper, lower = (self.mean + self.std * z.double())[..., :4].clamp(-20, 20).sinh().unbind(-1)
+        x = (self.mean + self.std * z)[..., :4].double()
+        close, open_, upper, lower = x.clamp(-20, 20).sinh().unbind(-1)
         top, bottom = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
         k = (top.clamp(min=0) - bottom.clamp(max=0)).clamp(1e-3, 1e3)           # [B, T], true range / s_t
-        growth = (data.DECAY + (1 - data.DECAY) * k).log().cumsum(-1)           # [B, T], log(s_{t+1} / s_0)
-        ranges = k * torch.exp(F.pad(growth[:, :-1], (1, 0)))                   # [B, T], true range / s_0
-        b = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64, device=z.device))         # [n]
-        before = torch.ones_like(b).expand(len(z), -1) if before is None else before            # [B, n]
-        e = (1 - b)[:, None] * ranges[:, None]                                  # [B, n, T]
-        shift, T = 1, z.shape[1]
+        growth = data.DECAY + (1 - data.DECAY) * k                              # [B, T], s_{t+1} / s_t
+        b, T = self.range_decay, z.shape[1]                                     # [n]
+        if T > 1:
+            growth = growth.log().cumsum(-1).exp()                              # [B, T], s_{t+1} / s_0
+            k = k * F.pad(growth[:, :-1], (1, 0), value=1.0)                    # [B, T], true range / s_0
+        e = (1 - b)[:, None] * k[:, None]                                       # [B, n, T]
+        shift = 1
         while shift < T:            # after each pass a term is the sum of twice as many bars
             e = e + (b ** shift)[:, None] * F.pad(e[..., :-shift], (shift, 0))
             shift *= 2
+        before = torch.ones_like(b) if before is None else before               # [B, n]
         e = e + before[..., None] * b[:, None] ** torch.arange(1, T + 1, device=z.device)
-        means = e.mT * torch.exp(-growth)[..., None]                            # [B, T, n]
+        means = (e / growth[:, None]).mT                                        # [B, T, n]
         return means.log().clamp(-MAX_LOG, MAX_LOG).float(), means[:, -1]
 
-    def embedding(self, coarse, fine, time, gaps, before=None):
-        """What the model reads of bars: tokens and stamps [B, T], gaps [B, T, GAPS] -> [B, T, C]; and the range means."""
+    def clock(self, time, gaps):
+        """What stamps [B, T] with the spacings before them [B, T, GAPS] say: waves of the day [B, T, 2 HARMONICS] and the
+        sum of the calendar's rows [B, T, C]."""
+        angle = 2 * math.pi / data.DAY * (time % data.DAY)[..., None] * torch.arange(1, HARMONICS + 1, device=time.device)
+        rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, T, 6]
+        stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
+        return torch.cat((angle.sin(), angle.cos()), -1), stamp.view(*time.shape, -1)
+
+    def embedding(self, coarse, fine, waves, stamp, before=None):
+        """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and the range means after them."""
         z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
         ranges, after = self.range_means(z, before)
-        angle = 2 * math.pi / data.DAY * (time % data.DAY)[..., None] * torch.arange(1, HARMONICS + 1, device=time.device)
-        seen = torch.cat((z, ranges, angle.sin(), angle.cos()), -1)
-        rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, T, 6]
-        stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum").view(*coarse.shape, -1)
-        return norm(self.candle(seen) + self.candle_linear(seen) + stamp), after
+        seen = torch.cat((z, ranges, waves), -1)
+        x = self.candle(seen) + self.candle_linear(seen)
+        return norm(x + stamp.to(x.dtype)), after
 
     def trunk(self, coarse, fine, time, phase=0, keep=None, depth=None, drop=None):
         """Hidden states [B, T, C] after `depth` layers (None: all), and the slots of the borders [B, M, 16, C].
@@ -557,10 +596,9 @@ class Model(nn.Module):
         without reasoner, or above depth. drop: see forward.
         """
         gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
-        x, ranges = self.embedding(coarse, fine, time, gaps.unfold(1, GAPS, 1))
+        x, ranges = self.embedding(coarse, fine, *self.clock(time, gaps.unfold(1, GAPS, 1)))
         slots = None
-        rot = rotation(torch.arange(x.shape[1], device=x.device), self.config.n_embd // self.config.n_head)
-        rot = [a.to(x.dtype) for a in rot]
+        rot = self.rotation(0, x.shape[1], x)
         layers, reasoner = None, None
         if keep is not None:
             layers, reasoner = [], {}
@@ -584,11 +622,12 @@ class Model(nn.Module):
         if torch.is_grad_enabled() or self.g.is_inference():    # a tensor of inference mode has no version
             self.codes = None                                   # an update may follow, and a fused one raises no version
             return self.make_code_vectors()
-        weights = [*self.coarse_head.parameters(), *self.fine_given.parameters(), *self.fine_head.parameters(), self.D1, self.M, self.g]
-        key = [(w.data_ptr(), w._version) for w in weights]
+        kind = self.g.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.g.dtype
+        key = dtype, [(w.data_ptr(), w._version) for w in (*self.code_weights, self.D1, self.M, self.g)]
         if self.codes is None or self.codes[0] != key:
-            with torch.autocast(self.g.device.type, enabled=False):     # the same for callers in any precision
-                self.codes = key, self.make_code_vectors()
+            with torch.autocast(kind, enabled=False):       # the same for callers in any precision
+                self.codes = key, [a.to(dtype) for a in self.make_code_vectors()]
         return self.codes[1]
 
     def make_code_vectors(self):
@@ -601,7 +640,7 @@ class Model(nn.Module):
         Then the log odds of up are drawn towards those of the training data: odds = base + lean (odds - base), lean from 0
         to 1. Directions are what is learned by heart first; so pretraining fits lean on val.
         """
-        logits = h @ self.code_vectors()[0].T.to(h.dtype) + self.coarse_share
+        logits = F.linear(h, self.code_vectors()[0], self.coarse_share)
         if self.lean.item() == 1:
             return logits
         change = (self.lean - 1) * (self.log_odds_up(logits) - self.log_odds_up(self.coarse_share))
@@ -614,8 +653,8 @@ class Model(nn.Module):
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
         _, given, vectors = self.code_vectors()
-        mixed = F.gelu(self.fine_mix(h) + given[coarse])
-        return mixed @ vectors.T.to(mixed.dtype) + self.fine_share
+        mixed = F.silu(self.fine_mix(h) + given[coarse])
+        return F.linear(mixed, vectors, self.fine_share)
 
     def p_up(self, h, unmoved=None):
         """P(close rises | it moves) [...] for h [..., C]: the exact P(up token), over the share of bars that move.
@@ -690,41 +729,66 @@ class Model(nn.Module):
         keep = {}
         x, _ = self.trunk(coarse, fine, time, phase, keep)
         reasoner = keep.pop("reasoner") or None
-        state = State(pos=coarse.shape[1], phase=phase, dtype=x.dtype, h=norm(x[:, -1]).float(), reasoner=reasoner, **keep)
+        state = State(pos=coarse.shape[1], phase=phase, parts=self.parts_for_steps(x.dtype), h=norm(x[:, -1]).float(),
+                      reasoner=reasoner, ahead=[], **keep)
         self.reach_border(state)
         return state
+
+    def parts_for_steps(self, dtype):
+        """Copies of the layers and of the reasoner for a few rows at a time, with weights of that type.
+
+        Those in float32 lie by columns, with which a CPU is up to three times as fast.
+        """
+        parts = copy.deepcopy(nn.ModuleList([*self.layers, *([self.reasoner] if self.reasoner else [])]))
+        for p in parts.requires_grad_(False).parameters():
+            p.data = p.to(dtype) if dtype != torch.float32 or p.dim() != 2 else p.T.contiguous().T
+        return parts
+
+    def rotation(self, pos, n, x):
+        """Of the n bars from pos on, in the type of x."""
+        pos = torch.arange(pos, pos + n, device=x.device)
+        rot = rotation(pos, self.config.n_embd // self.config.n_head, self.config.pos != "alibi")
+        return tuple(a.to(x.dtype) for a in rot)
 
     def step(self, coarse, fine, time, state):
         """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients.
 
+        time may also be [B, n], with the stamps of bars to come: what depends on them alone is then made for many at once.
         Its matmuls run in the type of the prefill, its states in float32; call step itself outside of autocast.
         """
-        state.gaps = torch.cat((state.gaps[:, 1:], (time - state.time)[:, None]), dim=1)
-        state.time = time
-        with torch.no_grad(), self.as_prefilled(state):
-            x, state.ranges = self.embedding(coarse[:, None], fine[:, None], time[:, None], state.gaps[:, None], state.ranges)
-            x, pos = x[:, 0].float(), state.pos
-            rot = rotation(torch.tensor([pos], device=x.device), self.config.n_embd // self.config.n_head)
-            for n, layer in enumerate(self.layers):
+        with torch.no_grad():
+            if not state.ahead:
+                self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
+            rot, *clock = state.ahead.pop(0)
+            x, state.ranges = self.embedding(coarse[:, None], fine[:, None], *clock, state.ranges)  # [B, 1, C]
+            x, pos = x.to(state.parts[0].up.weight.dtype), state.pos
+            for n, states in enumerate(state.layers):
                 if n == self.mid and self.reasoner:
-                    x = self.reasoner.step(x, (pos + state.phase) % self.config.border, state.reasoner)
-                x = layer.step(x, rot, pos, state.layers[n])
-            state.h, state.pos = norm(x).float(), pos + 1
+                    x = state.parts[-1].step(x, (pos + state.phase) % self.config.border, state.reasoner)
+                x = state.parts[n].step(x, rot, pos, states)
+            state.h, state.pos = norm(x[:, 0].float()), pos + 1
             self.reach_border(state)
         return state.h, state
 
-    def as_prefilled(self, state):
-        return torch.autocast(state.h.device.type, state.dtype, enabled=state.dtype != torch.float32)
+    def look_ahead(self, time, state):
+        """Reads the clock of the next bars, time [B, n]."""
+        gaps = torch.cat((state.gaps, torch.diff(time, prepend=state.time[:, None])), dim=1)    # [B, GAPS + n]
+        clock = self.clock(time, gaps[:, 1:].unfold(1, GAPS, 1))
+        rots = self.rotation(state.pos, time.shape[1], state.parts[0].up.weight)
+        state.ahead = list(zip(zip(*(a.split(1, dim=-2) for a in rots)), *(a.split(1, dim=1) for a in clock)))
+        state.time, state.gaps = time[:, -1], gaps[:, -GAPS:]
 
     def reach_border(self, state):
         if self.reasoner and (state.pos + state.phase) % self.config.border == 0:
-            with torch.no_grad(), self.as_prefilled(state):
-                self.reasoner.border_step(state.pos, state.reasoner)
+            dtype = state.parts[0].up.weight.dtype
+            with torch.no_grad(), torch.autocast(state.h.device.type, dtype, enabled=dtype != torch.float32):
+                state.parts[-1].border_step(state.pos, state.reasoner)
 
 
 def mean_nats(logits, target):
     """Mean cross-entropy of logits [..., V] over the targets int64 [...] that count (>= 0); 0 if none does."""
-    total = F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), ignore_index=-1, reduction="sum")
+    rows = zip(logits.flatten(0, -2).split(1024), target.flatten().split(1024))  # so many stay in the cache in float32
+    total = sum(F.cross_entropy(a.float(), b, ignore_index=-1, reduction="sum") for a, b in rows)
     return total / (target >= 0).sum().clamp(min=1)
 
 

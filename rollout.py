@@ -162,7 +162,7 @@ def guided_walk(model, tokenizer, state, origins, uniform, temperature):
         token = torch.stack(drawn, -1)[torch.from_numpy(rows), torch.from_numpy(pick)]              # [B, 2]
         chosen.append(token)
         if k + 1 < H:
-            model.step(token[:, 0], token[:, 1], origins.times[:, k], state)
+            model.step(token[:, 0], token[:, 1], origins.times[:, k:], state)
     return torch.stack(chosen, 1)
 
 

@@ -161,7 +161,7 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=Non
         coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order)
         tokens.append(torch.stack((coarse, fine)))
         if k + 1 < times.shape[1]:
-            _, state = model.step(coarse, fine, times[:, k], state)
+            _, state = model.step(coarse, fine, times[:, k:], state)
     return torch.stack(tokens, dim=-1).unbind(0)
 
 

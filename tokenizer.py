@@ -33,6 +33,7 @@ PRICES = 4        # close, open, upper, lower: always there; volume and vwap are
 MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move the price, however small the scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
+CLOSE = 2.5       # what an error of close counts, beside one of another channel: what follows is mostly told by closes
 FLOOR = 0.05      # least scale of a channel, as a share of close's; else rare gaps between minute bars take the codes
 WARMUP = 50       # steps in which the learning rate rises
 
@@ -186,7 +187,7 @@ class Tokenizer(nn.Module):
         return super().train(mode)
 
     def standardize(self, x):
-        """x [..., 6] -> z, in units of std from the mean, and present: 0.0 where a channel is missing, else 1.0."""
+        """x [..., 6] -> z, in units of `std` from the mean, and present: 0.0 where a channel is missing, else 1.0."""
         present = has_data(x) & (self.std > 0)
         z = (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
         return torch.where(present, z, 0.0), present.to(x.dtype)
@@ -344,13 +345,15 @@ def train_tokenizer(x, config, seed=0, steps=1200, batch_size=2048, lr=7e-3, dev
 
 
 def set_scale(tokenizer, x):
-    """Mean and scale of each channel of bars x [N, 6], over the bars that have it."""
+    """Mean and unit of each channel of bars x [N, 6], its standard deviation over the bars that have it."""
     present = has_data(x)
     n = present.sum(0).clamp(min=1)
     mean = (x.double() * present).sum(0) / n
     std = ((x.double() - mean).square() * present).sum(0).div(n).sqrt()
     tokenizer.mean.copy_(mean)
-    tokenizer.std.copy_(torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0))
+    std = torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0)
+    std[0] /= math.sqrt(CLOSE)  # a smaller unit, so that the same error is a larger number
+    tokenizer.std.copy_(std)
 
 
 def check_bars(x, config):

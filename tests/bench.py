@@ -369,10 +369,11 @@ def model_(args):
 
         @torch.inference_mode()
         def generate():
-            for _ in range(steps):
+            times = state.time[:, None] + 86400 * torch.arange(1, steps + 1, device=device)
+            for k in range(steps):
                 with amp(half):
                     coarse, fine = ours.sample(state.h)
-                ours.step(coarse, fine, state.time + 86400, state)
+                ours.step(coarse, fine, times[:, k:], state)
         return generate, steps
 
     @torch.inference_mode()

@@ -115,30 +115,29 @@ def normed(x):
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 129, 1000])
 def test_linear_attention_is_the_quadratic_sum(T, slope):
     """Over many bars and bar by bar, and the state that either leaves."""
-    heads = M.LinearAttention(3, 1.0)
-    heads.slope = slope = torch.tensor(slope)
-    q, k, v = random_qkv(T)
+    slope = torch.tensor(slope)
+    heads, (q, k, v) = M.LinearAttention(slope), random_qkv(T)
     want = naive_linear(q, k, v, slope)
+    q = q / 4       # by sqrt(D), as it comes from rotate
     o, S = heads(q, k, v)
     close(o, normed(want), 1e-4)
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
     close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()), 1e-5)
     state = torch.zeros_like(S)
-    steps = [heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], state) for t in range(T)]
+    steps = [heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], state, t) for t in range(T)]
     close(torch.cat(steps, dim=2), normed(want), 1e-4)
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        o, S = heads(*half(T))
+        q, k, v = half(T)
+        o, S = heads(q / 4, k, v)
     close_half(o, naive_linear(*half(T), slope))
     assert S.dtype == torch.float32
 
 
 def test_linear_attention_over_many_groups_of_chunks():
     T, slope = 64 * 300 + 7, torch.tensor([0.0, 0.001])
-    heads = M.LinearAttention(2, 1.0)
-    heads.slope = slope
-    q, k, v = random_qkv(T, H=2, B=1, D=4)
-    o, _ = heads(q, k, v)
+    heads, (q, k, v) = M.LinearAttention(slope), random_qkv(T, H=2, B=1, D=4)
+    o, _ = heads(q / 2, k, v)
     d = torch.arange(T - 50, T)[:, None] - torch.arange(T)
     weight = torch.exp(-slope.double()[:, None, None, None] * d.clamp(min=0)) * (d >= 0)
     close(o[:, :, -50:], normed((q[:, :, -50:].double() @ k.double().mT * weight) @ v.double() / 2), 1e-4)
@@ -148,16 +147,17 @@ def test_linear_attention_over_many_groups_of_chunks():
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 100, 257])
 def test_local_attention_is_softmax_with_a_band_mask(T, window):
     """Over many bars, and one bar more from the ring that the bars before it left."""
-    heads, (q, k, v) = M.LocalAttention(3, window, 1.0), random_qkv(T)
     for slope in (torch.zeros(3), torch.tensor([0.5, 0.05, 0.001])):
-        heads.slope, want = slope, naive_local(q, k, v, window, slope)
+        heads, (q, k, v) = M.LocalAttention(window, slope), random_qkv(T)
+        want, q = naive_local(q, k, v, window, slope), q / 4
         close(heads(q, k, v)[0], want, 1e-5)
         n = T // 2
         ring = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 3, 2, window, 16)
         for t in range(n, T):
             close(heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], ring, t), want[:, :, [t]], 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
-            close_half(heads(*half(T))[0], naive_local(*half(T), window, slope))
+            q, k, v = half(T)
+            close_half(heads(q / 4, k, v)[0], naive_local(q, k, v, window, slope))
 
 
 @pytest.mark.parametrize("pos", ["rope", "alibi", "both"])
@@ -168,7 +168,7 @@ def test_layer_is_its_naive_form(T, pos):
     x = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T))
     drop = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = layer(x, M.rotation(torch.arange(T), 8), drop=drop)
+        got = layer(x, M.rotation(torch.arange(T), 8, turns=pos != "alibi"), drop=drop)
     weight = {name: p.detach().double() for name, p in layer.named_parameters()}
     qkv = normed(x.double()) @ weight["qkv.weight"].T
     q, k, v = qkv.view(2, T, 3, 4, 8).permute(2, 3, 0, 1, 4)         # [3, H, B, T, D]
@@ -179,12 +179,12 @@ def test_layer_is_its_naive_form(T, pos):
     o = [normed(naive_linear(q[:2], k[:2], v[:2], slopes[0]))]
     o += [naive_local(q[[n]], k[[n]], v[[n]], w, slopes[n - 1]) for n, w in ((2, 16), (3, 64))]
     x = x.double() + drop[0].double() * (torch.cat(o).permute(1, 2, 0, 3).reshape(2, T, 32) @ weight["out.weight"].T)
-    x = x + drop[1].double() * (F.gelu(normed(x) @ weight["up.weight"].T) @ weight["down.weight"].T)
+    x = x + drop[1].double() * (F.silu(normed(x) @ weight["up.weight"].T) @ weight["down.weight"].T)
     close(got, x, 1e-5)
 
 
 def test_rotation_stays_exact_far_out():
-    cos, sin = M.rotation(torch.tensor([20_000, 3_000_017]), 8)
+    cos, sin = (a[1, 0, 0] for a in M.rotation(torch.tensor([20_000, 3_000_017]), 8))       # k's
     for row, p in enumerate((20_000, 3_000_017)):
         for i in range(4):
             angle = p * 10000.0 ** (-2 * i / 8)
@@ -219,7 +219,7 @@ def test_reasoner_border_by_border(T, phase):
                 s = s + r.look_out(torch.einsum("bhst,bthd->bshd", score.softmax(-1), kv[:, :, 1]).reshape(2, 16, 32))
                 q, k, v = r.self_qkv(unit(s)).view(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)
                 s = s + r.self_out(naive_softmax(q, k, v).transpose(1, 2).reshape(2, 16, 32))
-                s = s + r.down(F.gelu(r.up(unit(s))))
+                s = s + r.down(F.silu(r.up(unit(s))))
             close(slots[:, seen], s, 1e-6)
             here = x[:, p:p + 32]
             q = (r.read_q(unit(here)) + r.offset[:here.shape[1]]).view(2, -1, 4, 8).transpose(1, 2)
@@ -375,6 +375,19 @@ def test_paths_share_one_prefill_and_are_each_their_own():
             assert (alone - got[n::3]).abs().max() <= 1e-4
 
 
+def test_stamps_told_ahead_change_nothing():
+    """step with the stamps of all bars to come, told anew at each or by some calls alone, and repeated in between."""
+    model, rows, more = make(), bars(2, 50), bars(2, 200, seed=1)
+    later = rows[2][:, -1:] + more[2] - more[2][:, :1] + 60
+    with torch.inference_mode():
+        want = step_through(model, (*more[:2], later), 0, model.prefill(*rows))
+        state, found = model.prefill(*rows), []
+        for t in range(200):
+            state = state.repeat(1)
+            found.append(model.step(more[0][:, t], more[1][:, t], later[:, t:] if t != 64 else later[:, t], state)[0].clone())
+    assert (torch.stack(found, dim=1) - want[:, 1:]).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", MIXES)
 @pytest.mark.parametrize("start", [90, 96])
 def test_recurrence_in_half_precision(name, start):
@@ -502,7 +515,7 @@ def test_the_fine_head_is_its_naive_form():
     model, h = make(), torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     coarse = torch.arange(5) * 7
     given = model.fine_given(torch.cat((model.D1[coarse], model.M[coarse].flatten(1)), 1))
-    want = F.gelu(h @ model.fine_mix.weight.T + given) @ model.fine_head(model.g).T + model.fine_share
+    want = F.silu(h @ model.fine_mix.weight.T + given) @ model.fine_head(model.g).T + model.fine_share
     close(model.fine_logits(h, coarse), want.detach(), 1e-5)
     close(model.coarse_logits(h), (h @ model.coarse_head(model.D1).T + model.coarse_share).detach(), 1e-5)
 
