@@ -40,8 +40,9 @@ NO_GAP = 2**62      # stands for a spacing that does not exist (before the first
 CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
 N_CHANNELS = len(data.CHANNELS)
 HARMONICS = 6       # of the day, in which the model reads the time of day
-HALF_LIVES = (1.0, 4.0, 12.0, 96.0)  # bars; of the true range's means that the model reads, beside the 32 of s_t
-MAX_LOG = 4.0       # bound of their logs
+HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)  # bars; of the means of true range and moves that the model reads
+MAX_LOG = 4.0       # bounds of their logs
+MAX_MOVE = 10.0     # and of the means of moves
 
 
 @dataclass
@@ -459,7 +460,7 @@ class State:
     h: torch.Tensor               # [B, C]: hidden state of the last bar, from which the heads read the next one
     time: torch.Tensor            # int64 [B]: stamp of the last bar whose clock was read
     gaps: torch.Tensor            # int64 [B, GAPS]: the spacings before it
-    ranges: torch.Tensor          # float64 [B, len(HALF_LIVES)]: see Model.range_means
+    ranges: torch.Tensor          # float64 [B, 2, len(HALF_LIVES)]: see Model.past_means
     layers: list                  # per layer and kind of attention its state, heads first
     reasoner: dict | None         # see Reasoner
     ahead: list                   # of the bars to come: rotation, and what Model.clock says
@@ -505,8 +506,8 @@ class Model(nn.Module):
         self.register_buffer("fine_share", torch.zeros(V2))
 
         decay = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64))
-        self.register_buffer("range_decay", decay, persistent=False)
-        n_seen = n + len(HALF_LIVES) + 2 * HARMONICS
+        self.register_buffer("past_decay", decay, persistent=False)
+        n_seen = n + 2 * len(HALF_LIVES) + 2 * HARMONICS
         self.candle = mlp(n_seen, C, C)
         self.candle_linear = nn.Linear(n_seen, C, bias=False)   # sums over past moves stay linear
         offsets = torch.tensor(CALENDAR).cumsum(0) - torch.tensor(CALENDAR)
@@ -547,31 +548,37 @@ class Model(nn.Module):
 
     # ---- what it reads
 
-    def range_means(self, z, before=None):
-        """Logs of decayed means of the true range, relative to s_t, with half-lives HALF_LIVES: z [B, T, 6] -> [B, T, n].
+    def past_means(self, z, before=None):
+        """Decayed means of bars with candles z [B, T, 6], relative to s_t and over the half-lives HALF_LIVES: [B, T, 2 n].
 
-        Also the means after the last bar, float64 [B, n]; `before`: those before the first, else 1. The candle gives
-        k_t = TR_t / s_t, and with it all the rest:  s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,
-        a and b the decays of s and e. The means are e_{t+1} / s_{t+1}: known once bar t is.
+        First the logs of those of the true range, then those of the close's moves. Also the means after the last bar,
+        float64 [B, 2, n]; `before`: those before the first, else 1 and 0. The candle gives k_t = TR_t / s_t, and with it all
+        the rest:  s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,  a and b the decays of s and e, and
+        the means e_{t+1} / s_{t+1}: known once bar t is. For moves alike, with close / s_t in place of k_t.
         """
         x = (self.mean + self.std * z)[..., :4].double()
         close, open_, upper, lower = x.clamp(-20, 20).sinh().unbind(-1)
         top, bottom = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
         k = (top.clamp(min=0) - bottom.clamp(max=0)).clamp(1e-3, 1e3)           # [B, T], true range / s_t
         growth = data.DECAY + (1 - data.DECAY) * k                              # [B, T], s_{t+1} / s_t
-        b, T = self.range_decay, z.shape[1]                                     # [n]
+        terms = torch.stack((k, close.clamp(-1e3, 1e3)), dim=1)                 # [B, 2, T]
+        b, T = self.past_decay, z.shape[1]                                      # [n]
         if T > 1:
             growth = growth.log().cumsum(-1).exp()                              # [B, T], s_{t+1} / s_0
-            k = k * F.pad(growth[:, :-1], (1, 0), value=1.0)                    # [B, T], true range / s_0
-        e = (1 - b)[:, None] * k[:, None]                                       # [B, n, T]
+            terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)      # [B, 2, T], relative to s_0
+        e = (1 - b)[:, None] * terms[:, :, None]                                # [B, 2, n, T]
         shift = 1
         while shift < T:            # after each pass a term is the sum of twice as many bars
             e = e + (b ** shift)[:, None] * F.pad(e[..., :-shift], (shift, 0))
             shift *= 2
-        before = torch.ones_like(b) if before is None else before               # [B, n]
+        if before is None:
+            before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [B, 2, n]
         e = e + before[..., None] * b[:, None] ** torch.arange(1, T + 1, device=z.device)
-        means = (e / growth[:, None]).mT                                        # [B, T, n]
-        return means.log().clamp(-MAX_LOG, MAX_LOG).float(), means[:, -1]
+        e = e / growth[:, None, None]
+        ranges, moves = e.unbind(1)                                             # [B, n, T]
+        moves = moves * (2 / (1 - b)[:, None]).sqrt()                           # brought to about unit size
+        seen = torch.cat((ranges.log().clamp(-MAX_LOG, MAX_LOG), moves.clamp(-MAX_MOVE, MAX_MOVE)), dim=1)
+        return seen.mT.float(), e[..., -1]
 
     def clock(self, time, gaps):
         """What stamps [B, T] with the spacings before them [B, T, GAPS] say: waves of the day [B, T, 2 HARMONICS] and the
@@ -584,8 +591,8 @@ class Model(nn.Module):
     def embedding(self, coarse, fine, waves, stamp, before=None):
         """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and the range means after them."""
         z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
-        ranges, after = self.range_means(z, before)
-        seen = torch.cat((z, ranges, waves), -1)
+        means, after = self.past_means(z, before)
+        seen = torch.cat((z, means, waves), -1)
         x = self.candle(seen) + self.candle_linear(seen)
         return norm(x + stamp.to(x.dtype)), after
 
