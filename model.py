@@ -500,7 +500,7 @@ class Model(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that say "up"
-        self.register_buffer("lean", torch.ones(()))    # how far P(up) is trusted, see coarse_logits
+        self.register_buffer("lean", torch.ones(()))    # how far a mean of its own is trusted, see coarse_logits
         # log shares of the codes in the training data: what the heads say before they have learned anything
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
@@ -644,18 +644,27 @@ class Model(nn.Module):
     def coarse_logits(self, h):
         """h [..., C] -> [..., 2^k1].
 
-        Then the log odds of up are drawn towards those of the training data: odds = base + lean (odds - base), lean from 0
-        to 1. Directions are what is learned by heart first; so pretraining fits lean on val.
+        Then the mean move is drawn towards that of the training data: base + lean (mean - base), lean from 0 to 1.
+        Directions are what is learned by heart first, and over many bars a false drift adds up; so pretraining fits lean
+        on val. The law is tilted, p ~ exp(t move) p, which moves its mean by t times its variance.
         """
         logits = F.linear(h, self.code_vectors()[0], self.coarse_share)
         if self.lean.item() == 1:
             return logits
-        change = (self.lean - 1) * (self.log_odds_up(logits) - self.log_odds_up(self.coarse_share))
-        return logits + change[..., None] * self.up_mask
+        mean, variance = self.move_moments(logits)
+        base, _ = self.move_moments(self.coarse_share)
+        tilt = (self.lean - 1) * (mean - base) / variance
+        return logits + tilt[..., None] * self.move_of_codes()
 
-    def log_odds_up(self, logits):
-        """log P(up) / P(not up) [...] of coarse logits [..., 2^k1]."""
-        return logits[..., self.up_mask].logsumexp(-1) - logits[..., ~self.up_mask].logsumexp(-1)
+    def move_of_codes(self):
+        """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded: [2^k1]."""
+        return (self.mean[0] + self.std[0] * self.D1[:, 0]).sinh().clamp(-MAX_MOVE, MAX_MOVE)
+
+    def move_moments(self, logits):
+        """Mean and variance [...] of the move under coarse logits [..., 2^k1]."""
+        p, move = logits.float().softmax(-1), self.move_of_codes()
+        mean = p @ move
+        return mean, (p @ move**2 - mean**2).clamp(min=1e-6)
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
@@ -834,6 +843,7 @@ class Source(typing.TypedDict):
     fingerprint: str | None
     seed: int | None                        # of the synthetic market, where it is not the run's
     overlap: bool | None                    # fine-tuned on bars that its base had seen
+    intervals: list[int] | None             # median spacings of the symbols, in seconds
 
 
 class Report(typing.TypedDict):

@@ -442,17 +442,21 @@ def crps(p, values, y):
     return (F.square() * came + (1 - F).square() * (width - came)).sum(-1) + outside
 
 
-def fit_lean(odds, up):
-    """The factor from 0 to 1 of log odds [N], less those of the training data, that best tells what rose, bool [N].
+def fit_lean(mean, came, day):
+    """How far predicted mean moves [N], less the base, are to be trusted, for what came [N], less the base: 0 to 1.
 
-    The least log loss, by bisection of its slope, which rises with the factor.
+    The slope of `came` on `mean`, shrunk by its own error (James and Stein): slope (1 - (error / slope)^2), from 0 up. The
+    error is that of a ratio of sums over days: symbols of one day move together. day: int64 [N].
     """
-    slope = lambda lean: ((torch.sigmoid(lean * odds) - up.double()) * odds).sum().item()
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    return low if low > 1e-3 else 0.0
+    if len(mean) == 0:
+        return 0.0
+    which = torch.unique(day, return_inverse=True)[1]
+    n = int(which.max()) + 1
+    hits, squares = (torch.zeros(n, dtype=torch.float64, device=which.device).index_add_(0, which, a.double())
+                     for a in (mean * came, mean * mean))
+    slope = (hits.sum() / squares.sum().clamp(min=1e-12)).item()
+    error = (hits - slope * squares).square().sum().sqrt().item() / max(1e-12, squares.sum().item())
+    return min(1.0, slope) * max(0.0, 1 - (error / slope) ** 2) if slope > 0 and n > 1 else 0.0
 
 
 @torch.no_grad()
@@ -465,7 +469,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
     model.eval()
     device, n, n_rows = model.up_mask.device, val.block_size, max(1, 8192 // val.block_size)
     model.lean.fill_(1.0)
-    found = []  # of each batch of tiles: h (N, C), coarse, fine, change of the close (N,)
+    found = []  # of each batch of tiles: h (N, C), coarse, fine, change of the close, day (N,)
     for i in range(rank * n_rows, len(tiles), world * n_rows):
         which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
         *inputs, targets = data.gather(val, which, ends)
@@ -473,14 +477,13 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
             h = norm(model.trunk(*(a.to(device) for a in inputs))[0]).float()
         is_target = targets[0] >= 0
-        kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change))]
+        kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2] // data.DAY)]
         found.append((h[is_target.to(device)], *kept))
+    known = [torch.zeros(0, device=device)] * 3
     if found:
-        h, _, _, change = (torch.cat(column) for column in zip(*found))
-        odds = model.log_odds_up(model.coarse_logits(h)) - model.log_odds_up(model.coarse_share)
-        known = odds[change != 0].double(), change[change != 0] > 0
-    else:
-        known = torch.zeros(0, dtype=torch.float64, device=device), torch.zeros(0, dtype=torch.bool, device=device)
+        h, coarse, _, _, day = (torch.cat(column) for column in zip(*found))
+        base, _ = model.move_moments(model.coarse_share)
+        known = [model.move_moments(model.coarse_logits(h))[0] - base, model.move_of_codes()[coarse] - base, day]
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, [a.cpu() for a in known])
@@ -490,7 +493,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
     codes = candle_values(model, torch.arange(len(model.D1), device=device))    # (2^k1, 3)
     unigram = model.coarse_share.softmax(-1)
     sums = torch.zeros(11, dtype=torch.float64)  # targets, coarse, fine, right, moved, CRPS x 3, the unigram's CRPS x 3
-    for h, coarse, fine, change in found:
+    for h, coarse, fine, change, _ in found:
         log_p = model.coarse_logits(h).log_softmax(-1)
         log_fine = model.fine_logits(h, coarse).log_softmax(-1)
         p, came = log_p.exp(), candle_values(model, coarse, fine)               # (N, 2^k1), (N, 3)
@@ -551,6 +554,7 @@ def main(argv=None):
         raise UserError(f"{', '.join(source['sources'])}: not the bars that the run in {config.out} began with (fingerprint "
                         f"{source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
     borders = tuple(entry["splits"]) if entry else split(config, series, base)
+    source["intervals"] = sorted({int(np.median(np.diff(bars.time))) for bars in series if len(bars) > 1})
     if base and (borders[0] < base[2]["splits"][0] or base[2]["data"].get("overlap")):
         source["overlap"] = True
     source = entry["data"] if entry else source

@@ -33,7 +33,6 @@ PRICES = 4        # close, open, upper, lower: always there; volume and vwap are
 MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move the price, however small the scale
 BLOCK = 1024      # bars encoded at a time, always padded to it, so that a bar's tokens depend on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
-CLOSE = 2.5       # what an error of close counts, beside one of another channel: what follows is mostly told by closes
 FLOOR = 0.05      # least scale of a channel, as a share of close's; else rare gaps between minute bars take the codes
 WARMUP = 50       # steps in which the learning rate rises
 
@@ -45,6 +44,7 @@ class TokenizerConfig:
     fine_bits: int = 10         # bits of the fine token
     n_hidden: int = 128         # width of the networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and the decoder honours it
+    close: float = 2.5          # what a square error of close counts, beside one of another channel
     nearest: bool = True        # end with the nearest candle's corner; False: the published signs, to the end
     spread: float = 0.1         # share of the updates that the first phase takes, where a second follows
     entropy: float = 0.1        # weight of the entropy term; 0 switches it off
@@ -54,7 +54,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), direction_bit=(0, 1),
-                      nearest=(0, 1), spread=(0, 1), entropy=(0, 100), gamma=(0, 100), joint=(0, 1), tau=(0, 1e6))
+                      close=(0.01, 100), nearest=(0, 1), spread=(0, 1), entropy=(0, 100), gamma=(0, 100), joint=(0, 1), tau=(0, 1e6))
         for name, (least, most) in limits.items():
             value, kinds = getattr(self, name), (type(getattr(TokenizerConfig, name)), int)
             if type(value) not in kinds or not least <= value <= most:
@@ -352,7 +352,7 @@ def set_scale(tokenizer, x):
     std = ((x.double() - mean).square() * present).sum(0).div(n).sqrt()
     tokenizer.mean.copy_(mean)
     std = torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0)
-    std[0] /= math.sqrt(CLOSE)  # a smaller unit, so that the same error is a larger number
+    std[0] /= math.sqrt(tokenizer.config.close)     # a smaller unit, so that the same error is a larger number
     tokenizer.std.copy_(std)
 
 

@@ -529,18 +529,18 @@ class StageTest:
         kept = path.removesuffix(".pt") + ("-shifted" if shifted else "") + ".scores.pt"
         if not os.path.exists(kept):
             model, tokenizer, _ = load_checkpoint(path, weights=weights)
-            judge = backtest.from_paths
+            judge = backtest.judge_paths
             if self.args.market == "reverting":
-                backtest.from_paths = functools.partial(self.judge_twice, judge, shifted)
+                backtest.judge_paths = functools.partial(self.judge_twice, judge, shifted)
             try:
                 drawn = backtest.drawn_scores(model, tokenizer, self.t, self.args.paths)
             finally:
-                backtest.from_paths = judge
+                backtest.judge_paths = judge
             data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
         return {k: (v.numpy(), r.numpy()) for k, (v, r) in data.load_safe(kept).items()}
 
     def judge_twice(self, judge, shifted, moves, t, rows):
-        """backtest.from_paths, with the CRPS also of the outcome's mirror image about the true mean.
+        """backtest.judge_paths, with the CRPS also of the outcome's mirror image about the true mean.
 
         In this market it is equally likely, and the mean of both varies far less.
         """

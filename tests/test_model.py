@@ -438,39 +438,38 @@ def test_spacing_is_the_causal_running_median():
             assert got[b, t] == (int(math.log2(last[(len(last) - 1) // 2])) + 1 if last else 0)
 
 
-def test_range_means_are_those_of_the_bars_themselves():
-    """From real features the ratio of decayed means of the true range to data.features' own s_t, which the model never sees."""
+def test_past_means_are_those_of_the_bars_themselves():
+    """From real features: the decayed means of true ranges and of moves, over data.features' own s_t, which the model never sees."""
     series = data.synthetic(seed=5, n_symbols=1, n_bars=2000)[0][0]
     model = make()
     model.mean.zero_()
     x = torch.from_numpy(data.features(series)[0])
     with torch.no_grad():
-        got, _ = model.range_means(x[None])
+        got, _ = model.past_means(x[None])
     _, high, low, c = series.ohlcva[:, :4].T
     true_range = np.log(np.maximum(high[1:], c[:-1]) / np.minimum(low[1:], c[:-1]))
-    means = {half_life: 0.0 for half_life in (*M.HALF_LIVES, data.HALF_LIFE)}
-    for t, value in enumerate(true_range, start=1):
-        for half_life in means:
-            b = 0.5 ** (1 / half_life)
-            means[half_life] = b * means[half_life] + (1 - b) * value
+    decays = np.array([0.5 ** (1 / half_life) for half_life in (*M.HALF_LIVES, data.HALF_LIFE)])
+    ranges, moves = np.zeros((2, len(decays)))
+    for t, (size, move) in enumerate(zip(true_range, np.diff(np.log(c))), start=1):
+        ranges, moves = (decays * before + (1 - decays) * value for before, value in ((ranges, size), (moves, move)))
         if t > 1700:    # what the first bars count has decayed
-            want = [math.log(means[half_life] / means[data.HALF_LIFE]) for half_life in M.HALF_LIVES]
+            want = [*np.log(ranges[:-1] / ranges[-1]), *(moves / ranges[-1] * np.sqrt(2 / (1 - decays)))[:-1]]
             assert got[0, t].tolist() == pytest.approx(want, abs=1e-4), t
     s = data.features(series)[1]
-    assert means[data.HALF_LIFE] == pytest.approx(s.s / s.s_w, rel=1e-9)
+    assert ranges[-1] == pytest.approx(s.s / s.s_w, rel=1e-9)
 
 
-def test_range_means_go_on_where_they_stopped():
+def test_past_means_go_on_where_they_stopped():
     model = make()
     z = torch.randn(2, 77, 6, generator=torch.Generator().manual_seed(0))
-    whole, after = model.range_means(z)
-    first, between = model.range_means(z[:, :30])
-    second, last = model.range_means(z[:, 30:], between)
+    whole, after = model.past_means(z)
+    first, between = model.past_means(z[:, :30])
+    second, last = model.past_means(z[:, 30:], between)
     close(torch.cat((first, second), 1), whole, 1e-6)
     close(last, after, 1e-12)
     # bounded, whatever a candle claims
-    wild, _ = model.range_means(1e6 * z)
-    assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_LOG
+    wild, _ = model.past_means(1e6 * z)
+    assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_MOVE
 
 
 def test_read_codes_takes_the_candles_of_the_tokenizer():
@@ -576,18 +575,22 @@ def test_p_up_is_the_share_of_up_tokens_among_bars_that_move():
     assert model.p_up(h, 0.99).max() == 1
 
 
-def test_lean_draws_the_odds_of_up_towards_those_of_the_training_data_and_changes_nothing_else():
-    model, h = make(), torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+def test_lean_draws_the_mean_move_towards_that_of_the_training_data():
+    """By a tilt along the moves alone; for small tilts the mean then lies where it should."""
+    model, h = make(), 0.03 * torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    model.coarse_share.mul_(0.1)
+    x = torch.sinh(model.mean[0] + model.std[0] * model.D1[:, 0]).clamp(-10, 10).double()
     with torch.no_grad():
-        p = model.coarse_logits(h).double().softmax(-1)
-        base = torch.logit(model.coarse_share.double().softmax(-1)[32:].sum())
+        before = model.coarse_logits(h).double()
+        p, base = before.softmax(-1), model.coarse_share.double().softmax(-1) @ x
+        mean = p @ x
         for lean in (0.0, 0.3, 1.0):
             model.lean.fill_(lean)
-            got = model.coarse_logits(h).double().softmax(-1)
-            want = torch.sigmoid(base + lean * (torch.logit(p[:, 32:].sum(-1)) - base))
-            close(got[:, 32:].sum(-1), want, 1e-5)
-            for half in (slice(0, 32), slice(32, 64)):
-                close(got[:, half] / got[:, half].sum(-1, keepdim=True), p[:, half] / p[:, half].sum(-1, keepdim=True), 1e-5)
+            after = model.coarse_logits(h).double()
+            want = base + lean * (mean - base)
+            assert (after.softmax(-1) @ x - want).abs().max() <= 0.05 * (mean - base).abs().max()
+            tilt = (after - before)[:, :1] / x[0]
+            close(after - before + 1, tilt * x + 1, 1e-4)
 
 
 def test_loss_is_the_cross_entropy_of_what_counts():
@@ -682,12 +685,22 @@ def test_crps_is_the_integral_and_the_mean_distance():
 
 
 @pytest.mark.parametrize("truth", [-0.5, 0.0, 0.4, 0.8, 2.0])
-def test_the_lean_that_is_fitted_has_the_least_log_loss(truth):
-    odds = 2 * torch.randn(4000, generator=torch.Generator().manual_seed(0)).double()
-    up = torch.rand(4000, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(truth * odds)
-    grid = torch.linspace(0, 1, 1001).double()
-    loss = F.binary_cross_entropy_with_logits(grid[:, None] * odds, up.double().expand(1001, -1), reduction="none").mean(1)
-    assert pretrain.fit_lean(odds, up) == pytest.approx(grid[loss.argmin()].item(), abs=2e-3)
+def test_lean_is_the_slope_of_what_came_as_far_as_it_is_known(truth):
+    """Over many draws: the mean of the fitted ones is near the truth, and one of nothing is mostly taken for nothing."""
+    random = torch.Generator().manual_seed(0)
+    day = torch.arange(400).repeat_interleave(10)
+    found = []
+    for _ in range(50):
+        mean = torch.randn(4000, generator=random)
+        common = torch.randn(400, generator=random)[day]    # symbols of one day move together
+        found.append(pretrain.fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day))
+    found = torch.tensor(found)
+    assert ((0 <= found) & (found <= 1)).all()
+    assert abs(found.mean().item() - min(1.0, max(0.0, truth))) < 0.02
+    if truth <= 0:
+        assert (found == 0).float().mean() > 0.6
+    alone = pretrain.fit_lean(torch.ones(10), torch.ones(10), torch.zeros(10, dtype=torch.int64))
+    assert alone == pretrain.fit_lean(*[torch.zeros(0)] * 3) == 0.0     # a single day tells nothing
 
 
 def test_candle_values_are_close_range_and_volume():
