@@ -1,6 +1,6 @@
 """Which part earns its place, measured beside its control: run by hand, ten minutes to an hour and more.
 
-    python tests/study.py model --data bars.csv.gz      # variants of the model in equal processor time; the context's worth
+    python tests/study.py model --data bars.csv.gz      # variants of the model, its inputs and its training
     python tests/study.py tokenizer --data bars.csv.gz  # 8 to 12 bits a level, through the whole pipeline
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
@@ -10,12 +10,15 @@
     python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
-one thread. Those of `model` end with their processor time, which does not depend on what else the machine does.
+one thread.
 """
 
 import argparse
+import contextlib
 import copy
+import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -33,179 +36,140 @@ import torch
 
 import backtest
 import data
-from model import Model, load_checkpoint, mean_nats, save_checkpoint
+import pretrain
+from model import Model, load_checkpoint, norm, read_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
-SIZE = dict(n_layer=3, n_head=4, n_embd=64)
-SMALL = [f"--{name}={n}" for name, n in SIZE.items()]
+SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Variants of the model, each trained by pretrain.py itself, from the same tokens
+
+class Tables(Model):
+    """A row of weights for each code, in and out, and no candle: the usual form."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        V1, V2, C = len(self.D1), len(self.g), self.config.n_embd
+        self.rows = torch.nn.Embedding(V1 + V2, C)
+        self.heads = torch.nn.ParameterList(torch.nn.Parameter(0.02 * torch.randn(n, C)) for n in (V1, V1, V2))
+        torch.nn.init.normal_(self.rows.weight, std=0.02)
+
+    def make_code_vectors(self):
+        return tuple(self.heads)
+
+    def embedding(self, coarse, fine, waves, stamp, before=None):
+        _, after = self.past_means(torch.zeros(*coarse.shape, 6), before)
+        x = self.rows(coarse) + self.rows(fine + len(self.D1)) + stamp
+        return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x), after
+
+
+class Blind(Model):
+    """Does not see the columns `hidden` of what a bar shows: candle, means of ranges, means of moves, waves of the day."""
+
+    def embedding(self, coarse, fine, waves, stamp, before=None):
+        if "waves" in self.hidden:
+            waves = torch.zeros_like(waves)
+        return super().embedding(coarse, fine, waves, stamp, before)
+
+    def past_means(self, z, before=None):
+        means, after = super().past_means(z, before)
+        ranges, moves = means.chunk(2, dim=-1)
+        ranges, moves = ranges * ("ranges" not in self.hidden), moves * ("moves" not in self.hidden)
+        return torch.cat((ranges, moves), dim=-1), after
+
+
+def blind(*hidden):
+    return type("Blind", (Blind,), dict(hidden=hidden))
+
+
+# name: class of the model, its settings beside the default ones, flags of pretrain.py
 VARIANTS = {
-    "default": {},
-    "softmax over the full context": dict(linear_heads=0, windows=(1024,)),
-    "linear only": dict(linear_heads=4, windows=()),
-    "local only": dict(linear_heads=0),
-    "no reasoner, a layer more": dict(reasoner=False, n_layer=4),
-    "rope": dict(pos="rope"),
-    "alibi": dict(pos="alibi"),
+    "default": (Model, {}, []),
+    "tables for codes": (Tables, {}, []),
+    "no means of ranges": (blind("ranges"), {}, []),
+    "no means of moves": (blind("moves"), {}, []),
+    "neither": (blind("ranges", "moves"), {}, []),
+    "no waves of the day": (blind("waves"), {}, []),
+    "rope": (Model, dict(pos="rope"), []),
+    "alibi": (Model, dict(pos="alibi"), []),
+    "no reasoner": (Model, dict(reasoner=False), []),
+    "linear heads alone": (Model, dict(linear_heads=-1, windows=()), []),
+    "local heads alone": (Model, dict(linear_heads=0), []),
+    "no averaged weights": (Model, {}, ["--average=0"]),
+    "no dropout": (Model, {}, ["--dropout=0"]),
+    "other market too": (Model, {}, ["--mirror=1"]),
 }
-LENGTHS = (32, 64, 128, 256, 512, 1024)     # context lengths at which each run is scored
-BLOCK, ROWS, SCORES = 512, 8, 8             # training windows; scores on every second symbol's validation bars in a run
+FIGURES = (("coarse", "coarse, nats", 4), ("fine", "fine, nats", 4), ("close", "CRPS close", 4), ("range", "range", 4),
+           ("volume", "volume", 4), ("right", "right calls %", 2))
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t for a 95 % interval, by number of seeds
 
 
-def prepare(args):
-    """Tokens of the bars, by a tokenizer trained on the part before --val_start; kept in a file beside the results."""
-    path = os.path.join(args.out, "tokens.pt")
-    series = data.load([args.data])
-    borders = data.split_borders(series, args.val_start, args.test_start)
-    if not os.path.exists(path):
-        x = [data.features(bars)[0] for bars in series]
-        train = np.concatenate([a[data.CONTEXT:np.searchsorted(bars.time, borders[0])] for a, bars in zip(x, series)])
-        tokenizer = train_tokenizer(torch.from_numpy(train), TokenizerConfig(), steps=1000)
-        with torch.no_grad():
-            tokens = [torch.stack(tokenizer.encode(torch.from_numpy(a)), dim=1).to(torch.int16) for a in x]
-        data.save_atomic(dict(tokens=tokens, tokenizer=tokenizer.dump()), path)
-    kept = data.load_safe(path)
-    return series, [a.numpy() for a in kept["tokens"]], borders, Tokenizer.load(kept["tokenizer"])
-
-
-def batches(series, tokens, targets, rows):
-    """Batches of rows (symbol, first, end): inputs are bars first .. end - 1, of whose next bars those within `targets` count."""
-    rows = sorted(rows, key=lambda row: row[2] - row[1])
-    while rows:
-        T = rows[0][2] - rows[0][1]
-        n = max(1, min(32768 // T, next((k for k, row in enumerate(rows) if row[2] - row[1] != T), len(rows))))
-        part, rows = rows[:n], rows[n:]
-        cut = torch.from_numpy(np.stack([tokens[s][a:e + 1] for s, a, e, _ in part])).long()            # [n, T + 1, 2]
-        stamp = torch.from_numpy(np.stack([series[s].time[a:e] for s, a, e, _ in part]))
-        counts = torch.tensor([[a + t + 1 >= first for t in range(T)] for _, a, _, first in part])
-        target = cut[:, 1:].masked_fill(~counts[..., None], -1)
-        yield cut[:, :-1, 0], cut[:, :-1, 1], stamp, (target[..., 0], target[..., 1])
-
-
-@torch.no_grad()
-def loss_on(model, series, tokens, targets, length, chunk=None, symbols=1):
-    """Mean loss of the targets, each seen with a context of `length` bars (to length + chunk), or of all there are."""
-    rows = []
-    for s in range(0, len(series), symbols):
-        first, last = targets[s]
-        step = chunk or max(1, last - first)
-        for start in range(first, last, step):
-            end = min(start + step, last)
-            rows.append((s, max(0, (start if chunk else end) - length), end - 1, start))
-    total, count = 0.0, 0
-    for coarse, fine, stamp, target in batches(series, tokens, targets, [row for row in rows if row[2] > row[1]]):
-        with torch.autocast("cpu", torch.bfloat16):
-            coarse_logits, fine_logits, _ = model(coarse, fine, stamp, target)
-        n = int((target[0] >= 0).sum())
-        total += n * (mean_nats(coarse_logits, target[0]) + mean_nats(fine_logits, target[1])).item()
-        count += n
-    return total / count
-
-
-def one_run(args):
-    """Trains one variant from one seed for args.seconds of processor time and prints its figures as JSON."""
-    series, tokens, borders, tokenizer = prepare(args)
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
-    model = Model({**SIZE, **VARIANTS[args.variant]})
-    model.read_codes(tokenizer)
-    streams = data.make_streams(series, tokens, "train", borders, BLOCK, ROWS)
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], betas=(0.9, 0.95), fused=True)
-    targets = [data.targets_of(bars, "val", borders) for bars in series]
-    used, step, curve = 0.0, 0, []
-    while used < args.seconds:
-        done = used / args.seconds
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        coarse, fine, stamp, target = data.get_batch(streams, args.seed, step)
-        phase = int(np.random.default_rng([args.seed, step, 1]).integers(32))
-        weeks = np.random.default_rng([args.seed, step, 2]).integers(-104, 105, (len(stamp), 1))
-        stamp = stamp + torch.from_numpy(weeks * 7 * data.DAY)      # as pretrain.py does: no learning of dates by heart
-        start = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
-            coarse_logits, fine_logits, loss = model(coarse, fine, stamp, target, phase)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        used, step = used + time.process_time() - start, step + 1
-        train = (mean_nats(coarse_logits, target[0]) + mean_nats(fine_logits, target[1])).item()
-        if used >= args.seconds * (len(curve) + 1) / SCORES:
-            # a few hundred thousand bars are soon learned by heart: the best score counts, as in pretrain.py
-            curve.append(loss_on(model, series, tokens, targets, BLOCK, symbols=2))
-    model.eval()
-    context = {n: loss_on(model, series, tokens, targets, n, chunk=16, symbols=8) for n in LENGTHS * (args.seed == 0)}
-    result = dict(variant=args.variant, seed=args.seed, seconds=args.seconds, steps=step, train=train, val=min(curve),
-                  parameters=sum(p.numel() for p in model.parameters()), curve=curve, context=context)
-    print(json.dumps(result))
-
-
 def model_study(argv):
-    """Variants of the model, each from several seeds, in equal processor time."""
+    """Variants of the model from several seeds: val scores of their best weights, less those of the default."""
     parser = argparse.ArgumentParser(prog="study.py model")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", default="study_model")
-    parser.add_argument("--val_start", default="2018-01-01")
-    parser.add_argument("--test_start", default="2018-07-01")
-    parser.add_argument("--seconds", type=float, default=180.0, help="processor time of a run's training")
+    parser.add_argument("--data", nargs="+", help="files or folders of bars")
+    parser.add_argument("--market", help="kind of synthetic market, in place of --data")
+    parser.add_argument("--out", default="study_model", help="folder of checkpoints; what is there is not trained again")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
-    parser.add_argument("--variant", help=argparse.SUPPRESS)        # one run: this variant, this seed
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("flags", nargs="*", help="after --: flags of pretrain.py")
     args = parser.parse_args(argv)
-    if args.variant:
-        return one_run(args)
     os.makedirs(args.out, exist_ok=True)
-    prepare(args)
-    waiting, running, results = [(v, s) for s in range(args.seeds) for v in args.variants], [], []
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            variant, seed = waiting.pop(0)
-            path = os.path.join(args.out, f"{variant.replace(' ', '-')}_{seed}.json")
+    market_folder(args)
+    found = {}
+    for seed in range(args.seeds):
+        for name in args.variants:
+            path = os.path.join(args.out, f"{name.replace(' ', '-')}-{seed}.pt")
             if not os.path.exists(path):
-                flags = dict(data=args.data, out=args.out, val_start=args.val_start, test_start=args.test_start,
-                             seconds=args.seconds, lr=args.lr, variant=variant, seed=seed)
-                command = [sys.executable, os.path.abspath(__file__), "model", *(f"--{k}={v}" for k, v in flags.items())]
-                running.append((subprocess.Popen(command, stdout=subprocess.PIPE, text=True), path))
+                train_variant(args, name, seed, path)
+            rows = [row for row in read_checkpoint(path)["metrics"] if row["stage"] == "pretrain"]
+            best = min(rows, key=lambda row: row["score"])
+            found[name, seed] = best | dict(right=100 * best["da"])
+            print(f"{name}, seed {seed}: score {best['score']:.4f} at update {best['step']}", file=sys.stderr, flush=True)
+    print(f"{args.seeds} seeds; val, best weights; of the variants the difference to the default, 95 % interval")
+    print("| | " + " | ".join(label for _, label, _ in FIGURES) + " |\n|" + " --- |" * (1 + len(FIGURES)))
+    for name in args.variants:
+        cells = [name]
+        for key, _, digits in FIGURES:
+            own = [found[name, seed][key] for seed in range(args.seeds)]
+            less = [found[name, seed][key] - found["default", seed][key] for seed in range(args.seeds)]
+            if name == "default":
+                cells.append(f"{statistics.mean(own):.{digits}f}")
+            elif args.seeds == 1:
+                cells.append(f"{less[0]:+.{digits}f}")
             else:
-                results.append(json.load(open(path)))
-        for process, path in [pair for pair in running if pair[0].poll() is not None]:
-            running.remove((process, path))
-            text = process.stdout.read()
-            if process.returncode:
-                raise SystemExit(f"a run failed: {path}")
-            with open(path, "w") as file:
-                file.write(text)
-            results.append(json.loads(text))
-            r = results[-1]
-            print(f"{r['variant']}, seed {r['seed']}: val {r['val']:.4f} after {r['steps']} steps", file=sys.stderr, flush=True)
-        time.sleep(0.2)
-    print_model_study(results, args)
+                half = T95[args.seeds] * statistics.stdev(less) / math.sqrt(args.seeds)
+                mean = statistics.mean(less)
+                cells.append(f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]")
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def print_model_study(results, args):
-    runs = {v: sorted((r for r in results if r["variant"] == v), key=lambda r: r["seed"]) for v in args.variants}
-    runs = {v: rs for v, rs in runs.items() if rs}
-    base = [r["val"] for r in runs["default"]] if runs.get("default") else None
-    print(f"{args.seeds} seeds, {args.seconds:.0f} s of processor time a run (one thread), windows of {BLOCK} bars, lr {args.lr}")
-    print(f"\n{'variant':32}{'parameters':>12}{'steps':>8}{'train':>9}{'val':>9}{'spread':>9}   less default, 95 % interval")
-    for v, rs in runs.items():
-        val = [r["val"] for r in rs]
-        spread = statistics.stdev(val) if len(val) > 1 else math.nan
-        steps, train = (statistics.mean(r[name] for r in rs) for name in ("steps", "train"))
-        line = f"{v:32}{rs[0]['parameters']:>12,}{steps:>8.0f}{train:>9.4f}{statistics.mean(val):>9.4f}{spread:>9.4f}"
-        if base and v != "default" and len(val) == len(base) and len(val) > 1:
-            d = [a - b for a, b in zip(val, base)]
-            half = T95.get(len(d), 2.6) * statistics.stdev(d) / math.sqrt(len(d))
-            line += f"   {statistics.mean(d):+.4f}  [{statistics.mean(d) - half:+.4f}, {statistics.mean(d) + half:+.4f}]"
-        print(line)
-    print(f"\n{'val loss by context, seed 0':32}" + "".join(f"{n:>9}" for n in LENGTHS) + "   bars at least, on every 8th symbol")
-    for v, rs in runs.items():
-        print(f"{v:32}" + "".join(f"{rs[0]['context'][str(n)]:>9.4f}" for n in LENGTHS))
+def market_folder(args):
+    """Makes the synthetic market of --market once, and names it as --data."""
+    if args.market:
+        args.data = [os.path.join(args.out, args.market)]
+        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
+            series, best_da = data.synthetic(seed=0, n_symbols=8, n_bars=32_000, kind=args.market)
+            data.write_folder(series, args.data[0])
+            print(f"{args.market}: at best {best_da:.2%} of directions can be called right")
+    elif not args.data:
+        raise data.UserError("give --data or --market")
+
+
+def train_variant(args, name, seed, path):
+    """By pretrain.py, with another model in place of its own. All take the tokenizer of the first run."""
+    kind, settings, flags = VARIANTS[name]
+    first = os.path.join(args.out, "default-0.pt")
+    if os.path.exists(first):
+        flags = [*flags, "--tokenizer", first]
+    pretrain.Model = lambda config: kind(dataclasses.replace(config, **settings))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            pretrain.main(["--data", *args.data, "--out", path, f"--seed={seed}", *flags, *args.flags])
+    finally:
+        pretrain.Model = Model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,7 +188,6 @@ def tokenizer_study(argv):
     parser = argparse.ArgumentParser(prog="study.py tokenizer")
     parser.add_argument("--data", nargs="+", help="files or folders of bars")
     parser.add_argument("--market", help="kind of synthetic market, in place of --data")
-    parser.add_argument("--bars", type=int, default=50_000, help="of each of the synthetic market's 4 symbols")
     parser.add_argument("--out", default="study_tokenizer", help="folder of the checkpoints; what is there is not trained again")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
@@ -236,15 +199,8 @@ def tokenizer_study(argv):
     parser.add_argument("--signs", action="store_true", help="also the published form alone, at every size")
     parser.add_argument("--plot", help="write a picture of direction accuracy over codes in use")
     args = parser.parse_args(argv)
-    if (args.data is None) == (args.market is None):
-        parser.error("give --data or --market")
     os.makedirs(args.out, exist_ok=True)
-    if args.market:
-        args.data = [os.path.join(args.out, args.market)]
-        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
-            series, best_da = data.synthetic(seed=0, n_symbols=4, n_bars=args.bars, kind=args.market)
-            data.write_folder(series, args.data[0])
-            print(f"{args.market}: at best {best_da:.2%} of directions can be called right")
+    market_folder(args)
     series = data.load(args.data)
     borders = data.split_borders(series, args.val_start, args.test_start)
     features = [data.features(bars)[0] for bars in series]
@@ -684,7 +640,6 @@ HEADS = ("close", "range", "volume", "close, bar 10", "close to FHS")
 
 def print_to_opponents(label, ckpt, result):
     """A row of a checkpoint's CRPS as ratios to HAR's, and to that of FHS."""
-    import backtest
     drawn, t = result["drawn"], result["targets"]
     row = f"{label[:26]:27}{os.path.basename(ckpt).removesuffix('.pt')[:16]:17}"
     for metric, rival in (("crps", "har"), ("range_crps", "har"), ("volume_crps", "har"), ("path_crps", "har"), ("crps", "fhs")):
@@ -713,7 +668,6 @@ def base_study(argv):
     parser.add_argument("--origins", type=int, default=25, help="of paths, a symbol")
     parser.add_argument("--paths", type=int, default=64)
     args = parser.parse_args(argv)
-    import backtest
     print_heads()
     for path in args.data:
         series = sorted(data.load(path), key=lambda bars: bars.symbol)
@@ -740,7 +694,6 @@ def few_study(argv):
     parser.add_argument("--base", help="also fine-tune these weights, and score them as they are")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    import backtest
     os.makedirs(args.out, exist_ok=True)
     print_heads()
     for path in args.data:
