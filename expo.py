@@ -237,6 +237,8 @@ def main():
     # ---- the reference and its bars, the model in training
     began = time.time()
     reference, model, tokenizer, meta, series, train, reports = begin(config, entry, device)
+    if entry is None:
+        model.lean.fill_(1.0)   # direction is what is trained here: not to be drawn back to the base rate
     # until some weights qualify, the reference's are those that forecasts use
     run = Run.of(entry) if entry else Run(best=reference.state_dict(), metrics=reports)
     autocast, scaler, dtype, why = precision(config, device, entry)
