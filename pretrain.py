@@ -282,6 +282,8 @@ def precision(config, device, entry=None):
 BUDGETS = ((10_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2, mirror=1)),
            (50_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=16, block_size=256, steps=100, dropout=0.1, mirror=0)),
            (math.inf, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0, mirror=0)))
+TUNING = dict(lr=0.005, adam_lr=1e-3, dropout=0.1, mirror=0)     # in place of these, where weights come along
+BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
 
 
 def budget(config, n_bars, n_stamps):
@@ -292,6 +294,8 @@ def budget(config, n_bars, n_stamps):
     """
     count = math.sqrt(n_bars * n_stamps)
     chosen = next(sizes for most, sizes in BUDGETS if count <= most)
+    if config.init_from:
+        chosen = chosen | TUNING
     for name, value in chosen.items():
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
@@ -467,7 +471,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
     alone, as a share of the unigram's; score: the mean of these three; lean.
     """
     model.eval()
-    device, n, n_rows = model.up_mask.device, val.block_size, max(1, 8192 // val.block_size)
+    device, n, n_rows = model.up_mask.device, val.block_size, max(1, 2048 // val.block_size)
     model.lean.fill_(1.0)
     found = []  # of each batch of tiles: h (N, C), coarse, fine, change of the close, day (N,)
     for i in range(rank * n_rows, len(tiles), world * n_rows):
@@ -479,11 +483,10 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         is_target = targets[0] >= 0
         kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2] // data.DAY)]
         found.append((h[is_target.to(device)], *kept))
-    known = [torch.zeros(0, device=device)] * 3
-    if found:
-        h, coarse, _, _, day = (torch.cat(column) for column in zip(*found))
-        base, _ = model.move_moments(model.coarse_share)
-        known = [model.move_moments(model.coarse_logits(h))[0] - base, model.move_of_codes()[coarse] - base, day]
+    base, _ = model.move_moments(model.coarse_share)
+    known = [(model.move_moments(model.coarse_logits(h))[0] - base, model.move_of_codes()[coarse] - base, day)
+             for h, coarse, _, _, day in found]
+    known = [torch.cat(column) for column in zip(*known)] or [torch.zeros(0, device=device)] * 3
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, [a.cpu() for a in known])
@@ -564,7 +567,9 @@ def main(argv=None):
     if entry is None:
         if base:
             config.n_layer, config.n_head, config.n_embd = (getattr(base[0].config, k) for k in ("n_layer", "n_head", "n_embd"))
-        budget(config, n_train, len(train_stamps))
+        if budget(config, n_train, len(train_stamps)) <= BUDGETS[0][0] and not base and os.path.exists(BASE):
+            say(f"few bars: the weights that come along mostly forecast better than any trained on so few; fine-tune them: "
+                f"--init_from {os.path.relpath(BASE)} --overlap")
     if config.batch_size < world:
         raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
                         f"give at least one for each")

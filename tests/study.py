@@ -635,26 +635,41 @@ def leak_study(argv):
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights that come along, on bars that they have not seen
 
-HEADS = ("close", "range", "volume", "close, bar 10", "close to FHS")
-
-
-def print_to_opponents(label, ckpt, result):
-    """A row of a checkpoint's CRPS as ratios to HAR's, and to that of FHS."""
-    drawn, t = result["drawn"], result["targets"]
-    row = f"{label[:26]:27}{os.path.basename(ckpt).removesuffix('.pt')[:16]:17}"
-    for metric, rival in (("crps", "har"), ("range_crps", "har"), ("volume_crps", "har"), ("path_crps", "har"), ("crps", "fhs")):
-        if metric not in drawn[rival] or metric not in drawn[ckpt]:
-            row += f"{'.':>24}"
-            continue
-        a, b = (backtest.at_step(drawn[who], metric, -1) for who in (ckpt, rival))
-        row += f"{backtest.show(backtest.versus(a, b, t.blocks_of(metric), as_ratio=True), 1, 4):>24}"
-    inside = next(entry for entry in result["checkpoints"] if entry["ckpt"] == ckpt)["coverage90"]["value"]
-    print(row + f"{inside:>11.1%}", flush=True)
+# score, opponent, label
+RATIOS = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_crps", "har", "volume"),
+          ("path_crps", "har", "close, bar 10"), ("crps", "fhs", "close to FHS"))
 
 
 def print_heads():
     print("CRPS to HAR, of the close also to FHS; 95 % intervals")
-    print(f"{'':44}" + "".join(f"{head:>24}" for head in HEADS) + f"{'90 % band':>11}")
+    print(f"{'':44}" + "".join(f"{head:>24}" for _, _, head in RATIOS) + f"{'90 % band':>11}")
+
+
+def print_to_opponents(label, arm, ckpts, result):
+    """A row: CRPS as ratios to an opponent's, the mean of checkpoints that differ by their seed. Returns the values."""
+    drawn, t, row, values = result["drawn"], result["targets"], f"{label[:26]:27}{arm[:16]:17}", []
+    for metric, rival, _ in RATIOS:
+        values.append(math.nan)
+        if metric in drawn[rival] and all(metric in drawn[ckpt] for ckpt in ckpts):
+            theirs = backtest.at_step(drawn[rival], metric, -1)
+            ours = [backtest.at_step(drawn[ckpt], metric, -1) for ckpt in ckpts]
+            mean = tuple(sum(parts) / len(ckpts) for parts in zip(*ours))
+            score = backtest.versus(mean, theirs, t.blocks_of(metric), as_ratio=True)
+            values[-1] = score["value"]
+        row += f"{backtest.show(score, 1, 4):>24}" if math.isfinite(values[-1]) else f"{'.':>24}"
+    bands = [entry["coverage90"]["value"] for entry in result["checkpoints"] if entry["ckpt"] in ckpts]
+    values.append(statistics.mean(bands))
+    print(row + f"{values[-1]:>11.1%}", flush=True)
+    return values
+
+
+def print_means(rows):
+    """rows: {arm: values of each file}."""
+    for arm, values in rows.items():
+        columns = [[v for v in column if math.isfinite(v)] for column in zip(*values)]
+        for name, f in (("mean", statistics.mean), ("largest", max)):
+            cells = "".join(f"{f(column) if column else math.nan:>24.4f}" for column in columns[:-1])
+            print(f"{f'{name} of {len(values)} files':27}{arm[:16]:17}{cells}{f(columns[-1]):>11.1%}")
 
 
 def base_study(argv):
@@ -669,6 +684,7 @@ def base_study(argv):
     parser.add_argument("--paths", type=int, default=64)
     args = parser.parse_args(argv)
     print_heads()
+    rows = {ckpt: [] for ckpt in args.ckpt}
     for path in args.data:
         series = sorted(data.load(path), key=lambda bars: bars.symbol)
         series = [bars[-args.bars:] for bars in series if len(bars) >= 500]
@@ -682,19 +698,22 @@ def base_study(argv):
         stride = max(1, int(args.share * len(stamps)) // args.origins)
         result = backtest.evaluate(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
         for ckpt in args.ckpt:
-            print_to_opponents(os.path.basename(path), ckpt, result)
+            rows[ckpt].append(print_to_opponents(os.path.basename(path), os.path.basename(ckpt), [ckpt], result))
+    print_means({os.path.basename(ckpt): values for ckpt, values in rows.items()})
 
 
 def few_study(argv):
-    """One row a file: its middle symbol's last bars, alone; from scratch with all defaults, and as other flags have it."""
+    """One row a file: its middle symbol's last bars, alone; from scratch with all defaults, and with weights that come along."""
     parser = argparse.ArgumentParser(prog="study.py few")
     parser.add_argument("--data", nargs="+", required=True, help="CSV files")
     parser.add_argument("--out", default="study_few", help="folder of bars and checkpoints; what is there is not made again")
     parser.add_argument("--bars", type=int, default=4000)
     parser.add_argument("--base", help="also fine-tune these weights, and score them as they are")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
+    arms = {"scratch": []} | ({"tuned": ["--init_from", args.base, "--overlap"]} if args.base else {})
+    rows = {arm: [] for arm in (*arms, *["as it is"] * bool(args.base))}
     print_heads()
     for path in args.data:
         stem = os.path.join(args.out, os.path.basename(path).partition(".")[0])
@@ -702,19 +721,20 @@ def few_study(argv):
             series = sorted(data.load(path), key=lambda bars: bars.symbol)
             long = [bars for bars in series if len(bars) >= min(2000, max(map(len, series)))]
             data.write_folder([long[len(long) // 2][-args.bars:]], stem)
-        arms = {"scratch": []} | ({"tuned": ["--init_from", args.base, "--overlap"]} if args.base else {})
-        ckpts = []
+        ckpts = {"as it is": [args.base]} if args.base else {}
         for arm, flags in arms.items():
-            ckpts.append(f"{stem}-{arm}-{args.seed}.pt")
-            if not os.path.exists(ckpts[-1]):
-                command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", stem, "--out", ckpts[-1], f"--seed={args.seed}"]
-                subprocess.run(command + flags, check=True, stdout=subprocess.DEVNULL)
+            ckpts[arm] = [f"{stem}-{arm}-{seed}.pt" for seed in range(args.seeds)]
+            for seed, ckpt in enumerate(ckpts[arm]):
+                if not os.path.exists(ckpt):
+                    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", stem, "--out", ckpt, f"--seed={seed}"]
+                    subprocess.run(command + flags, check=True, stdout=subprocess.DEVNULL)
         series = data.load(stem)
         start = data.iso(data.split_borders(series)[1])
-        ckpts += [args.base] * bool(args.base)
-        result = backtest.evaluate(ckpts, series, start=start, horizon=10, paths=100, stride=4)
-        for ckpt in ckpts:
-            print_to_opponents(f"{os.path.basename(stem)}, {len(series[0]):,}", ckpt, result)
+        result = backtest.evaluate(sum(ckpts.values(), []), series, start=start, horizon=10, paths=100, stride=4)
+        for arm in rows:
+            label = f"{os.path.basename(stem)}, {len(series[0]):,}"
+            rows[arm].append(print_to_opponents(label, arm, ckpts[arm], result))
+    print_means(rows)
 
 
 SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
