@@ -59,6 +59,7 @@ class Config:
     mirror: int = -1                  # 1: also train on the market quoted the other way round, 0: not, -1: with few bars
     balance: bool = False             # draw markets and intervals by the root of their bars, not by their bars
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
+    shift_hours: int = 0              # and every second one by hours, at most so many: sessions are then told by the context
     n_layer: int = 0                  # layers; 0: by the number of bars
     n_head: int = 0                   # heads, half linear attention, half local; 0: by the number of bars
     n_embd: int = 0                   # width; 0: by the number of bars
@@ -92,7 +93,7 @@ PATIENCE = 4         # reports without a better score that end it
 def check(config):
     positive = ("tok_steps", "lr", "adam_lr", "clip", "eval_windows", "save_every")
     data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "warmup", "weight_decay",
-                                          "average", "shift_weeks", "n_layer", "n_head", "n_embd", "eval_every", "seed"))
+                                          "average", "shift_weeks", "shift_hours", "n_layer", "n_head", "n_embd", "eval_every", "seed"))
     if config.block_size == 1:
         raise UserError("--block_size 1: at least 2 bars")
     if config.init_from and config.tokenizer:
@@ -654,8 +655,11 @@ def main(argv=None):
         chance = np.random.default_rng([config.seed, run.step, 1])
         phase = int(chance.integers(model.config.border))
         # symbols of one day move together: a model that can tell the date learns the days by heart
-        weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))[rank::world]
-        when = when + torch.from_numpy(weeks * 7 * data.DAY)
+        later = 7 * data.DAY * chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
+        if config.shift_hours:
+            quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, later.shape)
+            later = later + 900 * quarters * (chance.random(later.shape) < 0.5)
+        when = when + torch.from_numpy(later[rank::world])
         drop = None
         if config.dropout:  # of a window the same channels in all bars, so that few numbers are drawn
             shape = (config.n_layer, 2, config.batch_size, 1, config.n_embd)
