@@ -44,6 +44,10 @@ import warnings
 import zipfile
 import zlib
 import zoneinfo
+try:
+    import fcntl
+except ImportError:  # Windows: there the last writer wins
+    fcntl = None
 from collections import Counter
 from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
@@ -1572,20 +1576,21 @@ def _look_for_jumps(table, names, time, code, close):
 
 def write_folder(series, out):
     """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
-    if os.path.exists(os.path.join(out, "symbols.json")):
-        raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
-    names = {}
+    seal, names = os.path.join(out, "symbols.json"), {}
     try:
         os.makedirs(out, exist_ok=True)
-        for bars in series:
-            seen = bars.symbol in names
-            stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
-            if seen:  # the symbol goes on in another file
-                bars = _joined([_open_series(stem, bars.symbol), bars])
-            np.save(stem + ".time.npy", bars.time)
-            np.save(stem + ".ohlcva.npy", bars.ohlcva)
-        with write_atomic(os.path.join(out, "symbols.json"), text=True) as f:
-            json.dump(list(names), f)
+        with sole_writer(seal):
+            if os.path.exists(seal):
+                raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
+            for bars in series:
+                seen = bars.symbol in names
+                stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
+                if seen:  # the symbol goes on in another file
+                    bars = _joined([_open_series(stem, bars.symbol), bars])
+                np.save(stem + ".time.npy", bars.time)
+                np.save(stem + ".ohlcva.npy", bars.ohlcva)
+            with write_atomic(seal, text=True) as f:
+                json.dump(list(names), f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
 
@@ -1763,6 +1768,36 @@ def csv_text(text):
     """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
     text = printable(text)
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+
+
+@contextlib.contextmanager
+def sole_writer(path):
+    """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
+
+    By a lock on `path.lock`, removed at the end. A run that was killed leaves the file, but no lock: the next takes it.
+    """
+    target, lock = os.path.realpath(path), None
+    name = target + ".lock"
+    if fcntl is not None and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
+        with contextlib.suppress(OSError):  # where nothing can be written or locked; check_out says so
+            lock = open(name, "a")
+    while lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another run is writing it; wait for its end, or choose another --out")
+        except OSError:
+            break  # a disk without locks
+        if os.path.exists(name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
+            break
+        lock = open(name, "a")  # the one before was removed by its holder, which has just ended
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            lock.close()
 
 
 def check_out(path, overwrite=False, inputs=()):

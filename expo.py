@@ -225,6 +225,12 @@ def begin(config, entry, device, room=0):
 
 def main():
     given = data.cli(Config, __doc__)
+    with data.sole_writer(given.get("out", Config.out)):
+        training(given)
+
+
+def training(given):
+    """The whole run, by the flags given {name: value}."""
     config, entry = resumed(given, Config, FREE, ("expo",)) if given.get("resume") else (Config(**given), None)
     check(config)
     device = data.pick_device(config.device)

@@ -133,7 +133,7 @@ def resumed(given, config_class, free, stages):
     wrong += entry["run"].keys() - kinds.keys()
     if wrong:
         raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
-    return config_class(**entry["run"] | dict(overwrite=False) | given), entry
+    return config_class(**entry["run"] | dict(overwrite=False, out=path) | given), entry
 
 
 class Optimizer:
@@ -524,6 +524,12 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
 
 def main(argv=None):
     given = data.cli(Config, __doc__, argv)
+    with data.sole_writer(given.get("out", Config.out)):
+        training(given)
+
+
+def training(given):
+    """The whole run, by the flags given {name: value}."""
     config, entry = Config(**given), None
     if config.resume:
         config, entry = resumed(given, Config, FREE, ("pretrain",))

@@ -197,6 +197,12 @@ def walk_loss(model, base, origins, walk, target, phase, config):
 
 def main():
     given = data.cli(Config, __doc__)
+    with data.sole_writer(given.get("out", Config.out)):
+        training(given)
+
+
+def training(given):
+    """The whole run, by the flags given {name: value}."""
     config, entry = resumed(given, Config, FREE, ("rollout",)) if given.get("resume") else (Config(**given), None)
     check(config)
     device = data.pick_device(config.device)
