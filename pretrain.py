@@ -49,8 +49,8 @@ class Config:
     batch_size: int = 0               # windows per update, over all processes; 0: by the number of bars
     block_size: int = 0               # bars in a window; 0: by the number of bars
     micro_batch: int = 0              # windows per forward pass and process, the rest is accumulated; 0: its whole share
-    lr: float = 0.02                  # peak learning rate of Muon (matrices of the layers)
-    adam_lr: float = 3e-3             # peak learning rate of AdamW (all else)
+    lr: float = 0.0                   # peak learning rate of Muon (matrices of the layers); 0: 0.02, or less with --init_from
+    adam_lr: float = 0.0              # peak learning rate of AdamW (all else); 0: 0.003, or less with --init_from
     warmup: int = 20                  # updates of warm-up; then one cosine to a fiftieth
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
@@ -91,8 +91,8 @@ PATIENCE = 4         # reports without a better score that end it
 
 
 def check(config):
-    positive = ("tok_steps", "lr", "adam_lr", "clip", "eval_windows", "save_every")
-    data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "warmup", "weight_decay",
+    positive = ("tok_steps", "clip", "eval_windows", "save_every")
+    data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup", "weight_decay",
                                           "average", "shift_weeks", "shift_hours", "n_layer", "n_head", "n_embd", "eval_every", "seed"))
     if config.block_size == 1:
         raise UserError("--block_size 1: at least 2 bars")
@@ -283,7 +283,8 @@ def precision(config, device, entry=None):
 BUDGETS = ((10_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2, mirror=1)),
            (50_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=16, block_size=256, steps=100, dropout=0.1, mirror=0)),
            (math.inf, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0, mirror=0)))
-TUNING = dict(lr=0.005, adam_lr=1e-3, dropout=0.1, mirror=0)     # in place of these, where weights come along
+RATES = dict(lr=0.02, adam_lr=3e-3)
+TUNING = dict(lr=0.002, adam_lr=3e-4, dropout=0.1, mirror=0)    # in place of both, where weights come along
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
 
 
@@ -294,9 +295,9 @@ def budget(config, n_bars, n_stamps):
     geometric mean of the bars and of their distinct time stamps.
     """
     count = math.sqrt(n_bars * n_stamps)
-    chosen = next(sizes for most, sizes in BUDGETS if count <= most)
+    chosen = RATES | next(sizes for most, sizes in BUDGETS if count <= most)
     if config.init_from:
-        chosen = chosen | TUNING
+        chosen |= TUNING
     for name, value in chosen.items():
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
