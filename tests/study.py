@@ -19,13 +19,11 @@ import copy
 import dataclasses
 import functools
 import io
-import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -38,7 +36,7 @@ import backtest
 import data
 import pretrain
 from model import Model, load_checkpoint, norm, read_checkpoint, save_checkpoint
-from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
+from tokenizer import TokenizerConfig, report, train_tokenizer
 
 SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
 
