@@ -87,6 +87,7 @@ TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thi
 RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val", "since_best", "data", "splits")
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
+LEAN_BLOCKS = 40     # of time on val, at least, by which the error of the lean is told
 PATIENCE = 4         # reports without a better score that end it
 
 
@@ -448,15 +449,19 @@ def crps(p, values, y):
     return (F.square() * came + (1 - F).square() * (width - came)).sum(-1) + outside
 
 
-def fit_lean(mean, came, day):
+def fit_lean(mean, came, stamp):
     """How far predicted mean moves [N], less the base, are to be trusted, for what came [N], less the base: 0 to 1.
 
     The slope of `came` on `mean`, shrunk by its own error (James and Stein): slope (1 - (error / slope)^2), from 0 up. The
-    error is that of a ratio of sums over days: symbols of one day move together. day: int64 [N].
+    error is that of a ratio of sums over blocks of time, since symbols of one time move together: days, or where these are
+    few LEAN_BLOCKS stretches. stamp: int64 [N], UTC seconds.
     """
     if len(mean) == 0:
         return 0.0
-    which = torch.unique(day, return_inverse=True)[1]
+    block = stamp // data.DAY
+    if len(torch.unique(block)) < LEAN_BLOCKS:
+        block = (stamp - stamp.min()) * LEAN_BLOCKS // (stamp.max() - stamp.min() + 1)
+    which = torch.unique(block, return_inverse=True)[1]
     n = int(which.max()) + 1
     hits, squares = (torch.zeros(n, dtype=torch.float64, device=which.device).index_add_(0, which, a.double())
                      for a in (mean * came, mean * mean))
@@ -475,7 +480,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
     model.eval()
     device, n, n_rows = model.up_mask.device, val.block_size, max(1, 2048 // val.block_size)
     model.lean.fill_(1.0)
-    found = []  # of each batch of tiles: h (N, C), coarse, fine, change of the close, day (N,)
+    found = []  # of each batch of tiles: h (N, C), coarse, fine, change of the close, stamp (N,)
     for i in range(rank * n_rows, len(tiles), world * n_rows):
         which, ends = (np.array(a) for a in zip(*tiles[i:i + n_rows]))
         *inputs, targets = data.gather(val, which, ends)
@@ -483,11 +488,11 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
             h = norm(model.trunk(*(a.to(device) for a in inputs))[0]).float()
         is_target = targets[0] >= 0
-        kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2] // data.DAY)]
+        kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2])]
         found.append((h[is_target.to(device)], *kept))
     base, _ = model.move_moments(model.coarse_share)
-    known = [(model.move_moments(model.coarse_logits(h))[0] - base, model.move_of_codes()[coarse] - base, day)
-             for h, coarse, _, _, day in found]
+    known = [(model.move_moments(model.coarse_logits(h))[0] - base, model.move_of_codes()[coarse] - base, stamp)
+             for h, coarse, _, _, stamp in found]
     known = [torch.cat(column) for column in zip(*known)] or [torch.zeros(0, device=device)] * 3
     if world > 1:
         parts = [None] * world

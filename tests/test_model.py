@@ -693,14 +693,17 @@ def test_lean_is_the_slope_of_what_came_as_far_as_it_is_known(truth):
     for _ in range(50):
         mean = torch.randn(4000, generator=random)
         common = torch.randn(400, generator=random)[day]    # symbols of one day move together
-        found.append(pretrain.fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day))
+        found.append(pretrain.fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day * data.DAY))
     found = torch.tensor(found)
     assert ((0 <= found) & (found <= 1)).all()
     assert abs(found.mean().item() - min(1.0, max(0.0, truth))) < 0.02
     if truth <= 0:
         assert (found == 0).float().mean() > 0.6
+    minutes = 60 * torch.arange(4000) // 10                             # less than a day, yet many bars
+    sure = pretrain.fit_lean(mean, mean + torch.randn(4000, generator=random), minutes)
+    assert 0.9 < sure <= 1
     alone = pretrain.fit_lean(torch.ones(10), torch.ones(10), torch.zeros(10, dtype=torch.int64))
-    assert alone == pretrain.fit_lean(*[torch.zeros(0)] * 3) == 0.0     # a single day tells nothing
+    assert alone == pretrain.fit_lean(*[torch.zeros(0)] * 3) == 0.0     # a single stamp tells nothing
 
 
 def test_candle_values_are_close_range_and_volume():
