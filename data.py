@@ -464,145 +464,6 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The clock: of bars, and of those to come
-
-def calendar(time):
-    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
-
-    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
-    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
-    """
-    days = time // 86400
-    second = time - days * 86400
-    z = days + 719468                                   # days since 0000-03-01
-    era = z // 146097                                   # 400 years each
-    doe = z - era * 146097
-    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
-    doy = doe - (365 * year + year // 4 - year // 100)
-    month = (5 * doy + 2) // 153                        # 0 is March
-    day = doy - (153 * month + 2) // 5
-    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
-
-
-# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
-MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # New York's clocks change with Chicago's, ...
-WEEKS = 5  # that tell when a market is open
-
-
-def future_times(time, horizon):
-    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
-
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
-    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
-    week has not seen is as its days were, without weekends; one bar is taken as daily.
-    """
-    recent = np.asarray(time[-500:])
-    last = int(recent[-1])
-    gaps = np.sort(np.diff(recent))
-    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
-    if gap >= 27 * DAY:
-        return _coming_months(recent, gap, horizon)
-    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
-        phases, counts = np.unique(recent % gap, return_counts=True)
-        late = (last - int(phases[counts.argmax()])) % gap
-        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
-
-    past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
-    seconds = recent % min(gap, HOUR)
-    live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
-    if live:
-        past = past[:-1]
-    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
-        past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
-    zone = _market_zone(past)
-    after = last if live else last + gap // 2  # no bar comes sooner
-    local = past + _ahead_of_utc(zone, past)
-    local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
-    stamps = _coming(local, gap, local_after, DAY)
-    if len(stamps) <= horizon:
-        stamps = _coming(local, gap, local_after, WEEK)
-        n = np.arange(horizon + len(stamps))  # one week behind the other
-        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
-    stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
-    return stamps[stamps > after][:horizon]
-
-
-def _coming(past, gap, after, span):
-    """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
-    weeks = []
-    for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
-            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
-            weeks.append((past[first:end] + back, back))
-    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
-    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
-    stamps = stamps[3 * count >= could]
-
-    unseen = past[0] + WEEK  # up to here nothing was seen
-    if unseen > after:
-        if past[-1] - past[0] < DAY:
-            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
-        else:
-            clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
-            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
-        weekday = day // DAY + 3
-        has_weekends = (past // DAY + 3) % 7 == 5
-        day = day[(weekday % 7 < 5) | has_weekends.any()]
-        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
-    if not len(stamps) and span == WEEK:
-        return past[-1] + gap * np.arange(1, WEEK // gap + 2)
-    return stamps
-
-
-def _market_zone(past):
-    """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    ends = int(past[0]) // DAY, int(past[-1]) // DAY
-    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
-        return "UTC"
-    quarters = np.unique(past // 900) * 900
-    unlike = {}
-    for zone in MARKET_ZONES:
-        local = quarters + _ahead_of_utc(zone, quarters)
-        came, expected = local[local >= local[0] + WEEK], local + WEEK
-        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
-    return min(unlike, key=unlike.get)
-
-
-def _ahead_of_utc(zone, time):
-    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
-    if zone == "UTC":
-        return np.zeros(len(time), np.int64)
-    days, which = np.unique(time // DAY, return_inverse=True)
-    return np.array([_ahead_on(zone, int(day)) for day in days])[which]
-
-
-@functools.cache
-def _ahead_on(zone, day):
-    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
-    try:
-        noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
-    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
-        return 0
-    return int(noon.utcoffset().total_seconds())
-
-
-def _coming_months(recent, gap, horizon):
-    """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
-    month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since = recent - month.astype("datetime64[s]").astype(np.int64)
-    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
-    live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
-    last = -2 if live else -1
-    months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
-    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
-    if left[last] <= DAY:
-        stamps = end - left[last]
-    else:
-        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
-    return stamps[stamps > recent[-1]][:horizon]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Synthetic market
 
 SESSION = 390                              # minutes of a trading day, from 14:30 UTC
@@ -768,6 +629,145 @@ def _student4(x):
     return 0.5 + 0.25 * z * (3 - z * z)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The clock: of bars, and of those to come
+
+def calendar(time):
+    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
+
+    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
+    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
+    """
+    days = time // 86400
+    second = time - days * 86400
+    z = days + 719468                                   # days since 0000-03-01
+    era = z // 146097                                   # 400 years each
+    doe = z - era * 146097
+    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * year + year // 4 - year // 100)
+    month = (5 * doy + 2) // 153                        # 0 is March
+    day = doy - (153 * month + 2) // 5
+    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+
+
+# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
+MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # New York's clocks change with Chicago's, ...
+WEEKS = 5  # that tell when a market is open
+
+
+def future_times(time, horizon):
+    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
+
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
+    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
+    week has not seen is as its days were, without weekends; one bar is taken as daily.
+    """
+    recent = np.asarray(time[-500:])
+    last = int(recent[-1])
+    gaps = np.sort(np.diff(recent))
+    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
+    if gap >= 27 * DAY:
+        return _coming_months(recent, gap, horizon)
+    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
+        phases, counts = np.unique(recent % gap, return_counts=True)
+        late = (last - int(phases[counts.argmax()])) % gap
+        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
+
+    past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
+    seconds = recent % min(gap, HOUR)
+    live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
+    if live:
+        past = past[:-1]
+    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
+        past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
+    zone = _market_zone(past)
+    after = last if live else last + gap // 2  # no bar comes sooner
+    local = past + _ahead_of_utc(zone, past)
+    local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
+    stamps = _coming(local, gap, local_after, DAY)
+    if len(stamps) <= horizon:
+        stamps = _coming(local, gap, local_after, WEEK)
+        n = np.arange(horizon + len(stamps))  # one week behind the other
+        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
+    stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
+    return stamps[stamps > after][:horizon]
+
+
+def _coming(past, gap, after, span):
+    """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
+    weeks = []
+    for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
+        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
+            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
+            weeks.append((past[first:end] + back, back))
+    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
+    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
+    stamps = stamps[3 * count >= could]
+
+    unseen = past[0] + WEEK  # up to here nothing was seen
+    if unseen > after:
+        if past[-1] - past[0] < DAY:
+            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
+        else:
+            clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
+            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
+        weekday = day // DAY + 3
+        has_weekends = (past // DAY + 3) % 7 == 5
+        day = day[(weekday % 7 < 5) | has_weekends.any()]
+        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
+    if not len(stamps) and span == WEEK:
+        return past[-1] + gap * np.arange(1, WEEK // gap + 2)
+    return stamps
+
+
+def _market_zone(past):
+    """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
+    ends = int(past[0]) // DAY, int(past[-1]) // DAY
+    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
+        return "UTC"
+    quarters = np.unique(past // 900) * 900
+    unlike = {}
+    for zone in MARKET_ZONES:
+        local = quarters + _ahead_of_utc(zone, quarters)
+        came, expected = local[local >= local[0] + WEEK], local + WEEK
+        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
+    return min(unlike, key=unlike.get)
+
+
+def _ahead_of_utc(zone, time):
+    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
+    if zone == "UTC":
+        return np.zeros(len(time), np.int64)
+    days, which = np.unique(time // DAY, return_inverse=True)
+    return np.array([_ahead_on(zone, int(day)) for day in days])[which]
+
+
+@functools.cache
+def _ahead_on(zone, day):
+    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
+    try:
+        noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
+    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
+        return 0
+    return int(noon.utcoffset().total_seconds())
+
+
+def _coming_months(recent, gap, horizon):
+    """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
+    month = recent.astype("datetime64[s]").astype("datetime64[M]")
+    since = recent - month.astype("datetime64[s]").astype(np.int64)
+    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
+    live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
+    last = -2 if live else -1
+    months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
+    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
+    if left[last] <= DAY:
+        stamps = end - left[last]
+    else:
+        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
+    return stamps[stamps > recent[-1]][:horizon]
+
+
 # ======================================================================================================================
 # The second part: files. Who reads to learn how the model sees a market can stop here.
 # ======================================================================================================================
@@ -898,32 +898,40 @@ def _symbols(paths):
             stems[path] = re.sub(interval, "", name, flags=re.I)
     return {path: printable(stem.strip()) for path, stem in stems.items()}
 
-
 # -- bytes -> text
 
 def _text(path):
-    """(what a text file holds in whatever encoding and container, whether the file is plainly that); UserError if it is none."""
+    """What a text file holds, in whatever encoding and container; UserError if it is none."""
     try:
         with open(path, "rb") as f:
-            raw = stored = f.read()
+            raw = f.read()
         for magic, unpack in CONTAINERS.items():
             if raw.startswith(magic):
                 raw = unpack(raw)
-        start = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip()
+        raw = raw.removeprefix(codecs.BOM_UTF8)
         for magic, kind in FOREIGN.items():
-            if start.startswith(magic):
+            if raw[:100].lstrip().startswith(magic):
                 raise ValueError(f"it is {kind}")
-        text, encoding = _decoded(raw)
+        text = _decoded(raw)
         if "\0" in text:
             raise ValueError("it is binary")
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a CSV file, or an archive of one")
-    if not text or text.isspace():
-        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    plain = raw is stored and encoding == "utf-8"
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text, plain
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _start(path):
+    """(the first lines of a file, its text or None): None if it begins as plain UTF-8, which numpy reads from where it lies."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            start = f.read(1 << 16) if os.path.isfile(path) else "\0"
+    except (OSError, UnicodeDecodeError):
+        start = "\0"
+    text = None
+    if "\0" in start or start.lstrip().startswith(("\ufeff", "{", "[", "PAR1", "ARROW1")):
+        text = _text(path)
+        start = text[:1 << 16]
+    return start.split("\n")[:200], text
 
 
 def _unzipped(raw):
@@ -940,26 +948,25 @@ CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0":
 
 
 def _decoded(raw):
-    """(text, encoding): UTF-16 by its mark, UTF-8, else that of a few encodings in which most names of columns are known."""
+    """UTF-16 by its mark, UTF-8, else the one of a few encodings in which most names of columns are known."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return raw.decode("utf-16", "replace").rstrip("\0"), "utf-16"
-    raw = raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\0")  # the machine died while it wrote
+        return raw.decode("utf-16", "replace").rstrip("\0")
+    raw = raw.rstrip(b"\0")  # the machine died while it wrote
     with contextlib.suppress(UnicodeDecodeError):
-        return raw.decode("utf-8"), "utf-8"
+        return raw.decode("utf-8")
     texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
-    split = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
-    known = [max(_n_known(map(_fold, cells)) for cells in lines) for lines in split]
-    return texts[known.index(max(known))], "another"
+    cells = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
+    known = [max(_n_known(map(_fold, row)) for row in rows) for rows in cells]
+    return texts[known.index(max(known))]
 
 
 # -- text -> delimiter, header, columns
 
 @dataclass
 class Table:
-    """A text and its columns."""
+    """The text of a file and its columns."""
     path: str
-    text: str
-    plain: bool         # whether the file at path is this text, in UTF-8: then numpy reads it from there
+    text: str | None    # None: the file at path is plain, to be read from there
     head: list[str]     # its first lines
     delimiter: str
     first: int          # index of the first line below the header
@@ -971,7 +978,7 @@ class Table:
 
     @functools.cached_property
     def lines(self):
-        return self.text.split("\n")
+        return (_text(self.path) if self.text is None else self.text).split("\n")
 
     @functools.cached_property
     def row(self):
@@ -1026,9 +1033,10 @@ def _names(cells):
 
 def _table(path):
     """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
-    text, plain = _text(path)
-    head = text[:1 << 16].split("\n")[:200]
+    head, text = _start(path)
     filled = [i for i, line in enumerate(head) if line.strip()][:40]
+    if not filled:
+        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
     best = 1, ",", 0, []
     for delimiter, i in itertools.product(",;\t| ", filled):
         names = _names(_split(head[i], delimiter))
@@ -1037,14 +1045,15 @@ def _table(path):
             best = known, delimiter, i, names
         if known > 4:
             break
-    known, delimiter, i, names = best
+    known, delimiter, at, names = best
     if known == 1:
-        return _without_header(path, text, plain, head, filled)
-    cells = [printable(cell.strip()) for cell in _split(head[i], delimiter)]
+        return _without_header(path, text, head, filled)
+    cells = [printable(cell.strip()) for cell in _split(head[at], delimiter)]
     if delimiter == " ":
-        text, plain, delimiter = "\n".join("\t".join(_split(line, " ")) for line in text.split("\n")), False, "\t"
+        lines = (_text(path) if text is None else text).split("\n")
+        text, delimiter = "\n".join("\t".join(_split(line, " ")) for line in lines), "\t"
         head = text[:1 << 16].split("\n")[:200]
-    table = Table(path, text, plain, head, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
+    table = Table(path, text, head, delimiter, at + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
     if not any(table.tickers):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
@@ -1054,20 +1063,18 @@ def _table(path):
 
 def _find_tickers(table, filled):
     """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
-    at = filled.index(table.first - 1)
-    for k in (at + 1, at - 1):
-        cells = _split(table.head[filled[k]], table.delimiter) if 0 <= k < len(filled) else []
-        if len(cells) != len(table.fields) or _fold(cells[0]) not in ("", "ticker", "price", "symbol"):
-            continue
-        if all(cell.strip() and not _is_number(cell) for cell in cells[1:]):
-            table.tickers = ["", *(cell.strip() for cell in cells[1:])]
-            table.first = max(table.first, filled[k] + 1)
-            below = _split(table.head[table.first], table.delimiter) if table.first < len(table.head) else []
+    rows, at = [_split(line, table.delimiter) for line in table.head], table.first - 1
+    for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
+        has_symbols = len(rows[k]) == len(table.fields) and _fold(rows[k][0]) in ("", "ticker", "price", "symbol")
+        if has_symbols and all(cell.strip() and not _is_number(cell) for cell in rows[k][1:]):
+            table.tickers = ["", *(cell.strip() for cell in rows[k][1:])]
+            table.first = max(at, k) + 1
+            below = rows[table.first] if table.first < len(rows) else []
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             return
 
 
-def _without_header(path, text, plain, head, filled):
+def _without_header(path, text, head, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
     for delimiter in ",;\t| ":
         first = filled[0]
@@ -1079,7 +1086,7 @@ def _without_header(path, text, plain, head, filled):
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
         numbers = len(rest) >= 5 and all(map(_is_number, rest))
         if len(fields) == len(cells) and numbers and (_is_number(cells[0]) or STAMP.fullmatch(cells[0].strip())):
-            return Table(path, text, plain, head, delimiter, first, list(fields), list(fields), [""] * len(fields), False)
+            return Table(path, text, head, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -1090,15 +1097,13 @@ def _columns(table, ticker):
     for column in (*COLUMNS, "symbol", "interval"):
         taken = [fields[i] for i in columns.values()]
         field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
-        if field is None:
-            continue
-        if fields.count(field) > 1:
-            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
-        columns[column] = fields.index(field)
-    for column in PRICES:
-        if column not in columns:
+        if field is None and column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
                             f"name it one of {', '.join(HEADERS[column][:4])}")
+        if fields.count(field) > 1 and field:
+            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
+        if field:
+            columns[column] = fields.index(field)
     if "volume" not in columns and "volumemoney" in fields:
         columns["volume"] = columns.pop("amount")
     return columns
@@ -1116,22 +1121,29 @@ def _is_number(text):
 
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
-    n_columns = len(table.names)
-    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(n_columns)]
-    quote = '"' if '"' in table.text else None
-    file = table.path if table.plain else io.StringIO(table.text)
+    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
+    file = table.path if table.text is None else io.StringIO(table.text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of no rows
             got = np.loadtxt(file, skiprows=table.first, dtype=kinds, comments=None, delimiter=table.delimiter,
-                             quotechar=quote, ndmin=1, encoding="utf-8-sig")
-        if not quote or not any("\n" in cell for i in texts for cell in got[str(i)]):  # else one that was not closed
+                             quotechar='"', ndmin=1, encoding="utf-8")
+        if not any("\n" in "".join(got[str(i)]) for i in texts):  # else a quote that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
     except (ValueError, OSError, UserWarning):
         pass  # holes, faults, numbers with commas: row by row
-    rows, line_of, reasons, price = [], [], {}, min(numbers)
-    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
+    try:
+        rows, reasons = _rows(table, min(numbers))
+    finally:
+        gc.enable()
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
+
+
+def _rows(table, price):
+    """(the cells of each row, {row: why it is bad}), without blanks, comments and notes. price: a column of numbers."""
+    rows, line_of, reasons, n_columns = [], [], {}, len(table.names)
+    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     try:
         for line, row in enumerate(reader, table.first + 1):
             if table.first + reader.line_num > line:
@@ -1147,10 +1159,8 @@ def _cells(table, numbers, texts):
             line_of.append(line)
     except csv.Error as e:
         raise UserError(f"{table.path}:{line_of[-1] + 1 if line_of else table.first + 1}: not a CSV row ({e}); mend or remove it")
-    finally:
-        gc.enable()
     table.line_of = np.array(line_of, np.int64)
-    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
+    return rows, reasons
 
 
 def _is_note(row, n_columns):
@@ -1169,7 +1179,7 @@ SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
 def _numbers(table, cells, reasons):
     """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
     with contextlib.suppress(ValueError):
-        return {i: np.array(column, np.float64) for i, column in cells.items()}
+        return {i: np.asarray(column, np.float64) for i, column in cells.items()}
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
     with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
@@ -1264,8 +1274,7 @@ def _clock(cells):
         elif top > 240000:  # with milliseconds
             values //= 1000
     else:
-        for k, text in enumerate(texts):
-            found = CLOCK.fullmatch(text)
+        for k, found in enumerate(map(CLOCK.fullmatch, texts)):
             if found:
                 hour, half = int(found[1]), (found[4] or "").lower()
                 if half:  # 12 am is 0, 12 pm is 12
@@ -1311,8 +1320,8 @@ def _spelled(values, form, n_clock):
     day, clock = np.divmod(np.where(np.abs(values) < 1e18, values, np.nan), 10.0 ** n_clock)
     days, which = np.unique(day, return_inverse=True)
     texts = [f"{d:.0f}" for d in days]
-    fits = [len(text) == (8 if form == "%Y%m%d" else 6) for text in texts]
-    seconds = np.array([_day(text, [form]) if fit else np.nan for text, fit in zip(texts, fits)])[which]
+    width = 8 if form == "%Y%m%d" else 6
+    seconds = np.array([_day(text, [form]) if len(text) == width else np.nan for text in texts])[which]
     seconds = seconds + _of_hhmmss(np.floor(clock * 10.0 ** (6 - n_clock)))
     return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
 
@@ -1337,8 +1346,7 @@ def _epoch(values):
 def _told_apart(readings, prefer=None):
     """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and differ."""
     fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
-    most = max(fits.values())
-    name, *others = [name for name in readings if fits[name] == most]
+    name, *others = [name for name in readings if fits[name] == max(fits.values())]
     for other in others:
         differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
         if not len(differ):
@@ -1347,7 +1355,7 @@ def _told_apart(readings, prefer=None):
             one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
             return readings[name] * np.nan, f"it may be {one} ({name}) or {two} ({other}), as may all others here"
         name = prefer
-    return readings[name].copy(), ""
+    return readings[name], ""
 
 
 def _times(table, cells, named, clocks):
@@ -1368,16 +1376,12 @@ def _times(table, cells, named, clocks):
             best, most, at = seconds, distinct, i
     if best is None:
         raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    midnight = bool(clocks) and (best[np.isfinite(best)] % DAY == 0).all()
-    for i in clocks:
-        if midnight and i != at:
-            clock = _clock(cells[i])
-            if np.isfinite(clock).mean() > 0.5:
-                best = best + clock
-                break
+    clocks = [i for i in clocks if i != at]
+    if clocks and (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks)
+        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
     zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
-    ahead = _ahead(zone[1], best) if zone else 0
-    return np.where(np.isfinite(ahead), best - ahead, best), at
+    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
 
 
 # -- columns -> bars
@@ -1402,13 +1406,14 @@ def _read_csv(path, symbol):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     time, at = _times(table, cells, named, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
-    prices = np.array([values[columns[c]] for columns in parts.values() for c in PRICES])
     for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not np.isnan(prices[:, row]).all():
+        if not all(np.isnan(values[columns[c]][row]) for columns in parts.values() for c in PRICES):
             reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
     series = []
     for ticker, columns in parts.items():
-        ohlcva = np.array([values[columns[c]] if c in columns else np.full(len(time), np.nan) for c in COLUMNS])
+        ohlcva = np.empty((6, len(time)))
+        for k, c in enumerate(COLUMNS):
+            ohlcva[k] = values[columns[c]] if c in columns else np.nan
         _check_columns(table, columns, cells, ohlcva)
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
         series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
@@ -1460,27 +1465,30 @@ def _bars(table, symbols, time, ohlcva, reasons):
     """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
-    step = np.diff(time)
-    far = (np.abs(step) > 360 * DAY) & (np.diff(code) == 0)  # a mistyped year: there and back
-    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
-        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
-    bad = np.zeros(len(time), bool)
-    bad[list(reasons)] = True
-    empty = np.isnan(ohlcva[:4]).all(0) & ~bad  # a row without any price is no bar, and no fault
+    step, same = np.diff(time), code[1:] == code[:-1]
+    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
+    if not in_order:
+        far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
+        for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
+            reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
+    empty[list(reasons)] = False
     if empty.all():
         return []
     if empty.any() and not any(table.tickers):
         print(f"{table.path}: {empty.sum()} of {len(empty)} rows have no price: no bars", file=sys.stderr)
     row = np.arange(len(time))
-    if empty.any() or not (np.diff(code) * 1e12 + np.diff(time) >= 0).all():
+    if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
-        time, code, bad, ohlcva = time[row], code[row], bad[row], ohlcva[:, row]
+        time, code, ohlcva = time[row], code[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
-    for keep in (_good, _latest):
-        kept = keep(table, names, row, time, code, ohlcva, bad, reasons)
-        if not kept.all():
-            row, time, code, bad, ohlcva = row[kept], time[kept], code[kept], bad[kept], ohlcva[:, kept]
+    good = _good(table, row, time, ohlcva, reasons)
+    if not good.all():
+        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    last = _latest(table, names, row, time, code, ohlcva)
+    if not last.all():
+        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
     _look_for_jumps(table, names, time, code, ohlcva[3])
     time, ohlcva = time.astype(np.int64), ohlcva.T
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
@@ -1506,38 +1514,39 @@ def _mend(table, ohlcva, code):
 
 
 def _faults(time, ohlcva):
-    """(which rows, why) for all that can be wrong with a bar; of several the first counts."""
+    """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
     least, most = np.minimum(np.minimum(o, h), np.minimum(l, c)), np.maximum(np.maximum(o, h), np.maximum(l, c))  # or NaN
-    return ((np.isnan(time), "time is no date"),
-            (np.isnan(least), "a price is missing"),
-            (np.isinf(least) | np.isinf(most), "a price is not a finite number"),
-            (least <= 0, "a price is zero or negative"),
-            ((least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"),
-            (h < l, "high below low"),
-            (h < np.maximum(o, c), "high below open or close"),
-            (l > np.minimum(o, c), "low above open or close"),
-            ((v < 0) | (a < 0), "negative volume or amount"),
-            ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
+    yield np.isnan(time), "time is no date"
+    yield np.isnan(least), "a price is missing"
+    yield np.isinf(least) | np.isinf(most), "a price is not a finite number"
+    yield least <= 0, "a price is zero or negative"
+    yield (least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"
+    yield h < l, "high below low"
+    yield h < np.maximum(o, c), "high below open or close"
+    yield l > np.minimum(o, c), "low above open or close"
+    yield (v < 0) | (a < 0), "negative volume or amount"
+    yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
 
 
-def _good(table, names, row, time, code, ohlcva, bad, reasons):
+def _good(table, row, time, ohlcva, reasons):
     """Which bars are good, bool; the bad ones are counted, the first three named; too many are an error. row: of each bar."""
+    bad = np.isin(row, list(reasons))
     for failed, why in _faults(time, ohlcva):
         if failed.any():
             reasons |= {k: why for k in row[failed & ~bad].tolist()}
-            bad = bad | failed
+            bad |= failed
     n_bad = int(bad.sum())
-    examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
-    remedy = "check the columns" if table.has_header else FIRST_LINE
-    if n_bad > MAX_BAD * len(row):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
     if n_bad:
+        examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
+        if n_bad > MAX_BAD * len(row):
+            remedy = "check the columns" if table.has_header else FIRST_LINE
+            raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
         print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _latest(table, names, row, time, code, ohlcva, bad, reasons):
+def _latest(table, names, row, time, code, ohlcva):
     """Which bars are the last of their time and symbol, bool; UserError if that drops many that differ from it."""
     again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
     if not again.any():
