@@ -779,19 +779,23 @@ def _coming_months(recent, gap, horizon):
 
 HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
-            "gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts dt t datum zeit data fecha дата "
-            "时间 日期 交易日期 日付 날짜",
+            "startat exchangedate traddt gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts tsevent mts "
+            "dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
     "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
-    "open": "open bidopen erster eröffnung eröffn apertura abertura ouv откр открытие 开盘 开盘价 開盤價 始値 시가 o",
-    "high": "high bidhigh hoch máximo máxima massimo plushaut макс максимум 最高 最高价 最高價 高値 고가 h",
-    "low": "low bidlow tief mínimo mínima minimo plusbas мин минимум 最低 最低价 最低價 安値 저가 l",
-    "close": "close bidclose closelast adjclose last settle price schlusskurs schluss zuletzt letzter último ultimo dernier "
-             "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
+    "open": "open bidopen erster eröffnung eröffn mido pxopen opnpric openprc apertura abertura ouv ouvert otwarcie açılış откр открытие "
+            "开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi massimo plushaut haut najwyzszy najwyższy yüksek макс "
+            "максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo minimo plusbas bas najnizszy najniższy düşük мин минимум "
+           "最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc schlusskurs schluss zuletzt letzter último ultimo "
+             "cierre dernier clot zamkniecie zamknięcie şimdi kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
     "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
-              "totaltradedquantity tottrdqty quantity qty stuecke stücke volumen объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz volumen "
-              "成交额 成交金额 成交金額",
-    "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
+              "totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty quantity qty stuecke stücke volumen wolumen "
+              "hac hacim объём объем 成交量 成交股數 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval ttltrfval umsatz "
+              "volumen 成交额 成交金额 成交金額 거래대금",
+    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid 股票代码 代码 名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
 }
 HEADERS = {column: names.split() for column, names in HEADERS.items()}
@@ -997,6 +1001,8 @@ def _fold(name):
     """A column's name in lower case, letters and digits only, without "1. ", "(USD)" and " Price"."""
     name = re.sub(r"^\d+[a-z]?\.\s+", "", name.strip().lower())
     what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
+    if re.match(r"turnover \((pcs|shares)", name):
+        return "volume"
     unit = what and (what[1] or what[2])
     if unit and unit not in INDICATORS:
         return "volumemoney" if unit in MONEY else "volumecoin"
@@ -1080,12 +1086,14 @@ def _without_header(path, text, head, filled):
         first = filled[0]
         if len(filled) > 1 and _split(head[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:  # pandas numbers columns
             first = filled[1]
-        cells = _split(head[first], delimiter)
-        stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
+        cells = [cell.strip() for cell in _split(head[first], delimiter)]
+        named = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
+        at = len(named)
+        stamp = named + (["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"])
         rest = cells[len(stamp):]
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        numbers = len(rest) >= 5 and all(map(_is_number, rest))
-        if len(fields) == len(cells) and numbers and (_is_number(cells[0]) or STAMP.fullmatch(cells[0].strip())):
+        numbers = len(rest) >= 5 and all(_is_number(cell if delimiter == "," else cell.replace(",", ".")) for cell in rest)
+        if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
             return Table(path, text, head, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
 
@@ -1148,6 +1156,10 @@ def _rows(table, price):
         for line, row in enumerate(reader, table.first + 1):
             if table.first + reader.line_num > line:
                 raise csv.Error("a quote is opened and not closed")
+            if len(row) == n_columns + 1 and not row[-1]:
+                row.pop()  # a comma behind the last cell
+            elif len(row) == n_columns - 1 and not table.names[-1]:
+                row.append("")  # or behind the last name
             fits = len(row) == n_columns
             if not (fits and row[price][:1].isdecimal()):
                 if _is_note(row, n_columns) or (fits and _fold(row[price]) == table.fields[price]):
@@ -1205,9 +1217,10 @@ def _numbers(table, cells, reasons):
 # -- texts -> UTC seconds
 
 STAMP = re.compile(r"""(?P<date>\d{8}|\w{1,9}[-/.\s年]\s*\w{1,9}\.?,?(?:[-/.\s月]\s*\d{1,4}日?)?)
-    (?:[T\s,;]\s*(?P<clock>\d\d?(?::?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
+    (?:[T\s,;]\s*(?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
     \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)""", re.X | re.I)
-CLOCK = re.compile(r"(\d\d?)(?::(\d\d))?(?::(\d\d))?(?:[.,]\d+)?[\s-]*([ap])?\.?m?\.?", re.I)
+WEEKDAY = re.compile(r"^(mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+", re.I)
+CLOCK = re.compile(r"(\d\d?)(?:[:.h](\d\d)(?:[:.](\d\d)(?:[.,]\d+)?)?)?[\s-]*([ap])?\.?m?\.?", re.I)
 DATES = {  # order -> formats, with - for whatever stands between
     "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
     "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d-%m-%y", "%d-%b-%y"),
@@ -1229,7 +1242,7 @@ def _dates(cells):
     """(UTC seconds, NaN where a cell is no date; why there is none, or ""), in one form for all cells, float64 or texts."""
     if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
         return _dates_of_numbers(cells)
-    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    texts, which = np.unique(np.array([cell.strip(" '") for cell in cells]), return_inverse=True)  # '13/01: a text to Excel
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
     else:
@@ -1239,8 +1252,9 @@ def _dates(cells):
 
 def _dates_of_texts(texts):
     """As `_dates`. A text is a day, a clock and a zone; each day is looked up once, in the order that fits most of them."""
-    found = [STAMP.fullmatch(text) for text in texts]
+    found = [STAMP.fullmatch(WEEKDAY.sub("", text)) for text in texts]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
+    dates = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), date) for date in dates]  # of the Republic, in Taiwan
     days, which = np.unique([re.sub(r"[/.,\s年月日-]+", "-", date).strip("-") for date in dates], return_inverse=True)
     readings = {order: np.array([_day(day, formats) for day in days.tolist()]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
@@ -1255,8 +1269,9 @@ def _day(text, formats):
     """UTC seconds of a date; NaN if it has none of the formats."""
     for form in formats:
         with contextlib.suppress(ValueError):
-            day = datetime.datetime.strptime(text, form)
-            return day.replace(tzinfo=datetime.UTC).timestamp() if 1770 <= day.year < 2200 else np.nan
+            day = datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC)
+            if 1770 <= day.year < 2200 and not ("%y" in form and day.timestamp() > time.time() + 2 * DAY):
+                return day.timestamp()  # 31/01/20 is no day of 2031
     return np.nan
 
 
@@ -1451,7 +1466,7 @@ def _symbol_of_rows(table, columns, cells, time, reasons):
     symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
     distinct, which = np.unique(symbols, return_inverse=True)
     if table.fields[columns["symbol"]] in ("code", "name") and len(np.unique(time)) == len(time):
-        if (np.diff(which) != 0).mean() > 0.5:  # it changes from row to row, and no two share a time
+        if np.count_nonzero(np.diff(which)) > len(time) // 2:  # it changes from row to row, and no two share a time
             return None
     bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
     if len(bad) == len(distinct):
