@@ -1531,15 +1531,19 @@ def _mend(table, ohlcva, code):
 def _faults(time, ohlcva):
     """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
-    least, most = np.minimum(np.minimum(o, h), np.minimum(l, c)), np.maximum(np.maximum(o, h), np.maximum(l, c))  # or NaN
+    bottom, top = np.minimum(o, c), np.maximum(o, c)
+    candles = (1e-30 <= l) & (l <= bottom) & (top <= h) & (h <= 1e30)
+    if candles.all() and not ((v < 0) | (a < 0) | (v > 1e30) | (a > 1e30)).any() and not np.isnan(time).any():
+        return  # as in most files
+    least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
     yield np.isnan(time), "time is no date"
     yield np.isnan(least), "a price is missing"
     yield np.isinf(least) | np.isinf(most), "a price is not a finite number"
     yield least <= 0, "a price is zero or negative"
     yield (least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"
     yield h < l, "high below low"
-    yield h < np.maximum(o, c), "high below open or close"
-    yield l > np.minimum(o, c), "low above open or close"
+    yield h < top, "high below open or close"
+    yield l > bottom, "low above open or close"
     yield (v < 0) | (a < 0), "negative volume or amount"
     yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
 
