@@ -8,9 +8,9 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, tokens, the clock,
-synthetic markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the
-scripts' command line.
+In parts, each to be read apart. The market: bars, features and their inverse, splits, tokens and batches, synthetic
+markets. The clock of bars to come. Files in: CSV as people have it. Files out: folders mapped into memory, saving that
+survives a kill. The scripts' command line.
 """
 import argparse
 import contextlib
@@ -341,12 +341,6 @@ def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
     return borders[0], borders[1]
 
 
-def iso(seconds):
-    """UTC seconds as text: a date, with the time of day where it has one."""
-    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
-    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
-
-
 def targets_of(bars, split, borders):
     """[first, last) of the bars that are targets in "train", "val" or "test"; context may reach back before first."""
     val, test = np.searchsorted(bars.time, borders)
@@ -650,6 +644,12 @@ def calendar(time):
     return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
 
 
+def iso(seconds):
+    """UTC seconds as text: a date, with the time of day where it has one."""
+    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
+
+
 # Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
 MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # New York's clocks change with Chicago's, ...
 WEEKS = 5  # that tell when a market is open
@@ -768,11 +768,8 @@ def _coming_months(recent, gap, horizon):
     return stamps[stamps > recent[-1]][:horizon]
 
 
-# ======================================================================================================================
-# The second part: files. Who reads to learn how the model sees a market can stop here.
-# ======================================================================================================================
-
-# Bars from files: CSV as people have it
+# ----------------------------------------------------------------------------------------------------------------------
+# Files in: CSV as people have it. Who reads to learn how the model sees a market can stop here.
 #
 # One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
@@ -926,13 +923,12 @@ def _text(path):
 
 def _start(path):
     """(the first lines of a file, its text or None): None if it begins as plain UTF-8, which numpy reads from where it lies."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            start = f.read(1 << 16) if os.path.isfile(path) else "\0"
-    except (OSError, UnicodeDecodeError):
-        start = "\0"
-    text = None
-    if "\0" in start or start.lstrip().startswith(("\ufeff", "{", "[", "PAR1", "ARROW1")):
+    start, text = "\0", None
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if os.path.isfile(path):  # a pipe can be read but once
+            with open(path, encoding="utf-8") as f:
+                start = f.read(1 << 16)
+    if "\0" in start or start.lstrip().startswith(("\ufeff", "{", "[")):
         text = _text(path)
         start = text[:1 << 16]
     return start.split("\n")[:200], text
@@ -1019,10 +1015,7 @@ def _n_known(fields):
 def _split(line, delimiter):
     if delimiter == " ":  # or runs of them
         return line.replace('"', "").split()
-    try:
-        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-    except csv.Error:
-        return []
+    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
 def _names(cells):
@@ -1600,7 +1593,9 @@ def _look_for_jumps(table, names, time, code, close):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
+# Files out
+
+# -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
     """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
@@ -1660,8 +1655,7 @@ def _check_series(bars, piece=1 << 16):
                 raise ValueError(f"{bars.symbol}: bar {i + int(np.argmax(failed))}: {why}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What tells two data sets, or two sets of weights, apart
+# -- what tells two data sets, or two sets of weights, apart
 
 def weights_hash(weights) -> str:
     """A hash of named tensors."""
@@ -1682,8 +1676,7 @@ def fingerprint(series) -> str:
     return digest.hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that survive a kill, and what every script's command line shares
+# -- files that survive a kill
 
 @contextlib.contextmanager
 def write_atomic(path, text=False):
@@ -1698,11 +1691,8 @@ def write_atomic(path, text=False):
     temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         stream = _own_stream(path)
-        if stream is not None:
-            with open(os.dup(stream), **how) as f:
-                yield f
-        elif os.path.exists(path) and not os.path.isfile(path):
-            with open(path, **how) as f:
+        if stream is not None or (os.path.exists(path) and not os.path.isfile(path)):
+            with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
         else:
             for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
@@ -1787,17 +1777,6 @@ def _tensors_in(obj):
             yield from _tensors_in(part)
 
 
-def printable(text):
-    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def csv_text(text):
-    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
-    text = printable(text)
-    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
-
-
 @contextlib.contextmanager
 def sole_writer(path):
     """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
@@ -1849,6 +1828,26 @@ def check_out(path, overwrite=False, inputs=()):
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line: what every script shares
+
+def printable(text):
+    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def csv_text(text):
+    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
+    text = printable(text)
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+
+
+def progress(text):
+    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def pick_device(name, local_rank=0):
@@ -2001,12 +2000,6 @@ def run(main):
         sys.stdout.flush()
     print(f"error: {printable(why)}", file=sys.stderr)
     sys.exit(2)
-
-
-def progress(text):
-    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
-    if sys.stderr and sys.stderr.isatty():
-        print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import threading
 import zipfile
 
 import numpy as np
@@ -130,6 +131,7 @@ def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
     ("<DATE>,<TIME>", ["20200102,500", "20200102,3000", "20200102,13000"], ["00:05", "00:30", "01:30"]),
     ("date,time", ["2020-01-02,20200102093500000", "2020-01-02,20200102094000000"], ["09:35", "09:40"]),
     ("Date,Time", ["2020-01-02,93000.0", "2020-01-02,94500.0"], ["09:30", "09:45"]),
+    ("Date,Time", ["2020-01-02,93000000", "2020-01-02,103000000"], ["09:30", "10:30"]),
     ("Date,Time", ["2020-01-02,9.30", "2020-01-02,9.45"], ["09:30", "09:45"]),
     ("Date,Hour", ["2020-01-02,9", "2020-01-02,14"], ["09:00", "14:00"]),
     ("Datetime,Date", ["2020-01-02 09:30:00,2020-01-02", "2020-01-02 09:31:00,2020-01-02"], ["09:30", "09:31"]),
@@ -225,6 +227,7 @@ LAYOUTS = {
     "NSE, index": ("Index Name,Date,Open,High,Low,Close,Shares Traded,Turnover (Rs. Cr)\nNIFTY 50,02 Jan 2020,1,3,0.5,2,7,9\n", "NIFTY 50", [1, 3, 0.5, 2, 7, 9]),
     "comma behind each row": ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7,\n2020-01-03,1,3,0.5,2,7,\n", "a", BAR),
     "comma behind the header": ("Date,Open,High,Low,Close,Volume,\n2020-01-02,1,3,0.5,2,7\n2020-01-03,1,3,0.5,2,7\n", "a", BAR),
+    "symbol left empty": ("symbol,date,open,high,low,close,volume\n,2020-01-02,1,3,0.5,2,7\n", "a", BAR),
     "ticker before name": ("date,name,ticker,open,high,low,close,volume\n2020-01-02,Long Name,B,1,3,0.5,2,7\n", "B", BAR),
 }
 
@@ -435,6 +438,15 @@ def zipped(**files):
         for name, text in files.items():
             f.writestr(name.replace("X__", "X/"), text)
     return buffer.getvalue()
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    writer = threading.Thread(target=(tmp_path / "a.csv").write_text, args=(CSV,))
+    writer.start()
+    [bars] = data.load(str(tmp_path / "a.csv"))
+    writer.join()
+    assert bars.ohlcva[:, 3].tolist() == [11, 12, 12]
 
 
 def test_containers_are_told_by_content(tmp_path):
