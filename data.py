@@ -158,7 +158,7 @@ class State:
 
 
 def features(bars) -> tuple[np.ndarray, State]:
-    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it. ValueError for no bars.
+    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it.
 
         close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
         open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
@@ -166,7 +166,7 @@ def features(bars) -> tuple[np.ndarray, State]:
 
     then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
     log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
-    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0.
+    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
     if not pieces:
@@ -753,7 +753,7 @@ def _ahead_on(zone, day):
 
 
 def _coming_months(recent, gap, horizon):
-    """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
+    """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
     since = recent - month.astype("datetime64[s]").astype(np.int64)
     left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
@@ -775,24 +775,26 @@ def _coming_months(recent, gap, horizon):
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
 HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
-    "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
-            "startat exchangedate traddt gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts tsevent mts "
-            "dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
+    "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart "
+            "begin starttime startat exchangedate traddt gmttime localtime utctime utc dtyyyymmdd unix unixtime "
+            "unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
     "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
-    "open": "open bidopen erster eröffnung eröffn mido pxopen opnpric openprc apertura abertura ouv ouvert otwarcie açılış откр открытие "
-            "开盘 开盘价 開盤價 始値 시가 o",
-    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi massimo plushaut haut najwyzszy najwyższy yüksek макс "
-            "максимум 最高 最高价 最高價 高値 고가 h",
-    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo minimo plusbas bas najnizszy najniższy düşük мин минимум "
-           "最低 最低价 最低價 安値 저가 l",
-    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc schlusskurs schluss zuletzt letzter último ultimo "
-             "cierre dernier clot zamkniecie zamknięcie şimdi kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
-    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
-              "totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty quantity qty stuecke stücke volumen wolumen "
-              "hac hacim объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval ttltrfval umsatz "
-              "volumen 成交额 成交金额 成交金額 거래대금",
-    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid 股票代码 代码 名称",
+    "open": "open bidopen erster eröffnung eröffn mido pxopen opnpric openprc apertura abertura ouv ouvert otwarcie "
+            "açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi massimo plushaut haut najwyzszy "
+            "najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo minimo plusbas bas najnizszy najniższy "
+           "düşük мин минимум 最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc schlusskurs schluss "
+             "zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi kapanış цена закрытие 收盘 "
+             "收盘价 收盤價 終値 종가 c",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded "
+              "noofshares totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty quantity qty "
+              "stuecke stücke volumen wolumen hac hacim объём объем 成交量 成交股數 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval "
+              "ttltrfval umsatz volumen 成交额 成交金额 成交金額 거래대금",
+    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid 股票代码 代码 "
+              "名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
 }
 HEADERS = {column: names.split() for column, names in HEADERS.items()}
@@ -809,7 +811,8 @@ MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
 SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
 FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
-FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON", b"\xd0\xcf\x11\xe0": "Excel"}
+FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON",
+           b"\xd0\xcf\x11\xe0": "Excel"}
 
 
 class _NoBars(UserError):
@@ -888,7 +891,7 @@ def _files(paths):
 
 
 def _symbols(paths):
-    """{path: symbol of a file that names none}: its stem; of files that differ by date alone, without date and interval."""
+    """{path: symbol of a file that names none}: its stem, without date and interval if files differ by date alone."""
     stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
     interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
@@ -917,12 +920,13 @@ def _text(path):
         if "\0" in text:
             raise ValueError("it is binary")
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a CSV file, or an archive of one")
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be read ({why}); give a CSV file, or an archive of one")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _start(path):
-    """(the first lines of a file, its text or None): None if it begins as plain UTF-8, which numpy reads from where it lies."""
+    """(the first lines of a file, its text): None where it begins as plain UTF-8, which numpy reads from where it lies."""
     start, text = "\0", None
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if os.path.isfile(path):  # a pipe can be read but once
@@ -984,6 +988,9 @@ class Table:
     def row(self):
         """The cells of the first row."""
         return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
+
+    def say(self, text):
+        print(f"{self.path}: {text}", file=sys.stderr)
 
     def line(self, row):
         """The line of a row, from 1, for messages."""
@@ -1052,7 +1059,8 @@ def _table(path):
         lines = (_text(path) if text is None else text).split("\n")
         text, delimiter = "\n".join("\t".join(_split(line, " ")) for line in lines), "\t"
         head = text[:1 << 16].split("\n")[:200]
-    table = Table(path, text, head, delimiter, at + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
+    fields, tickers = map(list, zip(*names))
+    table = Table(path, text, head, delimiter, at + 1, cells, fields, tickers)
     if not any(table.tickers):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
@@ -1085,9 +1093,11 @@ def _without_header(path, text, head, filled):
         stamp = named + (["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"])
         rest = cells[len(stamp):]
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        numbers = len(rest) >= 5 and all(_is_number(cell if delimiter == "," else cell.replace(",", ".")) for cell in rest)
+        points = rest if delimiter == "," else [cell.replace(",", ".") for cell in rest]
+        numbers = len(rest) >= 5 and all(map(_is_number, points))
         if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
-            return Table(path, text, head, delimiter, first, list(fields), list(fields), [""] * len(fields), has_header=False)
+            tickers = [""] * len(fields)
+            return Table(path, text, head, delimiter, first, list(fields), list(fields), tickers, has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -1163,7 +1173,8 @@ def _rows(table, price):
             rows.append(row)
             line_of.append(line)
     except csv.Error as e:
-        raise UserError(f"{table.path}:{line_of[-1] + 1 if line_of else table.first + 1}: not a CSV row ({e}); mend or remove it")
+        line = line_of[-1] + 1 if line_of else table.first + 1
+        raise UserError(f"{table.path}:{line}: not a CSV row ({e}); mend or remove it")
     table.line_of = np.array(line_of, np.int64)
     return rows, reasons
 
@@ -1182,7 +1193,7 @@ SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
 
 
 def _numbers(table, cells, reasons):
-    """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
+    """{index: float64}, NaN where a number is missing, or is none: then a reason is added. One format for the file."""
     with contextlib.suppress(ValueError):
         return {i: np.asarray(column, np.float64) for i, column in cells.items()}
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
@@ -1220,7 +1231,8 @@ DATES = {  # order -> formats, with - for whatever stands between
     "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
 DIGITS = (  # numbers that spell a date: name, format of the day, digits of the clock behind it
     ("YYYYMM", "%Y%m", 0), ("YYMMDD", "%y%m%d", 0), ("YYYYMMDD", "%Y%m%d", 0), ("YYYYMMDDHH", "%Y%m%d", 2),
-    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6), ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
+    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6),
+    ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
 
 
 def parse_time(text):
@@ -1232,7 +1244,7 @@ def parse_time(text):
 
 
 def _dates(cells):
-    """(UTC seconds, NaN where a cell is no date; why there is none, or ""), in one form for all cells, float64 or texts."""
+    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts."""
     if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
         return _dates_of_numbers(cells)
     texts, which = np.unique(np.array([cell.strip(" '") for cell in cells]), return_inverse=True)  # '13/01: a text to Excel
@@ -1244,10 +1256,10 @@ def _dates(cells):
 
 
 def _dates_of_texts(texts):
-    """As `_dates`. A text is a day, a clock and a zone; each day is looked up once, in the order that fits most of them."""
+    """As `_dates`. A text is a day, a clock and a zone; each day is read once, in the order that fits most of them."""
     found = [STAMP.fullmatch(WEEKDAY.sub("", text)) for text in texts]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
-    dates = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), date) for date in dates]  # of the Republic, in Taiwan
+    dates = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), date) for date in dates]  # Taiwan: 109 is 2020
     days, which = np.unique([re.sub(r"[/.,\s年月日-]+", "-", date).strip("-") for date in dates], return_inverse=True)
     readings = {order: np.array([_day(day, formats) for day in days.tolist()]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
@@ -1298,7 +1310,7 @@ def _of_hhmmss(values):
 
 
 def _ahead(zone, seconds):
-    """Seconds that the clocks of a zone, such as Z, +01:00, GMT+0100 or US/Eastern, are ahead of UTC; NaN if unknown."""
+    """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is unknown."""
     offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
     if offset:
         return int(f"{offset[1] or ''}1") * (int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60)
@@ -1313,7 +1325,8 @@ def _ahead(zone, seconds):
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
     sample = values[::max(1, len(values) // 50)]
-    readings = {name: _spelled(values, *form) for name, *form in DIGITS if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
+    likely = [form for form in DIGITS if np.isfinite(_spelled(sample, *form[1:])).mean() > 0.5]
+    readings = {name: _spelled(values, *form) for name, *form in likely}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
         readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
@@ -1335,7 +1348,7 @@ def _spelled(values, form, n_clock):
 
 
 def _epoch(values):
-    """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us); NaN from tomorrow on."""
+    """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
     sample = np.sort(sample[sample < 1e19])
     if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
@@ -1377,7 +1390,8 @@ def _times(table, cells, named, clocks):
         good = np.isfinite(seconds)
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date" + (f": {reason}" if reason else "")
+                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date"
+                why += f": {reason}" if reason else ""
             continue
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if distinct > most:
@@ -1405,7 +1419,8 @@ def _read_csv(path, symbol):
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
     if not named:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; "
+                        f"name it one of {', '.join(HEADERS['time'][:6])}")
 
     stamps = {*named, *clocks}
     epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
@@ -1439,7 +1454,8 @@ def _check_columns(table, columns, cells, ohlcva):
         raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
                         f"{names[columns['interval']]!r}; keep one of them a file")
     if not table.has_header and len(names) != len(BINANCE) and ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9:
-        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; {FIRST_LINE}")
+        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
+                        f"{FIRST_LINE}")
     if "amount" in columns:
         some = slice(None, None, max(1, len(amount) // 1000))
         base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
@@ -1447,11 +1463,10 @@ def _check_columns(table, columns, cells, ohlcva):
         ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
         if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
             amount[:] = np.nan
-            print(f"{path}: {names[columns['amount']]!r} is not volume times price; no amount is read", file=sys.stderr)
+            table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
     others = [name for i, name in enumerate(names) if name.strip() and table.fields[i] not in KNOWN]
     if "volume" not in columns and others:
-        print(f"{path}: no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; "
-              f"name it volume", file=sys.stderr)
+        table.say(f"no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; name it volume")
 
 
 def _symbol_of_rows(table, columns, cells, time, reasons):
@@ -1470,7 +1485,7 @@ def _symbol_of_rows(table, columns, cells, time, reasons):
 
 
 def _bars(table, symbols, time, ohlcva, reasons):
-    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
+    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong}."""
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
     step, same = np.diff(time), code[1:] == code[:-1]
@@ -1484,7 +1499,7 @@ def _bars(table, symbols, time, ohlcva, reasons):
     if empty.all():
         return []
     if empty.any() and not any(table.tickers):
-        print(f"{table.path}: {empty.sum()} of {len(empty)} rows have no price: no bars", file=sys.stderr)
+        table.say(f"{empty.sum()} of {len(empty)} rows have no price: no bars")
     row = np.arange(len(time))
     if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
@@ -1507,7 +1522,7 @@ def _bars(table, symbols, time, ohlcva, reasons):
 # -- faults
 
 def _mend(table, ohlcva, code):
-    """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
+    """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before."""
     open_, high, low, close = ohlcva[:4]
     if ((open_ > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
         return
@@ -1515,7 +1530,7 @@ def _mend(table, ohlcva, code):
     if lacks.any():
         before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
         open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
-        print(f"{table.path}: {lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it", file=sys.stderr)
+        table.say(f"{lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it")
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
     np.copyto(high, top, where=(high < top) & (high >= top * (1 - ROUNDING)))
     np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
@@ -1542,7 +1557,7 @@ def _faults(time, ohlcva):
 
 
 def _good(table, row, time, ohlcva, reasons):
-    """Which bars are good, bool; the bad ones are counted, the first three named; too many are an error. row: of each bar."""
+    """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
     bad = np.isin(row, list(reasons))
     for failed, why in _faults(time, ohlcva):
         if failed.any():
@@ -1569,11 +1584,12 @@ def _latest(table, names, row, time, code, ohlcva):
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time "
-                        f"of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or intervals "
-                        f"in one file? Keep one a file, or name their column symbol. Times rounded by a spreadsheet? Export them in full")
+        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have "
+                        f"the time of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, "
+                        f"exchanges or intervals in one file? Keep one a file, or name their column symbol. Times rounded "
+                        f"by a spreadsheet? Export them in full")
     if lost.any():
-        print(f"{table.path}: {lost.sum()} of {len(row)} rows have the time of a later one and give way to it", file=sys.stderr)
+        table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
     return ~again
 
 
@@ -1588,8 +1604,7 @@ def _look_for_jumps(table, names, time, code, close):
     back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
     why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
     more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}"
-          f"{why}{more}", file=sys.stderr)
+    table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1644,8 +1659,10 @@ def _open_folder(folder):
 def _check_series(bars, piece=1 << 16):
     """ValueError for arrays that are no bars; reads them once, piece by piece."""
     time, ohlcva = bars.time, bars.ohlcva
-    if time.dtype != np.int64 or ohlcva.dtype != np.float64 or time.ndim != 1 or ohlcva.shape != (len(time), 6) or not len(time):
-        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
+    if not fits or not len(time):
+        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} "
+                         f"do not fit")
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
@@ -1722,7 +1739,7 @@ def write_atomic(path, text=False):
 
 
 def _own_stream(path):
-    """1 or 2 where path is this process's standard output or error, else None; what was printed so far goes out first."""
+    """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             if os.path.samestat(os.stat(path), os.fstat(number)):
@@ -1839,7 +1856,7 @@ def printable(text):
 
 
 def csv_text(text):
-    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
+    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote)."""
     text = printable(text)
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
@@ -1992,7 +2009,8 @@ def run(main):
             sys.exit(128 + getattr(signal, "SIGPIPE", 13))
         why = f"{e.filename or 'output'}: {e.strerror or e}; make room or choose another place"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        why = f"out of memory ({str(e).splitlines()[0][:80] if str(e) else 'none left'}); lower --batch_size, --n_embd or --paths"
+        what = str(e).splitlines()[0][:80] if str(e) else "none left"
+        why = f"out of memory ({what}); lower --batch_size, --n_embd or --paths"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
