@@ -775,25 +775,30 @@ def _coming_months(recent, gap, horizon):
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
 HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
-    "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart "
-            "begin starttime startat exchangedate traddt gmttime localtime utctime utc dtyyyymmdd unix unixtime "
-            "unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
-    "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
-    "open": "open bidopen erster eröffnung eröffn mido pxopen opnpric openprc apertura abertura ouv ouvert otwarcie "
-            "açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
-    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi massimo plushaut haut najwyzszy "
-            "najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
-    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo minimo plusbas bas najnizszy najniższy "
-           "düşük мин минимум 最低 最低价 最低價 安値 저가 l",
-    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc schlusskurs schluss "
-             "zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi kapanış цена закрытие 收盘 "
-             "收盘价 收盤價 終値 종가 c",
+    "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
+            "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
+            "bardate tradingdate tradingday periodstart day trddt gmttime localtime utctime utc dtyyyymmdd unix "
+            "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
+    "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
+             "hora время 时间",
+    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc "
+            "apertura abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi highest dayhigh dayshigh 24hhigh "
+            "hiprc maximum max massimo plushaut haut najwyzszy najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo lowest daylow dayslow 24hlow loprc "
+           "minimum min minimo plusbas bas najnizszy najniższy düşük мин минимум 最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc trade closing clsprc "
+             "schlusskurs schluss zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi "
+             "kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
     "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded "
-              "noofshares totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty quantity qty "
-              "stuecke stücke volumen wolumen hac hacim объём объем 成交量 成交股數 出来高 거래량 v",
+              "noofshares totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume "
+              "baseassetvolume tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume "
+              "adjvolume shares contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём "
+              "объем 成交量 成交股數 总手 出来高 거래량 v",
     "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval "
-              "ttltrfval umsatz volumen 成交额 成交金额 成交金額 거래대금",
-    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid 股票代码 代码 "
+              "ttltrfval candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
+    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid stock "
+              "stockcode stockid stocksymbol tradingsymbol security contract coin ric isin stkcd orderbookid 股票代码 代码 "
               "名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
 }
@@ -801,7 +806,7 @@ HEADERS = {column: names.split() for column, names in HEADERS.items()}
 KNOWN = {name for names in HEADERS.values() for name in names}
 PRICES = COLUMNS[:4]
 MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
-INDICATORS = "ma sma ema avg change pct osc delta buy sell".split()     # "Volume MA" is neither
+INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
 FIELD = "(adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
@@ -1001,8 +1006,9 @@ class Table:
 
 @functools.lru_cache(10_000)
 def _fold(name):
-    """A column's name in lower case, letters and digits only, without "1. ", "(USD)" and " Price"."""
-    name = re.sub(r"^\d+[a-z]?\.\s+", "", name.strip().lower())
+    """A column's name in lower case, letters and digits only, without "1. ", "(USD)", "Price" and a time's "_utc"."""
+    name = re.sub(r"(?<=Volume)(?=[A-Z])", " ", name.strip()).lower()
+    name = re.sub(r"^\d+[a-z]?\.\s+", "", name)
     what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
     if re.match(r"turnover \((pcs|shares)", name):
         return "volume"
@@ -1010,7 +1016,8 @@ def _fold(name):
     if unit and unit not in INDICATORS:
         return "volumemoney" if unit in MONEY else "volumecoin"
     folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
-    return folded.removesuffix("price") or folded
+    when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
+    return when if when in HEADERS["time"] else folded.removeprefix("price").removesuffix("price") or folded
 
 
 def _n_known(fields):
@@ -1033,7 +1040,9 @@ def _names(cells):
         parts = [re.fullmatch(f"(?P<f>{FIELD}){BETWEEN}(?P<t>.+)", text, re.I)
                  or re.fullmatch(f"(?P<t>.+?){BETWEEN}(?P<f>{FIELD})", text, re.I) for text in texts]
         if _n_known(_fold(part["f"]) for part in parts if part) >= 4:
-            return [(_fold(p["f"]), p["t"]) if p else (f, "") for p, f in zip(parts, fields)]
+            tickers = {part["t"] for part in parts if part}
+            rest = {name: "".join(tickers) for name in HEADERS["volume"]} if len(tickers) == 1 else {}
+            return [(_fold(p["f"]), p["t"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
     return [(field, "") for field in fields]
 
 
@@ -1109,8 +1118,7 @@ def _columns(table, ticker):
         taken = [fields[i] for i in columns.values()]
         field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
         if field is None and column in PRICES:
-            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
-                            f"name it one of {', '.join(HEADERS[column][:4])}")
+            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; give that name to the one it is")
         if fields.count(field) > 1 and field:
             raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
         if field:
@@ -1220,14 +1228,14 @@ def _numbers(table, cells, reasons):
 
 # -- texts -> UTC seconds
 
-STAMP = re.compile(r"""(?P<date>\d{8}|\w{1,9}[-/.\s年]\s*\w{1,9}\.?,?(?:[-/.\s月]\s*\d{1,4}日?)?)
-    (?:[T\s,;]\s*(?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
-    \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)""", re.X | re.I)
+STAMP = re.compile(r"""(?P<date>\d{8}|\d\d?[a-z]{3}\d{4}|\w{1,9}[-/.\s年년]\s*\w{1,9}\.?,?(?:[-/.\s月월]\s*\d{1,4}[日일]?)?)
+    (?:(?:[T\s,;]\s*|(?<=\d{8})-(?=\d\d:))(?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
+    \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)(?:\[[\w/]+\])?""", re.X | re.I)
 WEEKDAY = re.compile(r"^(mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+", re.I)
 CLOCK = re.compile(r"(\d\d?)(?:[:.h](\d\d)(?:[:.](\d\d)(?:[.,]\d+)?)?)?[\s-]*([ap])?\.?m?\.?", re.I)
 DATES = {  # order -> formats, with - for whatever stands between
     "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
-    "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d-%m-%y", "%d-%b-%y"),
+    "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d%b%Y", "%d-%m-%y", "%d-%b-%y"),
     "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
 DIGITS = (  # numbers that spell a date: name, format of the day, digits of the clock behind it
     ("YYYYMM", "%Y%m", 0), ("YYMMDD", "%y%m%d", 0), ("YYYYMMDD", "%Y%m%d", 0), ("YYYYMMDDHH", "%Y%m%d", 2),
@@ -1247,7 +1255,7 @@ def _dates(cells):
     """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts."""
     if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
         return _dates_of_numbers(cells)
-    texts, which = np.unique(np.array([cell.strip(" '") for cell in cells]), return_inverse=True)  # '13/01: a text to Excel
+    texts, which = np.unique(np.array([cell.strip(" '=\"") for cell in cells]), return_inverse=True)  # '13/01: a text to Excel
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
     else:
@@ -1260,7 +1268,7 @@ def _dates_of_texts(texts):
     found = [STAMP.fullmatch(WEEKDAY.sub("", text)) for text in texts]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
     dates = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), date) for date in dates]  # Taiwan: 109 is 2020
-    days, which = np.unique([re.sub(r"[/.,\s年月日-]+", "-", date).strip("-") for date in dates], return_inverse=True)
+    days, which = np.unique([re.sub(r"[/.,\s年月日년월일-]+", "-", date).strip("-") for date in dates], return_inverse=True)
     readings = {order: np.array([_day(day, formats) for day in days.tolist()]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
     seconds = seconds[which] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
@@ -1305,7 +1313,7 @@ def _clock(cells):
 
 def _of_hhmmss(values):
     hour, minute, second = values // 10000, values // 100 % 100, values % 100
-    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
+    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 60 + (minute == 59))  # with leap seconds
     return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)
 
 
@@ -1356,9 +1364,9 @@ def _epoch(values):
     size = np.sort(sample)[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    is_dotnet = unit == 1e9 and 6.2e17 < size < 6.5e17  # it counts 100 ns from year 1
+    is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
     is_1970 = unit == 1 and len(sample) and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
-    if is_dotnet or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
+    if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         unit = np.nan
     seconds = np.floor(values / unit)
     return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
@@ -1419,8 +1427,7 @@ def _read_csv(path, symbol):
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
     if not named:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; "
-                        f"name it one of {', '.join(HEADERS['time'][:6])}")
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
 
     stamps = {*named, *clocks}
     epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()

@@ -74,6 +74,11 @@ DATES = {
     "clock with an h": (["13/01/2020 16h30", "14/01/2020 16h30"], ["2020-01-13 16:30", "2020-01-14 16:30"]),
     "year of the Republic": (["109/01/02", "109/01/03"], ["2020-01-02", "2020-01-03"]),
     "text to a spreadsheet": (["'13/01/2020", "'14/01/2020"], ["2020-01-13", "2020-01-14"]),
+    "a formula": (['"=""2020-01-02"""', '"=""2020-01-03"""'], ["2020-01-02", "2020-01-03"]),
+    "SAS": (["02JAN2020", "03JAN2020"], ["2020-01-02", "2020-01-03"]),
+    "FIX": (["20200102-09:30:00", "20200102-09:31:00"], ["2020-01-02 09:30", "2020-01-02 09:31"]),
+    "Java": (["2020-01-02T01:00:00+01:00[Europe/Paris]"], ["2020-01-02"]),
+    "Korean": (["2020년 1월 2일", "2020년 1월 3일"], ["2020-01-02", "2020-01-03"]),
     "compact": (["20200102 143000", "20200102 143100"], ["2020-01-02 14:30", "2020-01-02 14:31"]),
     "YYYYMMDD": (["20200102", "20200103"], ["2020-01-02", "2020-01-03"]),
     "YYYYMMDDHHMM": (["202001020930", "202001020931"], ["2020-01-02 09:30", "2020-01-02 09:31"]),
@@ -113,6 +118,7 @@ def test_dates_are_read_in_the_one_form_that_fits_the_file(tmp_path, form):
     (["52200000", "52260000"], "a clock, a count"),
     (["86400000", "172800000", "259200000"], "a clock, a count"),  # days of 1970 in ms
     (["638451594000000000", "638451594600000000"], "a clock, a count"),  # .NET
+    (["132224000000000000", "132224000600000000"], "a clock, a count"),  # FILETIME
     (["4102444800", "4102444860"], "no date"),
     (["soon", "later"], "'soon' is no date"),
     (["2020-01-02 CST", "2020-01-03 CST"], "no date"),
@@ -133,6 +139,10 @@ def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
     ("Date,Time", ["2020-01-02,93000.0", "2020-01-02,94500.0"], ["09:30", "09:45"]),
     ("Date,Time", ["2020-01-02,93000000", "2020-01-02,103000000"], ["09:30", "10:30"]),
     ("Date,Time", ["2020-01-02,9.30", "2020-01-02,9.45"], ["09:30", "09:45"]),
+    ("Date,Local Time", ["2020-01-02,09:30", "2020-01-02,09:45"], ["09:30", "09:45"]),
+    ("Day,Start Time,End Time", ["2020-01-02,09:30,09:45", "2020-01-02,09:45,10:00"], ["09:30", "09:45"]),
+    ("timestamp_ms", ["1577957400000", "1577957460000"], ["09:30", "09:31"]),
+    ("datetime_utc", ["2020-01-02 09:30", "2020-01-02 09:31"], ["09:30", "09:31"]),
     ("Date,Hour", ["2020-01-02,9", "2020-01-02,14"], ["09:00", "14:00"]),
     ("Datetime,Date", ["2020-01-02 09:30:00,2020-01-02", "2020-01-02 09:31:00,2020-01-02"], ["09:30", "09:31"]),
     ("Unix,Date", ["1577957400000,2020-01-02", "1577957460000,2020-01-02"], ["09:30", "09:31"]),
@@ -227,6 +237,15 @@ LAYOUTS = {
     "NSE, index": ("Index Name,Date,Open,High,Low,Close,Shares Traded,Turnover (Rs. Cr)\nNIFTY 50,02 Jan 2020,1,3,0.5,2,7,9\n", "NIFTY 50", [1, 3, 0.5, 2, 7, 9]),
     "comma behind each row": ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7,\n2020-01-03,1,3,0.5,2,7,\n", "a", BAR),
     "comma behind the header": ("Date,Open,High,Low,Close,Volume,\n2020-01-02,1,3,0.5,2,7\n2020-01-03,1,3,0.5,2,7\n", "a", BAR),
+    "Upbit": ("market,candle_date_time_utc,candle_date_time_kst,opening_price,high_price,low_price,trade_price,timestamp,"
+              "candle_acc_trade_price,candle_acc_trade_volume,unit\n"
+              "KRW-BTC,2020-01-02T00:00:00,2020-01-02T09:00:00,1,3,0.5,2,1577923259999,9,7,1\n", "a", [1, 3, 0.5, 2, 7, 9]),
+    "CoinAPI": ("time_period_start,time_open,time_close,price_open,price_high,price_low,price_close,volume_traded\n"
+                "2020-01-02T00:00:00.0000000Z,2020-01-02T00:00:01.0000000Z,2020-01-02T00:00:59.0000000Z,1,3,0.5,2,7\n", "a", BAR),
+    "Coindesk": ("Currency,Date,Closing Price (USD),24h Open (USD),24h High (USD),24h Low (USD)\nBTC,2020-01-02,2,1,3,0.5\n", "a", [1, 3, 0.5, 2, None, None]),
+    "FinMind": ("date,stock_id,Trading_Volume,Trading_money,open,max,min,close,spread\n2020-01-02,2330,7,9,1,3,0.5,2,0\n", "2330", [1, 3, 0.5, 2, 7, 9]),
+    "CSMAR": ("Stkcd,Trddt,Opnprc,Hiprc,Loprc,Clsprc,Dnshrtrd,Dnvaltrd\n000001,2020-01-02,1,3,0.5,2,7,9\n", "000001", [1, 3, 0.5, 2, 7, 9]),
+    "one symbol before prices alone": ("Date,A.Open,A.High,A.Low,A.Close,Volume\n2020-01-02,1,3,0.5,2,7\n", "A", BAR),
     "symbol left empty": ("symbol,date,open,high,low,close,volume\n,2020-01-02,1,3,0.5,2,7\n", "a", BAR),
     "ticker before name": ("date,name,ticker,open,high,low,close,volume\n2020-01-02,Long Name,B,1,3,0.5,2,7\n", "B", BAR),
 }
@@ -377,6 +396,7 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("symbol,timeframe,time,open,high,low,close\nA,1h,2020-01-02,1,1,1,1\nA,1d,2020-01-03,1,1,1,1\n", "several intervals (1d, 1h)"),
     ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of A have the time of another"),
     ("time,open,high,low,close\n2020-01-02,1,1,1,1\n2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of a have the time of another"),
+    ("date,time,open,high,low,close\n20200102,34200000,1,1,1,1\n20200102,34260000,2,2,2,2\n", "have the time of another"),  # ms of the day
     ("\ttime\x1b,open,high,low,close\n5,1,1,1,1\n", "a.csv:2: time\\x1b '5' is no date"),
     ("time,open,high,low,close\n1.57792E+12,1,1,1,1\n1.57792E+12,2,2,2,2\n", "rounded by a spreadsheet"),
 ])
@@ -418,6 +438,15 @@ def test_an_open_that_is_missing_is_the_close_before_within_the_bar(tmp_path):
 def test_an_amount_is_volume_times_price(tmp_path, capfd, name, amount, want, said):
     [bars] = read(tmp_path, f"time,open,high,low,close,volume,{name}\n2020-01-02,1,3,0.5,2,700,{amount}\n")
     assert first(bars) == [1, 3, 0.5, 2, 700, want] and said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("names", [
+    "Base Asset Volume,Quote Asset Volume", "base_volume,quote_volume", "Volume_(BTC),Volume_(Currency)", "VolumeBTC,VolumeUSD",
+    "volume_base,volume_quote", "Trade Volume,Turnover (Rs.)", "Shares,Value", "Total Trade Quantity,Volume USD", "Adj. Volume,amount",
+])
+def test_volumes_by_other_names(tmp_path, names):
+    [bars] = read(tmp_path, f"time,open,high,low,close,{names}\n2020-01-02,1,3,0.5,2,7,9\n")
+    assert first(bars) == [1, 3, 0.5, 2, 7, 9]
 
 
 def test_a_volume_that_is_not_read_is_named(tmp_path, capfd):
