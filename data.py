@@ -1082,8 +1082,11 @@ def _find_tickers(table, filled):
     rows, at = [_split(line, table.delimiter) for line in table.head], table.first - 1
     for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
         has_symbols = len(rows[k]) == len(table.fields) and _fold(rows[k][0]) in ("", "ticker", "price", "symbol")
-        if has_symbols and all(cell.strip() and not _is_number(cell) for cell in rows[k][1:]):
-            table.tickers = ["", *(cell.strip() for cell in rows[k][1:])]
+        tickers = ["", *(cell.strip() for cell in rows[k][1:])]
+        whole = has_symbols and all(_n_known(itertools.compress(table.fields, [t == ticker for t in tickers])) >= 4
+                                    for ticker in set(tickers[1:]))  # not so a row of units
+        if whole and all(cell and not _is_number(cell) for cell in tickers[1:]):
+            table.tickers = tickers
             table.first = max(at, k) + 1
             below = rows[table.first] if table.first < len(rows) else []
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
@@ -1194,10 +1197,12 @@ def _is_note(row, n_columns):
     return not filled or alone or filled[0].startswith(("#", "//"))
 
 
-NOISE = str.maketrans("", "", "$€£¥₹' \u00a0\u202f\u2009\u2019\t")
-NUMBER = [re.compile(rf"[-+]?(\d{{1,3}}({comma}\d{{2,3}})*{comma}\d{{3}}|\d*)({point}\d*)?(e[-+]?\d+)?(?P<suffix>[kmbt]?)")
+NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
+APOSTROPHE = re.compile(r"(?<!\d)'|'(?=\d{3}(?!\d))")  # 1'234.50; in 123'16 it stands before 32nds
+NUMBER = [re.compile(rf"([-+]?(?:\d{{1,3}}(?:{comma}\d{{2,3}})*{comma}\d{{3}}|\d*)(?:{point}\d*)?(?:e[-+]?\d+)?)([a-z]+\.?|万|亿|)")
           for comma, point in ((",", "\\."), ("\\.", ","))]  # 1,234.50 and 1.234,50
-SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
+SUFFIX = {"": "", "k": "e3", "m": "e6", "mn": "e6", "mln": "e6", "mio": "e6", "b": "e9", "bn": "e9", "mrd": "e9", "t": "e12",
+          "万": "e4", "亿": "e8"}
 
 
 def _numbers(table, cells, reasons):
@@ -1207,7 +1212,7 @@ def _numbers(table, cells, reasons):
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
     with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
-    plain = {i: "\0".join(column).lower().translate(NOISE).split("\0") for i, column in cells.items()}
+    plain = {i: APOSTROPHE.sub("", "\0".join(column).lower().translate(NOISE)).split("\0") for i, column in cells.items()}
     distinct = {c for column in plain.values() for c in column}
     votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
     by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
@@ -1216,9 +1221,10 @@ def _numbers(table, cells, reasons):
     values = {"nan": np.nan}
     for text in distinct:
         found = NUMBER[comma].fullmatch(text)
-        if found and any(map(str.isdigit, text)):
-            digits = text.replace(".", "").replace(",", ".") if comma else text.replace(",", "")
-            values[text] = float(digits.rstrip("kmbt") + SUFFIX[found["suffix"]])
+        power = SUFFIX.get(found[2].rstrip(".")) if found else None
+        if power is not None and any(map(str.isdigit, text)) and not (power and "e" in found[1]):
+            digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
+            values[text] = float(digits + power)
     for i, column in plain.items():
         for row, text in enumerate(column):
             if text not in values:

@@ -287,6 +287,8 @@ def test_several_symbols_side_by_side_and_one_below_the_other(tmp_path):
     (";", "1 234,50;1 237,98;1 216,98;1\u00a0224,64;7", [1234.5, 1237.98, 1216.98, 1224.64, 7]),
     (";", "1'234.50;1'237.98;1'216.98;1'224.64;7", [1234.5, 1237.98, 1216.98, 1224.64, 7]),
     (",", "$10.5,$12,$9,$11,8.78M", [10.5, 12, 9, 11, 8.78e6]),
+    (",", "10.5,12,9,11,1.2亿", [10.5, 12, 9, 11, 1.2e8]),
+    (";", "10,5;12;9;11;1,5 Mio.", [10.5, 12, 9, 11, 1.5e6]),
     (",", "10.5,1.2e1,9,11,1.5K", [10.5, 12, 9, 11, 1500]),
     (",", "10.5,12,9,11,-", [10.5, 12, 9, 11, None]),
     (",", "10.5,12,9,11,N/A", [10.5, 12, 9, 11, None]),
@@ -309,6 +311,9 @@ def test_one_mistyped_number_decides_nothing(tmp_path, capfd):
 
 @pytest.mark.parametrize("row, why", [
     ("2020-03-03,1,2,0.5,x,1", "close 'x' is not a number"),
+    ("2020-03-03,1,2,0.5,1'16,1", "close \"1'16\" is not a number"),
+    ("2020-03-03,1,2,0.5,1x,1", "close '1x' is not a number"),
+    ("2020-03-03,1,2,0.5,1e1k,1", "close '1e1k' is not a number"),
     ("2020-03-03,1,2,0.5,inf,1", "not a finite number"),
     ("2020-03-03,1,2,0.5,,1", "a price is missing"),
     ("2020-03-03,0,2,0,1,1", "zero or negative"),
@@ -415,6 +420,7 @@ def test_unusable_files_get_one_line(tmp_path, text, words):
     (days(40) + days(40), 40, ""),
     (days(40) + "2020-01-03,1,3,5,1.9,7\n", 40, "1 bad row of 41"),
     (days(20) + "time,open,high,low,close,volume\n" + days(20, first=20), 40, ""),
+    (",USD,USD,USD,USD,shares\n" + days(40), 40, "a.csv:2: open 'USD' is not a number"),
     ("2020-01-02,1.5,1.999999999,1,2,7\n2020-01-03,1.5,2,1.500000001,2,7\n", 2, ""),
 ])
 def test_what_is_mended_or_odd_is_said(tmp_path, capfd, text, n, said):
