@@ -846,8 +846,17 @@ def _joined(parts):
                         f"give --data the files of one interval")
     time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
     order = np.argsort(time, kind="stable")
-    last = np.append(np.diff(time[order]) != 0, True)
-    return Bars(parts[0].symbol, time[order[last]], ohlcva[order[last]])
+    time, ohlcva = time[order], ohlcva[order]
+    last = np.append(np.diff(time) != 0, True)
+    changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
+    if changed:
+        print(f"{parts[0].symbol}: {changed} of {last.sum()} bars differ between files; the last read counts", file=sys.stderr)
+    return Bars(parts[0].symbol, time[last], ohlcva[last])
+
+
+def _differ(left, right):
+    """Which of two rows of bars, [6, T], differ; NaN equals NaN."""
+    return ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
 
 
 def read_files(paths):
@@ -1591,8 +1600,7 @@ def _latest(table, names, row, time, code, ohlcva):
     again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
     if not again.any():
         return ~again
-    left, right = ohlcva[:, :-1], ohlcva[:, 1:]
-    unlike = again[:-1] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+    unlike = again[:-1] & _differ(ohlcva[:, :-1], ohlcva[:, 1:])
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:

@@ -497,13 +497,14 @@ def test_containers_are_told_by_content(tmp_path):
             read(tmp_path, packed)
 
 
-def test_folder_glob_and_a_symbol_in_two_files(tmp_path):
+def test_folder_glob_and_a_symbol_in_two_files(tmp_path, capfd):
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(CSV.encode()))
     (tmp_path / "y.csv").write_text("time,symbol,open,high,low,close\n2020-01-04,x,1,1,1,1\n2020-01-02,x,5,5,5,5\n")
     (tmp_path / "notes.md").write_text("no bars")
     for paths in (str(tmp_path), str(tmp_path / "*.csv*"), [str(tmp_path / "x.csv.gz"), str(tmp_path / "y.csv")]):
         [bars] = data.load(paths)
         assert bars.symbol == "x" and bars.ohlcva[:, 3].tolist() == [11, 5, 12, 1]
+        assert capfd.readouterr().err == "x: 1 of 4 bars differ between files; the last read counts\n"
 
 
 def test_of_a_folder_the_useless_files_are_skipped_and_counted(tmp_path, capfd):
