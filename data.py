@@ -1243,10 +1243,10 @@ def _numbers(table, cells, reasons):
 
 # -- texts -> UTC seconds
 
-STAMP = re.compile(r"""(?P<date>\d{8}|\d\d?[a-z]{3}\d{4}|\w{1,9}[-/.\s年년]\s*\w{1,9}\.?,?(?:[-/.\s月월]\s*\d{1,4}[日일]?)?)
+STAMP = re.compile(r"""(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?
+    (?P<date>\d{8}|\d\d?[a-z]{3}\d{4}|\w{1,9}[-/.\s年년]\s*\w{1,9}\.?,?(?:[-/.\s月월]\s*\d{1,4}[日일]?)?)
     (?:(?:[T\s,;]\s*|(?<=\d{8})-(?=\d\d:))(?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
     \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)(?:\[[\w/]+\])?""", re.X | re.I)
-WEEKDAY = re.compile(r"^(mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+", re.I)
 CLOCK = re.compile(r"(\d\d?)(?:[:.h](\d\d)(?:[:.](\d\d)(?:[.,]\d+)?)?)?[\s-]*([ap])?\.?m?\.?", re.I)
 DATES = {  # order -> formats, with - for whatever stands between
     "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
@@ -1280,11 +1280,12 @@ def _dates(cells):
 
 def _dates_of_texts(texts):
     """As `_dates`. A text is a day, a clock and a zone; each day is read once, in the order that fits most of them."""
-    found = [STAMP.fullmatch(WEEKDAY.sub("", text)) for text in texts]
+    found = [STAMP.fullmatch(text) for text in texts]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
-    dates = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), date) for date in dates]  # Taiwan: 109 is 2020
-    days, which = np.unique([re.sub(r"[/.,\s年月日년월일-]+", "-", date).strip("-") for date in dates], return_inverse=True)
-    readings = {order: np.array([_day(day, formats) for day in days.tolist()]) for order, formats in DATES.items()}
+    days, which = np.unique(dates, return_inverse=True)
+    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days.tolist()]  # Taiwan: 109 is 2020
+    days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
+    readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
     seconds = seconds[which] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
     for zone in set(zones) - {""}:
