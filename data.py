@@ -256,10 +256,12 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
     st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch))
-    close, total, weight = st.close, np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
+    close = st.close
+    total, weight = np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
     s_low, s_high = np.fmax(st.origin_s / 8, S_FLOOR), np.fmin(st.origin_s * 8, np.inf)  # fmin, fmax: NaN does not bind
     d_low, d_high = np.fmax(st.origin_d / 8, D_FLOOR), np.fmin(st.origin_d * 8, np.inf)
-    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))  # moves to close, open, high, low
+    # moves to close, open, high, low
+    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))
     most = np.array([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0]).reshape(least.shape)
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
     y[:, 3] *= -1.0
@@ -651,7 +653,7 @@ def iso(seconds):
 
 
 # Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
-MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # New York's clocks change with Chicago's, ...
+MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # Chicago's clocks change as New York's
 WEEKS = 5  # that tell when a market is open
 
 
@@ -850,7 +852,8 @@ def _joined(parts):
     last = np.append(np.diff(time) != 0, True)
     changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
     if changed:
-        print(f"{parts[0].symbol}: {changed} of {last.sum()} bars differ between files; the last read counts", file=sys.stderr)
+        print(f"{parts[0].symbol}: {changed} of {last.sum()} bars differ between files; the last read counts",
+              file=sys.stderr)
     return Bars(parts[0].symbol, time[last], ohlcva[last])
 
 
@@ -1130,7 +1133,8 @@ def _columns(table, ticker):
         taken = [fields[i] for i in columns.values()]
         field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
         if field is None and column in PRICES:
-            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; give that name to the one it is")
+            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
+                            f"give that name to the one it is")
         if fields.count(field) > 1 and field:
             raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
         if field:
@@ -1208,10 +1212,11 @@ def _is_note(row, n_columns):
 
 NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
 APOSTROPHE = re.compile(r"(?<!\d)'|'(?=\d{3}(?!\d))")  # 1'234.50; in 123'16 it stands before 32nds
-NUMBER = [re.compile(rf"([-+]?(?:\d{{1,3}}(?:{comma}\d{{2,3}})*{comma}\d{{3}}|\d*)(?:{point}\d*)?(?:e[-+]?\d+)?)([a-z]+\.?|万|亿|)")
+NUMBER = [re.compile(rf"([-+]?(?:\d{{1,3}}(?:{comma}\d{{2,3}})*{comma}\d{{3}}|\d*)(?:{point}\d*)?(?:e[-+]?\d+)?)"
+                     r"([a-z]+\.?|万|亿|)")
           for comma, point in ((",", "\\."), ("\\.", ","))]  # 1,234.50 and 1.234,50
-SUFFIX = {"": "", "k": "e3", "m": "e6", "mn": "e6", "mln": "e6", "mio": "e6", "b": "e9", "bn": "e9", "mrd": "e9", "t": "e12",
-          "万": "e4", "亿": "e8"}
+SUFFIX = {"": "", "k": "e3", "m": "e6", "mn": "e6", "mln": "e6", "mio": "e6", "b": "e9", "bn": "e9", "mrd": "e9",
+          "t": "e12", "万": "e4", "亿": "e8"}
 
 
 def _numbers(table, cells, reasons):
@@ -1270,7 +1275,8 @@ def _dates(cells):
     """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts."""
     if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
         return _dates_of_numbers(cells)
-    texts, which = np.unique(np.array([cell.strip(" '=\"") for cell in cells]), return_inverse=True)  # '13/01: a text to Excel
+    texts = np.array([cell.strip(" '=\"") for cell in cells])  # '13/01 and ="13/01" are texts to a spreadsheet
+    texts, which = np.unique(texts, return_inverse=True)
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
     else:
@@ -1283,7 +1289,7 @@ def _dates_of_texts(texts):
     found = [STAMP.fullmatch(text) for text in texts]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
     days, which = np.unique(dates, return_inverse=True)
-    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days.tolist()]  # Taiwan: 109 is 2020
+    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan: 109 is 2020
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
@@ -1606,10 +1612,10 @@ def _latest(table, names, row, time, code, ohlcva):
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have "
-                        f"the time of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, "
-                        f"exchanges or intervals in one file? Keep one a file, or name their column symbol. Times rounded "
-                        f"by a spreadsheet? Export them in full")
+        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} "
+                        f"have the time of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, "
+                        f"contracts, exchanges or intervals in one file? Keep one a file, or name their column symbol. "
+                        f"Times rounded by a spreadsheet? Export them in full")
     if lost.any():
         table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
     return ~again
@@ -2047,7 +2053,7 @@ class Config:
     data: list[str] | None = None  # CSV files, folders or globs to convert
     synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
     kind: str = "edge"             # synthetic: edge (a wick tells the next direction) or reverting (a deviation decays)
-    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength from 0 to 1, 0.75
+    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength, 0 to 1, 0.75
     half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
