@@ -1391,7 +1391,8 @@ def _epoch(values):
     if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         unit = np.nan
     seconds = np.floor(values / unit)
-    return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
+    seconds[(seconds >= now) | (seconds <= -200 * YEAR)] = np.nan
+    return seconds
 
 
 def _told_apart(readings, prefer=None):
