@@ -8,9 +8,9 @@ The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenize
 features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
 nothing that is learned or scored can see its own target.
 
-Two parts, to be read apart. The market: bars, features and their inverse, splits and batches, tokens, the clock,
-synthetic markets. Then the files: CSV as people have it, folders mapped into memory, saving that survives a kill, the
-scripts' command line.
+In parts, each to be read apart. The market: bars, features and their inverse, splits, tokens and batches, synthetic
+markets. The clock of bars to come. Files in: CSV as people have it. Files out: folders mapped into memory, saving that
+survives a kill. The scripts' command line.
 """
 import argparse
 import contextlib
@@ -158,7 +158,7 @@ class State:
 
 
 def features(bars) -> tuple[np.ndarray, State]:
-    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it. ValueError for no bars.
+    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it.
 
         close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
         open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
@@ -166,7 +166,7 @@ def features(bars) -> tuple[np.ndarray, State]:
 
     then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
     log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
-    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0.
+    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
     if not pieces:
@@ -256,10 +256,12 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
     st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch))
-    close, total, weight = st.close, np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
+    close = st.close
+    total, weight = np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
     s_low, s_high = np.fmax(st.origin_s / 8, S_FLOOR), np.fmin(st.origin_s * 8, np.inf)  # fmin, fmax: NaN does not bind
     d_low, d_high = np.fmax(st.origin_d / 8, D_FLOOR), np.fmin(st.origin_d * 8, np.inf)
-    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))  # moves to close, open, high, low
+    # moves to close, open, high, low
+    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))
     most = np.array([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0]).reshape(least.shape)
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
     y[:, 3] *= -1.0
@@ -339,12 +341,6 @@ def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
         raise UserError(f"the split leaves no room: bars begin {iso(stamps[0])}, val {iso(borders[0])}, "
                         f"test {iso(borders[1])}; set --val_start and --test_start in this order")
     return borders[0], borders[1]
-
-
-def iso(seconds):
-    """UTC seconds as text: a date, with the time of day where it has one."""
-    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
-    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
 
 
 def targets_of(bars, split, borders):
@@ -461,145 +457,6 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
             progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
     progress("")
     return tokens
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The clock: of bars, and of those to come
-
-def calendar(time):
-    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
-
-    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
-    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
-    """
-    days = time // 86400
-    second = time - days * 86400
-    z = days + 719468                                   # days since 0000-03-01
-    era = z // 146097                                   # 400 years each
-    doe = z - era * 146097
-    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
-    doy = doe - (365 * year + year // 4 - year // 100)
-    month = (5 * doy + 2) // 153                        # 0 is March
-    day = doy - (153 * month + 2) // 5
-    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
-
-
-# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
-MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # New York's clocks change with Chicago's, ...
-WEEKS = 5  # that tell when a market is open
-
-
-def future_times(time, horizon):
-    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
-
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
-    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
-    week has not seen is as its days were, without weekends; one bar is taken as daily.
-    """
-    recent = np.asarray(time[-500:])
-    last = int(recent[-1])
-    gaps = np.sort(np.diff(recent))
-    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
-    if gap >= 27 * DAY:
-        return _coming_months(recent, gap, horizon)
-    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
-        phases, counts = np.unique(recent % gap, return_counts=True)
-        late = (last - int(phases[counts.argmax()])) % gap
-        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
-
-    past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
-    seconds = recent % min(gap, HOUR)
-    live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
-    if live:
-        past = past[:-1]
-    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
-        past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
-    zone = _market_zone(past)
-    after = last if live else last + gap // 2  # no bar comes sooner
-    local = past + _ahead_of_utc(zone, past)
-    local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
-    stamps = _coming(local, gap, local_after, DAY)
-    if len(stamps) <= horizon:
-        stamps = _coming(local, gap, local_after, WEEK)
-        n = np.arange(horizon + len(stamps))  # one week behind the other
-        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
-    stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
-    return stamps[stamps > after][:horizon]
-
-
-def _coming(past, gap, after, span):
-    """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
-    weeks = []
-    for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
-            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
-            weeks.append((past[first:end] + back, back))
-    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
-    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
-    stamps = stamps[3 * count >= could]
-
-    unseen = past[0] + WEEK  # up to here nothing was seen
-    if unseen > after:
-        if past[-1] - past[0] < DAY:
-            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
-        else:
-            clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
-            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
-        weekday = day // DAY + 3
-        has_weekends = (past // DAY + 3) % 7 == 5
-        day = day[(weekday % 7 < 5) | has_weekends.any()]
-        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
-    if not len(stamps) and span == WEEK:
-        return past[-1] + gap * np.arange(1, WEEK // gap + 2)
-    return stamps
-
-
-def _market_zone(past):
-    """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    ends = int(past[0]) // DAY, int(past[-1]) // DAY
-    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
-        return "UTC"
-    quarters = np.unique(past // 900) * 900
-    unlike = {}
-    for zone in MARKET_ZONES:
-        local = quarters + _ahead_of_utc(zone, quarters)
-        came, expected = local[local >= local[0] + WEEK], local + WEEK
-        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
-    return min(unlike, key=unlike.get)
-
-
-def _ahead_of_utc(zone, time):
-    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
-    if zone == "UTC":
-        return np.zeros(len(time), np.int64)
-    days, which = np.unique(time // DAY, return_inverse=True)
-    return np.array([_ahead_on(zone, int(day)) for day in days])[which]
-
-
-@functools.cache
-def _ahead_on(zone, day):
-    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
-    try:
-        noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
-    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
-        return 0
-    return int(noon.utcoffset().total_seconds())
-
-
-def _coming_months(recent, gap, horizon):
-    """Months, quarters, years to come: the same day; the last of a month stays the last. A live bar's day does not count."""
-    month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since = recent - month.astype("datetime64[s]").astype(np.int64)
-    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
-    live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
-    last = -2 if live else -1
-    months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
-    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
-    if left[last] <= DAY:
-        stamps = end - left[last]
-    else:
-        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
-    return stamps[stamps > recent[-1]][:horizon]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -768,37 +625,190 @@ def _student4(x):
     return 0.5 + 0.25 * z * (3 - z * z)
 
 
-# ======================================================================================================================
-# The second part: files. Who reads to learn how the model sees a market can stop here.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# The clock: of bars, and of those to come
 
-# Bars from files: CSV as people have it
+def calendar(time):
+    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
+
+    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
+    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
+    """
+    days = time // 86400
+    second = time - days * 86400
+    z = days + 719468                                   # days since 0000-03-01
+    era = z // 146097                                   # 400 years each
+    doe = z - era * 146097
+    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * year + year // 4 - year // 100)
+    month = (5 * doy + 2) // 153                        # 0 is March
+    day = doy - (153 * month + 2) // 5
+    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+
+
+def iso(seconds):
+    """UTC seconds as text: a date, with the time of day where it has one."""
+    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
+
+
+# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
+MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # Chicago's clocks change as New York's
+WEEKS = 5  # that tell when a market is open
+
+
+def future_times(time, horizon):
+    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
+
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
+    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
+    week has not seen is as its days were, without weekends; one bar is taken as daily.
+    """
+    recent = np.asarray(time[-500:])
+    last = int(recent[-1])
+    gaps = np.sort(np.diff(recent))
+    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
+    if gap >= 27 * DAY:
+        return _coming_months(recent, gap, horizon)
+    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
+        phases, counts = np.unique(recent % gap, return_counts=True)
+        late = (last - int(phases[counts.argmax()])) % gap
+        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
+
+    past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
+    seconds = recent % min(gap, HOUR)
+    live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
+    if live:
+        past = past[:-1]
+    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
+        past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
+    zone = _market_zone(past)
+    after = last if live else last + gap // 2  # no bar comes sooner
+    local = past + _ahead_of_utc(zone, past)
+    local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
+    stamps = _coming(local, gap, local_after, DAY)
+    if len(stamps) <= horizon:
+        stamps = _coming(local, gap, local_after, WEEK)
+        n = np.arange(horizon + len(stamps))  # one week behind the other
+        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
+    stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
+    return stamps[stamps > after][:horizon]
+
+
+def _coming(past, gap, after, span):
+    """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
+    weeks = []
+    for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
+        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
+            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
+            weeks.append((past[first:end] + back, back))
+    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
+    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
+    stamps = stamps[3 * count >= could]
+
+    unseen = past[0] + WEEK  # up to here nothing was seen
+    if unseen > after:
+        if past[-1] - past[0] < DAY:
+            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
+        else:
+            clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
+            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
+        weekday = day // DAY + 3
+        has_weekends = (past // DAY + 3) % 7 == 5
+        day = day[(weekday % 7 < 5) | has_weekends.any()]
+        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
+    if not len(stamps) and span == WEEK:
+        return past[-1] + gap * np.arange(1, WEEK // gap + 2)
+    return stamps
+
+
+def _market_zone(past):
+    """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
+    ends = int(past[0]) // DAY, int(past[-1]) // DAY
+    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
+        return "UTC"
+    quarters = np.unique(past // 900) * 900
+    unlike = {}
+    for zone in MARKET_ZONES:
+        local = quarters + _ahead_of_utc(zone, quarters)
+        came, expected = local[local >= local[0] + WEEK], local + WEEK
+        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
+    return min(unlike, key=unlike.get)
+
+
+def _ahead_of_utc(zone, time):
+    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
+    if zone == "UTC":
+        return np.zeros(len(time), np.int64)
+    days, which = np.unique(time // DAY, return_inverse=True)
+    return np.array([_ahead_on(zone, int(day)) for day in days])[which]
+
+
+@functools.cache
+def _ahead_on(zone, day):
+    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
+    try:
+        noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
+    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
+        return 0
+    return int(noon.utcoffset().total_seconds())
+
+
+def _coming_months(recent, gap, horizon):
+    """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
+    month = recent.astype("datetime64[s]").astype("datetime64[M]")
+    since = recent - month.astype("datetime64[s]").astype(np.int64)
+    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
+    live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
+    last = -2 if live else -1
+    months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
+    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
+    if left[last] <= DAY:
+        stamps = end - left[last]
+    else:
+        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
+    return stamps[stamps > recent[-1]][:horizon]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files in: CSV as people have it. Who reads to learn how the model sees a market can stop here.
 #
 # One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
 HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
-    "time": "time timeopen timestamp timestamps datetime date opentime tradetime tradedate windowstart barstart begin starttime "
-            "gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts dt t datum zeit data fecha дата "
-            "时间 日期 交易日期 日付 날짜",
-    "clock": "time hour clock minute timeofday tradetime zeit uhrzeit hora время 时间",
-    "open": "open bidopen erster eröffnung eröffn apertura abertura ouv откр открытие 开盘 开盘价 開盤價 始値 시가 o",
-    "high": "high bidhigh hoch máximo máxima massimo plushaut макс максимум 最高 最高价 最高價 高値 고가 h",
-    "low": "low bidlow tief mínimo mínima minimo plusbas мин минимум 最低 最低价 最低價 安値 저가 l",
-    "close": "close bidclose closelast adjclose last settle price schlusskurs schluss zuletzt letzter último ultimo dernier "
-             "цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
-    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
-              "totaltradedquantity tottrdqty quantity qty stuecke stücke volumen объём объем 成交量 成交股數 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval umsatz volumen "
-              "成交额 成交金额 成交金額",
-    "symbol": "symbol ticker tscode code name instrument pair asset secid 股票代码 代码 名称",
+    "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
+            "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
+            "bardate tradingdate tradingday periodstart day trddt gmttime localtime utctime utc dtyyyymmdd unix "
+            "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
+    "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
+             "hora время 时间",
+    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc "
+            "apertura abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi highest dayhigh dayshigh 24hhigh "
+            "hiprc maximum max massimo plushaut haut najwyzszy najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo lowest daylow dayslow 24hlow loprc "
+           "minimum min minimo plusbas bas najnizszy najniższy düşük мин минимум 最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc trade closing clsprc "
+             "schlusskurs schluss zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi "
+             "kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded "
+              "noofshares totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume "
+              "baseassetvolume tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume "
+              "adjvolume shares contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём "
+              "объем 成交量 成交股數 总手 出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval "
+              "ttltrfval candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
+    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid stock "
+              "stockcode stockid stocksymbol tradingsymbol security contract coin ric isin stkcd orderbookid 股票代码 代码 "
+              "名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
 }
 HEADERS = {column: names.split() for column, names in HEADERS.items()}
 KNOWN = {name for names in HEADERS.values() for name in names}
 PRICES = COLUMNS[:4]
 MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
-INDICATORS = "ma sma ema avg change pct osc delta buy sell".split()     # "Volume MA" is neither
+INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
 FIELD = "(adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
@@ -808,7 +818,8 @@ MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
 SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
 FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
-FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON", b"\xd0\xcf\x11\xe0": "Excel"}
+FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON",
+           b"\xd0\xcf\x11\xe0": "Excel"}
 
 
 class _NoBars(UserError):
@@ -837,8 +848,18 @@ def _joined(parts):
                         f"give --data the files of one interval")
     time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
     order = np.argsort(time, kind="stable")
-    last = np.append(np.diff(time[order]) != 0, True)
-    return Bars(parts[0].symbol, time[order[last]], ohlcva[order[last]])
+    time, ohlcva = time[order], ohlcva[order]
+    last = np.append(np.diff(time) != 0, True)
+    changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
+    if changed:
+        print(f"{parts[0].symbol}: {changed} of {last.sum()} bars differ between files; the last read counts",
+              file=sys.stderr)
+    return Bars(parts[0].symbol, time[last], ohlcva[last])
+
+
+def _differ(left, right):
+    """Which of two rows of bars, [6, T], differ; NaN equals NaN."""
+    return ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
 
 
 def read_files(paths):
@@ -887,7 +908,7 @@ def _files(paths):
 
 
 def _symbols(paths):
-    """{path: symbol of a file that names none}: its stem; of files that differ by date alone, without date and interval."""
+    """{path: symbol of a file that names none}: its stem, without date and interval if files differ by date alone."""
     stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
     interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
@@ -898,32 +919,40 @@ def _symbols(paths):
             stems[path] = re.sub(interval, "", name, flags=re.I)
     return {path: printable(stem.strip()) for path, stem in stems.items()}
 
-
 # -- bytes -> text
 
 def _text(path):
-    """(what a text file holds in whatever encoding and container, whether the file is plainly that); UserError if it is none."""
+    """What a text file holds, in whatever encoding and container; UserError if it is none."""
     try:
         with open(path, "rb") as f:
-            raw = stored = f.read()
+            raw = f.read()
         for magic, unpack in CONTAINERS.items():
             if raw.startswith(magic):
                 raw = unpack(raw)
-        start = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip()
+        raw = raw.removeprefix(codecs.BOM_UTF8)
         for magic, kind in FOREIGN.items():
-            if start.startswith(magic):
+            if raw[:100].lstrip().startswith(magic):
                 raise ValueError(f"it is {kind}")
-        text, encoding = _decoded(raw)
+        text = _decoded(raw)
         if "\0" in text:
             raise ValueError("it is binary")
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a CSV file, or an archive of one")
-    if not text or text.isspace():
-        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    plain = raw is stored and encoding == "utf-8"
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text, plain
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be read ({why}); give a CSV file, or an archive of one")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _start(path):
+    """(the first lines of a file, its text): None where it begins as plain UTF-8, which numpy reads from where it lies."""
+    start, text = "\0", None
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if os.path.isfile(path):  # a pipe can be read but once
+            with open(path, encoding="utf-8") as f:
+                start = f.read(1 << 16)
+    if "\0" in start or start.lstrip().startswith(("\ufeff", "{", "[")):
+        text = _text(path)
+        start = text[:1 << 16]
+    return start.split("\n")[:200], text
 
 
 def _unzipped(raw):
@@ -940,26 +969,25 @@ CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0":
 
 
 def _decoded(raw):
-    """(text, encoding): UTF-16 by its mark, UTF-8, else that of a few encodings in which most names of columns are known."""
+    """UTF-16 by its mark, UTF-8, else the one of a few encodings in which most names of columns are known."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return raw.decode("utf-16", "replace").rstrip("\0"), "utf-16"
-    raw = raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\0")  # the machine died while it wrote
+        return raw.decode("utf-16", "replace").rstrip("\0")
+    raw = raw.rstrip(b"\0")  # the machine died while it wrote
     with contextlib.suppress(UnicodeDecodeError):
-        return raw.decode("utf-8"), "utf-8"
+        return raw.decode("utf-8")
     texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
-    split = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
-    known = [max(_n_known(map(_fold, cells)) for cells in lines) for lines in split]
-    return texts[known.index(max(known))], "another"
+    cells = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
+    known = [max(_n_known(map(_fold, row)) for row in rows) for rows in cells]
+    return texts[known.index(max(known))]
 
 
 # -- text -> delimiter, header, columns
 
 @dataclass
 class Table:
-    """A text and its columns."""
+    """The text of a file and its columns."""
     path: str
-    text: str
-    plain: bool         # whether the file at path is this text, in UTF-8: then numpy reads it from there
+    text: str | None    # None: the file at path is plain, to be read from there
     head: list[str]     # its first lines
     delimiter: str
     first: int          # index of the first line below the header
@@ -971,12 +999,15 @@ class Table:
 
     @functools.cached_property
     def lines(self):
-        return self.text.split("\n")
+        return (_text(self.path) if self.text is None else self.text).split("\n")
 
     @functools.cached_property
     def row(self):
         """The cells of the first row."""
         return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
+
+    def say(self, text):
+        print(f"{self.path}: {text}", file=sys.stderr)
 
     def line(self, row):
         """The line of a row, from 1, for messages."""
@@ -987,14 +1018,18 @@ class Table:
 
 @functools.lru_cache(10_000)
 def _fold(name):
-    """A column's name in lower case, letters and digits only, without "1. ", "(USD)" and " Price"."""
-    name = re.sub(r"^\d+[a-z]?\.\s+", "", name.strip().lower())
+    """A column's name in lower case, letters and digits only, without "1. ", "(USD)", "Price" and a time's "_utc"."""
+    name = re.sub(r"(?<=Volume)(?=[A-Z])", " ", name.strip()).lower()
+    name = re.sub(r"^\d+[a-z]?\.\s+", "", name)
     what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
+    if re.match(r"turnover \((pcs|shares)", name):
+        return "volume"
     unit = what and (what[1] or what[2])
     if unit and unit not in INDICATORS:
         return "volumemoney" if unit in MONEY else "volumecoin"
     folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
-    return folded.removesuffix("price") or folded
+    when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
+    return when if when in HEADERS["time"] else folded.removeprefix("price").removesuffix("price") or folded
 
 
 def _n_known(fields):
@@ -1006,10 +1041,7 @@ def _n_known(fields):
 def _split(line, delimiter):
     if delimiter == " ":  # or runs of them
         return line.replace('"', "").split()
-    try:
-        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-    except csv.Error:
-        return []
+    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
 def _names(cells):
@@ -1020,15 +1052,18 @@ def _names(cells):
         parts = [re.fullmatch(f"(?P<f>{FIELD}){BETWEEN}(?P<t>.+)", text, re.I)
                  or re.fullmatch(f"(?P<t>.+?){BETWEEN}(?P<f>{FIELD})", text, re.I) for text in texts]
         if _n_known(_fold(part["f"]) for part in parts if part) >= 4:
-            return [(_fold(p["f"]), p["t"]) if p else (f, "") for p, f in zip(parts, fields)]
+            tickers = {part["t"] for part in parts if part}
+            rest = {name: "".join(tickers) for name in HEADERS["volume"]} if len(tickers) == 1 else {}
+            return [(_fold(p["f"]), p["t"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
     return [(field, "") for field in fields]
 
 
 def _table(path):
     """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
-    text, plain = _text(path)
-    head = text[:1 << 16].split("\n")[:200]
+    head, text = _start(path)
     filled = [i for i, line in enumerate(head) if line.strip()][:40]
+    if not filled:
+        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
     best = 1, ",", 0, []
     for delimiter, i in itertools.product(",;\t| ", filled):
         names = _names(_split(head[i], delimiter))
@@ -1037,14 +1072,16 @@ def _table(path):
             best = known, delimiter, i, names
         if known > 4:
             break
-    known, delimiter, i, names = best
+    known, delimiter, at, names = best
     if known == 1:
-        return _without_header(path, text, plain, head, filled)
-    cells = [printable(cell.strip()) for cell in _split(head[i], delimiter)]
+        return _without_header(path, text, head, filled)
+    cells = [printable(cell.strip()) for cell in _split(head[at], delimiter)]
     if delimiter == " ":
-        text, plain, delimiter = "\n".join("\t".join(_split(line, " ")) for line in text.split("\n")), False, "\t"
+        lines = (_text(path) if text is None else text).split("\n")
+        text, delimiter = "\n".join("\t".join(_split(line, " ")) for line in lines), "\t"
         head = text[:1 << 16].split("\n")[:200]
-    table = Table(path, text, plain, head, delimiter, i + 1, cells, [field for field, _ in names], [ticker for _, ticker in names])
+    fields, tickers = map(list, zip(*names))
+    table = Table(path, text, head, delimiter, at + 1, cells, fields, tickers)
     if not any(table.tickers):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
@@ -1054,32 +1091,37 @@ def _table(path):
 
 def _find_tickers(table, filled):
     """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
-    at = filled.index(table.first - 1)
-    for k in (at + 1, at - 1):
-        cells = _split(table.head[filled[k]], table.delimiter) if 0 <= k < len(filled) else []
-        if len(cells) != len(table.fields) or _fold(cells[0]) not in ("", "ticker", "price", "symbol"):
-            continue
-        if all(cell.strip() and not _is_number(cell) for cell in cells[1:]):
-            table.tickers = ["", *(cell.strip() for cell in cells[1:])]
-            table.first = max(table.first, filled[k] + 1)
-            below = _split(table.head[table.first], table.delimiter) if table.first < len(table.head) else []
+    rows, at = [_split(line, table.delimiter) for line in table.head], table.first - 1
+    for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
+        has_symbols = len(rows[k]) == len(table.fields) and _fold(rows[k][0]) in ("", "ticker", "price", "symbol")
+        tickers = ["", *(cell.strip() for cell in rows[k][1:])]
+        whole = has_symbols and all(_n_known(itertools.compress(table.fields, [t == ticker for t in tickers])) >= 4
+                                    for ticker in set(tickers[1:]))  # not so a row of units
+        if whole and all(cell and not _is_number(cell) for cell in tickers[1:]):
+            table.tickers = tickers
+            table.first = max(at, k) + 1
+            below = rows[table.first] if table.first < len(rows) else []
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             return
 
 
-def _without_header(path, text, plain, head, filled):
+def _without_header(path, text, head, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
     for delimiter in ",;\t| ":
         first = filled[0]
         if len(filled) > 1 and _split(head[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:  # pandas numbers columns
             first = filled[1]
-        cells = _split(head[first], delimiter)
-        stamp = ["date", "time"] if len(cells) > 6 and ":" in cells[1] else ["time"]
+        cells = [cell.strip() for cell in _split(head[first], delimiter)]
+        named = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
+        at = len(named)
+        stamp = named + (["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"])
         rest = cells[len(stamp):]
         fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        numbers = len(rest) >= 5 and all(map(_is_number, rest))
-        if len(fields) == len(cells) and numbers and (_is_number(cells[0]) or STAMP.fullmatch(cells[0].strip())):
-            return Table(path, text, plain, head, delimiter, first, list(fields), list(fields), [""] * len(fields), False)
+        points = rest if delimiter == "," else [cell.replace(",", ".") for cell in rest]
+        numbers = len(rest) >= 5 and all(map(_is_number, points))
+        if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
+            tickers = [""] * len(fields)
+            return Table(path, text, head, delimiter, first, list(fields), list(fields), tickers, has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -1090,15 +1132,13 @@ def _columns(table, ticker):
     for column in (*COLUMNS, "symbol", "interval"):
         taken = [fields[i] for i in columns.values()]
         field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
-        if field is None:
-            continue
-        if fields.count(field) > 1:
-            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
-        columns[column] = fields.index(field)
-    for column in PRICES:
-        if column not in columns:
+        if field is None and column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
-                            f"name it one of {', '.join(HEADERS[column][:4])}")
+                            f"give that name to the one it is")
+        if fields.count(field) > 1 and field:
+            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
+        if field:
+            columns[column] = fields.index(field)
     if "volume" not in columns and "volumemoney" in fields:
         columns["volume"] = columns.pop("amount")
     return columns
@@ -1116,26 +1156,37 @@ def _is_number(text):
 
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
-    n_columns = len(table.names)
-    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(n_columns)]
-    quote = '"' if '"' in table.text else None
-    file = table.path if table.plain else io.StringIO(table.text)
+    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
+    file = table.path if table.text is None else io.StringIO(table.text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of no rows
             got = np.loadtxt(file, skiprows=table.first, dtype=kinds, comments=None, delimiter=table.delimiter,
-                             quotechar=quote, ndmin=1, encoding="utf-8-sig")
-        if not quote or not any("\n" in cell for i in texts for cell in got[str(i)]):  # else one that was not closed
+                             quotechar='"', ndmin=1, encoding="utf-8")
+        if not any("\n" in "".join(got[str(i)]) for i in texts):  # else a quote that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
     except (ValueError, OSError, UserWarning):
         pass  # holes, faults, numbers with commas: row by row
-    rows, line_of, reasons, price = [], [], {}, min(numbers)
-    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     gc.disable()  # it would scan millions of small lists, again and again, for nothing
+    try:
+        rows, reasons = _rows(table, min(numbers))
+    finally:
+        gc.enable()
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
+
+
+def _rows(table, price):
+    """(the cells of each row, {row: why it is bad}), without blanks, comments and notes. price: a column of numbers."""
+    rows, line_of, reasons, n_columns = [], [], {}, len(table.names)
+    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     try:
         for line, row in enumerate(reader, table.first + 1):
             if table.first + reader.line_num > line:
                 raise csv.Error("a quote is opened and not closed")
+            if len(row) == n_columns + 1 and not row[-1]:
+                row.pop()  # a comma behind the last cell
+            elif len(row) == n_columns - 1 and not table.names[-1]:
+                row.append("")  # or behind the last name
             fits = len(row) == n_columns
             if not (fits and row[price][:1].isdecimal()):
                 if _is_note(row, n_columns) or (fits and _fold(row[price]) == table.fields[price]):
@@ -1146,11 +1197,10 @@ def _cells(table, numbers, texts):
             rows.append(row)
             line_of.append(line)
     except csv.Error as e:
-        raise UserError(f"{table.path}:{line_of[-1] + 1 if line_of else table.first + 1}: not a CSV row ({e}); mend or remove it")
-    finally:
-        gc.enable()
+        line = line_of[-1] + 1 if line_of else table.first + 1
+        raise UserError(f"{table.path}:{line}: not a CSV row ({e}); mend or remove it")
     table.line_of = np.array(line_of, np.int64)
-    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
+    return rows, reasons
 
 
 def _is_note(row, n_columns):
@@ -1160,20 +1210,23 @@ def _is_note(row, n_columns):
     return not filled or alone or filled[0].startswith(("#", "//"))
 
 
-NOISE = str.maketrans("", "", "$€£¥₹' \u00a0\u202f\u2009\u2019\t")
-NUMBER = [re.compile(rf"[-+]?(\d{{1,3}}({comma}\d{{2,3}})*{comma}\d{{3}}|\d*)({point}\d*)?(e[-+]?\d+)?(?P<suffix>[kmbt]?)")
+NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
+APOSTROPHE = re.compile(r"(?<!\d)'|'(?=\d{3}(?!\d))")  # 1'234.50; in 123'16 it stands before 32nds
+NUMBER = [re.compile(rf"([-+]?(?:\d{{1,3}}(?:{comma}\d{{2,3}})*{comma}\d{{3}}|\d*)(?:{point}\d*)?(?:e[-+]?\d+)?)"
+                     r"([a-z]+\.?|万|亿|)")
           for comma, point in ((",", "\\."), ("\\.", ","))]  # 1,234.50 and 1.234,50
-SUFFIX = {"": "", "k": "e3", "m": "e6", "b": "e9", "t": "e12"}
+SUFFIX = {"": "", "k": "e3", "m": "e6", "mn": "e6", "mln": "e6", "mio": "e6", "b": "e9", "bn": "e9", "mrd": "e9",
+          "t": "e12", "万": "e4", "亿": "e8"}
 
 
 def _numbers(table, cells, reasons):
-    """{index: float64}, NaN where a number is missing; where it is none, a reason is added. One format holds for the file."""
+    """{index: float64}, NaN where a number is missing, or is none: then a reason is added. One format for the file."""
     with contextlib.suppress(ValueError):
-        return {i: np.array(column, np.float64) for i, column in cells.items()}
+        return {i: np.asarray(column, np.float64) for i, column in cells.items()}
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
     with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
-    plain = {i: "\0".join(column).lower().translate(NOISE).split("\0") for i, column in cells.items()}
+    plain = {i: APOSTROPHE.sub("", "\0".join(column).lower().translate(NOISE)).split("\0") for i, column in cells.items()}
     distinct = {c for column in plain.values() for c in column}
     votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
     by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
@@ -1182,9 +1235,10 @@ def _numbers(table, cells, reasons):
     values = {"nan": np.nan}
     for text in distinct:
         found = NUMBER[comma].fullmatch(text)
-        if found and any(map(str.isdigit, text)):
-            digits = text.replace(".", "").replace(",", ".") if comma else text.replace(",", "")
-            values[text] = float(digits.rstrip("kmbt") + SUFFIX[found["suffix"]])
+        power = SUFFIX.get(found[2].rstrip(".")) if found else None
+        if power is not None and any(map(str.isdigit, text)) and not (power and "e" in found[1]):
+            digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
+            values[text] = float(digits + power)
     for i, column in plain.items():
         for row, text in enumerate(column):
             if text not in values:
@@ -1194,17 +1248,19 @@ def _numbers(table, cells, reasons):
 
 # -- texts -> UTC seconds
 
-STAMP = re.compile(r"""(?P<date>\d{8}|\w{1,9}[-/.\s年]\s*\w{1,9}\.?,?(?:[-/.\s月]\s*\d{1,4}日?)?)
-    (?:[T\s,;]\s*(?P<clock>\d\d?(?::?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
-    \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)""", re.X | re.I)
-CLOCK = re.compile(r"(\d\d?)(?::(\d\d))?(?::(\d\d))?(?:[.,]\d+)?[\s-]*([ap])?\.?m?\.?", re.I)
+STAMP = re.compile(r"""(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?
+    (?P<date>\d{8}|\d\d?[a-z]{3}\d{4}|\w{1,9}[-/.\s年년]\s*\w{1,9}\.?,?(?:[-/.\s月월]\s*\d{1,4}[日일]?)?)
+    (?:(?:[T\s,;]\s*|(?<=\d{8})-(?=\d\d:))(?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
+    \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)(?:\[[\w/]+\])?""", re.X | re.I)
+CLOCK = re.compile(r"(\d\d?)(?:[:.h](\d\d)(?:[:.](\d\d)(?:[.,]\d+)?)?)?[\s-]*([ap])?\.?m?\.?", re.I)
 DATES = {  # order -> formats, with - for whatever stands between
     "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
-    "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d-%m-%y", "%d-%b-%y"),
+    "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d%b%Y", "%d-%m-%y", "%d-%b-%y"),
     "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
 DIGITS = (  # numbers that spell a date: name, format of the day, digits of the clock behind it
     ("YYYYMM", "%Y%m", 0), ("YYMMDD", "%y%m%d", 0), ("YYYYMMDD", "%Y%m%d", 0), ("YYYYMMDDHH", "%Y%m%d", 2),
-    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6), ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
+    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6),
+    ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
 
 
 def parse_time(text):
@@ -1216,10 +1272,11 @@ def parse_time(text):
 
 
 def _dates(cells):
-    """(UTC seconds, NaN where a cell is no date; why there is none, or ""), in one form for all cells, float64 or texts."""
+    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts."""
     if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
         return _dates_of_numbers(cells)
-    texts, which = np.unique(np.array([cell.strip() for cell in cells]), return_inverse=True)
+    texts = np.array([cell.strip(" '=\"") for cell in cells])  # '13/01 and ="13/01" are texts to a spreadsheet
+    texts, which = np.unique(texts, return_inverse=True)
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
     else:
@@ -1228,11 +1285,13 @@ def _dates(cells):
 
 
 def _dates_of_texts(texts):
-    """As `_dates`. A text is a day, a clock and a zone; each day is looked up once, in the order that fits most of them."""
+    """As `_dates`. A text is a day, a clock and a zone; each day is read once, in the order that fits most of them."""
     found = [STAMP.fullmatch(text) for text in texts]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
-    days, which = np.unique([re.sub(r"[/.,\s年月日-]+", "-", date).strip("-") for date in dates], return_inverse=True)
-    readings = {order: np.array([_day(day, formats) for day in days.tolist()]) for order, formats in DATES.items()}
+    days, which = np.unique(dates, return_inverse=True)
+    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan: 109 is 2020
+    days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
+    readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
     seconds = seconds[which] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
     for zone in set(zones) - {""}:
@@ -1245,8 +1304,9 @@ def _day(text, formats):
     """UTC seconds of a date; NaN if it has none of the formats."""
     for form in formats:
         with contextlib.suppress(ValueError):
-            day = datetime.datetime.strptime(text, form)
-            return day.replace(tzinfo=datetime.UTC).timestamp() if 1770 <= day.year < 2200 else np.nan
+            day = datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC)
+            if 1770 <= day.year < 2200 and not ("%y" in form and day.timestamp() > time.time() + 2 * DAY):
+                return day.timestamp()  # 31/01/20 is no day of 2031
     return np.nan
 
 
@@ -1264,8 +1324,7 @@ def _clock(cells):
         elif top > 240000:  # with milliseconds
             values //= 1000
     else:
-        for k, text in enumerate(texts):
-            found = CLOCK.fullmatch(text)
+        for k, found in enumerate(map(CLOCK.fullmatch, texts)):
             if found:
                 hour, half = int(found[1]), (found[4] or "").lower()
                 if half:  # 12 am is 0, 12 pm is 12
@@ -1276,12 +1335,12 @@ def _clock(cells):
 
 def _of_hhmmss(values):
     hour, minute, second = values // 10000, values // 100 % 100, values % 100
-    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 61)
+    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 60 + (minute == 59))  # with leap seconds
     return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)
 
 
 def _ahead(zone, seconds):
-    """Seconds that the clocks of a zone, such as Z, +01:00, GMT+0100 or US/Eastern, are ahead of UTC; NaN if unknown."""
+    """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is unknown."""
     offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
     if offset:
         return int(f"{offset[1] or ''}1") * (int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60)
@@ -1296,7 +1355,8 @@ def _ahead(zone, seconds):
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
     sample = values[::max(1, len(values) // 50)]
-    readings = {name: _spelled(values, *form) for name, *form in DIGITS if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
+    likely = [form for form in DIGITS if np.isfinite(_spelled(sample, *form[1:])).mean() > 0.5]
+    readings = {name: _spelled(values, *form) for name, *form in likely}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
         readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
@@ -1311,14 +1371,14 @@ def _spelled(values, form, n_clock):
     day, clock = np.divmod(np.where(np.abs(values) < 1e18, values, np.nan), 10.0 ** n_clock)
     days, which = np.unique(day, return_inverse=True)
     texts = [f"{d:.0f}" for d in days]
-    fits = [len(text) == (8 if form == "%Y%m%d" else 6) for text in texts]
-    seconds = np.array([_day(text, [form]) if fit else np.nan for text, fit in zip(texts, fits)])[which]
+    width = 8 if form == "%Y%m%d" else 6
+    seconds = np.array([_day(text, [form]) if len(text) == width else np.nan for text in texts])[which]
     seconds = seconds + _of_hhmmss(np.floor(clock * 10.0 ** (6 - n_clock)))
     return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
 
 
 def _epoch(values):
-    """Seconds of an epoch in s, ms, us or ns, one unit for all (but Binance went from ms to us); NaN from tomorrow on."""
+    """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
     sample = np.sort(sample[sample < 1e19])
     if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
@@ -1326,19 +1386,19 @@ def _epoch(values):
     size = np.sort(sample)[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    is_dotnet = unit == 1e9 and 6.2e17 < size < 6.5e17  # it counts 100 ns from year 1
+    is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
     is_1970 = unit == 1 and len(sample) and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
-    if is_dotnet or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
+    if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         unit = np.nan
     seconds = np.floor(values / unit)
-    return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
+    seconds[(seconds >= now) | (seconds <= -200 * YEAR)] = np.nan
+    return seconds
 
 
 def _told_apart(readings, prefer=None):
     """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and differ."""
     fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
-    most = max(fits.values())
-    name, *others = [name for name in readings if fits[name] == most]
+    name, *others = [name for name in readings if fits[name] == max(fits.values())]
     for other in others:
         differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
         if not len(differ):
@@ -1347,7 +1407,7 @@ def _told_apart(readings, prefer=None):
             one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
             return readings[name] * np.nan, f"it may be {one} ({name}) or {two} ({other}), as may all others here"
         name = prefer
-    return readings[name].copy(), ""
+    return readings[name], ""
 
 
 def _times(table, cells, named, clocks):
@@ -1361,23 +1421,20 @@ def _times(table, cells, named, clocks):
         good = np.isfinite(seconds)
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date" + (f": {reason}" if reason else "")
+                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date"
+                why += f": {reason}" if reason else ""
             continue
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if distinct > most:
             best, most, at = seconds, distinct, i
     if best is None:
         raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    midnight = bool(clocks) and (best[np.isfinite(best)] % DAY == 0).all()
-    for i in clocks:
-        if midnight and i != at:
-            clock = _clock(cells[i])
-            if np.isfinite(clock).mean() > 0.5:
-                best = best + clock
-                break
+    clocks = [i for i in clocks if i != at]
+    if clocks and (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks)
+        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
     zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
-    ahead = _ahead(zone[1], best) if zone else 0
-    return np.where(np.isfinite(ahead), best - ahead, best), at
+    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
 
 
 # -- columns -> bars
@@ -1393,7 +1450,7 @@ def _read_csv(path, symbol):
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
     if not named:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; name it one of {', '.join(HEADERS['time'][:6])}")
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
 
     stamps = {*named, *clocks}
     epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
@@ -1402,13 +1459,14 @@ def _read_csv(path, symbol):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
     time, at = _times(table, cells, named, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
-    prices = np.array([values[columns[c]] for columns in parts.values() for c in PRICES])
     for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not np.isnan(prices[:, row]).all():
+        if not all(np.isnan(values[columns[c]][row]) for columns in parts.values() for c in PRICES):
             reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
     series = []
     for ticker, columns in parts.items():
-        ohlcva = np.array([values[columns[c]] if c in columns else np.full(len(time), np.nan) for c in COLUMNS])
+        ohlcva = np.empty((6, len(time)))
+        for k, c in enumerate(COLUMNS):
+            ohlcva[k] = values[columns[c]] if c in columns else np.nan
         _check_columns(table, columns, cells, ohlcva)
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
         series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
@@ -1426,7 +1484,8 @@ def _check_columns(table, columns, cells, ohlcva):
         raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
                         f"{names[columns['interval']]!r}; keep one of them a file")
     if not table.has_header and len(names) != len(BINANCE) and ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9:
-        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; {FIRST_LINE}")
+        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
+                        f"{FIRST_LINE}")
     if "amount" in columns:
         some = slice(None, None, max(1, len(amount) // 1000))
         base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
@@ -1434,11 +1493,10 @@ def _check_columns(table, columns, cells, ohlcva):
         ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
         if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
             amount[:] = np.nan
-            print(f"{path}: {names[columns['amount']]!r} is not volume times price; no amount is read", file=sys.stderr)
+            table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
     others = [name for i, name in enumerate(names) if name.strip() and table.fields[i] not in KNOWN]
     if "volume" not in columns and others:
-        print(f"{path}: no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; "
-              f"name it volume", file=sys.stderr)
+        table.say(f"no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; name it volume")
 
 
 def _symbol_of_rows(table, columns, cells, time, reasons):
@@ -1446,7 +1504,7 @@ def _symbol_of_rows(table, columns, cells, time, reasons):
     symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
     distinct, which = np.unique(symbols, return_inverse=True)
     if table.fields[columns["symbol"]] in ("code", "name") and len(np.unique(time)) == len(time):
-        if (np.diff(which) != 0).mean() > 0.5:  # it changes from row to row, and no two share a time
+        if np.count_nonzero(np.diff(which)) > len(time) // 2:  # it changes from row to row, and no two share a time
             return None
     bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
     if len(bad) == len(distinct):
@@ -1457,30 +1515,33 @@ def _symbol_of_rows(table, columns, cells, time, reasons):
 
 
 def _bars(table, symbols, time, ohlcva, reasons):
-    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong with it}."""
+    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong}."""
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
-    step = np.diff(time)
-    far = (np.abs(step) > 360 * DAY) & (np.diff(code) == 0)  # a mistyped year: there and back
-    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
-        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
-    bad = np.zeros(len(time), bool)
-    bad[list(reasons)] = True
-    empty = np.isnan(ohlcva[:4]).all(0) & ~bad  # a row without any price is no bar, and no fault
+    step, same = np.diff(time), code[1:] == code[:-1]
+    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
+    if not in_order:
+        far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
+        for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
+            reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
+    empty[list(reasons)] = False
     if empty.all():
         return []
     if empty.any() and not any(table.tickers):
-        print(f"{table.path}: {empty.sum()} of {len(empty)} rows have no price: no bars", file=sys.stderr)
+        table.say(f"{empty.sum()} of {len(empty)} rows have no price: no bars")
     row = np.arange(len(time))
-    if empty.any() or not (np.diff(code) * 1e12 + np.diff(time) >= 0).all():
+    if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
-        time, code, bad, ohlcva = time[row], code[row], bad[row], ohlcva[:, row]
+        time, code, ohlcva = time[row], code[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
-    for keep in (_good, _latest):
-        kept = keep(table, names, row, time, code, ohlcva, bad, reasons)
-        if not kept.all():
-            row, time, code, bad, ohlcva = row[kept], time[kept], code[kept], bad[kept], ohlcva[:, kept]
+    good = _good(table, row, time, ohlcva, reasons)
+    if not good.all():
+        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    last = _latest(table, names, row, time, code, ohlcva)
+    if not last.all():
+        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
     _look_for_jumps(table, names, time, code, ohlcva[3])
     time, ohlcva = time.astype(np.int64), ohlcva.T
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
@@ -1491,7 +1552,7 @@ def _bars(table, symbols, time, ohlcva, reasons):
 # -- faults
 
 def _mend(table, ohlcva, code):
-    """In place: highs and lows that lie inside the body by rounding; an open that is missing or 0 is the close before."""
+    """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before."""
     open_, high, low, close = ohlcva[:4]
     if ((open_ > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
         return
@@ -1499,60 +1560,65 @@ def _mend(table, ohlcva, code):
     if lacks.any():
         before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
         open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
-        print(f"{table.path}: {lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it", file=sys.stderr)
+        table.say(f"{lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it")
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
     np.copyto(high, top, where=(high < top) & (high >= top * (1 - ROUNDING)))
     np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
 
 
 def _faults(time, ohlcva):
-    """(which rows, why) for all that can be wrong with a bar; of several the first counts."""
+    """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
-    least, most = np.minimum(np.minimum(o, h), np.minimum(l, c)), np.maximum(np.maximum(o, h), np.maximum(l, c))  # or NaN
-    return ((np.isnan(time), "time is no date"),
-            (np.isnan(least), "a price is missing"),
-            (np.isinf(least) | np.isinf(most), "a price is not a finite number"),
-            (least <= 0, "a price is zero or negative"),
-            ((least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"),
-            (h < l, "high below low"),
-            (h < np.maximum(o, c), "high below open or close"),
-            (l > np.minimum(o, c), "low above open or close"),
-            ((v < 0) | (a < 0), "negative volume or amount"),
-            ((v > 1e30) | (a > 1e30), "volume or amount above 1e30"))
+    bottom, top = np.minimum(o, c), np.maximum(o, c)
+    candles = (1e-30 <= l) & (l <= bottom) & (top <= h) & (h <= 1e30)
+    if candles.all() and not ((v < 0) | (a < 0) | (v > 1e30) | (a > 1e30)).any() and not np.isnan(time).any():
+        return  # as in most files
+    least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
+    yield np.isnan(time), "time is no date"
+    yield np.isnan(least), "a price is missing"
+    yield np.isinf(least) | np.isinf(most), "a price is not a finite number"
+    yield least <= 0, "a price is zero or negative"
+    yield (least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"
+    yield h < l, "high below low"
+    yield h < top, "high below open or close"
+    yield l > bottom, "low above open or close"
+    yield (v < 0) | (a < 0), "negative volume or amount"
+    yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
 
 
-def _good(table, names, row, time, code, ohlcva, bad, reasons):
-    """Which bars are good, bool; the bad ones are counted, the first three named; too many are an error. row: of each bar."""
+def _good(table, row, time, ohlcva, reasons):
+    """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
+    bad = np.isin(row, list(reasons))
     for failed, why in _faults(time, ohlcva):
         if failed.any():
             reasons |= {k: why for k in row[failed & ~bad].tolist()}
-            bad = bad | failed
+            bad |= failed
     n_bad = int(bad.sum())
-    examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
-    remedy = "check the columns" if table.has_header else FIRST_LINE
-    if n_bad > MAX_BAD * len(row):
-        raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
     if n_bad:
+        examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
+        if n_bad > MAX_BAD * len(row):
+            remedy = "check the columns" if table.has_header else FIRST_LINE
+            raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
         print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
     return ~bad
 
 
-def _latest(table, names, row, time, code, ohlcva, bad, reasons):
+def _latest(table, names, row, time, code, ohlcva):
     """Which bars are the last of their time and symbol, bool; UserError if that drops many that differ from it."""
     again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
     if not again.any():
         return ~again
-    left, right = ohlcva[:, :-1], ohlcva[:, 1:]
-    unlike = again[:-1] & ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+    unlike = again[:-1] & _differ(ohlcva[:, :-1], ohlcva[:, 1:])
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} have the time "
-                        f"of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or intervals "
-                        f"in one file? Keep one a file, or name their column symbol. Times rounded by a spreadsheet? Export them in full")
+        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} "
+                        f"have the time of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, "
+                        f"contracts, exchanges or intervals in one file? Keep one a file, or name their column symbol. "
+                        f"Times rounded by a spreadsheet? Export them in full")
     if lost.any():
-        print(f"{table.path}: {lost.sum()} of {len(row)} rows have the time of a later one and give way to it", file=sys.stderr)
+        table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
     return ~again
 
 
@@ -1567,12 +1633,13 @@ def _look_for_jumps(table, names, time, code, close):
     back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
     why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
     more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-    print(f"{table.path}: the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}"
-          f"{why}{more}", file=sys.stderr)
+    table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
+# Files out
+
+# -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
     """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
@@ -1621,8 +1688,10 @@ def _open_folder(folder):
 def _check_series(bars, piece=1 << 16):
     """ValueError for arrays that are no bars; reads them once, piece by piece."""
     time, ohlcva = bars.time, bars.ohlcva
-    if time.dtype != np.int64 or ohlcva.dtype != np.float64 or time.ndim != 1 or ohlcva.shape != (len(time), 6) or not len(time):
-        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
+    if not fits or not len(time):
+        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} "
+                         f"do not fit")
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
@@ -1632,8 +1701,7 @@ def _check_series(bars, piece=1 << 16):
                 raise ValueError(f"{bars.symbol}: bar {i + int(np.argmax(failed))}: {why}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What tells two data sets, or two sets of weights, apart
+# -- what tells two data sets, or two sets of weights, apart
 
 def weights_hash(weights) -> str:
     """A hash of named tensors."""
@@ -1654,8 +1722,7 @@ def fingerprint(series) -> str:
     return digest.hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that survive a kill, and what every script's command line shares
+# -- files that survive a kill
 
 @contextlib.contextmanager
 def write_atomic(path, text=False):
@@ -1670,11 +1737,8 @@ def write_atomic(path, text=False):
     temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         stream = _own_stream(path)
-        if stream is not None:
-            with open(os.dup(stream), **how) as f:
-                yield f
-        elif os.path.exists(path) and not os.path.isfile(path):
-            with open(path, **how) as f:
+        if stream is not None or (os.path.exists(path) and not os.path.isfile(path)):
+            with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
         else:
             for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
@@ -1704,7 +1768,7 @@ def write_atomic(path, text=False):
 
 
 def _own_stream(path):
-    """1 or 2 where path is this process's standard output or error, else None; what was printed so far goes out first."""
+    """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             if os.path.samestat(os.stat(path), os.fstat(number)):
@@ -1759,17 +1823,6 @@ def _tensors_in(obj):
             yield from _tensors_in(part)
 
 
-def printable(text):
-    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def csv_text(text):
-    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote before them)."""
-    text = printable(text)
-    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
-
-
 @contextlib.contextmanager
 def sole_writer(path):
     """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
@@ -1821,6 +1874,26 @@ def check_out(path, overwrite=False, inputs=()):
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line: what every script shares
+
+def printable(text):
+    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def csv_text(text):
+    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote)."""
+    text = printable(text)
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+
+
+def progress(text):
+    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def pick_device(name, local_rank=0):
@@ -1965,7 +2038,8 @@ def run(main):
             sys.exit(128 + getattr(signal, "SIGPIPE", 13))
         why = f"{e.filename or 'output'}: {e.strerror or e}; make room or choose another place"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        why = f"out of memory ({str(e).splitlines()[0][:80] if str(e) else 'none left'}); lower --batch_size, --n_embd or --paths"
+        what = str(e).splitlines()[0][:80] if str(e) else "none left"
+        why = f"out of memory ({what}); lower --batch_size, --n_embd or --paths"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -1975,18 +2049,12 @@ def run(main):
     sys.exit(2)
 
 
-def progress(text):
-    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
-    if sys.stderr and sys.stderr.isatty():
-        print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 @dataclass
 class Config:
     data: list[str] | None = None  # CSV files, folders or globs to convert
     synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
     kind: str = "edge"             # synthetic: edge (a wick tells the next direction) or reverting (a deviation decays)
-    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength from 0 to 1, 0.75
+    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength, 0 to 1, 0.75
     half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
