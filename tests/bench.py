@@ -214,10 +214,10 @@ def tokenizer(args):
 
     forms = {"BSQ alone": dict(nearest=False), "  entropy per bit": dict(nearest=False, joint=False),
              "  no entropy term": dict(nearest=False, entropy=0.0), "BSQ, then nearest": {},
-             "  no direction bit": dict(direction_bit=False)}
+             "  no direction bit": dict(direction_bit=False), "  close counts more": dict(close=TokenizerConfig.close)}
     for name, settings in forms.items():
         began = time.process_time()
-        net = train_tokenizer(train, TokenizerConfig(**settings), seed=args.seed, steps=steps)
+        net = train_tokenizer(train, TokenizerConfig(**dict(close=1.0) | settings), seed=args.seed, steps=steps)
         seconds = time.process_time() - began
         tokens = net.encode(test)
         decodes = [(net.decode(*read)[:, has] - mean) / std for read in (tokens[:1], tokens)]
