@@ -33,7 +33,7 @@ from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
     WARN, Origin, base_weights, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
-    usual_sigma)
+    usual_sigma, warn_of_intervals)
 from tokenizer import code_use
 
 
@@ -1016,6 +1016,8 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
     split, lo, hi = span_of([meta for *_, meta in loaded.values()], split, start, end)
     t = Targets([series] if isinstance(series, data.Bars) else series, lo, hi, horizon, stride, seed)
     warn_of_few_blocks(t)
+    for name, (*_, meta) in loaded.items():
+        warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
 
     forecasts, use = {}, {}
     for name, (model, tokenizer, _) in loaded.items():

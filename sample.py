@@ -61,6 +61,7 @@ BATCH_ORIGINS = 16       # contexts read side by side
 USUAL_BARS = 250         # of the long-run volatility
 EXTREME, WARN = 3, 0.05  # an extreme move, in long-run sigmas of the horizon; the chance of one that raises a warning
 PRIOR_BARS = 32          # bars that the share of unmoved bars in training counts for, beside a symbol's own
+FAR = 2.5                # factor between the spacings of bars from which on a model knows little of them
 STALE = 5                # horizons after which a symbol without new bars is left out of ranks
 
 
@@ -572,6 +573,31 @@ def load_series(sources, meta, symbols=None):
     return [known[symbol] for symbol in dict.fromkeys(symbols)]
 
 
+def warn_of_intervals(series, meta, who="the weights"):
+    """A line on stderr for each spacing of bars that is far from all that the checkpoint was trained on."""
+    known = (meta.get("data") or {}).get("intervals")
+    if not known:
+        return  # an older checkpoint does not say
+    far = {}
+    for bars in series:
+        step = float(np.median(np.diff(bars.time)))
+        if not any(step <= FAR * k and k <= FAR * step for k in known):
+            far.setdefault(span(step), []).append(data.printable(bars.symbol))
+    lowest, highest = span(min(known)), span(max(known))
+    trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
+    for step, symbols in far.items():
+        more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
+        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less", file=sys.stderr)
+
+
+def span(seconds):
+    """A time as people say it: 5 min."""
+    for unit, size in (("d", data.DAY), ("h", data.HOUR), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def read_times(path, histories, horizon):
     """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
     try:
@@ -612,6 +638,7 @@ def main(argv=None):
     if len(histories) < len(series):
         print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped",
               file=sys.stderr)
+    warn_of_intervals(histories, meta)
 
     if config.times:
         times = read_times(config.times, histories, config.horizon)
