@@ -465,20 +465,17 @@ def baselines(t, paths):
 
 def each_series(t, forecaster, *options):
     """forecaster(t, series, rows of its paths, *options) of every series, as one."""
-    parts, row = [], 0
-    for i, origins in enumerate(t.origins):
-        parts.append(forecaster(t, i, slice(row, row + len(origins)), *options))
-        row += len(origins)
-    return joined(parts)
+    ends = np.cumsum([len(origins) for origins in t.origins])
+    return joined([forecaster(t, i, slice(end - len(t.origins[i]), end), *options) for i, end in enumerate(ends)])
 
 
 def persistence(t):
     """All stays as it is: no return, the range and volume of the bar before. A point's CRPS is its error."""
-    zero, path_zero = np.zeros(len(t.r)), np.zeros(t.path_r.shape)
+    zero = np.zeros(len(t.r))
     ranges = [np.abs(np.diff(log_range(bars), prepend=np.nan)) for bars in t.series]
     volumes = [np.abs(np.diff(log_volume(bars), prepend=np.nan)) for bars in t.series]
     return dict(mean=zero, point=zero, crps=np.abs(t.r), range_crps=t.flat(ranges), volume_crps=t.flat(volumes),
-                path_point=path_zero, path_crps=np.abs(t.path_r))
+                path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
 
 
 def ar1(t, i, rows):
@@ -591,10 +588,9 @@ class Har:
         settled = np.arange(min(WINDOWS[-1], first // 2), first)
         self.fitted = settled[known[settled]]
         self.early = self.fitted[bars.time[self.fitted] < start]
-        means = [trailing_mean(np.log(self.u) if logs else self.u, n) for n in WINDOWS]
-        before = np.concatenate([np.full((1, len(WINDOWS)), 0.0 if logs else 1.0), np.stack(means, 1)[:-1]])
-        self.x = before if logs else np.sqrt(before)  # (T, 4): known before each bar
-        self.y = np.log(self.u) if logs else np.sqrt(self.u)
+        v = np.log(self.u) if logs else self.u
+        means = np.stack([np.append(0.0 if logs else 1.0, trailing_mean(v, n)[:-1]) for n in WINDOWS], 1)
+        self.x, self.y = (means, v) if logs else (np.sqrt(means), np.sqrt(v))  # (T, 4), known before each bar; (T,)
 
     def predict(self, x):
         """u of the next bar, in its units, from the roots or logs of its means over WINDOWS: a list of [...]."""
@@ -757,12 +753,11 @@ def block_sums(f, t):
         for q in (50, 80, 90):
             means[f"coverage{q}"] = np.abs(f["pit"] - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
     for name, scale in (("range", 100), ("volume", 1)):
-        crps = f.get(f"{name}_crps")
-        if crps is not None:
-            means[f"{name}_crps"] = scale * crps
+        if f"{name}_crps" in f:
+            means[f"{name}_crps"] = scale * f[f"{name}_crps"]
         if f"{name}_pit" in f:
             inside = np.abs(f[f"{name}_pit"] - 0.5) <= 0.45 + 1e-9
-            means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside)
+            means[f"{name}_coverage90"] = np.where(np.isnan(f[f"{name}_crps"]), np.nan, inside)
     for name, values in means.items():
         if not np.isnan(values).all():
             out[name] = sums_of(values, t.block, t.n_blocks)
@@ -1038,7 +1033,7 @@ def groups_of(t, by):
 
 
 def grouped(f, t, mask):
-    """Scores of the next bar over some of the targets, bool [N]."""
+    """Scores BY of some of the targets, bool [N]."""
     part = copy.copy(t)
     part.r, part.stamp, part.block = t.r[mask], t.stamp[mask], t.block[mask]
     sums = block_sums({key: v[mask] for key, v in f.items() if not of_paths(key)}, part)
@@ -1077,7 +1072,7 @@ def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
 
 
 def at_step(drawn, metric, step):
-    """(value, replicates) of a score; of a list over steps that at `step` (-1: the last), its mean if that is None."""
+    """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is None."""
     value, replicates = drawn[metric]
     if np.ndim(value) == 0:
         return value, replicates
@@ -1158,12 +1153,12 @@ def print_backtest(result, horizon, cost_bps):
             continue  # no volume, or too few symbols to trade
         print(title)
         for metric, label, scale, digits in rows:
+            found = [scores.get(metric) for scores in columns]
             if metric not in ("path_crps", "path_mape"):
-                print_row(label, [scores.get(metric) for scores in columns], len(own), scale, digits)
+                print_row(label, found, len(own), scale, digits)
                 continue
             for k in sorted({(horizon + 1) // 2, horizon}):
-                at = [scores[metric] and scores[metric][k - 1] for scores in columns]
-                print_row(f"{label}, bar {k}", at, len(own), scale, digits)
+                print_row(f"{label}, bar {k}", [steps and steps[k - 1] for steps in found], len(own), scale, digits)
     print_pairs(result)
     if result["by"]:
         print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
