@@ -569,7 +569,8 @@ def warn_of_intervals(series, meta, who="the weights"):
     trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
     for step, symbols in far.items():
         more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
-        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less", file=sys.stderr)
+        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less",
+              file=sys.stderr)
 
 
 def span(seconds):
