@@ -8,10 +8,9 @@ Targets, the bars to forecast -> forecasters -> block_sums of each score -> boot
 -> scored, the intervals -> the table.
 
 A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
-median log return), crps, pit (probability integral transform: the share of its distribution below what came), and the
-same of the bar's range and volume, as range_crps and so on. Over the n origins of paths of H bars: path_point, path_crps,
-path_pit [n, H] of the log return since the origin, path_rv_crps [n] of the realized volatility, and what the paths say of
-losses. What a forecaster does not say is left out; such scores are null.
+median log return), crps, pit (the share of its distribution below what came), and as range_crps and so on the same of
+range and volume. Over the n origins of paths of H bars: path_point, path_crps, path_pit [n, H] of the log return since
+the origin, path_rv_crps [n] of the realized volatility, and what the paths say of losses. What it leaves out is null.
 """
 import copy
 import functools
@@ -33,7 +32,7 @@ from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
     WARN, Origin, base_weights, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
-    usual_sigma)
+    usual_sigma, warn_of_intervals)
 from tokenizer import code_use
 
 
@@ -61,7 +60,8 @@ METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", 
            "path_mape", "path_crps", "path_rv_crps", "var95_hits", "es95_ratio",
            "extreme_flagged", "extreme_said", "extreme_came")
 RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios too
-RIVALRY = ("da", "logloss", "mae", "crps", "range_crps", "volume_crps", "path_crps", "path_rv_crps")  # with opponents
+RIVALRY = dict(da="right calls %", logloss="log loss", mae="close MAE", crps="close CRPS", range_crps="range CRPS",
+               volume_crps="volume CRPS", path_crps="paths CRPS", path_rv_crps="paths volatility")  # with opponents
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
 RARE = ("var95", "es95", "extreme")              # scores that count rare cases begin so
 KEYS = ("split", "start", "end", "blocks", "checkpoints", "baselines", "paired")
@@ -86,17 +86,15 @@ NORMAL = statistics.NormalDist()
 # Targets
 
 class Targets:
-    """The bars to forecast, one after the other, symbol by symbol; the origins of the paths; and the blocks of time.
+    """The N bars to forecast, symbol by symbol; the n origins of paths of H bars; and the blocks of time, of all symbols.
 
-    series, ranges, returns: each symbol's Bars, [first, last) of its targets, log returns of all its bars. Of the N
-    targets: time, r (log return), range (log H / L), volume (log 1 + V, NaN where there is none), s (the scale s_t, known
-    before), symbol, stamp (which of the distinct times), block. Of the paths: origins, a symbol's bars after which they
-    begin; path_r [n, H], log returns since the origin; path_rv [n], root of the sum of squared returns; usual [n], the
-    long-run volatility; path_block. weights, path_weights: as in `resampled`.
+    series, ranges, returns: each symbol's Bars, [first, last) of its targets, log returns of all its bars. [N]: time,
+    r (log return), range (log H / L), volume (log 1 + V or NaN), s (the scale s_t, known before), symbol, stamp (which of
+    the distinct times), block. Of the paths: origins, a symbol's bars after which they begin; path_r [n, H], log returns
+    since the origin; path_rv [n], root of the sum of squared returns; usual [n], the long-run volatility; path_block.
 
-    Blocks hold all symbols. For the next bar a block has n^(1/3) of a symbol's n target bars (the usual rate: Hall,
-    Horowitz and Jing, Biometrika 1995): whole dates of daily bars; within the day 32 bars where there are enough of them.
-    For paths it has the horizon at least.
+    For the next bar a block has n^(1/3) of a symbol's n target bars (Hall, Horowitz and Jing, Biometrika 1995): whole
+    dates of daily bars, within the day 32 bars where there are enough of them. For paths it has the horizon at least.
     """
 
     def __init__(self, series, lo, hi, horizon, stride, seed):
@@ -134,8 +132,8 @@ class Targets:
         ahead = np.arange(1, horizon + 1)
         moves = np.concatenate([r[o[:, None] + ahead] for r, o in zip(self.returns, self.origins)])  # (n, H)
         self.path_r, self.path_rv = moves.cumsum(1), np.sqrt((moves**2).sum(1))
-        usual = [usual_sigma(bars.ohlcva[:o + 1, 3]) for bars, at in zip(self.series, self.origins) for o in at]
-        self.usual = np.array(usual)
+        self.usual = np.array([usual_sigma(bars.ohlcva[:o + 1, 3]) for bars, at in zip(self.series, self.origins)
+                               for o in at])
 
         # the blocks
         self.daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
@@ -250,19 +248,15 @@ def spread(r, F):
 def judge_draws(r, y):
     """judge for K draws r [..., K], in any order, of which the first K // 2 are independent of the others.
 
-    They stand for what they were drawn from, so E|X - X'| counts pairs across the halves alone: unbiased, as the fair
-    form of Ferro (QJRMS 2014) is for independent draws.
+    E|X - X'| counts pairs across the halves alone: unbiased, as Ferro's fair form (QJRMS 2014) for independent draws.
     """
     K, half = r.shape[-1], r.shape[-1] // 2
     scores = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y)
     if K == 1:
         return scores
-    spreads = []  # E|X - X'| / 2 of all, of the first half, of the second
-    for part in (r, r[..., :half], r[..., half:]):
-        n = part.shape[-1]
-        spreads.append(spread(np.sort(part, -1), np.arange(1, n + 1) / n))
-    # all = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
-    a, (every, first, second) = half / K, spreads
+    parts = [np.sort(part, -1) for part in (r, r[..., :half], r[..., half:])]
+    every, first, second = (spread(part, np.arange(1, part.shape[-1] + 1) / part.shape[-1]) for part in parts)
+    a = half / K  # every = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
     across = (every - a**2 * first - (1 - a)**2 * second) / (2 * a * (1 - a))
     return scores | dict(crps=scores["crps"] + every - across)
 
@@ -292,8 +286,7 @@ def normal_cdf(z):
 def judge_paths(moves, t, rows):
     """A forecaster's scores of paths: log returns moves [n, K, H] from the origins `rows` of t.
 
-    Among K draws what came has K + 1 ranks, equally likely where the forecast is right: its percentile is known to
-    1 / (K + 1). The loss over the horizon is a share of the close at the origin.
+    Among K draws what came has K + 1 ranks, equally likely where the forecast is right: that is a percentile's width.
     """
     K, r, y = moves.shape[1], moves.cumsum(-1), t.path_r[rows]
     scores = named("path", judge_draws(np.moveaxis(r, 1, -1), y))
@@ -319,12 +312,11 @@ def joined(parts):
 
 @torch.no_grad()
 def next_bars(model, tokenizer, t, probes=PROBES):
-    """Forecast every target from the bars before it, teacher-forced. P(up) is exact.
+    """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is history.
 
-    Windows advance by half their length, so that each target has half a window of context where there is history. Close,
-    range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c. All 2^20 pairs would
-    take hours, so P(bin | c) is a mean over some contexts before the first target, put right by `probes` coarse tokens of
-    each bar's own (stratified by close; control variates). An estimate: a few bins may come out a little below 0.
+    P(up) is exact. Close, range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
+    All 2^20 pairs would take hours, so P(bin | c) is a mean over some contexts before the first target, put right by
+    `probes` coarse tokens of each bar's own (stratified by close; control variates): a few bins may come out below 0.
     """
     binned = bins_of(model, tokenizer, t)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
@@ -332,10 +324,9 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     came = dict(close=t.r, range=t.range, volume=t.volume)
     order = by_close(tokenizer).to(model.up_mask.device)
     levels = (torch.arange(probes, device=order.device) + 0.5) / probes
+    half = max(1, model.config.block_size // 2)
+    windows = [(i, j, min(j + half, last)) for i, (first, last) in enumerate(t.ranges) for j in range(first, last, half)]
     parts, at = [], 0
-    half, windows = max(1, model.config.block_size // 2), []
-    for i, (first, last) in enumerate(t.ranges):
-        windows += [(i, j, min(j + half, last)) for j in range(first, last, half)]
     for h in contexts(model, tokenizer, t, windows):  # (m, C)
         now = slice(at, at + len(h))
         at += len(h)
@@ -474,20 +465,17 @@ def baselines(t, paths):
 
 def each_series(t, forecaster, *options):
     """forecaster(t, series, rows of its paths, *options) of every series, as one."""
-    parts, row = [], 0
-    for i, origins in enumerate(t.origins):
-        parts.append(forecaster(t, i, slice(row, row + len(origins)), *options))
-        row += len(origins)
-    return joined(parts)
+    ends = np.cumsum([len(origins) for origins in t.origins])
+    return joined([forecaster(t, i, slice(end - len(t.origins[i]), end), *options) for i, end in enumerate(ends)])
 
 
 def persistence(t):
     """All stays as it is: no return, the range and volume of the bar before. A point's CRPS is its error."""
-    zero, path_zero = np.zeros(len(t.r)), np.zeros(t.path_r.shape)
+    zero = np.zeros(len(t.r))
     ranges = [np.abs(np.diff(log_range(bars), prepend=np.nan)) for bars in t.series]
     volumes = [np.abs(np.diff(log_volume(bars), prepend=np.nan)) for bars in t.series]
     return dict(mean=zero, point=zero, crps=np.abs(t.r), range_crps=t.flat(ranges), volume_crps=t.flat(volumes),
-                path_point=path_zero, path_crps=np.abs(t.path_r))
+                path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
 
 
 def ar1(t, i, rows):
@@ -514,10 +502,8 @@ def gaussian(t, i, rows):
 
 
 def historical(t, i, rows, paths):
-    """Filtered historical simulation: residuals of a decayed volatility, which along a path follows what is drawn.
-
-    Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999.
-    """
+    """Filtered historical simulation: residuals of a decayed volatility, which along a path follows what is drawn
+    (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999)."""
     r, (first, last), origins = t.returns[i], t.ranges[i], t.origins[i]
     begun = (np.arange(len(r)) > 0).astype(float)
     squares, weight = data.decayed_sum(r**2, decay=LAMBDA), data.decayed_sum(begun, decay=LAMBDA)
@@ -538,20 +524,17 @@ def historical(t, i, rows, paths):
 
 
 def logistic(t):
-    """Logistic regression of the direction on the last bars' features, all symbols together, with a ridge of 1.
-
-    On at most about 300,000 bars; {} where there are under 1,000.
-    """
+    """Logistic regression of the direction on the last bars' features, all symbols together; {} under 1,000 bars."""
     x = [data.features(bars)[0] for bars in t.series]
     known = [np.arange(data.CONTEXT, first)[r[data.CONTEXT:first] != 0] for r, (first, _) in zip(t.returns, t.ranges)]
     total = sum(map(len, known))
     if total < 1000:
         return {}
-    known = [rows[::-(-total // 300_000)] for rows in known]
+    known = [rows[::-(-total // 300_000)] for rows in known]  # about 300,000 are enough
     X = np.concatenate([lagged(x[i], rows) for i, rows in enumerate(known)])  # (bars, 1 + 6 LAGS)
     up = np.concatenate([r[rows] > 0 for r, rows in zip(t.returns, known)])
     w = np.zeros(X.shape[1])
-    for _ in range(8):  # Newton's method
+    for _ in range(8):  # Newton's method, with a ridge of 1
         p = 1 / (1 + np.exp(-X @ w))
         w += np.linalg.solve((X.T * (p * (1 - p))) @ X + np.eye(len(w)), X.T @ (up - p) - w)
     X = np.concatenate([lagged(x[i], np.arange(*span)) for i, span in enumerate(t.ranges)])
@@ -584,14 +567,13 @@ def har(t, paths):
 
 
 class Har:
-    """Forecasts of a positive series u [T] of one symbol from its own past: heterogeneous autoregression.
+    """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
 
-    The root of u is regressed on the roots of its means over WINDOWS (after Corsi, Journal of Financial Econometrics
-    2009); logs: its log on the means of its log. u is NaN where a bar has none, and is taken in units of its mean before
-    the first target times the usual factor of its time of day.
-    forecast [T]: of each bar, from the bars before it; ratio [T]: u over that; residuals [1, RESIDUALS]: ratios in order.
-    fitted: the known bars before the first target whose means are settled; early: those of them before the first target
-    of any series, what all may learn from.
+    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on the roots of its
+    means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
+    times the usual factor of its time of day. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]:
+    ratios in order. fitted: the known bars before the first target whose means are settled; early: those of them before
+    the first target of any series, what all may learn from.
     """
 
     def __init__(self, bars, u, first, start, logs):
@@ -606,10 +588,9 @@ class Har:
         settled = np.arange(min(WINDOWS[-1], first // 2), first)
         self.fitted = settled[known[settled]]
         self.early = self.fitted[bars.time[self.fitted] < start]
-        means = [trailing_mean(np.log(self.u) if logs else self.u, n) for n in WINDOWS]
-        before = np.concatenate([np.full((1, len(WINDOWS)), 0.0 if logs else 1.0), np.stack(means, 1)[:-1]])
-        self.x = before if logs else np.sqrt(before)  # (T, 4): known before each bar
-        self.y = np.log(self.u) if logs else np.sqrt(self.u)
+        v = np.log(self.u) if logs else self.u
+        means = np.stack([np.append(0.0 if logs else 1.0, trailing_mean(v, n)[:-1]) for n in WINDOWS], 1)
+        self.x, self.y = (means, v) if logs else (np.sqrt(means), np.sqrt(v))  # (T, 4), known before each bar; (T,)
 
     def predict(self, x):
         """u of the next bar, in its units, from the roots or logs of its means over WINDOWS: a list of [...]."""
@@ -664,9 +645,8 @@ def evenly(values, n):
 class TimeOfDay:
     """The usual factor of each time of day (bars within the day; else 1), called with stamps [...].
 
-    Fitted on u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), shrunk where a time was seen on
-    few days. Where bars come round the clock: of each hour of the day, then of each hour of the week relative to that;
-    else of each time of day that has bars.
+    Fitted on u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), shrunk where seen on few days;
+    of each time of day. Round the clock: of each hour of the day, then of each hour of the week relative to that.
     """
 
     def __init__(self, time, u):
@@ -696,11 +676,8 @@ class TimeOfDay:
 
 
 def fit_volatility(t):
-    """A Har of each series' range volatility. Each has besides:
-
-    scale [T + 1], the slow scale of |return| / forecast; sigma [T], forecast times scale, known before each bar;
-    residuals [2, RESIDUALS]: return / sigma in order, and by how much the range of the same bar was off.
-    """
+    """A Har of each series' range volatility, with scale [T + 1], the slow scale of |return| / forecast; sigma [T],
+    forecast times scale; residuals [2, RESIDUALS]: return / sigma in order, and the ratio of the same bar."""
     hars = fit_har(t, [range_volatility(bars) for bars in t.series])
     size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
     common = np.concatenate([s[har.early] for s, har in zip(size, hars)]).mean()
@@ -744,10 +721,8 @@ def range_volatility(bars):
 
 
 def slow_scale(size, fitted, common):
-    """Decayed mean of sizes before each bar and after the last, [T + 1], from their mean over the fitted bars on.
-
-    common: the mean of all symbols, which counts as 30 bars more. One wild bar is not a new level.
-    """
+    """Decayed mean of sizes before each bar and after the last, [T + 1], from their mean over the fitted bars on, to
+    which `common`, the mean of all symbols, adds 30 bars. One wild bar is not a new level."""
     usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
     seen = np.arange(len(size)) >= fitted[0]
     decay = 0.5 ** (1 / LEVEL)
@@ -778,12 +753,11 @@ def block_sums(f, t):
         for q in (50, 80, 90):
             means[f"coverage{q}"] = np.abs(f["pit"] - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
     for name, scale in (("range", 100), ("volume", 1)):
-        crps = f.get(f"{name}_crps")
-        if crps is not None:
-            means[f"{name}_crps"] = scale * crps
+        if f"{name}_crps" in f:
+            means[f"{name}_crps"] = scale * f[f"{name}_crps"]
         if f"{name}_pit" in f:
             inside = np.abs(f[f"{name}_pit"] - 0.5) <= 0.45 + 1e-9
-            means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside)
+            means[f"{name}_coverage90"] = np.where(np.isnan(f[f"{name}_crps"]), np.nan, inside)
     for name, values in means.items():
         if not np.isnan(values).all():
             out[name] = sums_of(values, t.block, t.n_blocks)
@@ -905,8 +879,7 @@ def ranks(v, stamp):
 def trading_sums(p_up, t, cost_bps):
     """block_sums of a trade: long the top fifth, short the bottom fifth by P(up) at every time stamp with 5 symbols.
 
-    Return per bar in bps after costs, and turnover, the value traded per bar as a share of one side (4: both sides
-    replaced). Stamps with fewer are left out, with the cost of closing before them.
+    Return per bar in bps after costs; turnover, the value traded as a share of one side (4: both sides replaced).
     """
     p = np.full((t.stamp.max() + 1, len(t.series)), np.nan)
     p[t.stamp, t.symbol] = p_up
@@ -937,11 +910,8 @@ def bootstrap(sums, t):
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi}, the 95 % percentile interval; a list of them for scores over steps.
-
-    lo and hi are None under 20 blocks, all is None where the value is not finite. Blocks are few: the percentiles are
-    those that make the interval as wide as Student's t (Hesterberg 2014, arXiv 1411.5279).
-    """
+    """{value, lo, hi}, the 95 % percentile interval (None under 20 blocks), as wide as Student's t, since blocks are few
+    (Hesterberg 2014, arXiv 1411.5279); a list of them for scores over steps; None where the value is not finite."""
     if np.ndim(value):
         steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
         return steps if any(steps) else None
@@ -966,7 +936,7 @@ def versus(a, b, n_blocks, as_ratio):
         return scored(value - other, drawn - other_drawn, n_blocks)
 
 
-def paired(name_a, name_b, drawn, t, metrics=METRICS):
+def paired(name_a, name_b, drawn, t, metrics):
     """Differences a - b of every score that both have, and ratios a / b of RATIOS, replicate by replicate."""
     a, b, rows = drawn[name_a], drawn[name_b], []
     for metric in metrics:
@@ -985,15 +955,11 @@ def paired(name_a, name_b, drawn, t, metrics=METRICS):
 def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0):
     """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals over blocks of time.
 
-    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives.  bars: list of Bars.  split: "test" or "val"
-    by the checkpoints' borders, unless start (first date of the targets) names them; end: the first date after them.
-    Targets before a checkpoint's test start need start, and the result's split is then "in-sample".  Paths of `horizon`
-    bars start every `stride` bars (default: 1,000 of them, ten a symbol at least, and at least the horizon apart).
-
-    Returns split, start, end (of the targets), blocks; checkpoints, dicts of ckpt, the scores of METRICS, tokens;
-    baselines, {name: scores}; paired, dicts of a, b, metric, difference, ratio. A score is {value, lo, hi} or None;
-    path_mape and path_crps are lists, one for each bar ahead. Errors in log return x 100, of volume in its log, mape in %.
-    Raises UserError where there is no target, a date is none, or --start is missing.
+    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest: as in Config.
+    Returns split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks; checkpoints,
+    dicts of ckpt, the scores of METRICS, tokens; baselines, {name: scores}; paired, dicts of a, b, metric, difference,
+    ratio. A score is {value, lo, hi} or None, a list over the bars ahead for path_mape and path_crps. Errors are in log
+    return x 100, of volume in its log, mape in %. Raises UserError without a target, for bad dates or a missing start.
     """
     result = evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed)
     return {key: result[key] for key in KEYS}
@@ -1015,7 +981,12 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
             loaded[f"checkpoint {i + 1}"] = checkpoint
     split, lo, hi = span_of([meta for *_, meta in loaded.values()], split, start, end)
     t = Targets([series] if isinstance(series, data.Bars) else series, lo, hi, horizon, stride, seed)
-    warn_of_few_blocks(t)
+    for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.blocks_of("path"))):
+        if n < MIN_BLOCKS:
+            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; "
+                  f"give more bars, or lower --stride or --horizon", file=sys.stderr)
+    for name, (*_, meta) in loaded.items():
+        warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
 
     forecasts, use = {}, {}
     for name, (model, tokenizer, _) in loaded.items():
@@ -1036,23 +1007,15 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
             trading[name] = {m: scored(*found, t.n_blocks) for m, found in traded.items()}
     pairs = []
     for a, b in itertools.combinations(forecasts, 2):
-        pairs += paired(a, b, drawn, t)
+        pairs += paired(a, b, drawn, t, METRICS)
     for a, b in itertools.product(forecasts, rivals):
         pairs += paired(a, b, drawn, t, RIVALRY)
-    groups = []
-    for (group, mask), name in itertools.product(groups_of(t, by), loaded):
-        groups.append(dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask)))
+    groups = [dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask))
+              for (group, mask), name in itertools.product(groups_of(t, by), loaded)]
     return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
                 checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
                 baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading,
                 drawn=drawn, targets=t)
-
-
-def warn_of_few_blocks(t):
-    for what, n in (("the next bar", t.n_blocks), (f"{t.horizon} bars ahead", t.blocks_of("path"))):
-        if n < MIN_BLOCKS:
-            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; "
-                  f"give more bars, or lower --stride or --horizon", file=sys.stderr)
 
 
 def groups_of(t, by):
@@ -1070,7 +1033,7 @@ def groups_of(t, by):
 
 
 def grouped(f, t, mask):
-    """Scores of the next bar over some of the targets, bool [N]."""
+    """Scores BY of some of the targets, bool [N]."""
     part = copy.copy(t)
     part.r, part.stamp, part.block = t.r[mask], t.stamp[mask], t.block[mask]
     sums = block_sums({key: v[mask] for key, v in f.items() if not of_paths(key)}, part)
@@ -1109,7 +1072,7 @@ def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
 
 
 def at_step(drawn, metric, step):
-    """(value, replicates) of a score; of a list over steps that at `step` (-1: the last), its mean if that is None."""
+    """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is None."""
     value, replicates = drawn[metric]
     if np.ndim(value) == 0:
         return value, replicates
@@ -1127,10 +1090,9 @@ def upper(score):
 
 
 def print_versus(columns, t, rows, versus=(-1, 0)):
-    """Scores of forecasters {name: drawn_scores} side by side, and one of them paired with another, with its interval.
+    """Scores of forecasters {name: drawn_scores} side by side; those at the places `versus` also paired, with intervals.
 
-    versus: the places of these two among the columns. rows: (metric, label, scale, digits), of path scores (metric, step
-    or None for their mean) in the first place.
+    rows: (metric, label, scale, digits), of path scores (metric, step or None for their mean) in the first place.
     """
     names = list(columns)
     a, b = (names[place] for place in versus)
@@ -1176,8 +1138,6 @@ SECTIONS = {  # title: (score, label, factor, digits)
              ("extreme_came", "! came true %", 100, 2)),
     "trading": (("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))}
 HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselines
-LABELS = dict(da="right calls %", logloss="log loss", mae="close MAE", crps="close CRPS", range_crps="range CRPS",
-              volume_crps="volume CRPS", path_crps="paths CRPS", path_rv_crps="paths volatility")  # of pairs
 
 
 def print_backtest(result, horizon, cost_bps):
@@ -1193,12 +1153,12 @@ def print_backtest(result, horizon, cost_bps):
             continue  # no volume, or too few symbols to trade
         print(title)
         for metric, label, scale, digits in rows:
+            found = [scores.get(metric) for scores in columns]
             if metric not in ("path_crps", "path_mape"):
-                print_row(label, [scores.get(metric) for scores in columns], len(own), scale, digits)
+                print_row(label, found, len(own), scale, digits)
                 continue
             for k in sorted({(horizon + 1) // 2, horizon}):
-                at = [scores[metric] and scores[metric][k - 1] for scores in columns]
-                print_row(f"{label}, bar {k}", at, len(own), scale, digits)
+                print_row(f"{label}, bar {k}", [steps and steps[k - 1] for steps in found], len(own), scale, digits)
     print_pairs(result)
     if result["by"]:
         print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
@@ -1242,7 +1202,7 @@ def print_pairs(result):
         metric, score = pair["metric"], pair["ratio"] or pair["difference"]
         if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
             continue
-        label, scale = LABELS.get(metric, metric), 100 if metric == "da" else 1
+        label, scale = RIVALRY.get(metric, metric), 100 if metric == "da" else 1
         if isinstance(score, list):
             label, score = f"{label}, bar {len(score)}", score[-1]
         if score:
@@ -1256,11 +1216,8 @@ def best_rival(baselines, metric):
     for name, scores in baselines.items():
         score = scores[metric][-1] if isinstance(scores[metric], list) else scores[metric]
         if score:
-            found[name] = score["value"]
-    if not found:
-        return None
-    best = max if metric == "da" else min  # all but right calls are errors
-    return best(found, key=found.get)
+            found[name] = -score["value"] if metric == "da" else score["value"]  # all but right calls are errors
+    return min(found, key=found.get, default=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

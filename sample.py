@@ -6,11 +6,9 @@
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
     python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
 
-A forecast is a set of sampled futures. The context is tokenized once and read once (`Model.prefill`); all paths of a
-symbol share it, and each path then costs one recurrent step a bar. Token pairs decode to features, features to bars
-(`data.inverse`), so that every bar forecast is a valid candle. The next bar's P(up) is exact, no sampling in it.
-
-In this order: simulation, the report, pictures. What forecasts are worth: `backtest.py`.
+A forecast is a set of sampled futures. The context is read once (`Model.prefill`) for all paths of a symbol; each path
+then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that every bar
+is a valid candle. The next bar's P(up) is exact, no sampling in it. What forecasts are worth: `backtest.py`.
 """
 import csv
 import json
@@ -61,6 +59,7 @@ BATCH_ORIGINS = 16       # contexts read side by side
 USUAL_BARS = 250         # of the long-run volatility
 EXTREME, WARN = 3, 0.05  # an extreme move, in long-run sigmas of the horizon; the chance of one that raises a warning
 PRIOR_BARS = 32          # bars that the share of unmoved bars in training counts for, beside a symbol's own
+FAR = 2.5                # factor between the spacings of bars from which on a model knows little of them
 STALE = 5                # horizons after which a symbol without new bars is left out of ranks
 
 
@@ -81,10 +80,9 @@ class Origin:
 def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False, times=None):
     """Futures of many histories at once. histories: Bars that end at the origin each.
 
-    Returns ohlcva float64 [n, paths, horizon, 6] and P(next close up | it moves) [n]. A history's futures depend on
-    (seed, symbol, last stamp) and its bars, not on what else is in the batch. times: stamps of the bars to come, int64
-    [horizon] or [n, horizon], in place of data.future_times. Raises UserError for a history of one bar, horizon or paths
-    below 1, parallel beyond the slots, and times that do not rise from the last bar on.
+    Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. A
+    history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch. times: stamps of
+    the bars to come, int64 [horizon] or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
     """
     origins = []
     for bars in histories:
@@ -153,8 +151,7 @@ def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, see
 def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`, changed in place. The last bar is drawn, not read. temperature,
-    top_p, order: as in Model.sample.
+    state: of N rows, from `Model.prefill(...).repeat`, changed in place. The rest: as in Model.sample.
     """
     tokens = []
     for k in range(times.shape[1]):
@@ -168,9 +165,8 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=Non
 def stratified(random, paths, horizon):
     """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
 
-    Each half is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979). A path's numbers are independent and
-    uniform, so it is a fair draw of the model; but at each step a half's n paths fall one into each n-th of the
-    distribution, and means, medians and shares of the paths vary less.
+    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but at
+    each step a half's n paths fall one into each n-th of the distribution, and means and shares of paths vary less.
     """
     halves = []
     for n in (paths // 2, paths - paths // 2):
@@ -214,9 +210,9 @@ def by_close(tokenizer):
 
 
 def unmoved_share(bars, prior):
-    """Share of bars whose close did not move, before each bar and after the last: [T + 1].
+    """Share of bars whose close did not move, before each bar and after the last: [T + 1]; ticks differ.
 
-    Ticks differ from symbol to symbol, so each has its own; `prior`, that of the training data, counts for PRIOR_BARS.
+    `prior`, the share in the training data, counts for PRIOR_BARS.
     """
     still = np.diff(bars.ohlcva[:, 3]) == 0
     count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
@@ -225,10 +221,7 @@ def unmoved_share(bars, prior):
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
-    """Sample futures of one series from its end: float64 [paths, horizon, 6] (open, high, low, close, volume, amount).
-
-    Prices and volumes in the units of bars; each bar a valid candle. Raises UserError for a horizon or paths below 1.
-    """
+    """simulate of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount)."""
     return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
 
 
@@ -275,8 +268,7 @@ def chance_extreme(r, sigma, horizon):
 def option(close, spot, strike, years, rate):
     """European call and put from the paths' last closes, discounted.
 
-    The paths are scaled so that their mean is the forward spot e^(rT): the drift is the market's, the spread the model's
-    own, which is not the implied volatility that a market quotes.
+    The paths are scaled so that their mean is the forward spot e^(rT): the market's drift, the model's volatility.
     """
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
     terminal = close * (spot * math.exp(rate * years) / close.mean())
@@ -287,18 +279,15 @@ def option(close, spot, strike, years, rate):
 
 
 def give_ranks(rows, histories, horizon):
-    """Ranks by P(up) of the symbols that are up to date, written into their rows; returns their P(up)s [n].
-
-    A symbol that ended long before the others (STALE horizons of its own bars) has none: its next bar is another time's.
-    """
+    """Ranks by P(up) of the symbols that did not end long before the others, written into rows; returns their P(up)s."""
     newest = max(bars.time[-1] for bars in histories)
     live = []
     for row, bars in zip(rows, histories):
         spacing = np.median(np.diff(bars.time[-100:]))
         if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * data.DAY):
             live.append(row)
-    for rank, row in enumerate(sorted(live, key=itemgetter("p_up"), reverse=True)):
-        row["rank"] = rank + 1
+    for rank, row in enumerate(sorted(live, key=itemgetter("p_up"), reverse=True), 1):
+        row["rank"] = rank
     return np.array([row["p_up"] for row in live])
 
 
@@ -332,10 +321,7 @@ def print_report(rows, horizon, breadth, mean_p_up):
 
 
 def write_csv(path, histories, ohlcva, times):
-    """One line a bar forecast: share of paths above the last close, quantiles and mean of close, medians of the bar.
-
-    Medians of one column over valid candles are in order, so the median bar is a valid candle too.
-    """
+    """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle too)."""
     head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *data.COLUMNS]
     with data.write_atomic(path, text=True) as f:
         writer = csv.writer(f)
@@ -428,10 +414,7 @@ class Panel:
 
 
 def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
-    """Last bars as candles; beside them the median forecast, its 5-95 and 25-75 % fan and a few paths.
-
-    One panel a symbol, at most 12. times: [n, horizon].
-    """
+    """Of at most 12 symbols the last bars as candles, the median forecast, its 5-95 and 25-75 % fan and a few paths."""
     n = min(len(histories), 12)
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
@@ -504,9 +487,9 @@ def plot_loss(path, metrics):
         for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):  # of all runs: each counts its steps anew
             parts.append(label(panel.x(k), panel.top + 278, f"{reports[k]['step']:,}", "middle"))
         for key, column in zip(keys, values.T):
-            val = key != "train"
-            parts.append(line(zip(panel.x(np.arange(len(column))), panel.y(column)), "m2" if val else "m"))
-            parts.append(label(576, panel.y(column[-1]) + (4 if val else -6), "val" if val else "train"))
+            css, below, name = ("m", -6, "train") if key == "train" else ("m2", 4, "val")
+            parts.append(line(zip(panel.x(np.arange(len(column))), panel.y(column)), css))
+            parts.append(label(576, panel.y(column[-1]) + below, name))
         parts.append(label(315, panel.top + 294, "step", "middle"))
     if not n:
         raise UserError("the checkpoint holds fewer than two reports of losses: nothing to draw")
@@ -533,8 +516,8 @@ def check(config):
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
-    outputs = [config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss]
-    outputs = [path for path in outputs if path is not None]
+    outputs = [path for path in (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss)
+               if path is not None]
     if len({os.path.abspath(path) for path in outputs}) < len(outputs):
         raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
     for path in outputs:
@@ -572,6 +555,32 @@ def load_series(sources, meta, symbols=None):
     return [known[symbol] for symbol in dict.fromkeys(symbols)]
 
 
+def warn_of_intervals(series, meta, who="the weights"):
+    """A line on stderr for each spacing of bars that is far from all that the checkpoint was trained on."""
+    known = (meta.get("data") or {}).get("intervals")
+    if not known:
+        return  # an older checkpoint does not say
+    far = {}
+    for bars in series:
+        step = float(np.median(np.diff(bars.time)))
+        if not any(step <= FAR * k and k <= FAR * step for k in known):
+            far.setdefault(span(step), []).append(data.printable(bars.symbol))
+    lowest, highest = span(min(known)), span(max(known))
+    trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
+    for step, symbols in far.items():
+        more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
+        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less",
+              file=sys.stderr)
+
+
+def span(seconds):
+    """A time as people say it: 5 min."""
+    for unit, size in (("d", data.DAY), ("h", data.HOUR), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def read_times(path, histories, horizon):
     """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
     try:
@@ -580,15 +589,15 @@ def read_times(path, histories, horizon):
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
                         f"give a file of dates, one a line")
-    stamps = []
+    stamps, rows = [], []
     for number, text in enumerate(lines, 1):
-        time = data.parse_time(text.strip())
-        if text.strip() and math.isnan(time):
+        if not text.strip():
+            continue
+        stamps.append(data.parse_time(text.strip()))
+        if math.isnan(stamps[-1]):
             raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; "
                             f"write it as 2018-01-31 or 2018-01-31 14:30")
-        if text.strip():
-            stamps.append(int(time))
-    stamps, rows = np.unique(np.array(stamps, np.int64)), []
+    stamps = np.unique(np.array(stamps, np.int64))
     for bars in histories:
         rows.append(stamps[stamps > bars.time[-1]][:horizon])
         if len(rows[-1]) < horizon:
@@ -612,16 +621,14 @@ def main(argv=None):
     if len(histories) < len(series):
         print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped",
               file=sys.stderr)
+    warn_of_intervals(histories, meta)
 
-    if config.times:
-        times = read_times(config.times, histories, config.horizon)
-    else:
-        times = np.array([future_times(bars.time, config.horizon) for bars in histories])  # (n, horizon)
+    times = read_times(config.times, histories, config.horizon) if config.times else None
+    times = times_ahead(histories, config.horizon, times)  # (n, horizon)
     ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
                             config.seed, config.parallel, times)
-    rows = []
-    for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
-        rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
+    rows = [describe(bars, paths, p, config.strike or (), config.rate, stamps)
+            for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times)]
     ranked = give_ranks(rows, histories, config.horizon)
     breadth, mean_p_up = float((ranked > 0.5).mean()), float(ranked.mean())
 

@@ -410,13 +410,16 @@ def test_few_blocks_make_no_interval_and_a_warning(triple, capsys):
     assert "no intervals" in err and "20" in err
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_on_a_null_market_the_interval_covers_one_half(tokenizer, seed):
-    series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
-    meta = dict(splits=(int(series[0].time[400]), int(series[0].time[500])))
-    result = backtest.backtest([(make(seed), tokenizer, meta)], series, horizon=2, paths=2, stride=500)
-    da = result["checkpoints"][0]["da"]
-    assert result["blocks"] >= 20 and da["lo"] <= 0.5 <= da["hi"] and da["hi"] - da["lo"] < 0.1
+def test_on_null_markets_the_interval_covers_one_half(tokenizer):
+    """Of 20 intervals of 95 % more than four miss in one of 400 cases: a single one may always."""
+    missed = 0
+    for seed in range(20):
+        series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
+        t = targets(series, 500, horizon=2, stride=500)
+        da = backtest.scored(*backtest.drawn_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
+        assert t.n_blocks >= 20 and da["hi"] - da["lo"] < 0.1
+        missed += not da["lo"] <= 0.5 <= da["hi"]
+    assert missed <= 4
 
 
 # ---- no look-ahead
@@ -445,6 +448,8 @@ def test_next_bars_are_the_models_own_distributions(triple):
     """P(up) is that of a forecast from the same context, half a window at least; CRPS and percentile those of all pairs."""
     (_, tokenizer, _), series = triple
     model = make(unmoved=0.1)
+    for p in model.parameters():  # less sure: a pair that was rare and now holds most of the probability shares a bin
+        p.data *= 0.8
     t = targets(series, 100)
     f = backtest.next_bars(model, tokenizer, t)
     tables = backtest.candle_tables(tokenizer)

@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -116,13 +117,44 @@ def test_g6_ended_by_a_signal_and_resumed_a_run_ends_with_the_same_weights(whole
     said, err = run.communicate(timeout=60)
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum], "finished before the signal"
     assert signum == signal.SIGKILL or "saved in" in said and not err
-    assert 5 <= data.load_safe(out)["step"] < 30
-    assert call("pretrain", *flags, "--out", out, "--resume")[0] == 0
+    assert 5 <= data.load_safe(out)["step"] < 30 and os.path.exists(f"{out}.lock") == (signum == signal.SIGKILL)
+    assert call("pretrain", *flags, "--out", out, "--resume")[0] == 0  # a lock that nobody holds is in nobody's way
+    assert os.listdir(tmp_path) == ["a.pt"]
     got = data.load_safe(out)
     for name in ("model", "best", "average"):
         assert same(got[name], want[name]), name
     assert [row["score"] for row in got["metrics"][1:]] == [row["score"] for row in want["metrics"][1:]]
     assert got["since_best"] == want["since_best"] and got["best_val"] == want["best_val"]
+
+
+def test_of_two_runs_on_one_file_the_later_is_refused_and_the_first_is_whole(whole, checkpoint, tmp_path, call):
+    flags, want = whole
+    out = tmp_path / "a.pt"
+    first = subprocess.Popen([sys.executable, os.path.join(ROOT, "pretrain.py"), "--out", str(out), *flags], stdout=subprocess.DEVNULL)
+    until(out, lambda entry: entry["step"] >= 3)
+    first.send_signal(signal.SIGSTOP)
+    before = out.read_bytes()
+    tune = ["--ckpt", checkpoint, "--steps", 1, "--batch_size", 2, "--no-backtest"]
+    try:
+        for argv in (["pretrain", *flags], ["pretrain", *flags, "--overwrite"], ["pretrain", "--resume"], ["expo", *tune, "--overwrite"],
+                     ["rollout", *tune, "--overwrite"], ["expo", "--resume"]):
+            assert "another run is writing it" in complaint(call(*argv, "--out", out))
+        assert out.read_bytes() == before and first.poll() is None
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=120) == 0 and os.listdir(tmp_path) == ["a.pt"]
+    got = data.load_safe(out)
+    assert all(same(got[name], want[name]) for name in ("model", "best", "average"))
+
+
+def test_of_two_conversions_into_one_folder_the_later_is_refused(market, tmp_path, call):
+    argv = ["data", "--data", market, "--out", tmp_path / "bars"]
+    (tmp_path / "bars").mkdir()
+    with data.sole_writer(tmp_path / "bars" / "symbols.json"):
+        assert "another run is writing it" in complaint(call(*argv))
+    (tmp_path / "bars" / "symbols.json.lock").touch()  # as one that was killed leaves it
+    assert call(*argv)[0] == 0 and len(data.load(str(tmp_path / "bars"))) == 3
+    assert not [name for name in os.listdir(tmp_path / "bars") if name.endswith(".lock")]
 
 
 def test_a_run_that_no_longer_gains_ends_early_also_where_it_was_stopped_meanwhile(market, tmp_path, call, monkeypatch):
@@ -233,6 +265,37 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes_on_another_number(marke
     until(out, lambda entry: entry["step"] > step)
     one.send_signal(signal.SIGTERM)
     assert "2 processes of 1 threads before, 1 of" in one.communicate(timeout=120)[0] and one.returncode == 143
+
+
+def two_processes(*argv):
+    """A run's two processes, as torchrun starts them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    job = [sys.executable, os.path.join(ROOT, "pretrain.py"), *argv]
+    return [subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | group | dict(RANK=str(k), LOCAL_RANK=str(k)))
+            for k in range(2)]
+
+
+def test_stopped_and_resumed_two_processes_end_with_the_weights_of_two_that_never_stopped(market, tmp_path):
+    """The signal reaches one of them, and not the one that saves; all that takes chance or has a memory is on."""
+    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
+    for run in two_processes("--out", str(tmp_path / "whole.pt"), *flags):
+        assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
+    out = tmp_path / "a.pt"
+    pair = two_processes("--out", str(out), *flags)
+    until(out, lambda entry: entry["step"] >= 4)
+    pair[1].send_signal(signal.SIGTERM)
+    said = [run.communicate(timeout=120) for run in pair]
+    assert "saved in" in said[0][0] and pair[1].returncode == 143, said
+    assert 4 <= data.load_safe(out)["step"] < 12
+    for run in two_processes("--out", str(out), "--resume"):
+        assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
+    got, want = data.load_safe(out), data.load_safe(tmp_path / "whole.pt")
+    assert got["world"] == 2 and got["step"] == want["step"] == 12
+    for name in ("model", "best", "average"):
+        assert same(got[name], want[name]), name
+    assert [row["score"] for row in got["metrics"][1:]] == [row["score"] for row in want["metrics"][1:]]
 
 
 def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, checkpoint, call):

@@ -10,7 +10,7 @@ import torch
 
 import data
 import sample
-from conftest import ROOT, complaint
+from conftest import ROOT, complaint, write_csv
 from data import UserError
 from model import load_checkpoint
 
@@ -182,6 +182,30 @@ def test_a_symbol_that_ended_is_shown_with_its_date_and_has_no_rank(series, caps
     out = capsys.readouterr().out
     assert "BTC/USDT-PERP" in out and f"ended {data.iso(old[-1])[:10]}" in out and "of 2 symbols" in out and "\x1b" not in out
     assert out.splitlines()[4].startswith("OLD")       # last
+
+
+@pytest.mark.parametrize("known, steps, said", [
+    ([60, 604800], [25200], ["A: bars 7 h apart, the weights were trained on bars 1 min to 7 d apart and none near: trust this less"]),
+    ([3600], [86400, 86400, 60], ["A and 1 more: bars 1 d apart, the weights were trained on bars 1 h apart: trust this less",
+                                  "C: bars 1 min apart, the weights were trained on bars 1 h apart: trust this less"]),
+    ([3600], [9000, 1440], []), ([3600], [9001, 1439], ["A: bars 2.5 h", "B: bars 24 min"]),  # a factor of 2.5
+    ([60, 3600], [300], ["A: bars 5 min"]), ([0, 60], [1], ["A: bars 1 s"]), (None, [25200], []), ([], [25200], [])])
+def test_bars_of_another_spacing_than_those_of_the_training_are_told_once(known, steps, said, capsys):
+    series = [data.Bars(symbol, np.cumsum([0, 9 * step, *[step] * 30]), np.ones((32, 6))) for symbol, step in zip("ABC", steps)]
+    sample.warn_of_intervals(series, dict(data=dict(sources=[], intervals=known)))
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == len(said) and all(line.startswith(text) for line, text in zip(err, said)), err
+    sample.warn_of_intervals(series, dict(data=None))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, flags", [("sample", []), ("backtest", ["--stride", 200, "--start", "1970-01-01"])])
+def test_a_forecast_and_a_backtest_say_that_such_bars_are_strange_to_the_weights(name, flags, checkpoint, series, tmp_path, call):
+    for k, bars in enumerate(series):
+        write_csv(tmp_path / f"S{k}.csv", data.Bars(bars.symbol, 1_400_000_400 + 720 * np.arange(500), bars.ohlcva))
+    status, _, err = call(name, "--ckpt", checkpoint, "--data", tmp_path, "--paths", 2, "--horizon", 2, *flags)
+    lines = [line for line in err.splitlines() if "apart" in line]
+    assert status == 0 and len(lines) == 1 and lines[0].startswith("S0 and 2 more: bars 12 min apart"), err
 
 
 # ---- files and flags

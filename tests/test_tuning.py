@@ -396,19 +396,23 @@ def test_the_base_is_kept_unless_an_interval_says_better(checkpoint, tmp_path, c
     assert not kept(0.02, 1.0, "point.pt", "--resume")
 
 
-@pytest.mark.parametrize("name, flags", [("expo", "--pairs drawn --candidates 8"), ("rollout", "--horizon 4"),
-                                         ("rollout", "--horizon 4 --target true")])
-def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags):
+@pytest.mark.parametrize("name, flags, signum", [
+    ("expo", "--pairs drawn --candidates 8", signal.SIGKILL), ("rollout", "--horizon 4", signal.SIGKILL),
+    ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target true", signal.SIGTERM)])
+def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags, signum):
     args = ["--ckpt", checkpoint, *flags.split(), *"--steps 8 --batch_size 2 --eval_every 8 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
     command = [sys.executable, os.path.join(ROOT, name + ".py"), *args, "--out", str(tmp_path / "broken.pt")]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not os.path.exists(tmp_path / "broken.pt"):
         assert run.poll() is None
         time.sleep(0.01)
-    run.kill()
-    run.wait()
-    assert read_checkpoint(str(tmp_path / "broken.pt"))["step"] < 8
+    run.send_signal(signum)
+    text = run.communicate(timeout=120)[0]
+    assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum]
+    assert ("go on with --resume" in text) == (signum == signal.SIGTERM)
+    entry = read_checkpoint(str(tmp_path / "broken.pt"))
+    assert entry["step"] < 8 and entry["stage"] == name
     done = call(name, "--out", tmp_path / "broken.pt", "--resume")
     assert done[0] == 0, done[2]
     whole, broken = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
@@ -416,20 +420,6 @@ def test_g6_killed_and_resumed_ends_with_the_same_weights(checkpoint, tmp_path, 
         assert all(torch.equal(whole[part][k], broken[part][k]) for k in whole[part])
     status, out, _ = call(name, "--out", tmp_path / "broken.pt", "--resume")
     assert status == 0 and "finished" in out
-
-
-@pytest.mark.parametrize("name", ["expo", "rollout"])
-def test_sigterm_saves_and_exits_143(checkpoint, tmp_path, name):
-    out = tmp_path / "a.pt"
-    command = [sys.executable, os.path.join(ROOT, name + ".py"), "--ckpt", checkpoint, "--out", str(out),
-               *"--steps 5000 --batch_size 2 --save_every 1 --no-backtest".split()]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while not out.exists():
-        assert run.poll() is None
-        time.sleep(0.01)
-    run.send_signal(signal.SIGTERM)
-    text = run.communicate(timeout=120)[0]
-    assert run.returncode == 143 and "go on with --resume" in text and read_checkpoint(str(out))["stage"] == name
 
 
 @pytest.mark.parametrize("name", ["expo", "rollout"])
