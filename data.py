@@ -1967,10 +1967,10 @@ def cli(config_class, doc, argv=None) -> dict:
     A field's type is the flag's, the comment behind it the help; a list takes one or more values; a bool is a switch.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    try:
-        source = inspect.getsource(config_class)
-    except (OSError, TypeError):  # under a profiler, or typed into a notebook: flags without their help
-        source = ""
+    source = ""
+    if {"-h", "--help"} & set(sys.argv if argv is None else map(str, argv)):    # it takes a while
+        with contextlib.suppress(OSError, TypeError):   # under a profiler, or typed into a notebook: flags without their help
+            source = inspect.getsource(config_class)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
         kind = typing.get_type_hints(config_class)[field.name]
@@ -2016,7 +2016,7 @@ class StopSignal:
 
     @property
     def status(self):
-        return 128 + self.signum  # 143 and 130, as the shell has it
+        return 128 + (self.signum or signal.SIGTERM)  # 143 and 130, as the shell has it; another process may have got it
 
 
 def run(main):

@@ -201,8 +201,7 @@ def begin(config, entry, device, room=0):
     source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
                   reference=data.weights_hash(base.state_dict()),
                   seed=meta["data"].get("seed", meta["seed"]))  # of the synthetic market, where that is the source
-    if meta["data"].get("overlap"):
-        source["overlap"] = True
+    source |= {name: meta["data"][name] for name in ("overlap", "intervals") if meta["data"].get(name)}
     if entry and entry["data"] != source:
         raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; "
                         f"give it those, or another --out")
