@@ -859,7 +859,7 @@ class Report(typing.TypedDict):
 
 class Scores(typing.TypedDict):
     step: int
-    train: float
+    train: float | None                     # not before the first update
     val: float
     coarse: float
     fine: float

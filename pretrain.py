@@ -285,7 +285,7 @@ BUDGETS = ((10_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_siz
            (50_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=16, block_size=256, steps=100, dropout=0.1, mirror=0)),
            (math.inf, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0, mirror=0)))
 RATES = dict(lr=0.02, adam_lr=3e-3)
-TUNING = dict(lr=0.005, adam_lr=1e-3, dropout=0.1, mirror=0)    # in place of both, where weights come along
+TUNING = dict(lr=0.002, adam_lr=3e-4, dropout=0.1, mirror=0)    # in place of both, where weights come along
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
 
 
@@ -662,6 +662,20 @@ def training(given):
     say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'close':>8}{'range':>8}{'volume':>8}"
         f"{'right':>8}{'lean':>6}{'left':>8}")
     clock, train_losses, ended = Clock(run.step, config.steps, config.save_every), [], False
+
+    def report_on(losses, norm):
+        scores = evaluate(average, val, tiles, series, autocast, rank, world)
+        run.keep_if_best(average, scores["score"])
+        val_loss, loss = scores["coarse"] + scores["fine"], float(np.mean(losses)) if losses else None
+        run.metrics.append(dict(stage="pretrain", step=run.step, train=loss, val=val_loss, grad_norm=norm, **scores))
+        data.progress("")
+        shown = f"{loss:>9.4f}" if losses else f"{'.':>9}"
+        say(f"{run.step:>6}{shown}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
+            f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{scores['lean']:>6.2f}"
+            f"{clock.left(run.step)!s:>8}", flush=True)
+
+    if base:    # weights that come along are kept where no update makes them better
+        report_on([], None)
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
@@ -701,14 +715,8 @@ def training(given):
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
 
         if run.step % eval_every == 0 or run.step == config.steps:
-            scores = evaluate(average, val, tiles, series, autocast, rank, world)
-            run.keep_if_best(average, scores["score"])
-            val_loss, loss_sum = scores["coarse"] + scores["fine"], float(np.mean(train_losses))
-            run.metrics.append(dict(stage="pretrain", step=run.step, train=loss_sum, val=val_loss, grad_norm=norm, **scores))
+            report_on(train_losses, norm)
             train_losses = []
-            data.progress("")
-            say(f"{run.step:>6}{loss_sum:>9.4f}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
-                f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{scores['lean']:>6.2f}{clock.left(run.step)!s:>8}", flush=True)
             ended = run.since_best >= PATIENCE and run.step < config.steps
         elif rank == 0:
             data.progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")

@@ -310,6 +310,18 @@ def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, chec
     assert not meta["data"].get("overlap")
 
 
+def test_weights_that_come_along_are_kept_where_no_update_makes_them_better(market, tmp_path, checkpoint, call):
+    """Two updates at absurd rates; and the picture of losses, the first of which has none of training."""
+    base, _, _ = load_checkpoint(checkpoint)
+    status, out, err = call("pretrain", "--data", market, "--init_from", checkpoint, "--steps", 2, "--lr", 9, "--adam_lr", 9,
+                            "--batch_size", 2, "--block_size", 48, "--eval_every", 1, "--out", tmp_path / "b.pt")
+    assert status == 0 and "best weights of step 0" in out, err
+    kept, _, _ = load_checkpoint(str(tmp_path / "b.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters()))
+    status, _, err = call("sample", "--ckpt", tmp_path / "b.pt", "--paths", 5, "--horizon", 2, "--plot_loss", tmp_path / "l.svg")
+    assert status == 0 and "nan" not in (tmp_path / "l.svg").read_text(), err
+
+
 def test_val_among_the_bars_that_the_base_was_trained_on_is_refused_or_marked_for_good(market, tmp_path, checkpoint, call):
     earlier = data.iso(load_checkpoint(checkpoint)[2]["splits"][0] - 3600).replace(" ", "T")
     args = ["--data", market, "--steps", 1, "--batch_size", 2, "--block_size", 48]
