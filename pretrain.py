@@ -581,8 +581,8 @@ def training(given):
         if base:
             config.n_layer, config.n_head, config.n_embd = (getattr(base[0].config, k) for k in ("n_layer", "n_head", "n_embd"))
         if budget(config, n_train, len(train_stamps)) <= BUDGETS[0][0] and not base and os.path.exists(BASE):
-            say("few bars: the weights that come along mostly forecast better than any trained on so few (sample.py without "
-                f"--ckpt); or begin with them: --init_from {os.path.relpath(BASE)} --overlap")
+            say("few bars: the weights that come along, tuned to them, mostly forecast better than any trained on so few alone: "
+                f"--init_from {os.path.relpath(BASE)} --overlap")
     if config.batch_size < world:
         raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
                         f"give at least one for each")
