@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHUNK = 64          # bars in a chunk of linear attention: about as much work within chunks as on states
 GROUP = 32          # chunks whose states are made in one product
 EPS = 1e-6          # of the RMS norm
@@ -40,7 +40,7 @@ NO_GAP = 2**62      # stands for a spacing that does not exist (before the first
 CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
 N_CHANNELS = len(data.CHANNELS)
 HARMONICS = 6       # of the day, in which the model reads the time of day
-HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)  # bars; of the means of true range and moves that the model reads
+HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)  # bars; of the means of true range (of 32 it is s_t itself) and of moves
 MAX_LOG = 4.0       # bounds of their logs
 MAX_MOVE = 10.0     # and of the means of moves
 
@@ -222,7 +222,7 @@ class LinearAttention(nn.Module):
                 before.append(s[:, :, :-1].to(dtype))
         before = torch.cat(before, dim=2).unflatten(-1, (D, D))                 # S_{n-1} for each chunk n
         Q = q * decay(m, i + 1).to(dtype).view(per_bar)
-        o = (A @ v).add_(Q @ before)                                                 # [H, B, N, L, D]
+        o = (A @ v).add_(Q @ before)                                            # [H, B, N, L, D]
         return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H, B, D, D)
 
     def step(self, q, k, v, S, pos):
@@ -248,7 +248,8 @@ class LocalAttention(nn.Module):
     def forward(self, q, k, v):
         """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, bar p in place p % window.
 
-        q comes divided by sqrt(D). In blocks of `window` bars: a block's queries need the keys of their own block and of the one before it.
+        q comes divided by sqrt(D). In blocks of `window` bars: a block's queries need the keys of their own block and of
+        the one before it.
         """
         T = q.shape[2]
         w, back = min(self.window, T), int(T > self.window)
@@ -460,7 +461,7 @@ class State:
     h: torch.Tensor               # [B, C]: hidden state of the last bar, from which the heads read the next one
     time: torch.Tensor            # int64 [B]: stamp of the last bar whose clock was read
     gaps: torch.Tensor            # int64 [B, GAPS]: the spacings before it
-    ranges: torch.Tensor          # float64 [B, 2, len(HALF_LIVES)]: see Model.past_means
+    means: torch.Tensor           # float64 [B, 2, len(HALF_LIVES)]: see Model.past_means
     layers: list                  # per layer and kind of attention its state, heads first
     reasoner: dict | None         # see Reasoner
     ahead: list                   # of the bars to come: rotation, and what Model.clock says
@@ -476,9 +477,9 @@ class State:
         if reasoner:
             reasoner = dict(pending=rows(reasoner["pending"], 0), past=rows(reasoner["past"], 2),
                             slots=rows(reasoner["slots"], 2))
-        h, time, gaps, ranges = (rows(a, 0) for a in (self.h, self.time, self.gaps, self.ranges))
+        h, time, gaps, means = (rows(a, 0) for a in (self.h, self.time, self.gaps, self.means))
         ahead = [(rot, *(rows(a, 0) for a in clock)) for rot, *clock in self.ahead]
-        return replace(self, h=h, time=time, gaps=gaps, ranges=ranges, layers=layers, reasoner=reasoner, ahead=ahead)
+        return replace(self, h=h, time=time, gaps=gaps, means=means, layers=layers, reasoner=reasoner, ahead=ahead)
 
 
 class Model(nn.Module):
@@ -589,7 +590,7 @@ class Model(nn.Module):
         return torch.cat((angle.sin(), angle.cos()), -1), stamp.view(*time.shape, -1)
 
     def embedding(self, coarse, fine, waves, stamp, before=None):
-        """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and the range means after them."""
+        """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and the past means after them."""
         z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
         means, after = self.past_means(z, before)
         seen = torch.cat((z, means, waves), -1)
@@ -603,13 +604,13 @@ class Model(nn.Module):
         without reasoner, or above depth. drop: see forward.
         """
         gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
-        x, ranges = self.embedding(coarse, fine, *self.clock(time, gaps.unfold(1, GAPS, 1)))
+        x, means = self.embedding(coarse, fine, *self.clock(time, gaps.unfold(1, GAPS, 1)))
         slots = None
         rot = self.rotation(0, x.shape[1], x)
         layers, reasoner = None, None
         if keep is not None:
             layers, reasoner = [], {}
-            keep.update(layers=layers, reasoner=reasoner, gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone(), ranges=ranges)
+            keep.update(layers=layers, reasoner=reasoner, gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone(), means=means)
         for n, layer in enumerate(self.layers[:depth]):
             if n == self.mid and self.reasoner:
                 x, slots = self.run(self.reasoner, x, phase, reasoner)
@@ -776,7 +777,7 @@ class Model(nn.Module):
             if not state.ahead:
                 self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
             rot, *clock = state.ahead.pop(0)
-            x, state.ranges = self.embedding(coarse[:, None], fine[:, None], *clock, state.ranges)  # [B, 1, C]
+            x, state.means = self.embedding(coarse[:, None], fine[:, None], *clock, state.means)    # [B, 1, C]
             x, pos = x.to(state.parts[0].up.weight.dtype), state.pos
             for n, states in enumerate(state.layers):
                 if n == self.mid and self.reasoner:

@@ -93,8 +93,9 @@ PATIENCE = 4         # reports without a better score that end it
 
 def check(config):
     positive = ("tok_steps", "clip", "eval_windows", "save_every")
-    data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup", "weight_decay",
-                                          "average", "shift_weeks", "shift_hours", "n_layer", "n_head", "n_embd", "eval_every", "seed"))
+    data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
+                                          "weight_decay", "average", "shift_weeks", "shift_hours", "n_layer", "n_head",
+                                          "n_embd", "eval_every", "seed"))
     if config.block_size == 1:
         raise UserError("--block_size 1: at least 2 bars")
     if config.init_from and config.tokenizer:

@@ -54,7 +54,8 @@ class TokenizerConfig:
 
     def __post_init__(self):
         limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096), direction_bit=(0, 1),
-                      close=(0.01, 100), nearest=(0, 1), spread=(0, 1), entropy=(0, 100), gamma=(0, 100), joint=(0, 1), tau=(0, 1e6))
+                      close=(0.01, 100), nearest=(0, 1), spread=(0, 1), entropy=(0, 100), gamma=(0, 100), joint=(0, 1),
+                      tau=(0, 1e6))
         for name, (least, most) in limits.items():
             value, kinds = getattr(self, name), (type(getattr(TokenizerConfig, name)), int)
             if type(value) not in kinds or not least <= value <= most:

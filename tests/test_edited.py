@@ -1,6 +1,5 @@
 """Files that were edited: a right result or one line, never a traceback or numbers that are none. All in one process, 550 files."""
 import copy
-import inspect
 import math
 import random
 import shutil
@@ -87,7 +86,6 @@ def test_an_edited_checkpoint_forecasts_and_resumes_rightly_or_is_refused(market
     pretrain.main(["--data", bars, "--out", str(path), *TINY, "--steps", "1", "--tok_steps", "5", "--n_layer", "1"])
     whole = data.load_safe(path)
     whole["run"]["steps"] = 2                                       # as if stopped before its end
-    monkeypatch.setattr(inspect, "getsource", lambda kind: "")       # help texts, which take longer than all else
     series = data.load([bars])
     monkeypatch.setattr(data, "load", lambda sources: series)      # read once
     monkeypatch.setattr(pretrain, "evaluate", lambda *args: dict(coarse=1.0, fine=1.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=1.0, lean=1.0))
