@@ -36,7 +36,10 @@ GROUP = 32          # chunks whose states are made in one product
 EPS = 1e-6          # of the RMS norm
 GAPS = 7            # spacings whose median tells the bars' interval
 AHEAD = 16          # bars of generation whose clock is read at once
-NO_GAP = 2**62      # stands for a spacing that does not exist (before the first bar)
+NO_BAR = -2**62     # stands for the stamp of a bar before the first one
+DAYS = 28           # days back at whose same time of day the model looks, and the last of them:
+LAST_DAYS = 7
+REACH = 512         # bars back, at most, of what it sees there
 CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
 N_CHANNELS = len(data.CHANNELS)
 HARMONICS = 6       # of the day, in which the model reads the time of day
@@ -437,11 +440,25 @@ class Reasoner(nn.Module):
 
 def gap_bucket(gaps):
     """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, from 1 to 31; 0 where none does."""
-    gaps = gaps.sort(-1).values
-    count = (gaps < NO_GAP).sum(-1, keepdim=True)
+    exist = (gaps > 0) & (gaps < -NO_BAR // 2)
+    gaps = gaps.masked_fill(~exist, -NO_BAR).sort(-1).values
+    count = exist.sum(-1, keepdim=True)
     median = gaps.gather(-1, (count - 1).clamp(min=0) // 2)
     bucket = median.clamp(min=1).double().log2().floor().long().clamp(max=30) + 1
     return torch.where(count > 0, bucket, 0)            # [..., 1]
+
+
+def days_before(stamps, n):
+    """How many bars before each of the last n of the stamps [B, T] lies the bar that came after the same time of day, on
+    each of the DAYS days before: int64 [B, n, DAYS]; -1 where there is none, or none within REACH bars."""
+    T = stamps.shape[1]
+    days = data.DAY * torch.arange(1, DAYS + 1, device=stamps.device)
+    earlier = (stamps[:, T - n:, None] - days).flatten(1)                       # [B, n * DAYS]
+    at = torch.searchsorted(stamps.contiguous(), earlier)
+    there = stamps.gather(1, at.clamp(max=T - 1)) == earlier
+    own = torch.arange(T - n, T, device=stamps.device)[:, None]
+    back = own - at.unflatten(1, (n, DAYS)) - 1
+    return back.masked_fill(~there.view_as(back) | (back < 0) | (back >= REACH), -1)
 
 
 def mlp(n_in, n, n_out):
@@ -459,9 +476,9 @@ class State:
     phase: int                    # borders lie where (p + phase) % border == 0
     parts: nn.ModuleList          # the layers, and the reasoner: see Model.parts_for_steps
     h: torch.Tensor               # [B, C]: hidden state of the last bar, from which the heads read the next one
-    time: torch.Tensor            # int64 [B]: stamp of the last bar whose clock was read
-    gaps: torch.Tensor            # int64 [B, GAPS]: the spacings before it
+    stamps: torch.Tensor          # int64 [B, REACH]: of the last bars whose clock was read; NO_BAR before the first
     means: torch.Tensor           # float64 [B, 2, len(HALF_LIVES)]: see Model.past_means
+    recent: torch.Tensor          # [B, REACH, 2]: range and volume of the last bars, bar p in place p % REACH
     layers: list                  # per layer and kind of attention its state, heads first
     reasoner: dict | None         # see Reasoner
     ahead: list                   # of the bars to come: rotation, and what Model.clock says
@@ -477,9 +494,9 @@ class State:
         if reasoner:
             reasoner = dict(pending=rows(reasoner["pending"], 0), past=rows(reasoner["past"], 2),
                             slots=rows(reasoner["slots"], 2))
-        h, time, gaps, means = (rows(a, 0) for a in (self.h, self.time, self.gaps, self.means))
+        kept = {name: rows(getattr(self, name), 0) for name in ("h", "stamps", "means", "recent")}
         ahead = [(rot, *(rows(a, 0) for a in clock)) for rot, *clock in self.ahead]
-        return replace(self, h=h, time=time, gaps=gaps, means=means, layers=layers, reasoner=reasoner, ahead=ahead)
+        return replace(self, layers=layers, reasoner=reasoner, ahead=ahead, **kept)
 
 
 class Model(nn.Module):
@@ -508,7 +525,7 @@ class Model(nn.Module):
 
         decay = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64))
         self.register_buffer("past_decay", decay, persistent=False)
-        n_seen = n + 2 * len(HALF_LIVES) + 2 * HARMONICS
+        n_seen = n + 2 * len(HALF_LIVES) + 5 + 2 * HARMONICS
         self.candle = mlp(n_seen, C, C)
         self.candle_linear = nn.Linear(n_seen, C, bias=False)   # sums over past moves stay linear
         offsets = torch.tensor(CALENDAR).cumsum(0) - torch.tensor(CALENDAR)
@@ -549,21 +566,24 @@ class Model(nn.Module):
 
     # ---- what it reads
 
-    def past_means(self, z, before=None):
-        """Decayed means of bars with candles z [B, T, 6], relative to s_t and over the half-lives HALF_LIVES: [B, T, 2 n].
-
-        First the logs of those of the true range, then those of the close's moves. Also the means after the last bar,
-        float64 [B, 2, n]; `before`: those before the first, else 1 and 0. The candle gives k_t = TR_t / s_t, and with it all
-        the rest:  s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,  a and b the decays of s and e, and
-        the means e_{t+1} / s_{t+1}: known once bar t is. For moves alike, with close / s_t in place of k_t.
-        """
+    def true_range(self, z):
+        """Of bars with candles z [B, T, 6], float64 [B, T]: k_t = TR_t / s_t, and the close's move / s_t."""
         x = (self.mean + self.std * z)[..., :4].double()
         close, open_, upper, lower = x.clamp(-20, 20).sinh().unbind(-1)
         top, bottom = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
-        k = (top.clamp(min=0) - bottom.clamp(max=0)).clamp(1e-3, 1e3)           # [B, T], true range / s_t
+        return (top.clamp(min=0) - bottom.clamp(max=0)).clamp(1e-3, 1e3), close.clamp(-1e3, 1e3)
+
+    def past_means(self, k, move, before=None):
+        """Decayed means of bars, relative to s_t and over the half-lives HALF_LIVES: [B, T, 2 n].
+
+        First the logs of those of the true range, then those of the close's moves. Also the means after the last bar,
+        float64 [B, 2, n]; `before`: those before the first, else 1 and 0. With k and move of true_range all is known:
+         s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,  a and b the decays of s and e, and
+        the means e_{t+1} / s_{t+1}: known once bar t is. For moves alike, with close / s_t in place of k_t.
+        """
         growth = data.DECAY + (1 - data.DECAY) * k                              # [B, T], s_{t+1} / s_t
-        terms = torch.stack((k, close.clamp(-1e3, 1e3)), dim=1)                 # [B, 2, T]
-        b, T = self.past_decay, z.shape[1]                                      # [n]
+        terms = torch.stack((k, move), dim=1)                                   # [B, 2, T]
+        b, T = self.past_decay, k.shape[1]                                      # [n]
         if T > 1:
             growth = growth.log().cumsum(-1).exp()                              # [B, T], s_{t+1} / s_0
             terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)      # [B, 2, T], relative to s_0
@@ -574,28 +594,49 @@ class Model(nn.Module):
             shift *= 2
         if before is None:
             before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [B, 2, n]
-        e = e + before[..., None] * b[:, None] ** torch.arange(1, T + 1, device=z.device)
+        e = e + before[..., None] * b[:, None] ** torch.arange(1, T + 1, device=k.device)
         e = e / growth[:, None, None]
         ranges, moves = e.unbind(1)                                             # [B, n, T]
         moves = moves * (2 / (1 - b)[:, None]).sqrt()                           # brought to about unit size
         seen = torch.cat((ranges.log().clamp(-MAX_LOG, MAX_LOG), moves.clamp(-MAX_MOVE, MAX_MOVE)), dim=1)
         return seen.mT.float(), e[..., -1]
 
-    def clock(self, time, gaps):
-        """What stamps [B, T] with the spacings before them [B, T, GAPS] say: waves of the day [B, T, 2 HARMONICS] and the
-        sum of the calendar's rows [B, T, C]."""
+    def clock(self, stamps, n):
+        """What the last n of the stamps [B, T] say: waves of the day [B, n, 2 HARMONICS], the sum of the calendar's rows
+        [B, n, C], and days_before."""
+        time = stamps[:, -n:]
+        gaps = F.pad(stamps, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:].unfold(1, GAPS, 1)      # [B, n, GAPS]
         angle = 2 * math.pi / data.DAY * (time % data.DAY)[..., None] * torch.arange(1, HARMONICS + 1, device=time.device)
         rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, T, 6]
         stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
-        return torch.cat((angle.sin(), angle.cos()), -1), stamp.view(*time.shape, -1)
+        return torch.cat((angle.sin(), angle.cos()), -1), stamp.view(*time.shape, -1), days_before(stamps, n)
 
-    def embedding(self, coarse, fine, waves, stamp, before=None):
-        """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and the past means after them."""
+    def same_hour(self, recent, pos, back):
+        """Means of what came after the same time of day: of range and volume over LAST_DAYS and DAYS days, and the share
+        of days that had such a bar: [B, n, 5].
+
+        recent [B, R, 2]: bar p in place p % R; pos: of the n bars; back: see days_before. Few days are drawn towards 0.
+        """
+        there = back >= 0                                                       # [B, n, DAYS]
+        place = ((pos[:, None] - back) % recent.shape[1]).flatten(1)
+        values = recent.gather(1, place[..., None].expand(-1, -1, 2)).unflatten(1, back.shape[1:]) * there[..., None]
+        means = [values[:, :, :d].sum(2) / (1 + there[:, :, :d].sum(2, keepdim=True)) for d in (LAST_DAYS, DAYS)]
+        return torch.cat((*means, there.float().mean(2, keepdim=True)), -1)
+
+    def embedding(self, coarse, fine, waves, stamp, back, state=None):
+        """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and past means and recent bars
+        after them, as a State has them. state: that of the bars before."""
         z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
-        means, after = self.past_means(z, before)
-        seen = torch.cat((z, means, waves), -1)
+        k, move = self.true_range(z)
+        means, after = self.past_means(k, move, state and state.means)
+        volume = (self.mean + self.std * z)[..., 4].clamp(-MAX_LOG, MAX_LOG)
+        recent, pos = torch.stack((k.log().clamp(-MAX_LOG, MAX_LOG).float(), volume), dim=-1), torch.arange(coarse.shape[1], device=z.device)
+        if state:
+            pos = pos + state.pos
+            recent = state.recent.index_copy_(1, pos % REACH, recent)
+        seen = torch.cat((z, means, self.same_hour(recent, pos, back), waves), -1)
         x = self.candle(seen) + self.candle_linear(seen)
-        return norm(x + stamp.to(x.dtype)), after
+        return norm(x + stamp.to(x.dtype)), after, recent
 
     def trunk(self, coarse, fine, time, phase=0, keep=None, depth=None, drop=None):
         """Hidden states [B, T, C] after `depth` layers (None: all), and the slots of the borders [B, M, 16, C].
@@ -603,14 +644,16 @@ class Model(nn.Module):
         phase: borders lie where (p + phase) % border == 0. keep: a dict that collects what step needs. slots are None
         without reasoner, or above depth. drop: see forward.
         """
-        gaps = F.pad(time[:, 1:] - time[:, :-1], (GAPS, 0), value=NO_GAP)       # [B, T + GAPS - 1]
-        x, means = self.embedding(coarse, fine, *self.clock(time, gaps.unfold(1, GAPS, 1)))
+        x, means, recent = self.embedding(coarse, fine, *self.clock(time, time.shape[1]))
         slots = None
         rot = self.rotation(0, x.shape[1], x)
         layers, reasoner = None, None
         if keep is not None:
             layers, reasoner = [], {}
-            keep.update(layers=layers, reasoner=reasoner, gaps=gaps[:, -GAPS:].clone(), time=time[:, -1].clone(), means=means)
+            T = time.shape[1]
+            stamps = F.pad(time, (REACH, 0), value=NO_BAR)[:, -REACH:].clone()
+            recent = F.pad(recent[:, -REACH:], (0, 0, 0, max(0, REACH - T))).roll(max(0, T - REACH) % REACH, dims=1)
+            keep.update(layers=layers, reasoner=reasoner, stamps=stamps, means=means, recent=recent)
         for n, layer in enumerate(self.layers[:depth]):
             if n == self.mid and self.reasoner:
                 x, slots = self.run(self.reasoner, x, phase, reasoner)
@@ -777,7 +820,7 @@ class Model(nn.Module):
             if not state.ahead:
                 self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
             rot, *clock = state.ahead.pop(0)
-            x, state.means = self.embedding(coarse[:, None], fine[:, None], *clock, state.means)    # [B, 1, C]
+            x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], *clock, state)       # [B, 1, C]
             x, pos = x.to(state.parts[0].up.weight.dtype), state.pos
             for n, states in enumerate(state.layers):
                 if n == self.mid and self.reasoner:
@@ -789,11 +832,11 @@ class Model(nn.Module):
 
     def look_ahead(self, time, state):
         """Reads the clock of the next bars, time [B, n]."""
-        gaps = torch.cat((state.gaps, torch.diff(time, prepend=state.time[:, None])), dim=1)    # [B, GAPS + n]
-        clock = self.clock(time, gaps[:, 1:].unfold(1, GAPS, 1))
+        state.stamps = torch.cat((state.stamps, time), dim=1)
+        clock = self.clock(state.stamps, time.shape[1])
         rots = self.rotation(state.pos, time.shape[1], state.parts[0].up.weight)
         state.ahead = list(zip(zip(*(a.split(1, dim=-2) for a in rots)), *(a.split(1, dim=1) for a in clock)))
-        state.time, state.gaps = time[:, -1], gaps[:, -GAPS:]
+        state.stamps = state.stamps[:, -REACH:]
 
     def reach_border(self, state):
         if self.reasoner and (state.pos + state.phase) % self.config.border == 0:

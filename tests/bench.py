@@ -369,7 +369,7 @@ def model_(args):
 
         @torch.inference_mode()
         def generate():
-            times = state.time[:, None] + 86400 * torch.arange(1, steps + 1, device=device)
+            times = state.stamps[:, -1:] + 86400 * torch.arange(1, steps + 1, device=device)
             for k in range(steps):
                 with amp(half):
                     coarse, fine = ours.sample(state.h)

@@ -57,22 +57,25 @@ class Tables(Model):
     def make_code_vectors(self):
         return tuple(self.heads)
 
-    def embedding(self, coarse, fine, waves, stamp, before=None):
-        _, after = self.past_means(torch.zeros(*coarse.shape, 6), before)
+    def embedding(self, coarse, fine, waves, stamp, back, state=None):
+        _, *after = super().embedding(coarse, fine, waves, stamp, back, state)
         x = self.rows(coarse) + self.rows(fine + len(self.D1)) + stamp
-        return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x), after
+        return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x), *after
 
 
 class Blind(Model):
-    """Does not see the columns `hidden` of what a bar shows: candle, means of ranges, means of moves, waves of the day."""
+    """Does not see the columns `hidden` of what a bar shows: means of ranges, of moves, of the same hour, waves of the day."""
 
-    def embedding(self, coarse, fine, waves, stamp, before=None):
+    def embedding(self, coarse, fine, waves, stamp, back, state=None):
         if "waves" in self.hidden:
             waves = torch.zeros_like(waves)
-        return super().embedding(coarse, fine, waves, stamp, before)
+        return super().embedding(coarse, fine, waves, stamp, back, state)
 
-    def past_means(self, z, before=None):
-        means, after = super().past_means(z, before)
+    def same_hour(self, recent, pos, back):
+        return super().same_hour(recent, pos, back) * ("hour" not in self.hidden)
+
+    def past_means(self, k, move, before=None):
+        means, after = super().past_means(k, move, before)
         ranges, moves = means.chunk(2, dim=-1)
         ranges, moves = ranges * ("ranges" not in self.hidden), moves * ("moves" not in self.hidden)
         return torch.cat((ranges, moves), dim=-1), after
@@ -89,6 +92,7 @@ VARIANTS = {
     "no means of ranges": (blind("ranges"), {}, []),
     "no means of moves": (blind("moves"), {}, []),
     "neither": (blind("ranges", "moves"), {}, []),
+    "no same hour": (blind("hour"), {}, []),
     "no waves of the day": (blind("waves"), {}, []),
     "rope": (Model, dict(pos="rope"), []),
     "alibi": (Model, dict(pos="alibi"), []),

@@ -48,10 +48,10 @@ def make(seed=0, **options):
 
 
 def bars(B, T, seed=0):
-    """Random tokens, and stamps with gaps of a minute to some days."""
+    """Random tokens, and stamps with gaps of half an hour to a day, so that a time of day comes again."""
     g = torch.Generator().manual_seed(seed)
     coarse, fine = (torch.randint(0, 2**BITS[name], (B, T), generator=g) for name in ("coarse_bits", "fine_bits"))
-    gap = 60 * 2 ** torch.randint(0, 12, (B, T), generator=g)
+    gap = 1800 * 2 ** torch.randint(0, 6, (B, T), generator=g)
     return coarse, fine, 1_500_000_000 + gap.cumsum(1)
 
 
@@ -305,9 +305,9 @@ def test_gradients_of_a_logit_stay_behind_it():
     embedding = model.embedding
 
     def kept(*args):
-        x, after = embedding(*args)
+        x, *rest = embedding(*args)
         embedded.append(x.retain_grad() or x)
-        return x, after
+        return x, *rest
     model.embedding = kept
     model(coarse, fine, time, phase=3)[0][0, t].square().sum().backward()
     size = embedded[0].grad[0].abs().sum(-1)
@@ -412,7 +412,7 @@ def test_memory_of_generation_does_not_grow():
         state = model.prefill(coarse, fine, time)
         for t in range(601):
             coarse, fine = model.sample(state.h, u=torch.full((2, 2), 0.5))
-            h, state = model.step(coarse, fine, state.time + 60, state)
+            h, state = model.step(coarse, fine, state.stamps[:, -1] + 60, state)
             if t in (100, 600):
                 gc.collect()
                 held.append(sum(a.numel() for a in gc.get_objects() if type(a) is torch.Tensor))
@@ -430,7 +430,7 @@ def test_calendar_is_the_civil_date():
 
 def test_spacing_is_the_causal_running_median():
     _, _, time = bars(2, 60)
-    gaps = F.pad(time[:, 1:] - time[:, :-1], (M.GAPS, 0), value=M.NO_GAP).unfold(1, M.GAPS, 1)
+    gaps = F.pad(time, (M.GAPS, 0), value=M.NO_BAR).diff().unfold(1, M.GAPS, 1)
     got = M.gap_bucket(gaps)[..., 0]
     for b in range(2):
         for t in range(60):
@@ -445,7 +445,7 @@ def test_past_means_are_those_of_the_bars_themselves():
     model.mean.zero_()
     x = torch.from_numpy(data.features(series)[0])
     with torch.no_grad():
-        got, _ = model.past_means(x[None])
+        got, _ = model.past_means(*model.true_range(x[None]))
     _, high, low, c = series.ohlcva[:, :4].T
     true_range = np.log(np.maximum(high[1:], c[:-1]) / np.minimum(low[1:], c[:-1]))
     decays = np.array([0.5 ** (1 / half_life) for half_life in (*M.HALF_LIVES, data.HALF_LIFE)])
@@ -462,14 +462,35 @@ def test_past_means_are_those_of_the_bars_themselves():
 def test_past_means_go_on_where_they_stopped():
     model = make()
     z = torch.randn(2, 77, 6, generator=torch.Generator().manual_seed(0))
-    whole, after = model.past_means(z)
-    first, between = model.past_means(z[:, :30])
-    second, last = model.past_means(z[:, 30:], between)
+    k, move = model.true_range(z)
+    whole, after = model.past_means(k, move)
+    first, between = model.past_means(k[:, :30], move[:, :30])
+    second, last = model.past_means(k[:, 30:], move[:, 30:], between)
     close(torch.cat((first, second), 1), whole, 1e-6)
     close(last, after, 1e-12)
     # bounded, whatever a candle claims
-    wild, _ = model.past_means(1e6 * z)
+    wild, _ = model.past_means(*model.true_range(1e6 * z))
     assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_MOVE
+
+
+def test_same_hour_means_what_followed_it_on_the_days_before():
+    """Beside a plain search, on half-hour bars of sessions with gaps."""
+    model, rng = make(), np.random.default_rng(0)
+    days = np.arange(60)[:, None] * data.DAY + np.arange(15, 29) * 1800             # 14 bars a day
+    time = torch.from_numpy(np.stack([np.sort(rng.choice(days.ravel(), 700, replace=False)) for _ in range(2)]))
+    values = torch.from_numpy(rng.standard_normal((2, 700, 2)).astype(np.float32))
+    got = model.same_hour(values, torch.arange(700), M.days_before(time, 700))
+    for b in range(2):
+        place = {stamp: t for t, stamp in enumerate(time[b].tolist())}
+        for t in range(0, 700, 9):
+            found = [(d, place[time[b, t].item() - d * data.DAY] + 1) for d in range(1, 29)
+                     if time[b, t].item() - d * data.DAY in place]
+            found = [(d, at) for d, at in found if t - at < M.REACH]
+            for column, last in enumerate((7, 28)):
+                rows = [values[b, at] for d, at in found if d <= last]
+                want = sum(rows, torch.zeros(2)) / (1 + len(rows))
+                torch.testing.assert_close(got[b, t, 2 * column:2 * column + 2], want)
+            assert got[b, t, 4] == pytest.approx(len(found) / 28)
 
 
 def test_read_codes_takes_the_candles_of_the_tokenizer():
