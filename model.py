@@ -629,8 +629,9 @@ class Model(nn.Module):
         z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
         k, move = self.true_range(z)
         means, after = self.past_means(k, move, state and state.means)
-        volume = (self.mean + self.std * z)[..., 4].clamp(-MAX_LOG, MAX_LOG)
-        recent, pos = torch.stack((k.log().clamp(-MAX_LOG, MAX_LOG).float(), volume), dim=-1), torch.arange(coarse.shape[1], device=z.device)
+        volume = self.mean[4] + self.std[4] * z[..., 4]
+        recent = torch.stack((k.log().float(), volume), dim=-1).clamp(-MAX_LOG, MAX_LOG)        # [B, T, 2]
+        pos = torch.arange(z.shape[1], device=z.device)
         if state:
             pos = pos + state.pos
             recent = state.recent.index_copy_(1, pos % REACH, recent)

@@ -643,25 +643,32 @@ RATIOS = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_crp
 
 
 def print_heads():
-    print("CRPS to HAR, of the close also to FHS; 95 % intervals")
-    print(f"{'':44}" + "".join(f"{head:>24}" for _, _, head in RATIOS) + f"{'90 % band':>11}")
+    print("CRPS as a ratio to HAR's, of the close also to that of FHS; 95 % intervals\n")
+    print_row("market", "weights", *(head for _, _, head in RATIOS), "90 % band holds")
+    print_row(*["---"] * (3 + len(RATIOS)))
+
+
+def print_row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def print_to_opponents(label, arm, ckpts, result):
     """A row: CRPS as ratios to an opponent's, the mean of checkpoints that differ by their seed. Returns the values."""
-    drawn, t, row, values = result["drawn"], result["targets"], f"{label[:26]:27}{arm[:16]:17}", []
+    drawn, t, cells, values = result["drawn"], result["targets"], [label, arm], []
     for metric, rival, _ in RATIOS:
-        values.append(math.nan)
         if metric in drawn[rival] and all(metric in drawn[ckpt] for ckpt in ckpts):
             theirs = backtest.at_step(drawn[rival], metric, -1)
             ours = [backtest.at_step(drawn[ckpt], metric, -1) for ckpt in ckpts]
             mean = tuple(sum(parts) / len(ckpts) for parts in zip(*ours))
             score = backtest.versus(mean, theirs, t.blocks_of(metric), as_ratio=True)
-            values[-1] = score["value"]
-        row += f"{backtest.show(score, 1, 4):>24}" if math.isfinite(values[-1]) else f"{'.':>24}"
+            cells.append(backtest.show(score, 1, 4))
+            values.append(score["value"])
+        else:
+            cells.append(".")
+            values.append(math.nan)
     bands = [entry["coverage90"]["value"] for entry in result["checkpoints"] if entry["ckpt"] in ckpts]
     values.append(statistics.mean(bands))
-    print(row + f"{values[-1]:>11.1%}", flush=True)
+    print_row(*cells, f"{values[-1]:.1%}")
     return values
 
 
@@ -670,8 +677,8 @@ def print_means(rows):
     for arm, values in rows.items():
         columns = [[v for v in column if math.isfinite(v)] for column in zip(*values)]
         for name, f in (("mean", statistics.mean), ("largest", max)):
-            cells = "".join(f"{f(column) if column else math.nan:>24.4f}" for column in columns[:-1])
-            print(f"{f'{name} of {len(values)} files':27}{arm[:16]:17}{cells}{f(columns[-1]):>11.1%}")
+            cells = [f"{f(column):.4f}" if column else "." for column in columns[:-1]]
+            print_row(f"{name} of {len(values)} files", arm, *cells, f"{f(columns[-1]):.1%}")
 
 
 def base_study(argv):
@@ -700,7 +707,8 @@ def base_study(argv):
         stride = max(1, int(args.share * len(stamps)) // args.origins)
         result = backtest.evaluate(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
         for ckpt in args.ckpt:
-            rows[ckpt].append(print_to_opponents(os.path.basename(path), os.path.basename(ckpt), [ckpt], result))
+            market = os.path.basename(path).partition(".")[0]
+            rows[ckpt].append(print_to_opponents(market, os.path.basename(ckpt), [ckpt], result))
     print_means({os.path.basename(ckpt): values for ckpt, values in rows.items()})
 
 

@@ -362,6 +362,19 @@ def test_a_stage_writes_a_checkpoint_that_forecasts(checkpoint, tmp_path, call, 
     assert status == 0 and "symbol" in out, err
 
 
+def test_expo_trains_free_of_the_lean_and_its_reference_keeps_it(checkpoint, tmp_path, call):
+    entry = torch.load(checkpoint, weights_only=True)
+    for weights in (entry["model"], entry["best"]):
+        weights["lean"] = torch.tensor(0.25)
+    torch.save(entry, tmp_path / "leaning.pt")
+    status, _, err = call("expo", "--ckpt", tmp_path / "leaning.pt", "--out", tmp_path / "a.pt", *FAST)
+    assert status == 0, err
+    tuned = read_checkpoint(str(tmp_path / "a.pt"))
+    assert tuned["model"]["lean"] == 1
+    if math.isinf(tuned["best_val"]):   # nothing was surely better
+        assert tuned["best"]["lean"] == 0.25
+
+
 @pytest.mark.parametrize("name, flags, metric", [("expo", "--horizon 2", "log loss"), ("rollout", "--horizon 2", "path CRPS")])
 def test_ends_with_the_paired_backtest(checkpoint, tmp_path, call, name, flags, metric):
     args = ["--ckpt", checkpoint, "--out", tmp_path / "a.pt", "--steps", 2, "--batch_size", 2, "--paths", 4, *flags.split()]
