@@ -228,8 +228,12 @@ class LinearAttention(nn.Module):
         o = (A @ v).add_(Q @ before)                                            # [H, B, N, L, D]
         return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H, B, D, D)
 
-    def step(self, q, k, v, S, pos):
-        """One bar more, wherever: q, k, v [H, B, 1, D]; S [H, B, D, D] is updated in place."""
+    def places(self, pos):
+        """What step needs of bars at pos [n] besides: nothing, n times."""
+        return [None] * len(pos)
+
+    def step(self, q, k, v, S, place):
+        """One bar more: q, k, v [H, B, 1, D]; S [H, B, D, D] is updated in place."""
         S.mul_(self.per_bar).addcmul_(k.mT, v)
         return norm(q @ S)
 
@@ -244,9 +248,6 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.window = window
         self.register_buffer("slope", slope, persistent=False)
-        # biases of the ring's places at bar p: those from W - 1 - p % W on
-        distance = torch.arange(window - 1, -1, -1).repeat(2)
-        self.register_buffer("ring_bias", (-slope[:, None] * distance)[:, None, None], persistent=False)    # [H, 1, 1, 2 W]
 
     def forward(self, q, k, v):
         """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, bar p in place p % window.
@@ -275,14 +276,18 @@ class LocalAttention(nn.Module):
             return F.pad(kv, (0, 0, 0, W - T))
         return kv.roll(T % W, dims=3)   # the first is bar T - W, whose place is T % W
 
-    def step(self, q, k, v, ring, pos):
-        """One bar more, at position pos: q, k, v [H, B, 1, D]; ring [2, H, B, W, D] is updated in place."""
-        W, place = self.window, pos % self.window
-        keys, values = ring
-        keys[:, :, place], values[:, :, place] = k[:, :, 0], v[:, :, 0]
-        bias = self.ring_bias[..., W - 1 - place:2 * W - 1 - place]
-        if pos + 1 < W:                 # places in use
-            keys, values, bias = keys[:, :, :pos + 1], values[:, :, :pos + 1], bias[..., :pos + 1]
+    def places(self, pos):
+        """Of bars at pos [n]: place in the ring [1], and the bias of all places [H, 1, 1, W], n of each."""
+        place = pos[:, None] % self.window                                      # [n, 1]
+        age = (place - torch.arange(self.window, device=pos.device)) % self.window      # of what each place holds then
+        bias = -self.slope[:, None, None, None] * age[:, None, None, None]      # [n, H, 1, 1, W]
+        return list(zip(place, bias.masked_fill((age > pos[:, None])[:, None, None, None], -math.inf)))
+
+    def step(self, q, k, v, ring, place):
+        """One bar more: q, k, v [H, B, 1, D]; ring [2, H, B, W, D] is updated in place; place: see places."""
+        (at, bias), (keys, values) = place, ring
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
         return softmax_attention(q, keys, values, bias)
 
 
@@ -321,10 +326,14 @@ class Layer(nn.Module):
         qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))
         return *rotate(qk, rot), v[0]
 
-    def step(self, x, rot, pos, states):
+    def places(self, pos):
+        """What step needs of bars at pos [n] besides their rotation: n lists, an entry for each kind of attention."""
+        return list(zip(*(kind.places(pos) for kind in self.kinds)))
+
+    def step(self, x, rot, places, states):
         """x [B, 1, C] -> [B, 1, C]: one bar more; updates the states, which are float32, in place."""
         q, k, v = (a.float().split(self.shares) for a in self.queries(x, rot))  # per kind [H, B, 1, D]
-        outs = [kind.step(*a, pos) for kind, *a in zip(self.kinds, q, k, v, states)]
+        outs = [kind.step(*a) for kind, *a in zip(self.kinds, q, k, v, states, places)]
         x = x + self.out(heads_last(torch.cat(outs)).to(x.dtype))
         return x + self.down(F.silu(self.up(norm(x))))
 
@@ -461,6 +470,17 @@ def days_before(stamps, n):
     return back.masked_fill(~there.view_as(back) | (back < 0) | (back >= REACH), -1)
 
 
+def true_range(high, low):
+    """Of a bar whose high and low are told from the close before; bounded, for candles that no market shows."""
+    return (high.clamp(min=0) - low.clamp(max=0)).clamp(1e-3, 1e3)
+
+
+def centred(a):
+    """a less its mean over the first axis, the codes. What all logits share says nothing, and would cost bf16 its digits:
+    unchecked it grows to hundreds in some thousand updates."""
+    return a - a.mean(0)
+
+
 def mlp(n_in, n, n_out):
     return nn.Sequential(nn.Linear(n_in, n), nn.SiLU(), nn.Linear(n, n_out))
 
@@ -481,7 +501,7 @@ class State:
     recent: torch.Tensor          # [B, REACH, 2]: range and volume of the last bars, bar p in place p % REACH
     layers: list                  # per layer and kind of attention its state, heads first
     reasoner: dict | None         # see Reasoner
-    ahead: list                   # of the bars to come: rotation, and what Model.clock says
+    ahead: list                   # of the bars to come: rotation, Layer.places, and what Model.clock says
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
@@ -495,7 +515,7 @@ class State:
             reasoner = dict(pending=rows(reasoner["pending"], 0), past=rows(reasoner["past"], 2),
                             slots=rows(reasoner["slots"], 2))
         kept = {name: rows(getattr(self, name), 0) for name in ("h", "stamps", "means", "recent")}
-        ahead = [(rot, *(rows(a, 0) for a in clock)) for rot, *clock in self.ahead]
+        ahead = [(*fixed, [rows(a, 0) for a in clock]) for *fixed, clock in self.ahead]
         return replace(self, layers=layers, reasoner=reasoner, ahead=ahead, **kept)
 
 
@@ -519,7 +539,7 @@ class Model(nn.Module):
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that say "up"
         self.register_buffer("lean", torch.ones(()))    # how far a mean of its own is trusted, see coarse_logits
-        # log shares of the codes in the training data: what the heads say before they have learned anything
+        # log shares of the codes in the training data, centred: what the heads say before they have learned anything
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
 
@@ -562,27 +582,34 @@ class Model(nn.Module):
             self.std.copy_(tokenizer.std)
             self.up_mask.copy_(tokenizer.decode(torch.arange(len(self.D1)))[:, 0] > 0)
             for buffer, share in zip((self.coarse_share, self.fine_share), shares or ()):
-                buffer.copy_(torch.log(torch.as_tensor(share) / sum(share)))
+                buffer.copy_(centred(torch.as_tensor(share).log()))
 
     # ---- what it reads
 
-    def true_range(self, z):
-        """Of bars with candles z [B, T, 6], float64 [B, T]: k_t = TR_t / s_t, and the close's move / s_t."""
-        x = (self.mean + self.std * z)[..., :4].double()
-        close, open_, upper, lower = x.clamp(-20, 20).sinh().unbind(-1)
-        top, bottom = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
-        return (top.clamp(min=0) - bottom.clamp(max=0)).clamp(1e-3, 1e3), close.clamp(-1e3, 1e3)
+    def standardized(self, coarse, fine=None):
+        """The candle z [..., 6] of codes int64 [...]; without fine, what the coarse one says."""
+        z = self.D1[coarse]
+        return z if fine is None else z + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)
+
+    def values(self, z):
+        """Of candles z [..., 6]: close, high and low as log prices from the close before, in units of s_t, and volume as it
+        is standardized: 4 of [...]."""
+        x = self.mean + self.std * z
+        close, open_, upper, lower = x[..., :4].clamp(-20, 20).sinh().unbind(-1)
+        high, low = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
+        return close, high, low, x[..., 4]
 
     def past_means(self, k, move, before=None):
         """Decayed means of bars, relative to s_t and over the half-lives HALF_LIVES: [B, T, 2 n].
 
         First the logs of those of the true range, then those of the close's moves. Also the means after the last bar,
-        float64 [B, 2, n]; `before`: those before the first, else 1 and 0. With k and move of true_range all is known:
-         s_{t+1} = s_t (a + (1 - a) k_t),  e_{t+1} = b e_t + (1 - b) k_t s_t,  a and b the decays of s and e, and
-        the means e_{t+1} / s_{t+1}: known once bar t is. For moves alike, with close / s_t in place of k_t.
+        float64 [B, 2, n]; `before`: those before the first, else 1 and 0. All follows from k_t = TR_t / s_t, [B, T]:
+            s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
+        with the decays a of s and b of e, and the means e_{t+1} / s_{t+1} are known once bar t is. For moves alike, with
+        move [B, T], close / s_t, in place of k_t.
         """
         growth = data.DECAY + (1 - data.DECAY) * k                              # [B, T], s_{t+1} / s_t
-        terms = torch.stack((k, move), dim=1)                                   # [B, 2, T]
+        terms = torch.stack((k, move.clamp(-1e3, 1e3)), dim=1)                  # [B, 2, T]
         b, T = self.past_decay, k.shape[1]                                      # [n]
         if T > 1:
             growth = growth.log().cumsum(-1).exp()                              # [B, T], s_{t+1} / s_0
@@ -626,12 +653,12 @@ class Model(nn.Module):
     def embedding(self, coarse, fine, waves, stamp, back, state=None):
         """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and past means and recent bars
         after them, as a State has them. state: that of the bars before."""
-        z = self.D1[coarse] + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)            # [B, T, 6]
-        k, move = self.true_range(z)
-        means, after = self.past_means(k, move, state and state.means)
-        volume = self.mean[4] + self.std[4] * z[..., 4]
-        recent = torch.stack((k.log().float(), volume), dim=-1).clamp(-MAX_LOG, MAX_LOG)        # [B, T, 2]
-        pos = torch.arange(z.shape[1], device=z.device)
+        z = self.standardized(coarse, fine)                                     # [B, T, 6]
+        close, high, low, volume = self.values(z.double())                      # [B, T]
+        k = true_range(high, low)
+        means, after = self.past_means(k, close, state and state.means)
+        recent = torch.stack((k.log(), volume), dim=-1).clamp(-MAX_LOG, MAX_LOG).float()        # [B, T, 2]
+        pos = torch.arange(coarse.shape[1], device=coarse.device)
         if state:
             pos = pos + state.pos
             recent = state.recent.index_copy_(1, pos % REACH, recent)
@@ -647,7 +674,7 @@ class Model(nn.Module):
         """
         x, means, recent = self.embedding(coarse, fine, *self.clock(time, time.shape[1]))
         slots = None
-        rot = self.rotation(0, x.shape[1], x)
+        rot = self.rotation(torch.arange(x.shape[1], device=x.device), x.dtype)
         layers, reasoner = None, None
         if keep is not None:
             layers, reasoner = [], {}
@@ -684,7 +711,7 @@ class Model(nn.Module):
 
     def make_code_vectors(self):
         given = torch.cat((self.D1, self.M.flatten(1)), 1)
-        return self.coarse_head(self.D1), self.fine_given(given), self.fine_head(self.g)
+        return centred(self.coarse_head(self.D1)), self.fine_given(given), centred(self.fine_head(self.g))
 
     def coarse_logits(self, h):
         """h [..., C] -> [..., 2^k1].
@@ -703,7 +730,7 @@ class Model(nn.Module):
 
     def move_of_codes(self):
         """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded: [2^k1]."""
-        return (self.mean[0] + self.std[0] * self.D1[:, 0]).sinh().clamp(-MAX_MOVE, MAX_MOVE)
+        return self.values(self.D1)[0].clamp(-MAX_MOVE, MAX_MOVE)
 
     def move_moments(self, logits):
         """Mean and variance [...] of the move under coarse logits [..., 2^k1]."""
@@ -805,11 +832,10 @@ class Model(nn.Module):
             p.data = p.to(dtype) if dtype != torch.float32 or p.dim() != 2 else p.T.contiguous().T
         return parts
 
-    def rotation(self, pos, n, x):
-        """Of the n bars from pos on, in the type of x."""
-        pos = torch.arange(pos, pos + n, device=x.device)
+    def rotation(self, pos, dtype):
+        """Of bars at pos [n], see rotation."""
         rot = rotation(pos, self.config.n_embd // self.config.n_head, self.config.pos != "alibi")
-        return tuple(a.to(x.dtype) for a in rot)
+        return tuple(a.to(dtype) for a in rot)
 
     def step(self, coarse, fine, time, state):
         """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients.
@@ -820,24 +846,26 @@ class Model(nn.Module):
         with torch.no_grad():
             if not state.ahead:
                 self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
-            rot, *clock = state.ahead.pop(0)
+            rot, places, clock = state.ahead.pop(0)
             x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], *clock, state)       # [B, 1, C]
-            x, pos = x.to(state.parts[0].up.weight.dtype), state.pos
+            x = x.to(state.parts[0].up.weight.dtype)
             for n, states in enumerate(state.layers):
                 if n == self.mid and self.reasoner:
-                    x = state.parts[-1].step(x, (pos + state.phase) % self.config.border, state.reasoner)
-                x = state.parts[n].step(x, rot, pos, states)
-            state.h, state.pos = norm(x[:, 0].float()), pos + 1
+                    x = state.parts[-1].step(x, (state.pos + state.phase) % self.config.border, state.reasoner)
+                x = state.parts[n].step(x, rot, places, states)
+            state.h, state.pos = norm(x[:, 0].float()), state.pos + 1
             self.reach_border(state)
         return state.h, state
 
     def look_ahead(self, time, state):
-        """Reads the clock of the next bars, time [B, n]."""
-        state.stamps = torch.cat((state.stamps, time), dim=1)
-        clock = self.clock(state.stamps, time.shape[1])
-        rots = self.rotation(state.pos, time.shape[1], state.parts[0].up.weight)
-        state.ahead = list(zip(zip(*(a.split(1, dim=-2) for a in rots)), *(a.split(1, dim=1) for a in clock)))
-        state.stamps = state.stamps[:, -REACH:]
+        """Makes all that the next bars need besides their tokens, time [B, n]."""
+        n = time.shape[1]
+        stamps = torch.cat((state.stamps, time), dim=1)
+        pos = torch.arange(state.pos, state.pos + n, device=time.device)
+        rots = zip(*(a.split(1, dim=-2) for a in self.rotation(pos, state.parts[0].up.weight.dtype)))
+        clocks = zip(*(a.split(1, dim=1) for a in self.clock(stamps, n)))
+        state.ahead = list(zip(rots, self.layers[0].places(pos), clocks))
+        state.stamps = stamps[:, -REACH:]
 
     def reach_border(self, state):
         if self.reasoner and (state.pos + state.phase) % self.config.border == 0:

@@ -431,14 +431,9 @@ def average_gradients(model, n_params, world):
 
 
 def candle_values(model, coarse, fine=None):
-    """Close, range and volume of codes as the model has them, standardized or in units of s_t: [..., 3]."""
-    z = model.D1[coarse]
-    if fine is not None:
-        z = z + (model.M[coarse] @ model.g[fine][..., None]).squeeze(-1)
-    x = model.mean + model.std * z
-    close, open_, upper, lower = x[..., :4].clamp(-20, 20).sinh().unbind(-1)
-    high, low = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
-    return torch.stack((close, high - low, x[..., 4]), -1)
+    """Close and range of codes, in units of s_t, and volume as it is standardized: [..., 3]."""
+    close, high, low, volume = model.values(model.standardized(coarse, fine))
+    return torch.stack((close, high - low, volume), -1)
 
 
 def crps(p, values, y):

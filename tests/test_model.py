@@ -124,7 +124,7 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
     close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()), 1e-5)
     state = torch.zeros_like(S)
-    steps = [heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], state, t) for t in range(T)]
+    steps = [heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], state, None) for t in range(T)]
     close(torch.cat(steps, dim=2), normed(want), 1e-4)
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -151,10 +151,10 @@ def test_local_attention_is_softmax_with_a_band_mask(T, window):
         heads, (q, k, v) = M.LocalAttention(window, slope), random_qkv(T)
         want, q = naive_local(q, k, v, window, slope), q / 4
         close(heads(q, k, v)[0], want, 1e-5)
-        n = T // 2
+        n, places = T // 2, heads.places(torch.arange(T))
         ring = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 3, 2, window, 16)
         for t in range(n, T):
-            close(heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], ring, t), want[:, :, [t]], 1e-5)
+            close(heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], ring, places[t]), want[:, :, [t]], 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             q, k, v = half(T)
             close_half(heads(q / 4, k, v)[0], naive_local(q, k, v, window, slope))
@@ -438,6 +438,11 @@ def test_spacing_is_the_causal_running_median():
             assert got[b, t] == (int(math.log2(last[(len(last) - 1) // 2])) + 1 if last else 0)
 
 
+def range_and_move(model, z):
+    close, high, low, _ = model.values(z.double())
+    return M.true_range(high, low), close
+
+
 def test_past_means_are_those_of_the_bars_themselves():
     """From real features: the decayed means of true ranges and of moves, over data.features' own s_t, which the model never sees."""
     series = data.synthetic(seed=5, n_symbols=1, n_bars=2000)[0][0]
@@ -445,7 +450,7 @@ def test_past_means_are_those_of_the_bars_themselves():
     model.mean.zero_()
     x = torch.from_numpy(data.features(series)[0])
     with torch.no_grad():
-        got, _ = model.past_means(*model.true_range(x[None]))
+        got, _ = model.past_means(*range_and_move(model, x[None]))
     _, high, low, c = series.ohlcva[:, :4].T
     true_range = np.log(np.maximum(high[1:], c[:-1]) / np.minimum(low[1:], c[:-1]))
     decays = np.array([0.5 ** (1 / half_life) for half_life in (*M.HALF_LIVES, data.HALF_LIFE)])
@@ -462,14 +467,14 @@ def test_past_means_are_those_of_the_bars_themselves():
 def test_past_means_go_on_where_they_stopped():
     model = make()
     z = torch.randn(2, 77, 6, generator=torch.Generator().manual_seed(0))
-    k, move = model.true_range(z)
+    k, move = range_and_move(model, z)
     whole, after = model.past_means(k, move)
     first, between = model.past_means(k[:, :30], move[:, :30])
     second, last = model.past_means(k[:, 30:], move[:, 30:], between)
     close(torch.cat((first, second), 1), whole, 1e-6)
     close(last, after, 1e-12)
     # bounded, whatever a candle claims
-    wild, _ = model.past_means(*model.true_range(1e6 * z))
+    wild, _ = model.past_means(*range_and_move(model, 1e6 * z))
     assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_MOVE
 
 
@@ -508,11 +513,28 @@ def test_read_codes_takes_the_candles_of_the_tokenizer():
     same_side = (want[:, 0] > 0) == (x[:, 0] > 0)       # the direction bit bends the close of the others to its side
     torch.testing.assert_close(x[same_side, 0], want[same_side, 0], atol=2e-4, rtol=0)
     assert torch.equal(model.up_mask, torch.arange(64) >= 32)
-    torch.testing.assert_close(model.coarse_share.exp(), torch.from_numpy(shares[0]).float())
-    torch.testing.assert_close(model.fine_share.exp(), torch.from_numpy(shares[1]).float())
+    for share, got in zip(shares, (model.coarse_share, model.fine_share)):
+        torch.testing.assert_close(got.softmax(-1), torch.from_numpy(share).float())
 
 
 # --- What it says ----------------------------------------------------------------------------------------------------
+
+def test_what_all_codes_share_costs_bf16_no_digits():
+    """A large common part of the codes' vectors, which no softmax sees, leaves the logits of bf16 as they were."""
+    model, h = make(), torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+
+    def in_bf16():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            coarse = torch.zeros(50, dtype=torch.int64)
+            return [a.float().log_softmax(-1) for a in (model.coarse_logits(h), model.fine_logits(h, coarse))]
+
+    before = in_bf16()
+    with torch.no_grad():
+        for head in (model.coarse_head, model.fine_head):
+            head[2].bias.add_(100)
+    for a, b in zip(in_bf16(), before):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0)
+
 
 def test_a_head_knows_a_code_by_its_candle_alone():
     """Two codes with the same candle get logits that differ by their shares alone, and mean the same to the model as inputs."""
