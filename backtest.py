@@ -31,7 +31,7 @@ import data
 from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
-    WARN, Origin, base_weights, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
+    WARN, Origin, base_weights, by_close, chance_extreme, jsonable, load_series, simulate, unmoved_share,
     usual_sigma, warn_of_intervals)
 from tokenizer import code_use
 
@@ -444,7 +444,7 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
     parts = []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
-        ohlcva, _ = simulate_from(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
+        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
         last = np.log([o.close for o in part])[:, None, None]
         moves = np.diff(np.log(ohlcva[..., 3]), prepend=np.broadcast_to(last, (len(part), paths, 1)))
         parts.append(judge_paths(moves, t, slice(i, i + len(part))))
@@ -793,7 +793,7 @@ def path_sums(f, t):
         tails = np.stack([-np.expm1(t.path_r[:, -1]) * hit, 0.05 * f["path_es95"]], -1)
         out["es95_ratio"] = totals(tails, t.path_block, t.n_path_blocks)  # Acerbi and Szekely, Risk 2014: 1 if right
         flagged = f["path_extreme"] > WARN
-        came = np.abs(t.path_r[:, -1]) > extreme_move(t.usual, t.horizon)
+        came = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
         means |= dict(var95_hits=hit, extreme_flagged=flagged)
         if flagged.any():
             means["extreme_said"] = np.where(flagged, f["path_extreme"], np.nan)

@@ -77,28 +77,15 @@ class Origin:
     unmoved: float         # share of bars that do not move, see unmoved_share
 
 
+@torch.no_grad()
 def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False, times=None):
-    """Futures of many histories at once. histories: Bars that end at the origin each.
+    """Futures of many histories at once. histories: Bars that end at the origin each, or Origins.
 
     Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. A
-    history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch. times: stamps of
-    the bars to come, int64 [horizon] or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
+    history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch: those with
+    contexts of one length go side by side, as many as BATCH_BYTES hold. times: stamps of the bars to come, int64 [horizon]
+    or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
     """
-    origins = []
-    for bars in histories:
-        if len(bars) < 2:
-            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
-        x, state = data.features(bars)
-        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-        unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-        origins.append(Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved))
-    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel, times)
-
-
-@torch.no_grad()
-def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
-                  times=None):
-    """As simulate, of Origins. Those with contexts of one length go side by side, as many as BATCH_BYTES hold."""
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
@@ -106,6 +93,7 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     if parallel and model.config.reasoner and horizon > model.config.slots:
         raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
+    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
     times = times_ahead(origins, horizon, times)
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
     at_once = rows_at_once(model)
@@ -122,6 +110,16 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     return ohlcva, p_up
 
 
+def origin_of(model, tokenizer, bars):
+    """The Origin after all of the bars."""
+    if len(bars) < 2:
+        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+    x, state = data.features(bars)
+    tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
+    unmoved = unmoved_share(bars, model.config.unmoved)[-1]
+    return Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved)
+
+
 def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, seed, parallel, at_once):
     """Of n origins with contexts of one length: (coarse, fine), int64 [n * paths, H] each, and P(up) [n]."""
     device, (n, horizon) = next(model.parameters()).device, times.shape
@@ -136,8 +134,7 @@ def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, see
     state = model.prefill(coarse, fine, seen)
     p_up = model.p_up(state.h, torch.tensor([o.unmoved for o in origins], device=device)).cpu().numpy()
     if parallel:
-        _, h = model.parallel(coarse, fine, seen)  # (n, slots, C)
-        h = h[:, :horizon].repeat_interleave(paths, 0)
+        h = model.parallel(coarse, fine, seen)[1][:, :horizon].repeat_interleave(paths, 0)  # (n * paths, H, C)
         return model.sample(h, temperature, top_p, u=uniform, order=order), p_up
     times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
@@ -147,7 +144,6 @@ def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, see
     return [torch.cat(level) for level in zip(*pieces)], p_up
 
 
-@torch.no_grad()
 def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
@@ -155,11 +151,10 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=Non
     """
     tokens = []
     for k in range(times.shape[1]):
-        coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order)
-        tokens.append(torch.stack((coarse, fine)))
+        tokens.append(model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order))
         if k + 1 < times.shape[1]:
-            _, state = model.step(coarse, fine, times[:, k:], state)
-    return torch.stack(tokens, dim=-1).unbind(0)
+            _, state = model.step(*tokens[-1], times[:, k:], state)
+    return [torch.stack(level, dim=-1) for level in zip(*tokens)]
 
 
 def stratified(random, paths, horizon):
@@ -177,17 +172,14 @@ def stratified(random, paths, horizon):
 
 def rows_at_once(model):
     """How many paths' states BATCH_BYTES hold."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    parts, n_bytes = [vars(model.prefill(token, token, token))], 0
-    while parts:
-        part = parts.pop()
+    def n_bytes(part):
         if torch.is_tensor(part):
-            n_bytes += part.numel() * part.element_size()
-        elif isinstance(part, dict):
-            parts += part.values()
-        elif isinstance(part, (list, tuple)):
-            parts += part
-    return max(1, BATCH_BYTES // n_bytes)
+            return part.numel() * part.element_size()
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+        return sum(map(n_bytes, parts))
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    return max(1, BATCH_BYTES // n_bytes(vars(model.prefill(token, token, token))))
 
 
 def times_ahead(origins, horizon, times):
@@ -253,15 +245,10 @@ def usual_sigma(close):
     return sigma if sigma > 0 else math.nan
 
 
-def extreme_move(sigma, horizon):
-    """From what log return over the horizon on a move is extreme: sigma [...], see usual_sigma."""
-    return EXTREME * sigma * math.sqrt(horizon)
-
-
 def chance_extreme(r, sigma, horizon):
-    """Share of the paths' log returns r [..., K] that are extreme moves, up or down: [...]; sigma [...]."""
-    sigma = np.asarray(sigma)
-    share = (np.abs(r) > extreme_move(sigma, horizon)[..., None]).mean(-1)
+    """Share of log returns r [..., K] over the horizon that are extreme moves: [...]; sigma [...], see usual_sigma."""
+    least = EXTREME * np.asarray(sigma)[..., None] * math.sqrt(horizon)
+    share = (np.abs(r) > least).mean(-1)
     return np.where(np.isfinite(sigma), share, np.nan)
 
 
