@@ -460,8 +460,7 @@ def baselines(t, paths):
 
 def each_series(t, forecaster, *options):
     """forecaster(t, series, rows of its paths, *options) of every series, as one."""
-    ends = np.cumsum([len(origins) for origins in t.origins])
-    return joined([forecaster(t, i, slice(end - len(t.origins[i]), end), *options) for i, end in enumerate(ends)])
+    return joined([forecaster(t, i, rows, *options) for i, rows in enumerate(t.path_rows)])
 
 
 def persistence(t):
@@ -548,17 +547,17 @@ def har(t, paths):
     random = np.random.default_rng([t.seed, 3])
     ranges = fit_har(t, [log_range(bars) for bars in t.series])
     volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
-
-    def forecaster(t, i, rows):
-        bars, now, volatility = t.series[i], slice(*t.ranges[i]), t.volatility[i]
+    parts = []
+    for i, (first, last) in enumerate(t.ranges):
+        bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
         scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
         scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
         if volumes:
             z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
             scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
-        return scores | judge_paths(volatility_paths(volatility, t.origins[i], paths, t.horizon, random), t, rows)
-
-    return each_series(t, forecaster)
+        moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
+        parts.append(scores | judge_paths(moves, t, t.path_rows[i]))
+    return joined(parts)
 
 
 class Har:
@@ -1117,8 +1116,7 @@ HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselin
 
 def print_backtest(result, horizon, cost_bps):
     """Each checkpoint's scores with half their intervals, beside those of the opponents; then pairs, and groups."""
-    own = [entry["ckpt"] for entry in result["checkpoints"]]
-    columns = list(result["scores"].values())
+    own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"].values()
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
     print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
     print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
@@ -1128,61 +1126,49 @@ def print_backtest(result, horizon, cost_bps):
             continue  # no volume, or too few symbols to trade
         print(title)
         for metric, label, scale, digits in rows:
-            found = [scores.get(metric) for scores in columns]
-            if metric not in ("path_crps", "path_mape"):
-                print_row(label, found, len(own), scale, digits)
-                continue
-            for k in sorted({(horizon + 1) // 2, horizon}):
-                print_row(f"{label}, bar {k}", [steps and steps[k - 1] for steps in found], len(own), scale, digits)
-    print_pairs(result)
-    if result["by"]:
-        print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
-    for row in result["by"]:
-        line = f"{row['group'][:11]:12}{row['bars']:>8,}"
-        for metric, scale, digits in (("da", 100, 2), ("mae", 1, 4), ("crps", 1, 4), ("coverage90", 100, 2)):
-            line += f"{with_half(row.get(metric), scale, digits):>15}"
-        print(line + f"  {stem(row['ckpt'])}" * (len(own) > 1))
+            for k in sorted({(horizon + 1) // 2, horizon}) if metric in ("path_crps", "path_mape") else [None]:
+                line = f"  {f'{label}, bar {k}' if k else label:14}"
+                for i, scores in enumerate(columns):
+                    score = scores.get(metric)
+                    score = score[k - 1] if k and score else score
+                    half, width = (True, 15) if i < len(own) else (False, 7)
+                    line += f"{number(score, scale, digits, half):>{width}}"
+                print(line)
 
-
-def print_row(label, scores, n_own, scale, digits):
-    """A score of each column, those of the checkpoints with half their intervals."""
-    line = f"  {label:14}"
-    for s in scores[:n_own]:
-        line += f"{with_half(s, scale, digits):>15}"
-    for s in scores[n_own:]:
-        line += f"{number(s['value'] * scale, digits) if s else '.':>7}"
-    print(line)
-
-
-def with_half(score, scale, digits):
-    if score is None:
-        return "."
-    text = number(score["value"] * scale, digits)
-    return text if score["lo"] is None else f"{text} ±{number((score['hi'] - score['lo']) / 2 * scale, digits)}"
-
-
-def number(value, digits):
-    return f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}"
-
-
-def stem(path):
-    return os.path.basename(path).removesuffix(".pt")
-
-
-def print_pairs(result):
-    """Each checkpoint beside its best opponent of every score, and beside the other checkpoints."""
-    own = [entry["ckpt"] for entry in result["checkpoints"]]
     print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
     for pair in sorted(result["paired"], key=lambda pair: METRICS.index(pair["metric"])):
         metric, score = pair["metric"], pair["ratio"] or pair["difference"]
         if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
             continue
-        label, scale = RIVALRY.get(metric, metric), 100 if metric == "da" else 1
+        label, scale, digits = RIVALRY.get(metric, metric), *((100, 2) if metric == "da" else (1, 4))
         if isinstance(score, list):
             label, score = f"{label}, bar {len(score)}", score[-1]
         if score:
-            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, 4 if scale == 1 else 2, "+")
+            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, digits, "+")
             print(f"  {label:22}{text:32}{stem(pair['a'])} to {stem(pair['b'])}")
+
+    if result["by"]:
+        print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
+    for row in result["by"]:
+        line = f"{row['group'][:11]:12}{row['bars']:>8,}"
+        for metric, scale, digits in (("da", 100, 2), ("mae", 1, 4), ("crps", 1, 4), ("coverage90", 100, 2)):
+            line += f"{number(row.get(metric), scale, digits):>15}"
+        print(line + f"  {stem(row['ckpt'])}" * (len(own) > 1))
+
+
+def number(score, scale, digits, half=True):
+    """A score as text, with half its interval where it has one."""
+    def text(value):
+        return f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}"
+
+    if score is None:
+        return "."
+    shown = text(score["value"] * scale)
+    return f"{shown} ±{text((score['hi'] - score['lo']) / 2 * scale)}" if half and score["lo"] is not None else shown
+
+
+def stem(path):
+    return os.path.basename(path).removesuffix(".pt")
 
 
 def best_rival(baselines, metric):
