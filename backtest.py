@@ -77,7 +77,8 @@ LAGS = 5                          # bars that the logistic regression looks at
 WINDOWS = (1, 5, 22, 66)          # bars over which HAR takes means
 HAR_FLOOR = 0.05                  # least range in HAR, as a share of the mean
 LEVEL = 500                       # half-life, in bars, of the scale of HAR's residuals
-SEEN = 3                          # days after which what a time of day shows counts for half
+FORGET = 15                       # half-life, in days, of what a time of day shows (in weeks, of the week's)
+SEEN = 3                          # days that it counts as usual, beside
 HOUR = 3600
 NORMAL = statistics.NormalDist()
 
@@ -576,7 +577,7 @@ class Har:
         self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
         u = np.where(known, u, self.mean)
         u = u if logs else np.maximum(u, HAR_FLOOR * self.mean)
-        self.factor = TimeOfDay(bars.time[:first], u[:first])
+        self.factor = TimeOfDay(bars.time, u, first)
         self.unit = self.mean * self.factor(bars.time)
         self.u = u / self.unit
         settled = np.arange(min(WINDOWS[-1], first // 2), first)
@@ -637,35 +638,41 @@ def evenly(values, n):
 
 
 class TimeOfDay:
-    """The usual factor of each time of day (bars within the day; else 1), called with stamps [...].
+    """The usual factor of each time of day (bars within the day; else 1), as it is known before the day begins.
 
-    Fitted on u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), shrunk where seen on few days;
-    of each time of day. Round the clock: of each hour of the day, then of each hour of the week relative to that.
+    Of u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), of each time of day, over the days
+    before. Those count half after FORGET days, since habits change: summer time, another source of the bars. SEEN days
+    more are taken to be usual. Round the clock: of each hour of the day, then of each hour of the week relative to that,
+    over the weeks before. What is usual, and what kind of market it is, shows before bar `first`.
     """
 
-    def __init__(self, time, u):
-        self.levels = []  # (period, width, log factors)
-        step = np.median(np.diff(time))
+    def __init__(self, time, u, first):
+        self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
+        past = time[:first]
+        step = np.median(np.diff(past))
         if step >= DAY:
             return
-        per_day = int(np.median(np.unique(time // DAY, return_counts=True)[1]))
+        per_day = int(np.median(np.unique(past // DAY, return_counts=True)[1]))
         x = np.log(u / trailing_mean(u, per_day))
-        x -= x.mean()
-        round_the_clock = len(np.unique(time // HOUR % 24)) >= 23
-        levels = [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]
-        for period, width in levels:
-            slot = time % period // width
-            n = period // width + 1
-            total, count = np.bincount(slot, x, n), np.bincount(slot, minlength=n)
-            periods = np.bincount(np.unique(slot + n * (time // period)) % n, minlength=n)
-            log_factor = total / np.maximum(count, 1) * periods / (periods + SEEN)
-            self.levels.append((period, width, log_factor))
-            x = x - log_factor[slot]
+        x -= x[:first].mean()
+        round_the_clock = len(np.unique(past // HOUR % 24)) >= 23
+        for period, width in [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]:
+            periods, column = np.unique(time // period, return_inverse=True)
+            row, shape = time % period // width, (period // width + 1, len(periods))
+            total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
+            means = np.stack([total / np.maximum(count, 1), count > 0])
+            total, weight = data.decayed_sum(means, decay=0.5 ** (1 / FORGET))  # this period's included
+            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)
+            log_factor[:, 0] = 0.0
+            self.levels.append((period, width, periods, log_factor))
+            x = x - log_factor[row, column]
 
-    def __call__(self, time):
+    def __call__(self, time, now=None):
+        """Of stamps [...], each as known at the beginning of its day; of bars to come, of the day of the last bar, `now`."""
         log_factor = np.zeros(np.shape(time))
-        for period, width, levels in self.levels:
-            log_factor = log_factor + levels[time % period // width]
+        for period, width, periods, levels in self.levels:
+            column = np.searchsorted(periods, (time if now is None else now) // period)
+            log_factor = log_factor + levels[time % period // width, column]
         return np.exp(log_factor)
 
 
@@ -690,7 +697,7 @@ def volatility_paths(har, origins, paths, horizon, random):
     usual = np.ones((n, horizon))
     if har.factor.levels:
         for row, o in zip(usual, origins):
-            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon))
+            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon), har.bars.time[o])
     scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
     past = np.append(0.0, har.u.cumsum())
     drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
