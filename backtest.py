@@ -4,8 +4,8 @@
     python backtest.py --ckpt a.pt b.pt --data other.csv --json            # several checkpoints, paired
     python backtest.py --ckpt out.pt --start 2018-07-01 --by volatility --cost_bps 5
 
-Targets, the bars to forecast -> forecasters -> block_sums of each score -> bootstrap, which draws the blocks of time anew
--> scored, the intervals -> the table.
+Targets, the bars to forecast -> forecasters -> block_sums of each score -> bootstrap, which draws the blocks of time
+anew -> scored, the intervals -> the table.
 
 A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
 median log return), crps, pit (the share of its distribution below what came), and as range_crps and so on the same of
@@ -59,7 +59,7 @@ METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", 
            "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90", "volume_crps",
            "volume_coverage90", "path_mape", "path_crps", "path_rv_crps", "var95_hits", "es95_ratio",
            "extreme_flagged", "extreme_said", "extreme_came")
-RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # ratios, too, compare
+RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios
 RIVALRY = dict(da="right calls %", logloss="log loss", mae="close MAE", crps="close CRPS", range_crps="range CRPS",
                volume_crps="volume CRPS", path_crps="paths CRPS", path_rv_crps="paths volatility")  # with opponents
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
@@ -135,12 +135,14 @@ class Targets:
         self.usual = np.array([usual_sigma(close) for close in pasts])
 
         # the blocks
-        self.daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
-        unit = DAY if self.daily else 1
+        daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
+        unit, least = (DAY, 1) if daily else (1, min(data.HALF_LIFE, longest // MIN_BLOCKS))
+        length = max(1, int(longest ** (1 / 3) + 1e-9), least)  # of a block, in bars
         units = np.unique(self.time // unit)
         begins = np.concatenate([bars.time[o + 1] for bars, o in zip(self.series, self.origins)])
         random = np.random.default_rng([seed, 1])
-        self.n_blocks, self.n_path_blocks = self.blocks_in(longest, 1), self.blocks_in(longest, horizon)
+        self.n_blocks = max(1, min(longest // length, MAX_BLOCKS))
+        self.n_path_blocks = max(1, min(longest // max(length, horizon), MAX_BLOCKS))
         self.block = np.searchsorted(units, self.time // unit) * self.n_blocks // len(units)
         self.path_block = np.searchsorted(units, begins // unit) * self.n_path_blocks // len(units)
         self.weights, self.path_weights = resampled(self.n_blocks, random), resampled(self.n_path_blocks, random)
@@ -148,12 +150,6 @@ class Targets:
     def flat(self, values):
         """Of arrays over each symbol's bars, those of the targets: [N]."""
         return np.concatenate([v[first:last] for v, (first, last) in zip(values, self.ranges)])
-
-    def blocks_in(self, n, horizon):
-        """How many blocks n target bars make."""
-        within_day = 1 if self.daily else min(data.HALF_LIFE, n // MIN_BLOCKS)
-        length = max(1, int(n ** (1 / 3) + 1e-9), within_day, horizon)
-        return max(1, min(n // length, MAX_BLOCKS))
 
     def blocks_of(self, metric):
         """How many blocks of time hold what a score is made of."""
@@ -308,7 +304,7 @@ def joined(parts):
 
 @torch.no_grad()
 def next_bars(model, tokenizer, t, probes=PROBES):
-    """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is history.
+    """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is one.
 
     P(up) is exact. Close, range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
     All 2^20 pairs would take hours, so P(bin | c) is a mean over some contexts before the first target, put right by
@@ -321,7 +317,9 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     order = by_close(tokenizer).to(model.up_mask.device)
     levels = (torch.arange(probes, device=order.device) + 0.5) / probes
     half = max(1, model.config.block_size // 2)
-    windows = [(i, j, min(j + half, last)) for i, (first, last) in enumerate(t.ranges) for j in range(first, last, half)]
+    windows = []
+    for i, (first, last) in enumerate(t.ranges):
+        windows += [(i, j, min(j + half, last)) for j in range(first, last, half)]
     parts, at = [], 0
     for h in contexts(model, tokenizer, t, windows):  # (m, C)
         now = slice(at, at + len(h))
@@ -566,9 +564,9 @@ class Har:
 
     Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on the roots of its
     means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
-    times the usual factor of its time of day. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]:
-    ratios in order. fitted: the known bars before the first target whose means are settled; early: those of them before
-    the first target of any series, what all may learn from.
+    times its TimeOfDay. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]: ratios in order.
+    fitted: the known bars before the first target whose means are settled; early: those of them before the first target
+    of any series, what all may learn from.
     """
 
     def __init__(self, bars, u, first, start, logs):
@@ -622,7 +620,7 @@ def trailing_mean(u, n):
 
 
 def give_residuals(hars, values):
-    """To each Har RESIDUALS columns of its values [k, T], half its own, half those of all, in order of the first row."""
+    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of the first row."""
     shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
     shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
     for v, har in zip(values, hars):
@@ -885,7 +883,7 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for every forecaster, so all are paired."""
+    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for all, so that forecasters are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -900,8 +898,8 @@ def bootstrap(sums, t):
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi}, the 95 % percentile interval (None under 20 blocks), as wide as Student's t, since blocks are few
-    (Hesterberg 2014, arXiv 1411.5279); a list of them for scores over steps; None where the value is not finite."""
+    """{value, lo, hi}, the 95 % percentile interval, None under 20 blocks; as wide as Student's t, since blocks are few
+    (Hesterberg 2014, arXiv 1411.5279). Lists of them for scores over steps; None where the value is not finite."""
     if np.ndim(value):
         steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
         return steps if any(steps) else None
@@ -1071,7 +1069,7 @@ def upper(score):
 
 
 def print_versus(columns, t, rows, versus=(-1, 0)):
-    """Scores of forecasters {name: drawn_scores} side by side; those at the places `versus` also paired, with intervals.
+    """Scores of forecasters {name: drawn_scores} side by side; those at the places `versus` also paired.
 
     rows: (metric, label, scale, digits), of path scores (metric, step or None for their mean) in the first place.
     """

@@ -78,7 +78,8 @@ class Origin:
 
 
 @torch.no_grad()
-def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False, times=None):
+def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
+             times=None):
     """Futures of many histories at once. histories: Bars that end at the origin each, or Origins.
 
     Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. A
@@ -260,7 +261,8 @@ def option(close, spot, strike, years, rate):
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
     gain = close * (spot * math.exp(rate * years) / close.mean()) - k
     discount = math.exp(-rate * years)
-    return dict(strike=k, years=years, call=discount * np.maximum(gain, 0).mean(), put=discount * np.maximum(-gain, 0).mean())
+    call, put = discount * np.maximum(gain, 0).mean(), discount * np.maximum(-gain, 0).mean()
+    return dict(strike=k, years=years, call=call, put=put)
 
 
 def give_ranks(rows, histories, horizon):
@@ -284,9 +286,9 @@ def print_report(rows, horizon, breadth, mean_p_up):
     print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
-        p_up, p_up_horizon, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
+        p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
         rank = r["rank"] or f" ended {r['last_time'][:10]}"
-        print(f"{data.printable(r['symbol']):{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_up_horizon:>5.1f} {mean:>+6.2f} "
+        print(f"{data.printable(r['symbol']):{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
               f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
               f"{' !' if r['p_extreme'] > WARN else ''}")
     n_ranked = sum(r["rank"] is not None for r in rows)
