@@ -306,7 +306,7 @@ def joined(parts):
 def next_bars(model, tokenizer, t, probes=PROBES):
     """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is one.
 
-    P(up) is exact. Close, range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
+    P(up) is exact. Close, range, volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
     All 2^20 pairs would take hours, so P(bin | c) is a mean over some contexts before the first target, put right by
     `probes` coarse tokens of each bar's own (stratified by close; control variates): a few bins may come out below 0.
     """
@@ -562,7 +562,7 @@ def har(t, paths):
 class Har:
     """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
 
-    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on the roots of its
+    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
     means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
     times its TimeOfDay. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]: ratios in order.
     fitted: the known bars before the first target whose means are settled; early: those of them before the first target
@@ -640,7 +640,7 @@ class TimeOfDay:
 
     Of u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), of each time of day, over the days
     before. Those count half after FORGET days, since habits change: summer time, another source of the bars. SEEN days
-    more are taken to be usual. Round the clock: of each hour of the day, then of each hour of the week relative to that,
+    more are taken to be usual. Round the clock: of each hour of the day, then of each hour of the week relative to it,
     over the weeks before. What is usual, and what kind of market it is, shows before bar `first`.
     """
 
@@ -666,7 +666,7 @@ class TimeOfDay:
             x = x - log_factor[row, column]
 
     def __call__(self, time, now=None):
-        """Of stamps [...], each as known at the beginning of its day; of bars to come, of the day of the last bar, `now`."""
+        """Of stamps [...]: as known when the day of each began; of bars to come, when that of the last, `now`, did."""
         log_factor = np.zeros(np.shape(time))
         for period, width, periods, levels in self.levels:
             column = np.searchsorted(periods, (time if now is None else now) // period)
@@ -883,7 +883,7 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for all, so that forecasters are paired."""
+    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for all forecasters, which are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -952,12 +952,12 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
              parallel=False, by=None, cost_bps=0.0, device="cpu"):
     """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals over blocks of time.
 
-    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest: as in Config.
+    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest as in Config.
     Returns split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks;
     checkpoints, dicts of ckpt, the scores of METRICS, tokens; baselines, {name: scores}; paired, dicts of a, b, metric,
-    difference, ratio. A score is {value, lo, hi} or None, a list over the bars ahead for path_mape and path_crps. Errors
+    difference, ratio. A score is {value, lo, hi} or None, a list over the bars ahead for path_mape and path_crps. They
     are in log return x 100, of volume in its log, mape in %. Besides: by, dicts of group, ckpt, bars, scores; of every
-    name all scores, and drawn, what bootstrap gives; the Targets. UserError without a target, for bad dates or no start.
+    name all scores, and drawn, what bootstrap gives; targets. UserError without a target, for bad dates or no start.
     """
     if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
         raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 "
@@ -1095,8 +1095,9 @@ def show(score, scale, digits, sign=""):
     """A score with its interval, as text."""
     if score is None:
         return "."
-    value, lo, hi = (None if score[k] is None else f"{score[k] * scale:{sign}.{digits}f}" for k in ("value", "lo", "hi"))
-    return value if lo is None else f"{value} [{lo}, {hi}]"
+    known = [score[k] for k in ("value", "lo", "hi") if score[k] is not None]
+    value, *ends = (f"{v * scale:{sign}.{digits}f}" for v in known)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

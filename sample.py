@@ -84,8 +84,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
 
     Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. A
     history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch: those with
-    contexts of one length go side by side, as many as BATCH_BYTES hold. times: stamps of the bars to come, int64 [horizon]
-    or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
+    contexts of one length go side by side, as many as BATCH_BYTES hold. times: stamps of the bars to come, int64
+    [horizon] or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
     """
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
@@ -600,8 +600,8 @@ def main(argv=None):
     if not histories:
         raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
     if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped",
-              file=sys.stderr)
+        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are "
+              f"skipped", file=sys.stderr)
     warn_of_intervals(histories, meta)
 
     times = read_times(config.times, histories, config.horizon) if config.times else None
