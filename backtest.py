@@ -4,8 +4,8 @@
     python backtest.py --ckpt a.pt b.pt --data other.csv --json            # several checkpoints, paired
     python backtest.py --ckpt out.pt --start 2018-07-01 --by volatility --cost_bps 5
 
-Targets, the bars to forecast -> forecasters -> block_sums of each score -> bootstrap, which draws the blocks of time anew
--> scored, the intervals -> the table.
+Targets, the bars to forecast -> forecasters -> block_sums of each score -> bootstrap, which draws the blocks of time
+anew -> scored, the intervals -> the table.
 
 A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
 median log return), crps, pit (the share of its distribution below what came), and as range_crps and so on the same of
@@ -31,7 +31,7 @@ import data
 from data import DAY, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
-    WARN, Origin, base_weights, by_close, chance_extreme, extreme_move, jsonable, load_series, simulate_from, unmoved_share,
+    WARN, Origin, base_weights, by_close, chance_extreme, jsonable, load_series, simulate, unmoved_share,
     usual_sigma, warn_of_intervals)
 from tokenizer import code_use
 
@@ -56,10 +56,10 @@ class Config:
 
 
 METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps",
-           "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90", "volume_crps", "volume_coverage90",
-           "path_mape", "path_crps", "path_rv_crps", "var95_hits", "es95_ratio",
+           "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90", "volume_crps",
+           "volume_coverage90", "path_mape", "path_crps", "path_rv_crps", "var95_hits", "es95_ratio",
            "extreme_flagged", "extreme_said", "extreme_came")
-RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios too
+RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios
 RIVALRY = dict(da="right calls %", logloss="log loss", mae="close MAE", crps="close CRPS", range_crps="range CRPS",
                volume_crps="volume CRPS", path_crps="paths CRPS", path_rv_crps="paths volatility")  # with opponents
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
@@ -77,7 +77,8 @@ LAGS = 5                          # bars that the logistic regression looks at
 WINDOWS = (1, 5, 22, 66)          # bars over which HAR takes means
 HAR_FLOOR = 0.05                  # least range in HAR, as a share of the mean
 LEVEL = 500                       # half-life, in bars, of the scale of HAR's residuals
-SEEN = 3                          # days after which what a time of day shows counts for half
+FORGET = 15                       # half-life, in days, of what a time of day shows (in weeks, of the week's)
+SEEN = 3                          # days that it counts as usual, beside
 HOUR = 3600
 NORMAL = statistics.NormalDist()
 
@@ -86,38 +87,34 @@ NORMAL = statistics.NormalDist()
 # Targets
 
 class Targets:
-    """The N bars to forecast, symbol by symbol; the n origins of paths of H bars; and the blocks of time, of all symbols.
+    """The N bars to forecast, symbol by symbol; the n origins of paths of H bars; the blocks of time, of all symbols.
 
     series, ranges, returns: each symbol's Bars, [first, last) of its targets, log returns of all its bars. [N]: time,
-    r (log return), range (log H / L), volume (log 1 + V or NaN), s (the scale s_t, known before), symbol, stamp (which of
-    the distinct times), block. Of the paths: origins, a symbol's bars after which they begin; path_r [n, H], log returns
-    since the origin; path_rv [n], root of the sum of squared returns; usual [n], the long-run volatility; path_block.
+    r (log return), range (log H / L), volume (log 1 + V or NaN), s (the scale s_t, known before), symbol, stamp (which
+    of the distinct times), block. Of the paths: origins, a symbol's bars after which they begin; path_rows, a symbol's
+    rows of the n; path_r [n, H], log returns since the origin; path_rv [n], root of the sum of squared returns; usual
+    [n], the long-run volatility; path_block.
 
     For the next bar a block has n^(1/3) of a symbol's n target bars (Hall, Horowitz and Jing, Biometrika 1995): whole
     dates of daily bars, within the day 32 bars where there are enough of them. For paths it has the horizon at least.
     """
 
     def __init__(self, series, lo, hi, horizon, stride, seed):
-        self.series, self.ranges = [], []
-        for bars in series:
-            first, last = data.targets_of(bars, "val", (lo, hi))  # between two borders
-            if first < last:
-                self.series.append(bars)
-                self.ranges.append((first, last))
-        if not self.series:
+        spans = [(bars, data.targets_of(bars, "val", (lo, hi))) for bars in series]  # "val": between two borders
+        spans = [(bars, span) for bars, span in spans if span[0] < span[1]]
+        if not spans:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start "
                             f"(the first {data.CONTEXT} bars are context)")
+        self.series, self.ranges = zip(*spans)
         self.horizon, self.seed, self.tokenized = horizon, seed, {}
         lengths = [last - first for first, last in self.ranges]
         longest = max(lengths)
 
         # the bars
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
-        self.time = self.flat([bars.time for bars in self.series])
         self.r = self.flat(self.returns)
-        self.range = self.flat([log_range(bars) for bars in self.series])
-        self.volume = self.flat([log_volume(bars) for bars in self.series])
-        self.s = self.flat([data.scales(bars) for bars in self.series])
+        self.time = self.flat([bars.time for bars in self.series])
+        self.range, self.volume, self.s = (self.flat(map(f, self.series)) for f in (log_range, log_volume, data.scales))
         self.symbol = np.repeat(np.arange(len(self.series)), lengths)
         self.stamp = np.unique(self.time, return_inverse=True)[1]
 
@@ -125,38 +122,34 @@ class Targets:
         each = max(10, ORIGINS // len(self.series))
         self.stride = stride or max(horizon, (longest - horizon + 1) // each)
         self.origins = []  # every stride-th, from an offset of the symbol's own, to spread the dates
-        for bars, (first, last) in zip(self.series, self.ranges):
+        for bars, (first, last) in spans:
             n = last - first - horizon + 1
             offset = zlib.crc32(bars.symbol.encode()) % max(1, min(self.stride, n))
             self.origins.append(first - 1 + np.arange(offset, n, self.stride))
+        ends = np.cumsum(list(map(len, self.origins)))
+        self.path_rows = [slice(end - len(at), end) for end, at in zip(ends, self.origins)]
         ahead = np.arange(1, horizon + 1)
         moves = np.concatenate([r[o[:, None] + ahead] for r, o in zip(self.returns, self.origins)])  # (n, H)
         self.path_r, self.path_rv = moves.cumsum(1), np.sqrt((moves**2).sum(1))
-        self.usual = np.array([usual_sigma(bars.ohlcva[:o + 1, 3]) for bars, at in zip(self.series, self.origins)
-                               for o in at])
+        pasts = [bars.ohlcva[:o + 1, 3] for bars, at in zip(self.series, self.origins) for o in at]
+        self.usual = np.array([usual_sigma(close) for close in pasts])
 
         # the blocks
-        self.daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
-        units, unit = np.unique(self.time // DAY if self.daily else self.time, return_inverse=True)
-        self.n_blocks = self.blocks_in(longest, 1)
-        self.n_path_blocks = self.blocks_in(longest, horizon)
-        self.block = unit * self.n_blocks // len(units)
-        starts = np.concatenate([bars.time[o + 1] for bars, o in zip(self.series, self.origins)])
-        place = np.searchsorted(units, starts // DAY if self.daily else starts)
-        self.path_block = place * self.n_path_blocks // len(units)
+        daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
+        unit, least = (DAY, 1) if daily else (1, min(data.HALF_LIFE, longest // MIN_BLOCKS))
+        length = max(1, int(longest ** (1 / 3) + 1e-9), least)  # of a block, in bars
+        units = np.unique(self.time // unit)
+        begins = np.concatenate([bars.time[o + 1] for bars, o in zip(self.series, self.origins)])
         random = np.random.default_rng([seed, 1])
-        self.weights = resampled(self.n_blocks, random)
-        self.path_weights = resampled(self.n_path_blocks, random)
+        self.n_blocks = max(1, min(longest // length, MAX_BLOCKS))
+        self.n_path_blocks = max(1, min(longest // max(length, horizon), MAX_BLOCKS))
+        self.block = np.searchsorted(units, self.time // unit) * self.n_blocks // len(units)
+        self.path_block = np.searchsorted(units, begins // unit) * self.n_path_blocks // len(units)
+        self.weights, self.path_weights = resampled(self.n_blocks, random), resampled(self.n_path_blocks, random)
 
     def flat(self, values):
         """Of arrays over each symbol's bars, those of the targets: [N]."""
         return np.concatenate([v[first:last] for v, (first, last) in zip(values, self.ranges)])
-
-    def blocks_in(self, n, horizon):
-        """How many blocks n target bars make."""
-        within_day = 1 if self.daily else min(data.HALF_LIFE, n // MIN_BLOCKS)
-        length = max(1, int(n ** (1 / 3) + 1e-9), within_day, horizon)
-        return max(1, min(n // length, MAX_BLOCKS))
 
     def blocks_of(self, metric):
         """How many blocks of time hold what a score is made of."""
@@ -203,8 +196,7 @@ def span_of(metas, split, start, end):
     """(name of the split, first time stamp, end) of the targets. In-sample targets only where they are asked for."""
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
-    lo = -math.inf if start is None else data.parse_time(str(start))
-    hi = 2**62 if end is None else data.parse_time(str(end))
+    lo, hi = -math.inf if start is None else data.parse_time(start), 2**62 if end is None else data.parse_time(end)
     for name, date, time in (("start", start, lo), ("end", end, hi)):
         if math.isnan(time):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
@@ -215,7 +207,7 @@ def span_of(metas, split, start, end):
     if start is not None:
         split = "in-sample" if lo < test or () in borders else "test"
     elif split == "val":
-        lo, latest = next(iter(borders))
+        [(lo, latest)] = borders
         hi = min(hi, latest)
     else:
         lo = test
@@ -312,9 +304,9 @@ def joined(parts):
 
 @torch.no_grad()
 def next_bars(model, tokenizer, t, probes=PROBES):
-    """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is history.
+    """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is one.
 
-    P(up) is exact. Close, range and volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
+    P(up) is exact. Close, range, volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
     All 2^20 pairs would take hours, so P(bin | c) is a mean over some contexts before the first target, put right by
     `probes` coarse tokens of each bar's own (stratified by close; control variates): a few bins may come out below 0.
     """
@@ -325,7 +317,9 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     order = by_close(tokenizer).to(model.up_mask.device)
     levels = (torch.arange(probes, device=order.device) + 0.5) / probes
     half = max(1, model.config.block_size // 2)
-    windows = [(i, j, min(j + half, last)) for i, (first, last) in enumerate(t.ranges) for j in range(first, last, half)]
+    windows = []
+    for i, (first, last) in enumerate(t.ranges):
+        windows += [(i, j, min(j + half, last)) for j in range(first, last, half)]
     parts, at = [], 0
     for h in contexts(model, tokenizer, t, windows):  # (m, C)
         now = slice(at, at + len(h))
@@ -444,7 +438,7 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
     parts = []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
-        ohlcva, _ = simulate_from(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
+        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
         last = np.log([o.close for o in part])[:, None, None]
         moves = np.diff(np.log(ohlcva[..., 3]), prepend=np.broadcast_to(last, (len(part), paths, 1)))
         parts.append(judge_paths(moves, t, slice(i, i + len(part))))
@@ -465,8 +459,7 @@ def baselines(t, paths):
 
 def each_series(t, forecaster, *options):
     """forecaster(t, series, rows of its paths, *options) of every series, as one."""
-    ends = np.cumsum([len(origins) for origins in t.origins])
-    return joined([forecaster(t, i, slice(end - len(t.origins[i]), end), *options) for i, end in enumerate(ends)])
+    return joined([forecaster(t, i, rows, *options) for i, rows in enumerate(t.path_rows)])
 
 
 def persistence(t):
@@ -553,27 +546,27 @@ def har(t, paths):
     random = np.random.default_rng([t.seed, 3])
     ranges = fit_har(t, [log_range(bars) for bars in t.series])
     volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
-
-    def forecaster(t, i, rows):
-        bars, now, volatility = t.series[i], slice(*t.ranges[i]), t.volatility[i]
+    parts = []
+    for i, (first, last) in enumerate(t.ranges):
+        bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
         scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
         scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
         if volumes:
             z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
             scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
-        return scores | judge_paths(volatility_paths(volatility, t.origins[i], paths, t.horizon, random), t, rows)
-
-    return each_series(t, forecaster)
+        moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
+        parts.append(scores | judge_paths(moves, t, t.path_rows[i]))
+    return joined(parts)
 
 
 class Har:
     """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
 
-    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on the roots of its
+    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
     means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
-    times the usual factor of its time of day. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]:
-    ratios in order. fitted: the known bars before the first target whose means are settled; early: those of them before
-    the first target of any series, what all may learn from.
+    times its TimeOfDay. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]: ratios in order.
+    fitted: the known bars before the first target whose means are settled; early: those of them before the first target
+    of any series, what all may learn from.
     """
 
     def __init__(self, bars, u, first, start, logs):
@@ -582,7 +575,7 @@ class Har:
         self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
         u = np.where(known, u, self.mean)
         u = u if logs else np.maximum(u, HAR_FLOOR * self.mean)
-        self.factor = TimeOfDay(bars.time[:first], u[:first])
+        self.factor = TimeOfDay(bars.time, u, first)
         self.unit = self.mean * self.factor(bars.time)
         self.u = u / self.unit
         settled = np.arange(min(WINDOWS[-1], first // 2), first)
@@ -627,7 +620,7 @@ def trailing_mean(u, n):
 
 
 def give_residuals(hars, values):
-    """To each Har RESIDUALS columns of its values [k, T], half its own, half those of all, in order of the first row."""
+    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of the first row."""
     shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
     shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
     for v, har in zip(values, hars):
@@ -643,35 +636,41 @@ def evenly(values, n):
 
 
 class TimeOfDay:
-    """The usual factor of each time of day (bars within the day; else 1), called with stamps [...].
+    """The usual factor of each time of day (bars within the day; else 1), as it is known before the day begins.
 
-    Fitted on u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), shrunk where seen on few days;
-    of each time of day. Round the clock: of each hour of the day, then of each hour of the week relative to that.
+    Of u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), of each time of day, over the days
+    before. Those count half after FORGET days, since habits change: summer time, another source of the bars. SEEN days
+    more are taken to be usual. Round the clock: of each hour of the day, then of each hour of the week relative to it,
+    over the weeks before. What is usual, and what kind of market it is, shows before bar `first`.
     """
 
-    def __init__(self, time, u):
-        self.levels = []  # (period, width, log factors)
-        step = np.median(np.diff(time))
+    def __init__(self, time, u, first):
+        self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
+        past = time[:first]
+        step = np.median(np.diff(past))
         if step >= DAY:
             return
-        per_day = int(np.median(np.unique(time // DAY, return_counts=True)[1]))
+        per_day = int(np.median(np.unique(past // DAY, return_counts=True)[1]))
         x = np.log(u / trailing_mean(u, per_day))
-        x -= x.mean()
-        round_the_clock = len(np.unique(time // HOUR % 24)) >= 23
-        levels = [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]
-        for period, width in levels:
-            slot = time % period // width
-            n = period // width + 1
-            total, count = np.bincount(slot, x, n), np.bincount(slot, minlength=n)
-            periods = np.bincount(np.unique(slot + n * (time // period)) % n, minlength=n)
-            log_factor = total / np.maximum(count, 1) * periods / (periods + SEEN)
-            self.levels.append((period, width, log_factor))
-            x = x - log_factor[slot]
+        x -= x[:first].mean()
+        round_the_clock = len(np.unique(past // HOUR % 24)) >= 23
+        for period, width in [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]:
+            periods, column = np.unique(time // period, return_inverse=True)
+            row, shape = time % period // width, (period // width + 1, len(periods))
+            total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
+            means = np.stack([total / np.maximum(count, 1), count > 0])
+            total, weight = data.decayed_sum(means, decay=0.5 ** (1 / FORGET))  # this period's included
+            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)
+            log_factor[:, 0] = 0.0
+            self.levels.append((period, width, periods, log_factor))
+            x = x - log_factor[row, column]
 
-    def __call__(self, time):
+    def __call__(self, time, now=None):
+        """Of stamps [...]: as known when the day of each began; of bars to come, when that of the last, `now`, did."""
         log_factor = np.zeros(np.shape(time))
-        for period, width, levels in self.levels:
-            log_factor = log_factor + levels[time % period // width]
+        for period, width, periods, levels in self.levels:
+            column = np.searchsorted(periods, (time if now is None else now) // period)
+            log_factor = log_factor + levels[time % period // width, column]
         return np.exp(log_factor)
 
 
@@ -696,7 +695,7 @@ def volatility_paths(har, origins, paths, horizon, random):
     usual = np.ones((n, horizon))
     if har.factor.levels:
         for row, o in zip(usual, origins):
-            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon))
+            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon), har.bars.time[o])
     scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
     past = np.append(0.0, har.u.cumsum())
     drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
@@ -735,70 +734,68 @@ def slow_scale(size, fitted, common):
 # Scores, and how sure they are
 
 def block_sums(f, t):
-    """{score: sums over each block of targets t [n_blocks, ...]} of what forecaster f says; see `score_of`."""
-    out, means = {}, {}  # means: values [N], NaN where a bar has none
-    if "p_up" in f:
-        out |= direction_sums(f["p_up"], t)
+    """{score: sums over each block of targets t [n_blocks, ...]} of what forecaster f says; see `score_of`.
+
+    Most are means of values, NaN where a bar has none.
+    """
+    out, means = {}, {}
+    if "p_up" in f:  # over the bars that moved
+        moved = t.r != 0
+        p, up, block = f["p_up"][moved], t.r[moved] > 0, t.block[moved]
+        hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
+        by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)  # hits among ups, among downs
+        with np.errstate(divide="ignore"):  # always_up: infinite
+            logloss = -np.log(np.where(up, p, 1 - p))
+        calls = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
+        out = {name: sums_of(values, block, t.n_blocks) for name, values in calls.items()}
+        out["auc"] = sums_by_bin([up, ~up], ordered_bins(p), block, t.n_blocks)
+        tenth = np.minimum(p * 10, 9).astype(int)
+        out["ece"] = sums_by_bin([p - up, np.ones(len(p))], tenth, block, t.n_blocks)
     signal = f.get("mean", f.get("p_up"))
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
         out["ic"] = totals(np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1), t.block, t.n_blocks)
         out["rank_ic"] = sums_of_stamps(rank_ic(signal, t.r, t.stamp), t)
     if "point" in f:
-        means["mae"] = 100 * np.abs(t.r - f["point"])
-        means["rmse"] = 1e4 * (t.r - f["mean"])**2
-        means["mape"] = 100 * np.abs(np.expm1(f["point"] - t.r))
-        means["crps"] = 100 * f["crps"]
+        means = dict(mae=100 * np.abs(t.r - f["point"]), rmse=1e4 * (t.r - f["mean"])**2,
+                     mape=100 * np.abs(np.expm1(f["point"] - t.r)), crps=100 * f["crps"])
     if "pit" in f:
-        for q in (50, 80, 90):
-            means[f"coverage{q}"] = np.abs(f["pit"] - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
+        means |= {f"coverage{q}": inside(f["pit"], q) for q in (50, 80, 90)}
     for name, scale in (("range", 100), ("volume", 1)):
-        if f"{name}_crps" in f:
-            means[f"{name}_crps"] = scale * f[f"{name}_crps"]
-        if f"{name}_pit" in f:
-            inside = np.abs(f[f"{name}_pit"] - 0.5) <= 0.45 + 1e-9
-            means[f"{name}_coverage90"] = np.where(np.isnan(f[f"{name}_crps"]), np.nan, inside)
-    for name, values in means.items():
-        if not np.isnan(values).all():
-            out[name] = sums_of(values, t.block, t.n_blocks)
+        crps, pit = f.get(f"{name}_crps"), f.get(f"{name}_pit")
+        if crps is not None and not np.isnan(crps).all():
+            means[f"{name}_crps"] = scale * crps
+            if pit is not None:
+                means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside(pit, 90))
+    out |= {name: sums_of(values, t.block, t.n_blocks) for name, values in means.items()}
     return out | path_sums(f, t) if len(f.get("path_point", ())) else out
-
-
-def direction_sums(p_up, t):
-    """block_sums of P(up), over the bars that moved."""
-    moved = t.r != 0
-    p, up, block, n = p_up[moved], t.r[moved] > 0, t.block[moved], t.n_blocks
-    hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
-    by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)  # hits among ups, among downs
-    with np.errstate(divide="ignore"):  # always_up: infinite
-        logloss = -np.log(np.where(up, p, 1 - p))
-    tenth = np.minimum(p * 10, 9).astype(int)
-    means = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
-    out = {name: sums_of(values, block, n) for name, values in means.items()}
-    out["auc"] = totals_by_bin([up, ~up], ordered_bins(p), block, n)
-    out["ece"] = totals_by_bin([p - up, np.ones(len(p))], tenth, block, n)
-    return out
 
 
 def path_sums(f, t):
     """block_sums of paths: lists over the steps; realized volatility and losses over the whole horizon."""
-    means = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
-    if "path_pit" in f:
-        means["path_coverage90"] = within(f["path_pit"], f.get("path_width", 0.0), 0.05, 0.95)
-    if "path_rv_crps" in f:
-        means["path_rv_crps"] = 100 * f["path_rv_crps"]
-    out = {}
-    if "path_es95" in f:
-        hit = within(f["path_pit"][:, -1], f["path_width"][:, -1], 0.0, 0.05)  # the loss was beyond VaR 95 %
+    out, means = {}, dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
+    if "path_rv_crps" in f:  # sampled paths
+        pit, width, extreme = f["path_pit"], f["path_width"], f["path_extreme"]
+        hit = within(pit[:, -1], width[:, -1], 0.0, 0.05)  # the loss was beyond VaR 95 %
         tails = np.stack([-np.expm1(t.path_r[:, -1]) * hit, 0.05 * f["path_es95"]], -1)
         out["es95_ratio"] = totals(tails, t.path_block, t.n_path_blocks)  # Acerbi and Szekely, Risk 2014: 1 if right
-        flagged = f["path_extreme"] > WARN
-        came = np.abs(t.path_r[:, -1]) > extreme_move(t.usual, t.horizon)
-        means |= dict(var95_hits=hit, extreme_flagged=flagged)
+        flagged = extreme > WARN
+        means |= dict(path_rv_crps=100 * f["path_rv_crps"], path_coverage90=within(pit, width, 0.05, 0.95),
+                      var95_hits=hit, extreme_flagged=flagged)
         if flagged.any():
-            means["extreme_said"] = np.where(flagged, f["path_extreme"], np.nan)
-            means["extreme_came"] = np.where(flagged, came, np.nan)
+            came = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
+            means["extreme_said"], means["extreme_came"] = np.where(flagged, (extreme, came), np.nan)
     return out | {name: sums_of(values, t.path_block, t.n_path_blocks) for name, values in means.items()}
+
+
+def inside(pit, q):
+    """Whether what came lies in the middle q % of its distribution."""
+    return np.abs(pit - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
+
+
+def within(pit, width, low, high):
+    """How much of [pit - width / 2, pit + width / 2] lies in [low, high]: a number from 0 to 1."""
+    return ((np.minimum(pit + width / 2, high) - np.maximum(pit - width / 2, low)) / width).clip(0, 1)
 
 
 def sums_of(values, block, n_blocks):
@@ -814,17 +811,16 @@ def sums_of_stamps(values, t):
     return sums_of(values, block, t.n_blocks)
 
 
-def totals(values, block, n_blocks):
-    """Sums of values [N, ...] over each block: [n_blocks, ...]."""
-    columns = values.reshape(len(values), -1).T
-    sums = [np.bincount(block, column, n_blocks) for column in columns]
-    return np.stack(sums, -1).reshape(n_blocks, *values.shape[1:])
-
-
-def totals_by_bin(columns, bins, block, n_blocks):
+def sums_by_bin(columns, bins, block, n_blocks):
     """Sums of columns [N] each over each block and bin: [n_blocks, bins, columns]."""
     n = bins.max(initial=0) + 1
     return totals(np.stack(columns, -1), block * n + bins, n_blocks * n).reshape(n_blocks, n, -1)
+
+
+def totals(values, block, n_blocks):
+    """Sums of values [N, ...] over each block: [n_blocks, ...]."""
+    sums = [np.bincount(block, column, n_blocks) for column in values.reshape(len(values), -1).T]
+    return np.stack(sums, -1).reshape(n_blocks, *values.shape[1:])
 
 
 def score_of(metric, s):
@@ -842,14 +838,6 @@ def score_of(metric, s):
     if metric == "balanced_accuracy":
         return mean.mean(-1)
     return np.sqrt(mean) if metric == "rmse" else mean
-
-
-def within(pit, width, low, high):
-    """How much of [pit - width / 2, pit + width / 2] lies in [low, high]: a number from 0 to 1."""
-    if not np.any(width):
-        return ((pit >= low) & (pit <= high)).astype(float)
-    inner = np.minimum(pit + width / 2, high) - np.maximum(pit - width / 2, low)
-    return (inner / width).clip(0, 1)
 
 
 def ordered_bins(p, most=2048):
@@ -895,7 +883,7 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for every forecaster, so all are paired."""
+    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for all forecasters, which are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -910,8 +898,8 @@ def bootstrap(sums, t):
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi}, the 95 % percentile interval (None under 20 blocks), as wide as Student's t, since blocks are few
-    (Hesterberg 2014, arXiv 1411.5279); a list of them for scores over steps; None where the value is not finite."""
+    """{value, lo, hi}, the 95 % percentile interval, None under 20 blocks; as wide as Student's t, since blocks are few
+    (Hesterberg 2014, arXiv 1411.5279). Lists of them for scores over steps; None where the value is not finite."""
     if np.ndim(value):
         steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
         return steps if any(steps) else None
@@ -927,47 +915,50 @@ def scored(value, drawn, n_blocks):
     return dict(value=float(value), lo=float(lo), hi=float(hi))
 
 
+def at_step(drawn, metric, step):
+    """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is None."""
+    value, replicates = drawn[metric]
+    if np.ndim(value) == 0:
+        return value, replicates
+    return (value.mean(), replicates.mean(-1)) if step is None else (value[step], replicates[..., step])
+
+
 def versus(a, b, n_blocks, as_ratio):
     """The difference or ratio of two (value, replicates), with its interval."""
-    (value, drawn), (other, other_drawn) = a, b
     with np.errstate(all="ignore"):
-        if as_ratio:
-            return scored(value / other, drawn / other_drawn, n_blocks)
-        return scored(value - other, drawn - other_drawn, n_blocks)
+        return scored(*(x / y if as_ratio else x - y for x, y in zip(a, b)), n_blocks)
+
+
+def against(a, b, metric, t, step=-1):
+    """The score a beside b, paired: as a ratio for the metrics of RATIOS, else as a difference; step as in at_step."""
+    return versus(at_step(a, metric, step), at_step(b, metric, step), t.blocks_of(metric), as_ratio=metric in RATIOS)
 
 
 def paired(name_a, name_b, drawn, t, metrics):
     """Differences a - b of every score that both have, and ratios a / b of RATIOS, replicate by replicate."""
     a, b, rows = drawn[name_a], drawn[name_b], []
     for metric in metrics:
-        if metric not in a or metric not in b:
-            continue
-        n = t.blocks_of(metric)
-        difference = versus(a[metric], b[metric], n, as_ratio=False)
-        quotient = versus(a[metric], b[metric], n, as_ratio=True) if metric in RATIOS else None
-        rows.append(dict(a=name_a, b=name_b, metric=metric, difference=difference, ratio=quotient))
+        if metric in a and metric in b:
+            difference = versus(a[metric], b[metric], t.blocks_of(metric), as_ratio=False)
+            ratio = against(a, b, metric, t, slice(None)) if metric in RATIOS else None
+            rows.append(dict(a=name_a, b=name_b, metric=metric, difference=difference, ratio=ratio))
     return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The backtest
 
-def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0):
+def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0,
+             parallel=False, by=None, cost_bps=0.0, device="cpu"):
     """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals over blocks of time.
 
-    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest: as in Config.
-    Returns split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks; checkpoints,
-    dicts of ckpt, the scores of METRICS, tokens; baselines, {name: scores}; paired, dicts of a, b, metric, difference,
-    ratio. A score is {value, lo, hi} or None, a list over the bars ahead for path_mape and path_crps. Errors are in log
-    return x 100, of volume in its log, mape in %. Raises UserError without a target, for bad dates or a missing start.
+    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest as in Config.
+    Returns split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks;
+    checkpoints, dicts of ckpt, the scores of METRICS, tokens; baselines, {name: scores}; paired, dicts of a, b, metric,
+    difference, ratio. A score is {value, lo, hi} or None, a list over the bars ahead for path_mape and path_crps. They
+    are in log return x 100, of volume in its log, mape in %. Besides: by, dicts of group, ckpt, bars, scores; of every
+    name all scores, and drawn, what bootstrap gives; targets. UserError without a target, for bad dates or no start.
     """
-    result = evaluate(checkpoints, bars, split, start, end, horizon, paths, stride, seed)
-    return {key: result[key] for key in KEYS}
-
-
-def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0,
-             parallel=False, by=None, cost_bps=0.0, device="cpu"):
-    """backtest, and besides: trading {name: scores}; by, scores by groups; drawn {name: bootstrap's}."""
     if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
         raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 "
                         f"in a backtest")
@@ -980,7 +971,7 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
         else:
             loaded[f"checkpoint {i + 1}"] = checkpoint
     split, lo, hi = span_of([meta for *_, meta in loaded.values()], split, start, end)
-    t = Targets([series] if isinstance(series, data.Bars) else series, lo, hi, horizon, stride, seed)
+    t = Targets([bars] if isinstance(bars, data.Bars) else bars, lo, hi, horizon, stride, seed)
     for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.blocks_of("path"))):
         if n < MIN_BLOCKS:
             print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; "
@@ -998,13 +989,12 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
         use[name]["pairs"] = int(use[name]["pairs"])
     rivals = baselines(t, paths)
 
-    drawn, rows, trading = {}, {}, {}
+    drawn, scores, rows = {}, {}, {}
     for name, f in (forecasts | rivals).items():
-        drawn[name] = bootstrap(block_sums(f, t), t)
-        rows[name] = {m: scored(*drawn[name][m], t.blocks_of(m)) if m in drawn[name] else None for m in METRICS}
-        if "p_up" in f and name != "always_up":
-            traded = bootstrap(trading_sums(f["p_up"], t, cost_bps), t)
-            trading[name] = {m: scored(*found, t.n_blocks) for m, found in traded.items()}
+        trades = trading_sums(f["p_up"], t, cost_bps) if "p_up" in f and name != "always_up" else {}
+        drawn[name] = bootstrap(block_sums(f, t) | trades, t)
+        scores[name] = {m: scored(*found, t.blocks_of(m)) for m, found in drawn[name].items()}
+        rows[name] = {m: scores[name].get(m) for m in METRICS}
     pairs = []
     for a, b in itertools.combinations(forecasts, 2):
         pairs += paired(a, b, drawn, t, METRICS)
@@ -1014,8 +1004,8 @@ def evaluate(checkpoints, series, split="test", start=None, end=None, horizon=10
               for (group, mask), name in itertools.product(groups_of(t, by), loaded)]
     return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
                 checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
-                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, trading=trading,
-                drawn=drawn, targets=t)
+                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, scores=scores, drawn=drawn,
+                targets=t)
 
 
 def groups_of(t, by):
@@ -1023,13 +1013,15 @@ def groups_of(t, by):
     if by is None:
         return []
     if by == "symbol":
-        return [(bars.symbol, t.symbol == i) for i, bars in enumerate(t.series)]
-    if by == "quarter":
-        quarter = t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int) // 3
-        return [(f"{1970 + q // 4}-Q{q % 4 + 1}", quarter == q) for q in np.unique(quarter)]
-    rising = t.flat([har.sigma for har in t.volatility]) / t.s  # known before the bar: how volatility is to change
-    third = np.searchsorted(np.quantile(rising, (1 / 3, 2 / 3)), rising)
-    return [(name, third == k) for k, name in enumerate(("falling", "steady", "rising"))]
+        names, group = [bars.symbol for bars in t.series], t.symbol
+    elif by == "quarter":
+        quarters, group = np.unique(t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int) // 3,
+                                    return_inverse=True)
+        names = [f"{1970 + q // 4}-Q{q % 4 + 1}" for q in quarters]
+    else:
+        rising = t.flat([har.sigma for har in t.volatility]) / t.s  # known before the bar: how volatility is to change
+        names, group = ("falling", "steady", "rising"), np.searchsorted(np.quantile(rising, (1 / 3, 2 / 3)), rising)
+    return [(name, group == k) for k, name in enumerate(names)]
 
 
 def grouped(f, t, mask):
@@ -1071,26 +1063,13 @@ def drawn_scores(model, tokenizer, t, paths=0, probes=PROBES):
     return bootstrap(block_sums(one | many, t), t)
 
 
-def at_step(drawn, metric, step):
-    """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is None."""
-    value, replicates = drawn[metric]
-    if np.ndim(value) == 0:
-        return value, replicates
-    return (value.mean(), replicates.mean(-1)) if step is None else (value[step], replicates[..., step])
-
-
-def against(a, b, metric, t, step=-1):
-    """The score a beside b, paired: as a ratio for the metrics of RATIOS, else as a difference; step as in at_step."""
-    return versus(at_step(a, metric, step), at_step(b, metric, step), t.blocks_of(metric), as_ratio=metric in RATIOS)
-
-
 def upper(score):
     """The upper end of an interval; the value itself where there is none."""
     return score["value"] if score["hi"] is None else score["hi"]
 
 
 def print_versus(columns, t, rows, versus=(-1, 0)):
-    """Scores of forecasters {name: drawn_scores} side by side; those at the places `versus` also paired, with intervals.
+    """Scores of forecasters {name: drawn_scores} side by side; those at the places `versus` also paired.
 
     rows: (metric, label, scale, digits), of path scores (metric, step or None for their mean) in the first place.
     """
@@ -1116,8 +1095,9 @@ def show(score, scale, digits, sign=""):
     """A score with its interval, as text."""
     if score is None:
         return "."
-    value, lo, hi = (None if score[k] is None else f"{score[k] * scale:{sign}.{digits}f}" for k in ("value", "lo", "hi"))
-    return value if lo is None else f"{value} [{lo}, {hi}]"
+    known = [score[k] for k in ("value", "lo", "hi") if score[k] is not None]
+    value, *ends = (f"{v * scale:{sign}.{digits}f}" for v in known)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1142,8 +1122,7 @@ HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselin
 
 def print_backtest(result, horizon, cost_bps):
     """Each checkpoint's scores with half their intervals, beside those of the opponents; then pairs, and groups."""
-    own = {entry["ckpt"]: entry for entry in result["checkpoints"]}
-    columns = [scores | result["trading"].get(name, {}) for name, scores in (own | result["baselines"]).items()]
+    own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"].values()
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
     print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
     print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
@@ -1153,61 +1132,49 @@ def print_backtest(result, horizon, cost_bps):
             continue  # no volume, or too few symbols to trade
         print(title)
         for metric, label, scale, digits in rows:
-            found = [scores.get(metric) for scores in columns]
-            if metric not in ("path_crps", "path_mape"):
-                print_row(label, found, len(own), scale, digits)
-                continue
-            for k in sorted({(horizon + 1) // 2, horizon}):
-                print_row(f"{label}, bar {k}", [steps and steps[k - 1] for steps in found], len(own), scale, digits)
-    print_pairs(result)
-    if result["by"]:
-        print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
-    for row in result["by"]:
-        line = f"{row['group'][:11]:12}{row['bars']:>8,}"
-        for metric, scale, digits in (("da", 100, 2), ("mae", 1, 4), ("crps", 1, 4), ("coverage90", 100, 2)):
-            line += f"{with_half(row.get(metric), scale, digits):>15}"
-        print(line + f"  {stem(row['ckpt'])}" * (len(own) > 1))
+            for k in sorted({(horizon + 1) // 2, horizon}) if metric in ("path_crps", "path_mape") else [None]:
+                line = f"  {f'{label}, bar {k}' if k else label:14}"
+                for i, scores in enumerate(columns):
+                    score = scores.get(metric)
+                    score = score[k - 1] if k and score else score
+                    half, width = (True, 15) if i < len(own) else (False, 7)
+                    line += f"{number(score, scale, digits, half):>{width}}"
+                print(line)
 
-
-def print_row(label, scores, n_own, scale, digits):
-    """A score of each column, those of the checkpoints with half their intervals."""
-    line = f"  {label:14}"
-    for s in scores[:n_own]:
-        line += f"{with_half(s, scale, digits):>15}"
-    for s in scores[n_own:]:
-        line += f"{number(s['value'] * scale, digits) if s else '.':>7}"
-    print(line)
-
-
-def with_half(score, scale, digits):
-    if score is None:
-        return "."
-    text = number(score["value"] * scale, digits)
-    return text if score["lo"] is None else f"{text} ±{number((score['hi'] - score['lo']) / 2 * scale, digits)}"
-
-
-def number(value, digits):
-    return f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}"
-
-
-def stem(path):
-    return os.path.basename(path).removesuffix(".pt")
-
-
-def print_pairs(result):
-    """Each checkpoint beside its best opponent of every score, and beside the other checkpoints."""
-    own = [entry["ckpt"] for entry in result["checkpoints"]]
     print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
     for pair in sorted(result["paired"], key=lambda pair: METRICS.index(pair["metric"])):
         metric, score = pair["metric"], pair["ratio"] or pair["difference"]
         if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
             continue
-        label, scale = RIVALRY.get(metric, metric), 100 if metric == "da" else 1
+        label, scale, digits = RIVALRY.get(metric, metric), *((100, 2) if metric == "da" else (1, 4))
         if isinstance(score, list):
             label, score = f"{label}, bar {len(score)}", score[-1]
         if score:
-            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, 4 if scale == 1 else 2, "+")
+            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, digits, "+")
             print(f"  {label:22}{text:32}{stem(pair['a'])} to {stem(pair['b'])}")
+
+    if result["by"]:
+        print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
+    for row in result["by"]:
+        line = f"{row['group'][:11]:12}{row['bars']:>8,}"
+        for metric, scale, digits in (("da", 100, 2), ("mae", 1, 4), ("crps", 1, 4), ("coverage90", 100, 2)):
+            line += f"{number(row.get(metric), scale, digits):>15}"
+        print(line + f"  {stem(row['ckpt'])}" * (len(own) > 1))
+
+
+def number(score, scale, digits, half=True):
+    """A score as text, with half its interval where it has one."""
+    def text(value):
+        return f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}"
+
+    if score is None:
+        return "."
+    shown = text(score["value"] * scale)
+    return f"{shown} ±{text((score['hi'] - score['lo']) / 2 * scale)}" if half and score["lo"] is not None else shown
+
+
+def stem(path):
+    return os.path.basename(path).removesuffix(".pt")
 
 
 def best_rival(baselines, metric):
@@ -1231,7 +1198,7 @@ def main(argv=None):
     if not math.isfinite(config.cost_bps):
         raise UserError(f"--cost_bps {config.cost_bps}: must be a number such as 5")
     series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
-    result = evaluate(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
+    result = backtest(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
                       config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device)
     if config.json:
         keys = (*KEYS, "by") if config.by else KEYS

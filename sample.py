@@ -77,28 +77,16 @@ class Origin:
     unmoved: float         # share of bars that do not move, see unmoved_share
 
 
-def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False, times=None):
-    """Futures of many histories at once. histories: Bars that end at the origin each.
+@torch.no_grad()
+def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
+             times=None):
+    """Futures of many histories at once. histories: Bars that end at the origin each, or Origins.
 
     Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. A
-    history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch. times: stamps of
-    the bars to come, int64 [horizon] or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
+    history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch: those with
+    contexts of one length go side by side, as many as BATCH_BYTES hold. times: stamps of the bars to come, int64
+    [horizon] or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
     """
-    origins = []
-    for bars in histories:
-        if len(bars) < 2:
-            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
-        x, state = data.features(bars)
-        tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-        unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-        origins.append(Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved))
-    return simulate_from(model, tokenizer, origins, horizon, paths, temperature, top_p, seed, parallel, times)
-
-
-@torch.no_grad()
-def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
-                  times=None):
-    """As simulate, of Origins. Those with contexts of one length go side by side, as many as BATCH_BYTES hold."""
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
@@ -106,6 +94,7 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     if parallel and model.config.reasoner and horizon > model.config.slots:
         raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
+    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
     times = times_ahead(origins, horizon, times)
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
     at_once = rows_at_once(model)
@@ -122,6 +111,16 @@ def simulate_from(model, tokenizer, origins, horizon, paths, temperature=1.0, to
     return ohlcva, p_up
 
 
+def origin_of(model, tokenizer, bars):
+    """The Origin after all of the bars."""
+    if len(bars) < 2:
+        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+    x, state = data.features(bars)
+    tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
+    unmoved = unmoved_share(bars, model.config.unmoved)[-1]
+    return Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved)
+
+
 def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, seed, parallel, at_once):
     """Of n origins with contexts of one length: (coarse, fine), int64 [n * paths, H] each, and P(up) [n]."""
     device, (n, horizon) = next(model.parameters()).device, times.shape
@@ -136,8 +135,7 @@ def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, see
     state = model.prefill(coarse, fine, seen)
     p_up = model.p_up(state.h, torch.tensor([o.unmoved for o in origins], device=device)).cpu().numpy()
     if parallel:
-        _, h = model.parallel(coarse, fine, seen)  # (n, slots, C)
-        h = h[:, :horizon].repeat_interleave(paths, 0)
+        h = model.parallel(coarse, fine, seen)[1][:, :horizon].repeat_interleave(paths, 0)  # (n * paths, H, C)
         return model.sample(h, temperature, top_p, u=uniform, order=order), p_up
     times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
@@ -147,7 +145,6 @@ def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, see
     return [torch.cat(level) for level in zip(*pieces)], p_up
 
 
-@torch.no_grad()
 def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
@@ -155,11 +152,10 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=Non
     """
     tokens = []
     for k in range(times.shape[1]):
-        coarse, fine = model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order)
-        tokens.append(torch.stack((coarse, fine)))
+        tokens.append(model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order))
         if k + 1 < times.shape[1]:
-            _, state = model.step(coarse, fine, times[:, k:], state)
-    return torch.stack(tokens, dim=-1).unbind(0)
+            _, state = model.step(*tokens[-1], times[:, k:], state)
+    return [torch.stack(level, dim=-1) for level in zip(*tokens)]
 
 
 def stratified(random, paths, horizon):
@@ -177,17 +173,14 @@ def stratified(random, paths, horizon):
 
 def rows_at_once(model):
     """How many paths' states BATCH_BYTES hold."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    parts, n_bytes = [vars(model.prefill(token, token, token))], 0
-    while parts:
-        part = parts.pop()
+    def n_bytes(part):
         if torch.is_tensor(part):
-            n_bytes += part.numel() * part.element_size()
-        elif isinstance(part, dict):
-            parts += part.values()
-        elif isinstance(part, (list, tuple)):
-            parts += part
-    return max(1, BATCH_BYTES // n_bytes)
+            return part.numel() * part.element_size()
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+        return sum(map(n_bytes, parts))
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    return max(1, BATCH_BYTES // n_bytes(vars(model.prefill(token, token, token))))
 
 
 def times_ahead(origins, horizon, times):
@@ -253,15 +246,10 @@ def usual_sigma(close):
     return sigma if sigma > 0 else math.nan
 
 
-def extreme_move(sigma, horizon):
-    """From what log return over the horizon on a move is extreme: sigma [...], see usual_sigma."""
-    return EXTREME * sigma * math.sqrt(horizon)
-
-
 def chance_extreme(r, sigma, horizon):
-    """Share of the paths' log returns r [..., K] that are extreme moves, up or down: [...]; sigma [...]."""
-    sigma = np.asarray(sigma)
-    share = (np.abs(r) > extreme_move(sigma, horizon)[..., None]).mean(-1)
+    """Share of log returns r [..., K] over the horizon that are extreme moves: [...]; sigma [...], see usual_sigma."""
+    least = EXTREME * np.asarray(sigma)[..., None] * math.sqrt(horizon)
+    share = (np.abs(r) > least).mean(-1)
     return np.where(np.isfinite(sigma), share, np.nan)
 
 
@@ -271,10 +259,9 @@ def option(close, spot, strike, years, rate):
     The paths are scaled so that their mean is the forward spot e^(rT): the market's drift, the model's volatility.
     """
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
-    terminal = close * (spot * math.exp(rate * years) / close.mean())
+    gain = close * (spot * math.exp(rate * years) / close.mean()) - k
     discount = math.exp(-rate * years)
-    call = discount * np.maximum(terminal - k, 0).mean()
-    put = discount * np.maximum(k - terminal, 0).mean()
+    call, put = discount * np.maximum(gain, 0).mean(), discount * np.maximum(-gain, 0).mean()
     return dict(strike=k, years=years, call=call, put=put)
 
 
@@ -299,16 +286,15 @@ def print_report(rows, horizon, breadth, mean_p_up):
     print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
-        flag = " !" if r["p_extreme"] > WARN else ""
+        p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
         rank = r["rank"] or f" ended {r['last_time'][:10]}"
-        print(f"{data.printable(r['symbol']):{width}} {r['last_close']:>8.6g} "
-              f"{r['p_up'] * 100:>5.1f} {r['p_up_horizon'] * 100:>5.1f} "
-              f"{r['expected_return'] * 100:>+6.2f} {r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} "
-              f"{r['var95'] * 100:>5.1f} {r['es95'] * 100:>4.1f}{rank:>5}{flag}")
-    ranked = [r for r in rows if r["rank"]]
-    print(f"breadth: {breadth:.1%} of {len(ranked)} symbols lean up, mean P(up) {mean_p_up:.1%}")
-    if len(ranked) < len(rows):
-        print(f"{len(rows) - len(ranked)} symbols ended long before the others: without a rank, and not in the breadth")
+        print(f"{data.printable(r['symbol']):{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
+              f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
+              f"{' !' if r['p_extreme'] > WARN else ''}")
+    n_ranked = sum(r["rank"] is not None for r in rows)
+    print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
+    if n_ranked < len(rows):
+        print(f"{len(rows) - n_ranked} symbols ended long before the others: without a rank, and not in the breadth")
     if any(r["p_extreme"] > WARN for r in rows):
         print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
     if rows[0]["options"]:
@@ -342,9 +328,8 @@ def jsonable(value):
         return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,14 +400,13 @@ class Panel:
 
 def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
     """Of at most 12 symbols the last bars as candles, the median forecast, its 5-95 and 25-75 % fan and a few paths."""
-    n = min(len(histories), 12)
+    n, horizon = min(len(histories), 12), times.shape[1]
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
     parts = []
     for i in range(n):
-        bars, horizon = histories[i][-shown:], times.shape[1]
-        close = ohlcva[i, :, :, 3]
-        close = np.concatenate([np.full((len(close), 1), bars.ohlcva[-1, 3]), close], axis=1)  # (paths, 1 + horizon)
+        bars = histories[i][-shown:]
+        close = np.insert(ohlcva[i, :, :, 3], 0, bars.ohlcva[-1, 3], axis=1)  # (paths, 1 + horizon)
         fan, few = np.quantile(close, QUANTILES, axis=0), close[:drawn]
         low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
         high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
@@ -500,6 +484,7 @@ def plot_loss(path, metrics):
 # The run
 
 def check(config):
+    """Refuse, before any work, flags that cannot be."""
     if config.backtest:
         raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
     config.ckpt = config.ckpt or base_weights(config.data)
@@ -516,9 +501,9 @@ def check(config):
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
-    outputs = [path for path in (config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss)
-               if path is not None]
-    if len({os.path.abspath(path) for path in outputs}) < len(outputs):
+    outputs = [config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss]
+    outputs = [path for path in outputs if path is not None]
+    if len(set(map(os.path.abspath, outputs))) < len(outputs):
         raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
     for path in outputs:
         data.check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
@@ -538,21 +523,20 @@ def base_weights(sources):
 
 def load_series(sources, meta, symbols=None):
     """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
-    if not sources and not meta["data"]:
+    trained = meta["data"] or {}
+    if not sources and not trained:
         raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
-    sources = sources or meta["data"]["sources"]
+    sources = sources or trained["sources"]
     if sources == ["synthetic"]:
-        series, _ = data.synthetic(seed=(meta["data"] or {}).get("seed", meta["seed"]))
+        series, _ = data.synthetic(seed=trained.get("seed", meta["seed"]))
     else:
         series = data.load(sources)
-    if not symbols:
-        return series
     known = {bars.symbol: bars for bars in series}
-    for symbol in symbols:
+    for symbol in symbols or ():
         if symbol not in known:
             some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
             raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
-    return [known[symbol] for symbol in dict.fromkeys(symbols)]
+    return [known[symbol] for symbol in dict.fromkeys(symbols)] if symbols else series
 
 
 def warn_of_intervals(series, meta, who="the weights"):
@@ -563,7 +547,7 @@ def warn_of_intervals(series, meta, who="the weights"):
     far = {}
     for bars in series:
         step = float(np.median(np.diff(bars.time)))
-        if not any(step <= FAR * k and k <= FAR * step for k in known):
+        if not any(k / FAR <= step <= FAR * k for k in known):
             far.setdefault(span(step), []).append(data.printable(bars.symbol))
     lowest, highest = span(min(known)), span(max(known))
     trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
@@ -585,23 +569,20 @@ def read_times(path, histories, horizon):
     """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
     try:
         with open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
+            lines = [line.strip() for line in f.read().splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
                         f"give a file of dates, one a line")
-    stamps, rows = [], []
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        stamps.append(data.parse_time(text.strip()))
-        if math.isnan(stamps[-1]):
-            raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; "
+    stamps = {number: data.parse_time(text) for number, text in enumerate(lines, 1) if text}
+    for number, stamp in stamps.items():
+        if math.isnan(stamp):
+            raise UserError(f"{path}:{number}: {data.printable(lines[number - 1])[:40]!r} is no time; "
                             f"write it as 2018-01-31 or 2018-01-31 14:30")
-    stamps = np.unique(np.array(stamps, np.int64))
-    for bars in histories:
-        rows.append(stamps[stamps > bars.time[-1]][:horizon])
-        if len(rows[-1]) < horizon:
-            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
+    stamps = np.unique(np.array(list(stamps.values()), np.int64))
+    rows = [stamps[stamps > bars.time[-1]][:horizon] for bars in histories]
+    for bars, row in zip(histories, rows):
+        if len(row) < horizon:
+            raise UserError(f"--times {path}: {len(row)} stamps after the last bar of {bars.symbol}, "
                             f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
     return np.array(rows)
 
@@ -619,8 +600,8 @@ def main(argv=None):
     if not histories:
         raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
     if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are skipped",
-              file=sys.stderr)
+        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are "
+              f"skipped", file=sys.stderr)
     warn_of_intervals(histories, meta)
 
     times = read_times(config.times, histories, config.horizon) if config.times else None

@@ -213,7 +213,7 @@ def tokenizer_study(argv):
         for nearest in (True, False) if args.signs else (True,):
             for seed in range(args.seeds):
                 arms.append(tokenizer_arm(args, bits, nearest, seed, rows, borders))
-    result = backtest.evaluate([path for _, path, _, _ in arms], series, split=args.split, horizon=1, paths=2, stride=10**9)
+    result = backtest.backtest([path for _, path, _, _ in arms], series, split=args.split, horizon=1, paths=2, stride=10**9)
     print(f"{result['start']} to {result['end']}, {result['blocks']} blocks of time; {args.tok_steps} updates of the "
           f"tokenizer, {args.steps} of the model; nats are of its whole tokens, on val")
     shown = [target for target in TARGETS if target[0] in result["checkpoints"][0]]
@@ -580,7 +580,7 @@ def null_study(argv):
             if not os.path.exists(path):
                 command = [sys.executable, os.path.join(ROOT, script), *flags, f"--seed={seed}", "--out", path]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        result = backtest.evaluate([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
+        result = backtest.backtest([base, tuned], data.load([market]), horizon=1, paths=2, stride=10**9)
         pair = {p["metric"]: p["difference"] for p in result["paired"] if (p["a"], p["b"]) == (base, tuned)}
         line = f"seed {seed:>2}"
         for name, entry in zip(held, result["checkpoints"]):
@@ -705,7 +705,7 @@ def base_study(argv):
         stamps = np.unique(np.concatenate([bars.time for bars in series]))
         start = np.datetime64(int(stamps[int((1 - args.share) * len(stamps))]), "s")
         stride = max(1, int(args.share * len(stamps)) // args.origins)
-        result = backtest.evaluate(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
+        result = backtest.backtest(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
         for ckpt in args.ckpt:
             market = os.path.basename(path).partition(".")[0]
             rows[ckpt].append(print_to_opponents(market, os.path.basename(ckpt), [ckpt], result))
@@ -740,7 +740,7 @@ def few_study(argv):
                     subprocess.run(command + flags, check=True, stdout=subprocess.DEVNULL)
         series = data.load(stem)
         start = data.iso(data.split_borders(series)[1])
-        result = backtest.evaluate(sum(ckpts.values(), []), series, start=start, horizon=10, paths=100, stride=4)
+        result = backtest.backtest(sum(ckpts.values(), []), series, start=start, horizon=10, paths=100, stride=4)
         for arm in rows:
             label = f"{os.path.basename(stem)}, {len(series[0]):,}"
             rows[arm].append(print_to_opponents(label, arm, ckpts[arm], result))

@@ -110,8 +110,6 @@ def test_a_right_forecast_covers_what_it_says_whatever_the_number_of_paths(K):
         t, f = law(K, width)
         inside = backtest.within(f["path_pit"], f["path_width"], 0.05, 0.95)[:, 0]
         assert (inside.mean() == pytest.approx(0.9, abs=4 * inside.std() / len(inside)**0.5)) == right
-    pit = np.random.default_rng(0).random(1000)  # without width: inside or not
-    np.testing.assert_array_equal(backtest.within(pit, 0.0, 0.05, 0.95), (pit >= 0.05) & (pit <= 0.95))
 
 
 def test_risk_of_a_right_law_is_what_it_says_and_of_a_wrong_one_is_not():
@@ -300,7 +298,7 @@ def test_auc_of_many_distinct_values_is_binned_closely():
     up = up < 0.3 + 0.4 * p
     bins = backtest.ordered_bins(p)
     assert bins.max() < 2048
-    area = backtest.score_of("auc", backtest.totals_by_bin([up, ~up], bins, np.zeros(6000, int), 1)[0])
+    area = backtest.score_of("auc", backtest.sums_by_bin([up, ~up], bins, np.zeros(6000, int), 1)[0])
     place = np.argsort(np.argsort(p)) + 1
     exact = (place[up].sum() - up.sum() * (up.sum() + 1) / 2) / (up.sum() * (~up).sum())
     assert area == pytest.approx(exact, abs=1e-5)
@@ -699,12 +697,29 @@ def test_har_knows_the_time_of_day_of_the_bars_to_come():
 def test_time_of_day_factors_are_found(step, hours):
     time = np.arange(0, 60 * DAY, step)
     time = time[np.isin(time // 3600 % 24, hours)]
-    usual = 1 + 0.5 * np.sin(time % DAY / DAY * 2 * math.pi)
+    usual, half = 1 + 0.5 * np.sin(time % DAY / DAY * 2 * math.pi), len(time) // 2
     u = 0.01 * usual * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
-    found = backtest.TimeOfDay(time[:len(time) // 2], u[:len(time) // 2])(time)
-    within = np.corrcoef(np.log(found), np.log(usual))[0, 1]
-    assert within > 0.98 and np.std(np.log(found)) == pytest.approx(np.std(np.log(usual)), rel=0.15)
-    assert (backtest.TimeOfDay(time[::step // 300 * 288][:40], u[:40])(time) == 1).all()        # daily: none
+    factor = backtest.TimeOfDay(time, u, half)
+    found = factor(time)
+    within = np.corrcoef(np.log(found[half:]), np.log(usual[half:]))[0, 1]
+    assert within > 0.98 and np.std(np.log(found[half:])) == pytest.approx(np.std(np.log(usual)), rel=0.15)
+    assert (backtest.TimeOfDay(time[::step // 300 * 288][:40], u[:40], 20)(time) == 1).all()        # daily: none
+    u[half:] = u[half:][::-1]       # a day's factors, and those foreseen from there, know the days before alone
+    other, day = backtest.TimeOfDay(time, u, half), time // DAY
+    np.testing.assert_array_equal(other(time)[day <= day[half]], found[day <= day[half]])
+    np.testing.assert_array_equal(other(time[half:], time[half]), factor(time[half:], time[half]))
+    assert not np.array_equal(other(time), found)
+
+
+def test_har_follows_a_time_of_day_that_changes():
+    """Six bars a day; until day 200 the first is four times as wide: from day 260 on it is forecast as the others are."""
+    midnight, day = np.arange(6 * 330) % 6 == 0, np.arange(6 * 330) // 6
+    u = 0.001 * np.where(midnight & (day < 200), 4, 1) * np.exp(0.2 * np.random.default_rng(0).normal(size=6 * 330))
+    bars = ranging(u, start=1_400_025_600 // DAY * DAY, step=4 * 3600)
+    t = backtest.Targets([bars], int(bars.time[6 * 260]), 2**62, 2, 13, 0)
+    forecast = t.volatility[0].forecast.reshape(-1, 6)
+    wide = forecast[:, 0] / forecast[:, 1:].mean(1)
+    assert wide[260:].mean() == pytest.approx(1, abs=0.1) and wide[150:200].mean() > 3
 
 
 # ---- the interface

@@ -52,6 +52,6 @@ def test_they_beat_a_gaussian_on_clusters_of_volatility():
     """CRPS of the close and its 95 % interval, on a simulated market that is none of those they were trained on."""
     series = [market(data.DAY, 2500, seed) for seed in (3, 4)]
     start = data.iso(series[0].time[1500])
-    result = backtest.evaluate([BASE], series, start=start, horizon=1, paths=2, stride=10**6)
+    result = backtest.backtest([BASE], series, start=start, horizon=1, paths=2, stride=10**6)
     ratio = backtest.against(result["drawn"][BASE], result["drawn"]["gaussian20"], "crps", result["targets"])
     assert ratio["hi"] < 1, ratio
