@@ -59,7 +59,7 @@ class Config:
     mirror: int = -1                  # 1: also train on the market quoted the other way round, 0: not, -1: with few bars
     balance: bool = False             # draw markets and intervals by the root of their bars, not by their bars
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
-    shift_hours: int = 0              # and every second one by hours, at most so many: sessions are then told by the context
+    shift_hours: int = 0              # and by quarters of an hour, at most so many hours: a session is then told by its bars
     n_layer: int = 0                  # layers; 0: by the number of bars
     n_head: int = 0                   # heads, half linear attention, half local; 0: by the number of bars
     n_embd: int = 0                   # width; 0: by the number of bars
@@ -680,7 +680,7 @@ def training(given):
         later = 7 * data.DAY * chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
         if config.shift_hours:
             quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, later.shape)
-            later = later + 900 * quarters * (chance.random(later.shape) < 0.5)
+            later = later + 900 * quarters
         when = when + torch.from_numpy(later[rank::world])
         drop = None
         if config.dropout:  # of a window the same channels in all bars, so that few numbers are drawn
