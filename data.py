@@ -4,18 +4,18 @@
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
 
-The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
-features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
-nothing that is learned or scored can see its own target.
-
-In parts, each to be read apart. The market: bars, features and their inverse, splits, tokens and batches, synthetic
-markets. The clock of bars to come. Files in: CSV as people have it. Files out: folders mapped into memory, saving that
-survives a kill. The scripts' command line.
+CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back to bars with `inverse`. In
+parts, each to be read apart: features, splits and batches, synthetic markets, the clock of bars to come, files in, files
+out, the scripts' command line.
 """
 import argparse
-import contextlib
 import bz2
+import contextlib
 import codecs
+import itertools
+import types
+import zlib
+import stat
 import csv
 import datetime
 import functools
@@ -25,24 +25,20 @@ import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import lzma
 import math
 import os
 import re
 import signal
-import stat
 import statistics
 import sys
 import tempfile
 import threading
 import time
-import types
 import typing
 import warnings
 import zipfile
-import zlib
 import zoneinfo
 try:
     import fcntl
@@ -53,15 +49,12 @@ from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
 _script = getattr(sys.modules["__main__"], "__file__", None) or ""
-_ours = os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
-_untouched = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-_dies = _ours and _untouched and threading.current_thread() is threading.main_thread()
+_dies = (os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
+         and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if _dies:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import torch
-
 if _dies:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -73,22 +66,17 @@ DECAY = 0.5 ** (1 / HALF_LIFE)
 PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
-HOUR, DAY, WEEK = 3600, 86400, 7 * 86400
-YEAR = 365.25 * DAY
+HOUR, DAY, WEEK, YEAR = 3600, 86400, 7 * 86400, 365.25 * 86400
 
 
 class UserError(Exception):
     """Something the user can mend: one line that names the file, the line and the remedy; exit status 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bars
-
 @dataclass
 class Bars:
-    """One symbol's bars, in order of time.
+    """One symbol's bars.  time: int64 [T], UTC seconds, strictly increasing.
 
-    symbol: its name.  time: int64 [T], UTC seconds, strictly increasing.
     ohlcva: float64 [T, 6], open, high, low, close, volume, amount; NaN where a column is missing.
     """
     symbol: str
@@ -111,29 +99,16 @@ class Bars:
 
 @dataclass
 class State:
-    """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
+    """What the features of the next bar need of the past: float64, of any batch shape [...].
 
-    close: last close, NaN before the first bar.
-    s, m, d, g: decayed *sums* of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
-    s_w, m_w, d_w, g_w: those of their weights. The means that `features` calls s_t, m_t, d_t, g_t come from scales().
-    origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
+    close: last close, NaN before the first bar.  total, weight: [..., 4], the two sums of each mean: of the true range,
+    log1p volume, its absolute deviation, log(amount / (volume close)), which `features` calls s_t, m_t, d_t, g_t.
+    origin: [..., 2], s and d at the origin of a generation, in which they stay within [1/8, 8] of it; NaN outside one.
     """
     close: np.ndarray
-    s: np.ndarray
-    s_w: np.ndarray
-    m: np.ndarray
-    m_w: np.ndarray
-    d: np.ndarray
-    d_w: np.ndarray
-    g: np.ndarray
-    g_w: np.ndarray
-    origin_s: np.ndarray
-    origin_d: np.ndarray
-
-    @classmethod
-    def start(cls):
-        """Before the first bar."""
-        return cls(np.float64(np.nan), *np.zeros(8), np.float64(np.nan), np.float64(np.nan))
+    total: np.ndarray
+    weight: np.ndarray
+    origin: np.ndarray
 
     @classmethod
     def stack(cls, states):
@@ -142,19 +117,26 @@ class State:
 
     def scales(self):
         """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
-        s, d = np.maximum(_mean(self.s, self.s_w), S_FLOOR), np.maximum(_mean(self.d, self.d_w), D_FLOOR)
-        s = np.fmin(np.fmax(s, self.origin_s / 8), self.origin_s * 8)  # fmin, fmax: a NaN bound does not bind
-        d = np.fmin(np.fmax(d, self.origin_d / 8), self.origin_d * 8)
-        return s, _mean(self.m, self.m_w), d, _mean(self.g, self.g_w)
+        mean = _mean(self.total, self.weight)
+        low, high = _bounds(self.origin)
+        s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::2], low), high), -1, 0)
+        return s, mean[..., 1], d, mean[..., 3]
 
     def anchored(self):
         """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
-        s, _, d, _ = self.scales()
-        return replace(self, origin_s=s, origin_d=d)
+        return replace(self, origin=np.stack(self.scales()[::2], axis=-1))
 
     def map(self, f):
-        """f on every field: to index, repeat or stack states."""
+        """f on every field: to index, repeat or stack states. It may move none but the axes of the batch, which lead."""
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
+
+
+START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.full(2, np.nan))  # before the first bar
+
+
+def _bounds(origin):
+    """The least and the greatest s and d, [..., 2] each."""
+    return np.fmax(origin / 8, (S_FLOOR, D_FLOOR)), np.fmin(origin * 8, np.inf)  # fmin, fmax: NaN does not bind
 
 
 def features(bars) -> tuple[np.ndarray, State]:
@@ -174,56 +156,43 @@ def features(bars) -> tuple[np.ndarray, State]:
     return np.concatenate([x for x, _ in pieces]), pieces[-1][1]
 
 
-def feature_pieces(bars, state=None):
+def feature_pieces(bars, state=START):
     """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory; see `features`."""
-    state = state or State.start()
     for i in range(0, len(bars), PIECE):
-        x, state = _features_piece(np.asarray(bars.ohlcva[i:i + PIECE], np.float64), state)
-        yield x, state
+        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T
+        first = np.isnan(state.close)
+        prev = np.append(c[0] if first else state.close, c[:-1])
+        begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
+        begun[0] = 0.0 if first else 1.0
+        has_v = np.where(v > 0, begun, 0.0)
+        has_a = np.where((v > 0) & (a > 0), begun, 0.0)
+        volume = np.log1p(np.where(v > 0, v, 0.0))
+        vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
+        sums = _running([_true_range(h, l, prev), volume, vwap], [begun, has_v, has_a], state, [0, 1, 3])
+        s, m, g = _mean(*sums[..., :-1])
+        deviates = has_v * (sums[1, 1, :-1] > 0)  # a deviation needs a level to deviate from
+        sums_d = _running([np.abs(volume - m)], [deviates], state, [2])
+        [d] = _mean(*sums_d[..., :-1])
 
-
-def _features_piece(ohlcva, state):
-    """x float32 [n, 6] of one piece of bars, float64 [n, 6], from the State before it; and the State after it.
-
-    Running sums have n + 1 places: [:-1] is before each bar, [-1] after the last.
-    """
-    o, h, l, c, v, a = ohlcva.T
-    first = np.isnan(state.close)
-    prev = np.append(c[0] if first else state.close, c[:-1])
-    begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
-    begun[0] = 0.0 if first else 1.0
-
-    has_v = np.where(v > 0, begun, 0.0)
-    has_a = np.where((v > 0) & (a > 0), begun, 0.0)
-    volume = np.log1p(np.where(v > 0, v, 0.0))
-    vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-    true_range = _true_range(h, l, prev)
-    s, s_w, m, m_w, g, g_w = _running([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a],
-                                      [state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
-    level = _mean(m, m_w)[:-1]
-    deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
-    d, d_w = _running([np.abs(volume - level) * deviates, deviates], [state.d, state.d_w])
-    s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
-
-    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
-    if first:
-        price[:, 0] = 0.0
-    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
-    x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
-    ends = [np.float64(u[-1]) for u in (c, s, s_w, m, m_w, d, d_w, g, g_w)]
-    after = State(*ends, state.origin_s, state.origin_d)
-    return np.ascontiguousarray(x.T), after
+        s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
+        body_high, body_low = np.maximum(o, c), np.minimum(o, c)
+        price = np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s
+        if first:
+            price[:, 0] = 0.0
+        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])  # (6, n)
+        total, weight = np.concatenate([sums, sums_d], axis=1)[:, [0, 1, 3, 2], -1]
+        state = State(c[-1], total, weight, state.origin)
+        yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
 
 def _true_range(high, low, previous):
     return np.log(np.maximum(high, previous) / np.minimum(low, previous))
 
 
-def _running(rows, carry):
-    """Of each of k sequences the decayed sums before each bar and after the last, [k, n + 1]."""
-    carry = np.array(carry)
-    return np.concatenate([carry[:, None], decayed_sum(np.stack(rows), carry)], axis=1)
+def _running(u, w, state, which):
+    """The two sums of `which` of a state's means before each of n bars and after the last, [2, k, n + 1]."""
+    carry = np.stack([state.total[which], state.weight[which]])
+    return np.concatenate([carry[..., None], decayed_sum(np.stack([np.multiply(u, w), w]), carry)], axis=-1)
 
 
 def _mean(total, weight):
@@ -246,7 +215,7 @@ def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
 def inverse(x, state) -> tuple[np.ndarray, State]:
     """Bars from features: the inverse of `features` to float32's rounding, from a State that has seen a bar.
 
-    x: [..., T, 6], finite (ValueError if not).  state: fields of shape [...] or broadcast to it.
+    x: [..., T, 6], finite (ValueError if not).  state: of shape [...] or broadcast to it.
     Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
     become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
     amounts, amount is volume times close. A volume or vwap feature of exactly 0 says "no data".
@@ -255,21 +224,17 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     if not np.isfinite(x).all():
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
-    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch))
-    close = st.close
-    total, weight = np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
-    s_low, s_high = np.fmax(st.origin_s / 8, S_FLOOR), np.fmin(st.origin_s * 8, np.inf)  # fmin, fmax: NaN does not bind
-    d_low, d_high = np.fmax(st.origin_d / 8, D_FLOOR), np.fmin(st.origin_d * 8, np.inf)
-    # moves to close, open, high, low
-    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))
-    most = np.array([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0]).reshape(least.shape)
+    close, origin = np.broadcast_to(state.close, batch), np.broadcast_to(state.origin, (*batch, 2))
+    total, weight = (np.moveaxis(np.broadcast_to(sums, (*batch, 4)), -1, 0) for sums in (state.total, state.weight))
+    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))
+    least, most = MAX_MOVE * np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *(1 for _ in batch))  # of c, o, h, l
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
     y[:, 3] *= -1.0
     out = np.empty((n, 6) + batch)
     add, add_weight = np.ones((2, 4) + batch)
     for t in range(n):
-        s, m, d, g = total / np.where(weight > 0, weight, 1.0)
-        s, d = np.minimum(np.maximum(s, s_low), s_high), np.minimum(np.maximum(d, d_low), d_high)
+        mean = _mean(total, weight)
+        (s, d), m, g = np.minimum(np.maximum(mean[::2], low), high), mean[1], mean[3]
         factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, least), most))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
@@ -283,8 +248,7 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
         add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
         close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
-    (s, m, d, g), (s_w, m_w, d_w, g_w) = total, weight
-    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, s, s_w, m, m_w, d, d_w, g, g_w, st.origin_s, st.origin_d)
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, np.moveaxis(total, 0, -1), np.moveaxis(weight, 0, -1), origin)
 
 
 def mirrored(bars):
@@ -301,20 +265,16 @@ def scales(bars):
     """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
     _, h, l, c = bars.ohlcva[:, :4].T
     begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    true_range = _true_range(h, l, np.append(c[0], c[:-1])) * begun
-    total, weight = _running([true_range, begun], [0.0, 0.0])[:, :-1]
-    return np.maximum(_mean(total, weight), S_FLOOR)
+    [s] = _mean(*_running([_true_range(h, l, np.append(c[0], c[:-1]))], [begun], START, [0])[..., :-1])
+    return np.maximum(s, S_FLOOR)
 
 
 def states_at(bars, origins):
     """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to each gives them."""
-    state, found = State.start(), []
-    for i in range(0, len(bars), PIECE):
-        piece = np.asarray(bars.ohlcva[i:i + PIECE], np.float64)
-        found += [_features_piece(piece[:o + 1 - i], state)[1] for o in origins if i <= o < i + PIECE]
-        if len(found) == len(origins):
-            break
-        state = _features_piece(piece, state)[1]
+    state, found = START, []
+    for i in range(0, max(origins, default=-1) + 1, PIECE):
+        found += [next(feature_pieces(bars[i:o + 1], state))[1] for o in origins if i <= o < i + PIECE]
+        state = next(feature_pieces(bars[i:i + PIECE], state))[1]
     return found
 
 
@@ -332,8 +292,7 @@ def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
             stamps = np.union1d(stamps, bars.time)
     borders = []
     for name, date, share in (("val_start", val_start, 0.8), ("test_start", test_start, 0.9)):
-        by_share = stamps[min(int(share * len(stamps)), len(stamps) - 1)]
-        border = float(by_share) if date is None else parse_time(str(date))
+        border = stamps[int(share * len(stamps))] if date is None else parse_time(date)
         if np.isnan(border):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
         borders.append(int(border))
@@ -447,16 +406,14 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
     """
     if x is not None and len(x) != len(bars):
         raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
-    tokens, at = np.empty((len(bars), 2), np.int16), 0
-    made = (piece for piece, _ in feature_pieces(bars))
-    for piece in made if x is None else (x[i:i + PIECE] for i in range(0, len(x), PIECE)):
-        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
-        tokens[at:at + len(piece)] = torch.stack((coarse, fine), dim=-1).cpu().numpy()
-        at += len(piece)
-        if at % (256 * PIECE) == 0:
-            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
+    tokens = [np.empty((0, 2), np.int16)]
+    pieces = (piece for piece, _ in feature_pieces(bars)) if x is None else np.split(x, range(PIECE, len(x), PIECE))
+    for piece in pieces:
+        tokens.append(torch.stack(tokenizer.encode(torch.from_numpy(piece)), dim=-1).cpu().numpy().astype(np.int16))
+        if len(tokens) % 256 == 0:
+            progress(f"tokens of {bars.symbol}: {len(tokens) * PIECE:,} of {len(bars):,} bars")
     progress("")
-    return tokens
+    return np.concatenate(tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,9 +457,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
-        edge = kind == "edge"
-        ohlcva = _edge_bars(rng, log_vol, coin, signal) if edge else _reverting_bars(rng, log_vol, coin, signal, half_life)
-        yield Bars(f"SYN{i}", time.copy(), ohlcva)
+        if kind == "edge":
+            open_, close, high, low, size = _edge_bars(rng, log_vol, coin, signal)
+        else:
+            open_, close, high, low, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
+        high, low = np.maximum(open_, close) * np.exp(high), np.minimum(open_, close) * np.exp(-low)
+        level = rng.uniform(6, 9)
+        volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, n_bars)).round() + 1
+        amount = volume * (high + low + close) / 3
+        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
 
 
 def _checked_signal(signal, kind, half_life):
@@ -517,8 +480,8 @@ def _checked_signal(signal, kind, half_life):
     return signal
 
 
-def _edge_bars(rng, log_vol, common_coin, signal):
-    """ohlcva [n, 6] of one symbol whose long wick tells the next direction."""
+def _edge_bars(rng, log_vol, coin, signal):
+    """Open, close, the wicks' logs, |move| in sigma, [n] each, of one symbol whose long wick tells the next direction."""
     n_bars = len(log_vol)
     sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
@@ -526,27 +489,16 @@ def _edge_bars(rng, log_vol, common_coin, signal):
     wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
     edge = statistics.NormalDist().inv_cdf(0.5 + signal)
     told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
-    up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
+    up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
     close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
-    gap = _gaps(rng, sigma)
-    open_ = np.append(close[0], close[:-1]) * np.exp(gap)
+    open_ = np.append(close[0], close[:-1]) * np.exp(_gaps(rng, sigma))
     long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
-    high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
-    low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
-    return _with_volume(rng, log_vol, size / sigma, open_, high, low, close)
+    return open_, close, np.where(wick > 0, short, long), np.where(wick > 0, long, short), size / sigma
 
 
 def _gaps(rng, sigma):
     """The move between a close and the next open, in log price: wide where a session opens."""
     return rng.standard_normal(len(sigma)) * sigma * np.where(np.arange(len(sigma)) % SESSION == 0, 1.5, 0.1)
-
-
-def _with_volume(rng, log_vol, size, open_, high, low, close):
-    """ohlcva [n, 6]: volume that moves with volatility and with the size of the bar's move, in units of sigma."""
-    level = rng.uniform(6, 9)
-    volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, len(close))).round() + 1
-    amount = volume * (high + low + close) / 3
-    return np.stack([open_, high, low, close, volume, amount], axis=1)
 
 
 # The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is known from past closes:
@@ -569,15 +521,13 @@ def _reverting_moves(rng, log_vol, coin, signal, half_life):
 
 
 def _reverting_bars(rng, log_vol, coin, signal, half_life):
-    """ohlcva [n, 6] of one symbol of the reverting market."""
+    """As `_edge_bars`, of one symbol of the reverting market."""
     unit = rng.uniform(5e-4, 2e-3)  # log return of one sigma
     m, gap, body = _reverting_moves(rng, log_vol, coin, signal, half_life)
-    sigma = unit * np.exp(log_vol)
     close = rng.uniform(20, 200) * np.exp(np.cumsum(unit * (m + gap + body)))
     open_ = np.append(close[0], close[:-1]) * np.exp(unit * gap)
-    high = np.maximum(open_, close) * np.exp(0.4 * sigma * rng.exponential(size=len(m)))
-    low = np.minimum(open_, close) * np.exp(-0.4 * sigma * rng.exponential(size=len(m)))
-    return _with_volume(rng, log_vol, np.abs(gap + body) / np.exp(log_vol), open_, high, low, close)
+    high, low = (0.4 * (unit * np.exp(log_vol)) * rng.exponential(size=len(m)) for _ in range(2))
+    return open_, close, high, low, np.abs(gap + body) / np.exp(log_vol)
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
@@ -636,9 +586,7 @@ def calendar(time):
     """
     days = time // 86400
     second = time - days * 86400
-    z = days + 719468                                   # days since 0000-03-01
-    era = z // 146097                                   # 400 years each
-    doe = z - era * 146097
+    doe = (days + 719468) % 146097                      # days since 0000-03-01, 400 years each era
     year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
     doy = doe - (365 * year + year // 4 - year // 100)
     month = (5 * doy + 2) // 153                        # 0 is March
@@ -697,13 +645,13 @@ def future_times(time, horizon):
 
 def _coming(past, gap, after, span):
     """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
-    weeks = []
+    found, weeks = past[:0], []
     for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
-            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
-            weeks.append((past[first:end] + back, back))
-    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
-    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
+        first, last, end = np.searchsorted(past, [after - back, after - back + span, after - back + WEEK], side="right")
+        if end > first:  # a week with a bar
+            found, weeks = np.append(found, past[first:last] + back), [*weeks, back]
+    stamps, count = np.unique(found, return_counts=True)
+    could = sum((stamps - back >= past[0] for back in weeks), np.zeros(len(stamps), int))
     stamps = stamps[3 * count >= could]
 
     unseen = past[0] + WEEK  # up to here nothing was seen
@@ -713,9 +661,8 @@ def _coming(past, gap, after, span):
         else:
             clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
             day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
-        weekday = day // DAY + 3
         has_weekends = (past // DAY + 3) % 7 == 5
-        day = day[(weekday % 7 < 5) | has_weekends.any()]
+        day = day[((day // DAY + 3) % 7 < 5) | has_weekends.any()]
         stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
     if not len(stamps) and span == WEEK:
         return past[-1] + gap * np.arange(1, WEEK // gap + 2)
@@ -724,8 +671,8 @@ def _coming(past, gap, after, span):
 
 def _market_zone(past):
     """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    ends = int(past[0]) // DAY, int(past[-1]) // DAY
-    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
+    ends = past[[0, -1]]
+    if all(np.ptp(_ahead_of_utc(zone, ends)) == 0 for zone in MARKET_ZONES):
         return "UTC"
     quarters = np.unique(past // 900) * 900
     unlike = {}
@@ -737,7 +684,7 @@ def _market_zone(past):
 
 
 def _ahead_of_utc(zone, time):
-    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
+    """Seconds that the clocks of a zone are ahead of UTC at noon of the days of time, int64 [T]."""
     if zone == "UTC":
         return np.zeros(len(time), np.int64)
     days, which = np.unique(time // DAY, return_inverse=True)
@@ -746,7 +693,6 @@ def _ahead_of_utc(zone, time):
 
 @functools.cache
 def _ahead_on(zone, day):
-    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
     try:
         noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
     except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
@@ -756,17 +702,15 @@ def _ahead_on(zone, day):
 
 def _coming_months(recent, gap, horizon):
     """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
+    seconds = lambda month: month.astype("datetime64[s]").astype(np.int64)
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since = recent - month.astype("datetime64[s]").astype(np.int64)
-    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
+    since, left = recent - seconds(month), seconds(month + 1) - recent
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
-    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
-    if left[last] <= DAY:
-        stamps = end - left[last]
-    else:
-        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
+    stamps = seconds(months + 1) - left[last]
+    if left[last] > DAY:
+        stamps = np.minimum(seconds(months) + since[last], seconds(months + 1) - DAY + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
 
 
