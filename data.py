@@ -749,12 +749,12 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "interval": "timeframe interval resolution per granularity freq frequency",
 }
 HEADERS = {column: names.split() for column, names in HEADERS.items()}
-KNOWN = {name for names in HEADERS.values() for name in names}
 PRICES = COLUMNS[:4]
 MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
 INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
-FIELD = "(adj close|adjusted|open|high|low|close|volume)"
+FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+WIDE = [re.compile(form, re.I) for form in (f"{FIELD}{BETWEEN}(?P<ticker>.+)", f"(?P<ticker>.+?){BETWEEN}{FIELD}")]
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
 FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
 MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
@@ -787,8 +787,9 @@ def _joined(parts):
     """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
     gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
     gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
+    symbol = parts[0].symbol
     if gaps and max(gaps) >= 2 * min(gaps):
-        raise UserError(f"{parts[0].symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
+        raise UserError(f"{symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
                         f"give --data the files of one interval")
     time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
     order = np.argsort(time, kind="stable")
@@ -796,9 +797,8 @@ def _joined(parts):
     last = np.append(np.diff(time) != 0, True)
     changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
     if changed:
-        print(f"{parts[0].symbol}: {changed} of {last.sum()} bars differ between files; the last read counts",
-              file=sys.stderr)
-    return Bars(parts[0].symbol, time[last], ohlcva[last])
+        print(f"{symbol}: {changed} of {last.sum()} bars differ between files; the last read counts", file=sys.stderr)
+    return Bars(symbol, time[last], ohlcva[last])
 
 
 def _differ(left, right):
@@ -816,17 +816,12 @@ def read_files(paths):
     symbols = _symbols([path for path, _ in files])
     skipped = []
     for path, named in files:
-        if os.path.isdir(path):
-            yield from _open_folder(path)
-            continue
         try:
-            series = _read_csv(path, symbols[path])
+            yield from _open_folder(path) if os.path.isdir(path) else _read_csv(path, symbols[path])
         except UserError as e:
             if named:
                 raise
             skipped.append(e)
-            continue
-        yield from series
     bad = [e for e in skipped if not isinstance(e, _NoBars)]
     if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
         raise (bad or skipped)[0]
@@ -835,15 +830,16 @@ def read_files(paths):
 
 
 def _files(paths):
-    """Yield (path, whether the user named it) of each CSV file and each folder of arrays."""
+    """Yield (path, whether it must be good) of each CSV file and each folder of arrays."""
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.fspath(path)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matches:
             raise UserError(f"{path}: no such file; give --data a CSV file, a folder of them, or a quoted glob")
         for match in matches:
-            if not os.path.isdir(match) or os.path.exists(os.path.join(match, "symbols.json")):
-                yield match, match == path
+            is_folder = os.path.isdir(match)
+            if not is_folder or os.path.exists(os.path.join(match, "symbols.json")):
+                yield match, is_folder or match == path
                 continue
             names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))  # no locks
             if not names:
@@ -853,14 +849,12 @@ def _files(paths):
 
 def _symbols(paths):
     """{path: symbol of a file that names none}: its stem, without date and interval if files differ by date alone."""
-    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
     interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
+    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
     count = Counter(undated.values())
-    for path, name in undated.items():
-        if count[name] > 1:
-            stems[path] = re.sub(interval, "", name, flags=re.I)
+    stems |= {path: re.sub(interval, "", name, flags=re.I) for path, name in undated.items() if count[name] > 1}
     return {path: printable(stem.strip()) for path, stem in stems.items()}
 
 # -- bytes -> text
@@ -873,30 +867,16 @@ def _text(path):
         for magic, unpack in CONTAINERS.items():
             if raw.startswith(magic):
                 raw = unpack(raw)
-        raw = raw.removeprefix(codecs.BOM_UTF8)
         for magic, kind in FOREIGN.items():
-            if raw[:100].lstrip().startswith(magic):
+            if raw[:100].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(magic):
                 raise ValueError(f"it is {kind}")
         text = _decoded(raw)
         if "\0" in text:
             raise ValueError("it is binary")
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
+    except Exception as e:  # a damaged archive raises many kinds
         why = getattr(e, "strerror", None) or e
         raise UserError(f"{path}: cannot be read ({why}); give a CSV file, or an archive of one")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _start(path):
-    """(the first lines of a file, its text): None where it begins as plain UTF-8, which numpy reads from where it lies."""
-    start, text = "\0", None
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if os.path.isfile(path):  # a pipe can be read but once
-            with open(path, encoding="utf-8") as f:
-                start = f.read(1 << 16)
-    if "\0" in start or start.lstrip().startswith(("\ufeff", "{", "[")):
-        text = _text(path)
-        start = text[:1 << 16]
-    return start.split("\n")[:200], text
 
 
 def _unzipped(raw):
@@ -914,25 +894,22 @@ CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0":
 
 def _decoded(raw):
     """UTF-16 by its mark, UTF-8, else the one of a few encodings in which most names of columns are known."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16", "replace").rstrip("\0")
     raw = raw.rstrip(b"\0")  # the machine died while it wrote
     with contextlib.suppress(UnicodeDecodeError):
-        return raw.decode("utf-8")
-    texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
-    cells = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
-    known = [max(_n_known(map(_fold, row)) for row in rows) for rows in cells]
-    return texts[known.index(max(known))]
+        return raw.decode("utf-8-sig")
+    known = lambda text: max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+    return max((raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
 
 
 # -- text -> delimiter, header, columns
 
 @dataclass
 class Table:
-    """The text of a file and its columns."""
+    """The lines of a file and its columns."""
     path: str
-    text: str | None    # None: the file at path is plain, to be read from there
-    head: list[str]     # its first lines
+    lines: list[str]
     delimiter: str
     first: int          # index of the first line below the header
     names: list[str]    # of each column, as in the file
@@ -941,14 +918,13 @@ class Table:
     has_header: bool = True
     line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
-    @functools.cached_property
-    def lines(self):
-        return (_text(self.path) if self.text is None else self.text).split("\n")
+    def cells(self, k):
+        return _split(self.lines[k], self.delimiter)
 
     @functools.cached_property
     def row(self):
         """The cells of the first row."""
-        return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
+        return next((self.cells(k) for k in range(self.first, len(self.lines)) if self.lines[k].strip()), [])
 
     def say(self, text):
         print(f"{self.path}: {text}", file=sys.stderr)
@@ -956,8 +932,8 @@ class Table:
     def line(self, row):
         """The line of a row, from 1, for messages."""
         if self.line_of is None:
-            self.line_of = np.array([k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line])
-        return int(self.line_of[row])
+            self.line_of = [k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line]
+        return self.line_of[row]
 
 
 @functools.lru_cache(10_000)
@@ -965,9 +941,9 @@ def _fold(name):
     """A column's name in lower case, letters and digits only, without "1. ", "(USD)", "Price" and a time's "_utc"."""
     name = re.sub(r"(?<=Volume)(?=[A-Z])", " ", name.strip()).lower()
     name = re.sub(r"^\d+[a-z]?\.\s+", "", name)
-    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
     if re.match(r"turnover \((pcs|shares)", name):
         return "volume"
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
     unit = what and (what[1] or what[2])
     if unit and unit not in INDICATORS:
         return "volumemoney" if unit in MONEY else "volumecoin"
@@ -993,39 +969,34 @@ def _names(cells):
     fields = [_fold(cell) for cell in cells]
     if _n_known(fields) < 3:
         texts = [cell.strip(" '\"()") for cell in cells]
-        parts = [re.fullmatch(f"(?P<f>{FIELD}){BETWEEN}(?P<t>.+)", text, re.I)
-                 or re.fullmatch(f"(?P<t>.+?){BETWEEN}(?P<f>{FIELD})", text, re.I) for text in texts]
-        if _n_known(_fold(part["f"]) for part in parts if part) >= 4:
-            tickers = {part["t"] for part in parts if part}
-            rest = {name: "".join(tickers) for name in HEADERS["volume"]} if len(tickers) == 1 else {}
-            return [(_fold(p["f"]), p["t"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
+        parts = [WIDE[0].fullmatch(text) or WIDE[1].fullmatch(text) for text in texts]
+        if _n_known(_fold(part["field"]) for part in parts if part) >= 4:
+            tickers = {part["ticker"] for part in parts if part}
+            rest = dict.fromkeys(HEADERS["volume"], "".join(tickers)) if len(tickers) == 1 else {}
+            return [(_fold(p["field"]), p["ticker"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
     return [(field, "") for field in fields]
 
 
 def _table(path):
     """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
-    head, text = _start(path)
-    filled = [i for i, line in enumerate(head) if line.strip()][:40]
+    lines = _text(path).split("\n")
+    filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    best = 1, ",", 0, []
-    for delimiter, i in itertools.product(",;\t| ", filled):
-        names = _names(_split(head[i], delimiter))
+    most = 1
+    for delimiter, k in ((delimiter, k) for delimiter in ",;\t| " for k in filled):
+        names = _names(_split(lines[k], delimiter))
         known = _n_known(field for field, _ in names) if len(names) > 4 else 0
-        if known > best[0]:
-            best = known, delimiter, i, names
+        if known > most:
+            most, at, best, found = known, k, delimiter, names
         if known > 4:
             break
-    known, delimiter, at, names = best
-    if known == 1:
-        return _without_header(path, text, head, filled)
-    cells = [printable(cell.strip()) for cell in _split(head[at], delimiter)]
-    if delimiter == " ":
-        lines = (_text(path) if text is None else text).split("\n")
-        text, delimiter = "\n".join("\t".join(_split(line, " ")) for line in lines), "\t"
-        head = text[:1 << 16].split("\n")[:200]
-    fields, tickers = map(list, zip(*names))
-    table = Table(path, text, head, delimiter, at + 1, cells, fields, tickers)
+    if most == 1:
+        return _without_header(path, lines, filled)
+    if best == " ":
+        lines, best = ["\t".join(_split(line, " ")) for line in lines], "\t"
+    cells = [printable(cell.strip()) for cell in _split(lines[at], best)]
+    table = Table(path, lines, best, at + 1, cells, *map(list, zip(*found)))
     if not any(table.tickers):
         _find_tickers(table, filled)
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
@@ -1035,38 +1006,35 @@ def _table(path):
 
 def _find_tickers(table, filled):
     """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
-    rows, at = [_split(line, table.delimiter) for line in table.head], table.first - 1
+    at = table.first - 1
     for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
-        has_symbols = len(rows[k]) == len(table.fields) and _fold(rows[k][0]) in ("", "ticker", "price", "symbol")
-        tickers = ["", *(cell.strip() for cell in rows[k][1:])]
-        whole = has_symbols and all(_n_known(itertools.compress(table.fields, [t == ticker for t in tickers])) >= 4
-                                    for ticker in set(tickers[1:]))  # not so a row of units
-        if whole and all(cell and not _is_number(cell) for cell in tickers[1:]):
-            table.tickers = tickers
+        corner, *tickers = [cell.strip() for cell in table.cells(k)]
+        fits = len(tickers) == len(table.fields) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
+        named = all(tickers) and not any(map(_is_number, tickers))
+        if fits and named and all(_n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
+                                  for ticker in set(tickers)):  # not so a row of units
+            table.tickers[1:] = tickers
             table.first = max(at, k) + 1
-            below = rows[table.first] if table.first < len(rows) else []
+            below = table.cells(table.first) if table.first < len(table.lines) else []
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             return
 
 
-def _without_header(path, text, head, filled):
+def _without_header(path, lines, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
     for delimiter in ",;\t| ":
-        first = filled[0]
-        if len(filled) > 1 and _split(head[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:  # pandas numbers columns
-            first = filled[1]
-        cells = [cell.strip() for cell in _split(head[first], delimiter)]
-        named = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
-        at = len(named)
-        stamp = named + (["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"])
-        rest = cells[len(stamp):]
-        fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        points = rest if delimiter == "," else [cell.replace(",", ".") for cell in rest]
-        numbers = len(rest) >= 5 and all(map(_is_number, points))
+        numbered = len(filled) > 1 and _split(lines[filled[0]], delimiter)[:5] == ["0", "1", "2", "3", "4"]  # by pandas
+        first = filled[numbered]
+        cells = [cell.strip() for cell in _split(lines[first], delimiter)]
+        fields = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
+        at = len(fields)
+        fields += ["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"]
+        rest = [cell if delimiter == "," else cell.replace(",", ".") for cell in cells[len(fields):]]
+        fields = BINANCE[:] if len(cells) == 12 else fields + [*PRICES, "volume", ""][:len(rest)]
+        numbers = len(rest) >= 5 and all(map(_is_number, rest))
         if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
-            tickers = [""] * len(fields)
-            return Table(path, text, head, delimiter, first, list(fields), list(fields), tickers, has_header=False)
-    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
+            return Table(path, lines, delimiter, first, fields[:], fields, [""] * len(fields), has_header=False)
+    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
 def _columns(table, ticker):
@@ -1079,7 +1047,7 @@ def _columns(table, ticker):
         if field is None and column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
                             f"give that name to the one it is")
-        if fields.count(field) > 1 and field:
+        if field and fields.count(field) > 1:
             raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
         if field:
             columns[column] = fields.index(field)
@@ -1101,17 +1069,13 @@ def _is_number(text):
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
     kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
-    file = table.path if table.text is None else io.StringIO(table.text)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of no rows
-            got = np.loadtxt(file, skiprows=table.first, dtype=kinds, comments=None, delimiter=table.delimiter,
-                             quotechar='"', ndmin=1, encoding="utf-8")
-        if not any("\n" in "".join(got[str(i)]) for i in texts):  # else a quote that was not closed
+    lines = table.lines[table.first:]
+    with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
+        warnings.simplefilter("error")  # of no rows
+        got = np.loadtxt(lines, kinds, comments=None, delimiter=table.delimiter, quotechar='"', ndmin=1)
+        if len(got) == sum(map(bool, lines)):  # else a quote that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
-    except (ValueError, OSError, UserWarning):
-        pass  # holes, faults, numbers with commas: row by row
-    gc.disable()  # it would scan millions of small lists, again and again, for nothing
+    gc.disable()  # holes, faults, numbers with commas: row by row. It would scan millions of small lists for nothing
     try:
         rows, reasons = _rows(table, min(numbers))
     finally:
@@ -1121,7 +1085,7 @@ def _cells(table, numbers, texts):
 
 def _rows(table, price):
     """(the cells of each row, {row: why it is bad}), without blanks, comments and notes. price: a column of numbers."""
-    rows, line_of, reasons, n_columns = [], [], {}, len(table.names)
+    rows, table.line_of, reasons, n_columns = [], [], {}, len(table.names)
     reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
     try:
         for line, row in enumerate(reader, table.first + 1):
@@ -1133,25 +1097,20 @@ def _rows(table, price):
                 row.append("")  # or behind the last name
             fits = len(row) == n_columns
             if not (fits and row[price][:1].isdecimal()):
-                if _is_note(row, n_columns) or (fits and _fold(row[price]) == table.fields[price]):
+                filled = [cell for cell in row if cell.strip()]  # a note is a single text, as at the end of an export
+                is_note = not filled or filled[0].startswith(("#", "//")) or (
+                    len(filled) == 1 and not fits and not _is_number(filled[0]))
+                if is_note or (fits and _fold(row[price]) == table.fields[price]):
                     continue  # or the header again: files were put one behind the other
                 if not fits:
                     reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
                     row = [""] * n_columns
             rows.append(row)
-            line_of.append(line)
+            table.line_of.append(line)
     except csv.Error as e:
-        line = line_of[-1] + 1 if line_of else table.first + 1
+        line = table.line_of[-1] + 1 if table.line_of else table.first + 1
         raise UserError(f"{table.path}:{line}: not a CSV row ({e}); mend or remove it")
-    table.line_of = np.array(line_of, np.int64)
     return rows, reasons
-
-
-def _is_note(row, n_columns):
-    """A row that is blank, a comment, or a single text, as at the end of an export."""
-    filled = [cell for cell in row if cell.strip()]
-    alone = len(filled) == 1 and len(row) != n_columns and not _is_number(filled[0])
-    return not filled or alone or filled[0].startswith(("#", "//"))
 
 
 NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
@@ -1201,10 +1160,10 @@ DATES = {  # order -> formats, with - for whatever stands between
     "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
     "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d%b%Y", "%d-%m-%y", "%d-%b-%y"),
     "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
-DIGITS = (  # numbers that spell a date: name, format of the day, digits of the clock behind it
-    ("YYYYMM", "%Y%m", 0), ("YYMMDD", "%y%m%d", 0), ("YYYYMMDD", "%Y%m%d", 0), ("YYYYMMDDHH", "%Y%m%d", 2),
-    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6),
-    ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
+DIGITS = {  # numbers that spell a date -> format of the day, digits of the clock behind it
+    "YYYYMM": ("%Y%m", 0), "YYMMDD": ("%y%m%d", 0), "YYYYMMDD": ("%Y%m%d", 0), "YYYYMMDDHH": ("%Y%m%d", 2),
+    "YYMMDDHHMM": ("%y%m%d", 4), "YYYYMMDDHHMM": ("%Y%m%d", 4), "YYYYMMDDHHMMSS": ("%Y%m%d", 6),
+    "YYYYMMDDHHMMSSmmm": ("%Y%m%d", 9)}
 
 
 def parse_time(text):
@@ -1216,32 +1175,34 @@ def parse_time(text):
 
 
 def _dates(cells):
-    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts."""
+    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts.
+
+    A text is a day, a clock and a zone; each day is read once, in the order that fits most of them.
+    """
     if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
         return _dates_of_numbers(cells)
-    texts = np.array([cell.strip(" '=\"") for cell in cells])  # '13/01 and ="13/01" are texts to a spreadsheet
-    texts, which = np.unique(texts, return_inverse=True)
+    texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)  # '1/1 and ="1/1" are texts
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
-    else:
-        seconds, why = _dates_of_texts(texts.tolist())
-    return seconds[which], why
-
-
-def _dates_of_texts(texts):
-    """As `_dates`. A text is a day, a clock and a zone; each day is read once, in the order that fits most of them."""
-    found = [STAMP.fullmatch(text) for text in texts]
+        return seconds[which], why
+    if texts[0][:1].isdecimal() and texts[-1][:1].isdecimal():  # and so all between
+        with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
+            warnings.simplefilter("error")  # of zones
+            seconds = texts.astype("datetime64[s]").astype(np.float64)  # plain ISO, in no time
+            if (np.abs(seconds) < 200 * YEAR).all():
+                return seconds[which], ""
+    found = [STAMP.fullmatch(text) for text in texts.tolist()]
     dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
-    days, which = np.unique(dates, return_inverse=True)
+    days, day_of = np.unique(dates, return_inverse=True)
     days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan: 109 is 2020
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
-    seconds = seconds[which] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
+    seconds = seconds[day_of] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
         seconds[rows] -= _ahead(zone, seconds[rows])
-    return seconds, why
+    return seconds[which], why
 
 
 def _day(text, formats):
@@ -1256,7 +1217,7 @@ def _day(text, formats):
 
 def _clock(cells):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
-    texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
+    texts, which = np.unique([cell.strip().removesuffix(".0") for cell in cells], return_inverse=True)
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
         numbers = sorted((value, len(text)) for value, text in zip(values, texts) if np.isfinite(value))
@@ -1299,8 +1260,8 @@ def _ahead(zone, seconds):
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
     sample = values[::max(1, len(values) // 50)]
-    likely = [form for form in DIGITS if np.isfinite(_spelled(sample, *form[1:])).mean() > 0.5]
-    readings = {name: _spelled(values, *form) for name, *form in likely}
+    likely = [name for name, form in DIGITS.items() if np.isfinite(_spelled(sample, *form)).mean() > 0.5]
+    readings = {name: _spelled(values, *DIGITS[name]) for name in likely}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
         readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
@@ -1325,18 +1286,19 @@ def _epoch(values):
     """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
     sample = np.sort(sample[sample < 1e19])
-    if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
+    if not len(sample):
+        return values * np.nan
+    if 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
         values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
-    size = np.sort(sample)[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
+    size = np.sort(sample)[int(0.95 * (len(sample) - 1))]  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
     is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
-    is_1970 = unit == 1 and len(sample) and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
+    is_1970 = unit == 1 and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
     if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
-        unit = np.nan
+        return values * np.nan
     seconds = np.floor(values / unit)
-    seconds[(seconds >= now) | (seconds <= -200 * YEAR)] = np.nan
-    return seconds
+    return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
 
 
 def _told_apart(readings, prefer=None):
@@ -1359,23 +1321,20 @@ def _times(table, cells, named, clocks):
 
     Dates without a clock take it from one of the columns `clocks`. UserError if there are no dates.
     """
-    best, most, at, why = None, 0, None, ""
+    most, why = 0, ""
     for i in named:
         seconds, reason = _dates(cells[i])
         good = np.isfinite(seconds)
+        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date"
-                why += f": {reason}" if reason else ""
-            continue
-        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
-        if distinct > most:
+                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date{reason and ': '}{reason}"
+        elif distinct > most:
             best, most, at = seconds, distinct, i
-    if best is None:
+    if not most:
         raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    clocks = [i for i in clocks if i != at]
-    if clocks and (best[np.isfinite(best)] % DAY == 0).all():
-        found = (_clock(cells[i]) for i in clocks)
+    if (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks if i != at)
         best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
     zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
     return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
@@ -1390,14 +1349,13 @@ def _read_csv(path, symbol):
     numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
     words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
     free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
-    named = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    named, clocks = ([i for name in HEADERS[column] for i in free if table.fields[i] == name] for column in ("time", "clock"))
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
-    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
     if not named:
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
 
     stamps = {*named, *clocks}
-    epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
+    epochs = stamps if len(stamps) == 1 and table.row[named[0]:] and _is_number(table.row[named[0]]) else set()
     cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
     if not len(cells[named[0]]):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
@@ -1408,9 +1366,8 @@ def _read_csv(path, symbol):
             reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
     series = []
     for ticker, columns in parts.items():
-        ohlcva = np.empty((6, len(time)))
-        for k, c in enumerate(COLUMNS):
-            ohlcva[k] = values[columns[c]] if c in columns else np.nan
+        nothing = np.full(len(time), np.nan)
+        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])
         _check_columns(table, columns, cells, ohlcva)
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
         series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
@@ -1431,14 +1388,14 @@ def _check_columns(table, columns, cells, ohlcva):
         raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
                         f"{FIRST_LINE}")
     if "amount" in columns:
-        some = slice(None, None, max(1, len(amount) // 1000))
-        base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
-        traded = (amount[some] > 0) & (base > 0)
-        ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
+        base = volume * close if "volume" in columns else np.ones(len(amount))
+        traded = (amount > 0) & (base > 0)
+        ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
         if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
             amount[:] = np.nan
             table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
-    others = [name for i, name in enumerate(names) if name.strip() and table.fields[i] not in KNOWN]
+    others = [name for name, field in zip(names, table.fields)
+              if name.strip() and not any(field in known for known in HEADERS.values())]
     if "volume" not in columns and others:
         table.say(f"no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; name it volume")
 
@@ -1464,10 +1421,9 @@ def _bars(table, symbols, time, ohlcva, reasons):
     code = np.broadcast_to(code, len(time))
     step, same = np.diff(time), code[1:] == code[:-1]
     in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
-    if not in_order:
-        far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
-        for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
-            reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
+    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
+        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
     empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
     empty[list(reasons)] = False
     if empty.all():
@@ -1478,19 +1434,16 @@ def _bars(table, symbols, time, ohlcva, reasons):
     if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
-        time, code, ohlcva = time[row], code[row], ohlcva[:, row]
+    time, code, ohlcva = time[row], code[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
     good = _good(table, row, time, ohlcva, reasons)
-    if not good.all():
-        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
     last = _latest(table, names, row, time, code, ohlcva)
-    if not last.all():
-        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
+    time, code, ohlcva = time[last], code[last], ohlcva[:, last]
     _look_for_jumps(table, names, time, code, ohlcva[3])
     time, ohlcva = time.astype(np.int64), ohlcva.T
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
-    ends = np.append(starts[1:], len(code))
-    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, ends)]
+    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, [*starts[1:], len(code)])]
 
 
 # -- faults
@@ -1498,8 +1451,6 @@ def _bars(table, symbols, time, ohlcva, reasons):
 def _mend(table, ohlcva, code):
     """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before."""
     open_, high, low, close = ohlcva[:4]
-    if ((open_ > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
-        return
     lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
     if lacks.any():
         before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
@@ -1534,9 +1485,8 @@ def _good(table, row, time, ohlcva, reasons):
     """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
     bad = np.isin(row, list(reasons))
     for failed, why in _faults(time, ohlcva):
-        if failed.any():
-            reasons |= {k: why for k in row[failed & ~bad].tolist()}
-            bad |= failed
+        reasons |= {k: why for k in row[failed & ~bad].tolist()}
+        bad |= failed
     n_bad = int(bad.sum())
     if n_bad:
         examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
@@ -1550,8 +1500,6 @@ def _good(table, row, time, ohlcva, reasons):
 def _latest(table, names, row, time, code, ohlcva):
     """Which bars are the last of their time and symbol, bool; UserError if that drops many that differ from it."""
     again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
-    if not again.any():
-        return ~again
     unlike = again[:-1] & _differ(ohlcva[:, :-1], ohlcva[:, 1:])
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
@@ -1570,14 +1518,13 @@ def _look_for_jumps(table, names, time, code, close):
     """A word on closes that move as splits and mixed-up units do."""
     ratio = close[1:] / close[:-1]
     at = np.flatnonzero(((ratio > SPLIT) | (ratio < 1 / SPLIT)) & (np.diff(code) == 0))
-    if not len(at):
-        return
-    k = int(at[0])
-    factor = max(ratio[k], 1 / ratio[k])
-    back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
-    why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
-    more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-    table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
+    if len(at):
+        k = int(at[0])
+        factor = max(ratio[k], 1 / ratio[k])
+        back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
+        why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
+        more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
+        table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
