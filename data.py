@@ -11,15 +11,9 @@ out, the scripts' command line.
 import argparse
 import bz2
 import contextlib
-import codecs
-import itertools
-import types
-import zlib
-import stat
 import csv
 import datetime
 import functools
-import gc
 import glob
 import gzip
 import hashlib
@@ -151,8 +145,6 @@ def features(bars) -> tuple[np.ndarray, State]:
     So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
-    if not pieces:
-        raise ValueError("features of no bars")
     return np.concatenate([x for x, _ in pieces]), pieces[-1][1]
 
 
@@ -360,11 +352,9 @@ def balanced(series, streams):
     both a symbol's weight is its number of windows.
     """
     count = np.diff(streams.windows, prepend=0).astype(np.float64)
-    groups = [(bars.symbol.partition("@")[2], int(np.median(np.diff(bars.time)))) for bars in series]
-    total = Counter()
-    for group, n in zip(groups, count):
-        total[group] += n
-    weights = np.array([n / math.sqrt(max(1, total[group])) for group, n in zip(groups, count)])
+    groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}" for bars in series]
+    group = np.unique(groups, return_inverse=True)[1]
+    weights = count / np.sqrt(np.maximum(1, np.bincount(group, count)))[group]
     return weights / weights.sum()
 
 
@@ -675,12 +665,13 @@ def _market_zone(past):
     if all(np.ptp(_ahead_of_utc(zone, ends)) == 0 for zone in MARKET_ZONES):
         return "UTC"
     quarters = np.unique(past // 900) * 900
-    unlike = {}
-    for zone in MARKET_ZONES:
+
+    def unlike(zone):
         local = quarters + _ahead_of_utc(zone, quarters)
         came, expected = local[local >= local[0] + WEEK], local + WEEK
-        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
-    return min(unlike, key=unlike.get)
+        return len(np.setxor1d(came, expected[expected <= local[-1]]))
+
+    return min(MARKET_ZONES, key=unlike)
 
 
 def _ahead_of_utc(zone, time):
@@ -918,14 +909,6 @@ class Table:
     has_header: bool = True
     line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
-    def cells(self, k):
-        return _split(self.lines[k], self.delimiter)
-
-    @functools.cached_property
-    def row(self):
-        """The cells of the first row."""
-        return next((self.cells(k) for k in range(self.first, len(self.lines)) if self.lines[k].strip()), [])
-
     def say(self, text):
         print(f"{self.path}: {text}", file=sys.stderr)
 
@@ -1008,14 +991,14 @@ def _find_tickers(table, filled):
     """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
     at = table.first - 1
     for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
-        corner, *tickers = [cell.strip() for cell in table.cells(k)]
+        corner, *tickers = [cell.strip() for cell in _split(table.lines[k], table.delimiter)]
         fits = len(tickers) == len(table.fields) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
         named = all(tickers) and not any(map(_is_number, tickers))
         if fits and named and all(_n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
                                   for ticker in set(tickers)):  # not so a row of units
             table.tickers[1:] = tickers
             table.first = max(at, k) + 1
-            below = table.cells(table.first) if table.first < len(table.lines) else []
+            below = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             return
 
@@ -1067,7 +1050,10 @@ def _is_number(text):
 # -- columns -> numbers
 
 def _cells(table, numbers, texts):
-    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
+    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text.
+
+    Without blanks, comments, headers again where files were put one behind the other, and notes, as at the end of an export.
+    """
     kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
     lines = table.lines[table.first:]
     with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
@@ -1075,21 +1061,11 @@ def _cells(table, numbers, texts):
         got = np.loadtxt(lines, kinds, comments=None, delimiter=table.delimiter, quotechar='"', ndmin=1)
         if len(got) == sum(map(bool, lines)):  # else a quote that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
-    gc.disable()  # holes, faults, numbers with commas: row by row. It would scan millions of small lists for nothing
+    rows, table.line_of, reasons, n_columns, price = [], [], {}, len(table.names), min(numbers)
+    reader = csv.reader(lines, delimiter=table.delimiter, skipinitialspace=True)
     try:
-        rows, reasons = _rows(table, min(numbers))
-    finally:
-        gc.enable()
-    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
-
-
-def _rows(table, price):
-    """(the cells of each row, {row: why it is bad}), without blanks, comments and notes. price: a column of numbers."""
-    rows, table.line_of, reasons, n_columns = [], [], {}, len(table.names)
-    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
-    try:
-        for line, row in enumerate(reader, table.first + 1):
-            if table.first + reader.line_num > line:
+        for line, row in enumerate(reader, 1):
+            if reader.line_num > line:
                 raise csv.Error("a quote is opened and not closed")
             if len(row) == n_columns + 1 and not row[-1]:
                 row.pop()  # a comma behind the last cell
@@ -1097,20 +1073,21 @@ def _rows(table, price):
                 row.append("")  # or behind the last name
             fits = len(row) == n_columns
             if not (fits and row[price][:1].isdecimal()):
-                filled = [cell for cell in row if cell.strip()]  # a note is a single text, as at the end of an export
-                is_note = not filled or filled[0].startswith(("#", "//")) or (
-                    len(filled) == 1 and not fits and not _is_number(filled[0]))
-                if is_note or (fits and _fold(row[price]) == table.fields[price]):
-                    continue  # or the header again: files were put one behind the other
+                filled = [cell for cell in row if cell.strip()]
+                alone = len(filled) == 1 and not fits and not _is_number(filled[0])
+                if not filled or alone or filled[0].startswith(("#", "//")):
+                    continue
+                if fits and _fold(row[price]) == table.fields[price]:
+                    continue
                 if not fits:
                     reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
                     row = [""] * n_columns
             rows.append(row)
-            table.line_of.append(line)
+            table.line_of.append(table.first + line)
     except csv.Error as e:
-        line = table.line_of[-1] + 1 if table.line_of else table.first + 1
-        raise UserError(f"{table.path}:{line}: not a CSV row ({e}); mend or remove it")
-    return rows, reasons
+        line = table.line_of[-1] if table.line_of else table.first
+        raise UserError(f"{table.path}:{line + 1}: not a CSV row ({e}); mend or remove it")
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
 NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
@@ -1175,12 +1152,12 @@ def parse_time(text):
 
 
 def _dates(cells):
-    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts.
+    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells.
 
     A text is a day, a clock and a zone; each day is read once, in the order that fits most of them.
     """
-    if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
-        return _dates_of_numbers(cells)
+    with contextlib.suppress(ValueError):
+        return _dates_of_numbers(np.array(cells, np.float64))
     texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)  # '1/1 and ="1/1" are texts
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
@@ -1328,7 +1305,7 @@ def _times(table, cells, named, clocks):
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date{reason and ': '}{reason}"
+                why = f"{table.names[i] or 'time'} {next(filter(None, cells[i]), '')!r} is no date{reason and ': '}{reason}"
         elif distinct > most:
             best, most, at = seconds, distinct, i
     if not most:
@@ -1354,16 +1331,15 @@ def _read_csv(path, symbol):
     if not named:
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
 
-    stamps = {*named, *clocks}
-    epochs = stamps if len(stamps) == 1 and table.row[named[0]:] and _is_number(table.row[named[0]]) else set()
-    cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
-    if not len(cells[named[0]]):
-        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
+    cells, reasons = _cells(table, numbers, words | {*named, *clocks})
+    if len(reasons) == len(cells[named[0]]):
+        line, why = (table.line(0), reasons[0]) if reasons else (table.first + 1, "no rows after the header")
+        raise (UserError if reasons else _NoBars)(f"{path}:{line}: {why}; there is no bar to read: check the columns")
     time, at = _times(table, cells, named, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
     for row in np.flatnonzero(np.isnan(time)).tolist():
         if not all(np.isnan(values[columns[c]][row]) for columns in parts.values() for c in PRICES):
-            reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
     series = []
     for ticker, columns in parts.items():
         nothing = np.full(len(time), np.nan)
@@ -1533,28 +1509,31 @@ def _look_for_jumps(table, names, time, code, close):
 # -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
-    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
-    seal, names = os.path.join(out, "symbols.json"), {}
+    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal.
+
+    Returns the numbers of symbols and of bars that came.
+    """
+    seal, names, n_bars = os.path.join(out, "symbols.json"), {}, 0
     try:
         os.makedirs(out, exist_ok=True)
         with sole_writer(seal):
             if os.path.exists(seal):
                 raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
             for bars in series:
+                n_bars += len(bars)
                 seen = bars.symbol in names
                 stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
                 if seen:  # the symbol goes on in another file
                     bars = _joined([_open_series(stem, bars.symbol), bars])
                 np.save(stem + ".time.npy", bars.time)
                 np.save(stem + ".ohlcva.npy", bars.ohlcva)
+                progress(f"{len(names)} symbols, {n_bars:,} bars")
             with write_atomic(seal, text=True) as f:
                 json.dump(list(names), f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
-
-
-def _open_series(stem, symbol):
-    return Bars(symbol, *(np.load(f"{stem}.{k}.npy", mmap_mode="r") for k in ("time", "ohlcva")))
+    progress("")
+    return len(names), n_bars
 
 
 def _open_folder(folder):
@@ -1564,32 +1543,29 @@ def _open_folder(folder):
             names = json.load(f)
         if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
             raise ValueError("symbols.json is no list of different names")
-        series = []
-        for i, name in enumerate(names):
+        for name in names:
             if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
                 raise ValueError(f"{name!r:.60} is no symbol")
-            series.append(_open_series(os.path.join(folder, f"{i:06d}"), name))
-            _check_series(series[-1])
-        return series
+        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
 
 
-def _check_series(bars, piece=1 << 16):
-    """ValueError for arrays that are no bars; reads them once, piece by piece."""
-    time, ohlcva = bars.time, bars.ohlcva
+def _open_series(stem, symbol, piece=1 << 16):
+    """Bars of a folder; ValueError for arrays that are none. Reads them once, piece by piece."""
+    time, ohlcva = (np.load(f"{stem}.{kind}.npy", mmap_mode="r") for kind in ("time", "ohlcva"))
     fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
     if not fits or not len(time):
-        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} "
-                         f"do not fit")
+        raise ValueError(f"{symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
-            raise ValueError(f"{bars.symbol}: its times do not rise")
+            raise ValueError(f"{symbol}: its times do not rise")
         for failed, why in _faults(stamps[:piece], np.asarray(ohlcva[i:i + piece]).T):
             if failed.any():
-                raise ValueError(f"{bars.symbol}: bar {i + int(np.argmax(failed))}: {why}")
+                raise ValueError(f"{symbol}: bar {i + int(np.argmax(failed))}: {why}")
+    return Bars(symbol, time, ohlcva)
 
 
 # -- what tells two data sets, or two sets of weights, apart
@@ -1608,8 +1584,7 @@ def fingerprint(series) -> str:
     for bars in series:
         digest.update(bars.symbol.encode("utf-8", "surrogatepass"))  # a file name may hold bytes that are no text
         for i in range(0, len(bars), 1 << 16):
-            digest.update(np.ascontiguousarray(bars.time[i:i + (1 << 16)]).tobytes())
-            digest.update(np.ascontiguousarray(bars.ohlcva[i:i + (1 << 16)]).tobytes())
+            digest.update(bars.time[i:i + (1 << 16)].tobytes() + bars.ohlcva[i:i + (1 << 16)].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1631,23 +1606,22 @@ def write_atomic(path, text=False):
         if stream is not None or (os.path.exists(path) and not os.path.isfile(path)):
             with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
-        else:
-            for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
-                with contextlib.suppress(OSError):
-                    if time.time() - os.path.getmtime(stale) > 3600:
-                        os.unlink(stale)
-            with open(temporary, **how) as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            if os.path.exists(target):
-                with contextlib.suppress(OSError):
-                    os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-            os.replace(temporary, target)
-            with contextlib.suppress(PermissionError):  # Windows, where a folder cannot be flushed
-                folder = os.open(os.path.dirname(target), os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+            return
+        for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
+            with contextlib.suppress(OSError):
+                if time.time() - os.path.getmtime(stale) > 3600:
+                    os.unlink(stale)
+        with open(temporary, **how) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        with contextlib.suppress(OSError):  # of a new file there is no mode to keep
+            os.chmod(temporary, os.stat(target).st_mode & 0o7777)
+        os.replace(temporary, target)
+        with contextlib.suppress(PermissionError):  # Windows, where a folder cannot be flushed
+            folder = os.open(os.path.dirname(target), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BrokenPipeError:
         raise  # who reads our output went away; see run
     except OSError as e:
@@ -1661,13 +1635,10 @@ def write_atomic(path, text=False):
 def _own_stream(path):
     """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # no such path, or a closed stream
             if os.path.samestat(os.stat(path), os.fstat(number)):
                 stream.flush()
                 return number
-        except (OSError, AttributeError):  # no such path, or a closed stream
-            pass
-    return None
 
 
 def save_atomic(obj, path):
@@ -1722,7 +1693,7 @@ def sole_writer(path):
     """
     target, lock = os.path.realpath(path), None
     name = target + ".lock"
-    if fcntl is not None and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
+    if fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
         with contextlib.suppress(OSError):  # where nothing can be written or locked; check_out says so
             lock = open(name, "a")
     while lock:
@@ -1738,7 +1709,7 @@ def sole_writer(path):
     try:
         yield
     finally:
-        if lock is not None:
+        if lock:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             lock.close()
@@ -1746,23 +1717,22 @@ def sole_writer(path):
 
 def check_out(path, overwrite=False, inputs=()):
     """Refuse, before any work, an output that exists, is an input, or could not be written at the end."""
-    folder = os.path.dirname(os.path.realpath(path))
+    folder, exists = os.path.dirname(os.path.realpath(path)), os.path.exists(path)
     if not path or os.path.isdir(path):
         raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
-    if os.path.exists(path) and (_own_stream(path) or not os.path.isfile(path)):
+    if exists and (_own_stream(path) or not os.path.isfile(path)):
         return  # a device, a pipe, our own output: nothing there is replaced
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
     try:
         tempfile.TemporaryFile(dir=folder).close()
-        if os.path.exists(path):
+        if exists:
             open(path, "r+b").close()
     except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
-    for name in inputs:
-        if name and os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
-            raise UserError(f"{path}: this run reads it; choose another --out")
-    if os.path.exists(path) and not overwrite:
+    if exists and any(name and os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
+        raise UserError(f"{path}: this run reads it; choose another --out")
+    if exists and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
 
@@ -1832,7 +1802,7 @@ def check_numbers(config, positive, others):
     """UserError for a number in a training's config that cannot be, or switches that exclude each other."""
     for name in (*positive, *others):
         value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
-        if not math.isfinite(value) or value < 0 or (name in positive and value == 0) or value >= 2**63:
+        if not 0 <= value < 2**63 or (name in positive and value == 0):  # nor is NaN
             raise UserError(f"--{name} {value}: must be a finite number, {least}")
     if config.resume and config.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
@@ -1864,21 +1834,21 @@ def cli(config_class, doc, argv=None) -> dict:
             source = inspect.getsource(config_class)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
-        kind = typing.get_type_hints(config_class)[field.name]
-        if typing.get_origin(kind) is types.UnionType:  # X | None
+        kind, default = field.type, field.default
+        if type(None) in typing.get_args(kind):  # X | None
             kind = typing.get_args(kind)[0]
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
         default = "" if default in (None, NO_DEFAULT) else f" (default {default})"
-        how = dict(help=(comments.get(field.name, "") + default).replace("%", "%%"), default=argparse.SUPPRESS)
+        how = dict(type=kind)
         if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
+            how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is list:
-            how |= dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
+            how = dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
         elif typing.get_origin(kind) is tuple:
-            how |= dict(type=_integers, metavar="N,N")
-        else:
-            how |= dict(type=kind)
-        parser.add_argument(f"--{field.name}", **how)
+            how = dict(type=_integers, metavar="N,N")
+        told = (comments.get(field.name, "") + default).replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=told, default=argparse.SUPPRESS, **how)
     return vars(parser.parse_args(argv))
 
 
@@ -1923,10 +1893,10 @@ def run(main):
         return
     except UserError as e:
         why = str(e)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output went away, as `| head` does: stop as the shell has it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + getattr(signal, "SIGPIPE", 13))
         why = f"{e.filename or 'output'}: {e.strerror or e}; make room or choose another place"
     except (MemoryError, torch.OutOfMemoryError) as e:
         what = str(e).splitlines()[0][:80] if str(e) else "none left"
@@ -1970,19 +1940,8 @@ def main(argv=None):
                                   config.kind, config.half_life)
     else:
         series = read_files(config.data)
-    symbols, n_bars = set(), 0
-
-    def counted():
-        nonlocal n_bars
-        for bars in series:
-            symbols.add(bars.symbol)
-            n_bars += len(bars)
-            progress(f"{len(symbols)} symbols, {n_bars:,} bars")
-            yield bars
-
-    write_folder(counted(), config.out)
-    progress("")
-    print(f"{config.out}: {len(symbols)} symbols, {n_bars:,} bars; use it with --data {config.out}")
+    n_symbols, n_bars = write_folder(series, config.out)
+    print(f"{config.out}: {n_symbols} symbols, {n_bars:,} bars; use it with --data {config.out}")
 
 
 if __name__ == "__main__":
