@@ -142,7 +142,7 @@ def features(bars) -> tuple[np.ndarray, State]:
 
     then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
     log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
-    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
+    Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
     return np.concatenate([x for x, _ in pieces]), pieces[-1][1]
@@ -417,15 +417,13 @@ def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge",
               half_life=8) -> tuple[list[Bars], float]:
     """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
 
-    Of both kinds: weekday sessions, volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap,
-    volume moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
-
-    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal, the
-    upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
-
+    Of both kinds: weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
+    moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
+    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal,
+    the upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
     reverting: log price is a deviation that decays by half in half_life bars, around a slow random walk. signal is the
-    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` for the best
-    forecast and `reverting_best` for what it reaches. Only past closes tell the direction; wicks, opens, volume do not.
+    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` and
+    `reverting_best`. Only past closes tell the direction; wicks, opens, volume do not.
     """
     return list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life)), best_accuracy(signal, kind, half_life)
 
@@ -598,9 +596,9 @@ WEEKS = 5  # that tell when a market is open
 def future_times(time, horizon):
     """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
-    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
-    week has not seen is as its days were, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change
+    of it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than
+    a week has not seen is as its days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
@@ -711,15 +709,15 @@ def _coming_months(recent, gap, horizon):
 # One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
-HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
+HEADERS = {column: names.split() for column, names in {  # column -> names it goes by, best first, as `_fold` leaves them
     "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
             "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
             "bardate tradingdate tradingday periodstart day trddt gmttime localtime utctime utc dtyyyymmdd unix "
             "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
     "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
              "hora время 时间",
-    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc "
-            "apertura abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc apertura "
+            "abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
     "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi highest dayhigh dayshigh 24hhigh "
             "hiprc maximum max massimo plushaut haut najwyzszy najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
     "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo lowest daylow dayslow 24hlow loprc "
@@ -727,19 +725,18 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc trade closing clsprc "
              "schlusskurs schluss zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi "
              "kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
-    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded "
-              "noofshares totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume "
-              "baseassetvolume tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume "
-              "adjvolume shares contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём "
-              "объем 成交量 成交股數 总手 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval "
-              "ttltrfval candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
+              "totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume baseassetvolume "
+              "tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume adjvolume shares "
+              "contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём объем 成交量 成交股數 总手 "
+              "出来高 거래량 v",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval ttltrfval "
+              "candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
     "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid stock "
               "stockcode stockid stocksymbol tradingsymbol security contract coin ric isin stkcd orderbookid 股票代码 代码 "
               "名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
-}
-HEADERS = {column: names.split() for column, names in HEADERS.items()}
+}.items()}
 PRICES = COLUMNS[:4]
 MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
 INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
@@ -764,11 +761,10 @@ class _NoBars(UserError):
 def load(paths) -> list[Bars]:
     """Read bars from CSV files, folders or globs (also in gzip, xz, bz2, zip), or what `python data.py --out` wrote.
 
-    paths: a string or a list of them. Raises UserError, naming file, line and remedy, when nothing usable is there.
-    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Columns are found
-    by name, in English and a few other languages; a time without a zone means UTC.
+    paths: a string or a list of them. Columns are found by name; a time without a zone means UTC. Rows of one symbol in
+    several files become one series; of equal times the last read wins. UserError where nothing usable is there.
     """
-    found: dict[str, list[Bars]] = {}
+    found = {}
     for bars in read_files(paths):
         found.setdefault(bars.symbol, []).append(bars)
     return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
@@ -800,8 +796,7 @@ def _differ(left, right):
 def read_files(paths):
     """Yield Bars file by file, so that a corpus larger than memory can be converted.
 
-    A file that was named must be good. Of those found in a folder or by a glob the useless ones are skipped and counted,
-    unless more are bad than good.
+    A file that was named must be good. Of others the useless ones are skipped, unless more are bad than good.
     """
     files = list(_files(paths))
     symbols = _symbols([path for path, _ in files])
@@ -980,27 +975,19 @@ def _table(path):
         lines, best = ["\t".join(_split(line, " ")) for line in lines], "\t"
     cells = [printable(cell.strip()) for cell in _split(lines[at], best)]
     table = Table(path, lines, best, at + 1, cells, *map(list, zip(*found)))
-    if not any(table.tickers):
-        _find_tickers(table, filled)
+    nearby = filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]
+    for k in nearby if not any(table.tickers) else ():  # a header in two rows, one with symbols, as yfinance writes it
+        corner, *tickers = [cell.strip() for cell in _split(lines[k], best)]
+        fits = len(tickers) == len(cells) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
+        if fits and all(tickers) and not any(map(_is_number, tickers)) and all(
+                _n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4 for ticker in tickers):
+            table.tickers, table.first = ["", *tickers], max(at, k) + 1  # not so a row of units
+            below = _split("".join(lines[table.first:table.first + 1]), best)
+            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
+            break
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
         table.fields[0] = ""  # what yfinance calls its column of dates
     return table
-
-
-def _find_tickers(table, filled):
-    """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
-    at = table.first - 1
-    for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
-        corner, *tickers = [cell.strip() for cell in _split(table.lines[k], table.delimiter)]
-        fits = len(tickers) == len(table.fields) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
-        named = all(tickers) and not any(map(_is_number, tickers))
-        if fits and named and all(_n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
-                                  for ticker in set(tickers)):  # not so a row of units
-            table.tickers[1:] = tickers
-            table.first = max(at, k) + 1
-            below = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
-            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
-            return
 
 
 def _without_header(path, lines, filled):
