@@ -5,8 +5,7 @@
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
 
 CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back to bars with `inverse`. In
-parts, each to be read apart: features, splits and batches, synthetic markets, the clock of bars to come, files in, files
-out, the scripts' command line.
+parts: features, splits and batches, synthetic markets, the clock to come, files in, files out, the command line.
 """
 import argparse
 import bz2
@@ -121,7 +120,7 @@ class State:
         return replace(self, origin=np.stack(self.scales()[::2], axis=-1))
 
     def map(self, f):
-        """f on every field: to index, repeat or stack states. It may move none but the axes of the batch, which lead."""
+        """f on every field: to index, repeat or stack states. The axes of the batch lead."""
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
 
 
@@ -207,10 +206,10 @@ def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
 def inverse(x, state) -> tuple[np.ndarray, State]:
     """Bars from features: the inverse of `features` to float32's rounding, from a State that has seen a bar.
 
-    x: [..., T, 6], finite (ValueError if not).  state: of shape [...] or broadcast to it.
-    Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
-    become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
-    amounts, amount is volume times close. A volume or vwap feature of exactly 0 says "no data".
+    x: [..., T, 6], finite (ValueError if not), state: of shape [...] -> ohlcva float64 [..., T, 6], the State after.
+    Whatever x holds, each bar is a valid candle: negative wicks become 0, a move at most a factor of 10, volume >= 0.
+    Without volume in the history, volume is 0; without amounts, amount is volume times close. A volume or vwap feature
+    of exactly 0 says "no data".
     """
     x = np.asarray(x, np.float64)
     if not np.isfinite(x).all():
@@ -219,7 +218,7 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     close, origin = np.broadcast_to(state.close, batch), np.broadcast_to(state.origin, (*batch, 2))
     total, weight = (np.moveaxis(np.broadcast_to(sums, (*batch, 4)), -1, 0) for sums in (state.total, state.weight))
     low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))
-    least, most = MAX_MOVE * np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *(1 for _ in batch))  # of c, o, h, l
+    least, most = MAX_MOVE * np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *[1] * len(batch))  # of c, o, h, l
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
     y[:, 3] *= -1.0
     out = np.empty((n, 6) + batch)
@@ -240,13 +239,14 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
         add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
         close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
-    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, np.moveaxis(total, 0, -1), np.moveaxis(weight, 0, -1), origin)
+    total, weight = np.moveaxis([total, weight], 1, -1)
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, origin)
 
 
 def mirrored(bars):
     """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price, volume stays.
 
-    Rises become falls of the same size. In training it keeps few bars from teaching a direction that is chance.
+    In training it keeps few bars from teaching a direction that is chance.
     """
     open_, high, low, close, volume, amount = bars.ohlcva.T
     amount = volume * volume / np.where(amount > 0, amount, np.nan)
@@ -310,7 +310,7 @@ class Streams:
     block_size: int       # bars of context in a window
     batch_size: int       # windows in the global batch
     whole: bool = False   # only windows in which every bar is a target
-    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: all windows are equally likely
+    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: as it has windows
 
     def __post_init__(self):
         # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
@@ -330,10 +330,7 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
 
 
 def draw_windows(streams, seed, step, rank=0, world=1):
-    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each.
-
-    A pure function of (seed, step): what came before, and who else draws, change nothing.
-    """
+    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; (seed, step) alone decide."""
     random = np.random.default_rng([seed, step])
     count = np.diff(streams.windows, prepend=0)
     if streams.weights is None:
@@ -346,10 +343,9 @@ def draw_windows(streams, seed, step, rank=0, world=1):
 
 
 def balanced(series, streams):
-    """Weights of the symbols [symbols], so that no market or interval rules: each by the root of its bars.
+    """Weights [symbols], so that no market or interval rules: each by the root of its bars, within it by windows.
 
-    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars. Within
-    both a symbol's weight is its number of windows.
+    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars.
     """
     count = np.diff(streams.windows, prepend=0).astype(np.float64)
     groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}" for bars in series]
@@ -390,10 +386,7 @@ def gather(streams, which, ends):
 
 
 def tokenize(bars, tokenizer, x=None) -> np.ndarray:
-    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
-
-    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
-    """
+    """Tokens of a series, int16 [T, 2]: coarse, fine; made in pieces. x: its features, where at hand."""
     if x is not None and len(x) != len(bars):
         raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
     tokens = [np.empty((0, 2), np.int16)]
@@ -425,7 +418,8 @@ def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge",
     strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` and
     `reverting_best`. Only past closes tell the direction; wicks, opens, volume do not.
     """
-    return list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life)), best_accuracy(signal, kind, half_life)
+    series = list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life))
+    return series, best_accuracy(signal, kind, half_life)
 
 
 def best_accuracy(signal=None, kind="edge", half_life=8):
@@ -469,7 +463,7 @@ def _checked_signal(signal, kind, half_life):
 
 
 def _edge_bars(rng, log_vol, coin, signal):
-    """Open, close, the wicks' logs, |move| in sigma, [n] each, of one symbol whose long wick tells the next direction."""
+    """Open, close, the wicks' logs, |move| in sigma, [n] each, where the long wick tells the next direction."""
     n_bars = len(log_vol)
     sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
@@ -491,8 +485,8 @@ def _gaps(rng, sigma):
 
 # The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is known from past closes:
 #     r_t = m_t + u_t,    m_{t+1} = phi m_t - k u_t,    phi = 0.5^(1/half_life),    k = signal (1 - phi)
-# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So sign(m_t) is the best call,
-# and the best forecast of the log return over h bars is m_t (1 - phi^h) / (1 - phi). At k = 1 - phi the random walk is
+# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So sign(m_t) is the best
+# call, the best forecast of the log return over h bars m_t (1 - phi^h) / (1 - phi). At k = 1 - phi the random walk is
 # gone; k = 0 leaves it alone. From the closes m follows by m_{t+1} = (phi + k) m_t - k r_t.
 
 def _reverting_moves(rng, log_vol, coin, signal, half_life):
@@ -519,9 +513,9 @@ def _reverting_bars(rng, log_vol, coin, signal, half_life):
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
-    """The true expected log return over the next 1 .. horizon bars of a series of the reverting market, [T, horizon].
+    """The true expected log return over the next 1 .. horizon bars, known from the closes up to each bar, [T, horizon].
 
-    Row t is of what follows bar t, known from the closes up to t. The series must start where the market did.
+    Of a series of the reverting market, from its start on.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi = 0.5 ** (1 / half_life)
@@ -535,15 +529,16 @@ def reverting_path(bars, horizon, half_life=8, signal=None):
 def reverting_best(signal=None, half_life=8, horizon=10):
     """What the best forecast reaches on the reverting market: (direction accuracy, its standard error, path ratio).
 
-    The ratio is the mean absolute error of the best path over 1 .. horizon bars to that of standing still. By simulation
-    of 16 series; the chance of a right call is exact given m, the gap and the volatility, so its error is small.
+    The ratio is the mean absolute error of the best path to that of standing still. By simulation of 16 series; the
+    chance of a right call is exact given m, the gap and the volatility, so its error is small.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi, n_bars = 0.5 ** (1 / half_life), 1 << 17
     right, missed, moved = [], 0.0, 0.0
     for seed in range(16):
         rng = np.random.default_rng([seed, 7])
-        log_vol = decayed_sum(rng.normal(0, 0.06, n_bars), decay=0.98) + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
+        slow, fast = rng.normal(0, 0.06, n_bars), rng.normal(0, 0.1, n_bars)
+        log_vol = decayed_sum(slow, decay=0.98) + decayed_sum(fast, decay=0.95)
         m, gap, body = _reverting_moves(rng, log_vol, rng.standard_normal(n_bars), signal, half_life)
         unit = np.exp(log_vol) / np.sqrt(2)
         chance = _student4((np.abs(m) + gap) / unit) + _student4((np.abs(m) - gap) / unit)  # a gap of either sign
@@ -569,8 +564,8 @@ def _student4(x):
 def calendar(time):
     """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
 
-    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
-    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
+    In whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years begin in March, so that a leap day
+    comes last; doe is the day of an era of 400 years, doy the day of such a year.
     """
     days = time // 86400
     second = time - days * 86400
@@ -596,9 +591,9 @@ WEEKS = 5  # that tell when a market is open
 def future_times(time, horizon):
     """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change
-    of it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than
-    a week has not seen is as its days were, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
+    it, holidays are not known. A live last bar moves nothing. What a history of less than a week has not seen is as its
+    days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
@@ -709,7 +704,7 @@ def _coming_months(recent, gap, horizon):
 # One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
-HEADERS = {column: names.split() for column, names in {  # column -> names it goes by, best first, as `_fold` leaves them
+HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
     "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
             "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
             "bardate tradingdate tradingday periodstart day trddt gmttime localtime utctime utc dtyyyymmdd unix "
@@ -738,10 +733,10 @@ HEADERS = {column: names.split() for column, names in {  # column -> names it go
     "interval": "timeframe interval resolution per granularity freq frequency",
 }.items()}
 PRICES = COLUMNS[:4]
-MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
+MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount
 INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
 FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
-BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+BETWEEN = r"[\s_:.,'\"()|/-]+"  # between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
 WIDE = [re.compile(form, re.I) for form in (f"{FIELD}{BETWEEN}(?P<ticker>.+)", f"(?P<ticker>.+?){BETWEEN}{FIELD}")]
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
 FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
@@ -773,7 +768,7 @@ def load(paths) -> list[Bars]:
 def _joined(parts):
     """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
     gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
-    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
+    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # as they come close: holes make gaps longer
     symbol = parts[0].symbol
     if gaps and max(gaps) >= 2 * min(gaps):
         raise UserError(f"{symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
@@ -827,7 +822,7 @@ def _files(paths):
             if not is_folder or os.path.exists(os.path.join(match, "symbols.json")):
                 yield match, is_folder or match == path
                 continue
-            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))  # no locks
+            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))
             if not names:
                 raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
             yield from ((os.path.join(match, name), False) for name in names)
@@ -875,7 +870,7 @@ def _unzipped(raw):
         return file.read(names[0])
 
 
-CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0": lzma.decompress, b"BZh": bz2.decompress}
+CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ": lzma.decompress, b"BZh": bz2.decompress}
 
 
 def _decoded(raw):
@@ -886,7 +881,7 @@ def _decoded(raw):
     with contextlib.suppress(UnicodeDecodeError):
         return raw.decode("utf-8-sig")
     known = lambda text: max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
-    return max((raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
+    return max((raw.decode(name, "replace") for name in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
 
 
 # -- text -> delimiter, header, columns
@@ -1012,15 +1007,14 @@ def _columns(table, ticker):
     fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        taken = [fields[i] for i in columns.values()]
-        field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
-        if field is None and column in PRICES:
+        free = [name for name in HEADERS[column] if name in fields and fields.index(name) not in columns.values()]
+        if not free and column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
                             f"give that name to the one it is")
-        if field and fields.count(field) > 1:
-            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
-        if field:
-            columns[column] = fields.index(field)
+        if free and fields.count(free[0]) > 1:
+            raise UserError(f"{table.path}:{table.first}: two columns {free[0]!r} in the header; keep one of them")
+        if free:
+            columns[column] = fields.index(free[0])
     if "volume" not in columns and "volumemoney" in fields:
         columns["volume"] = columns.pop("amount")
     return columns
@@ -1039,7 +1033,7 @@ def _is_number(text):
 def _cells(table, numbers, texts):
     """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text.
 
-    Without blanks, comments, headers again where files were put one behind the other, and notes, as at the end of an export.
+    Without blanks, comments, notes at the end, and headers again where files were put one behind the other.
     """
     kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
     lines = table.lines[table.first:]
@@ -1093,7 +1087,7 @@ def _numbers(table, cells, reasons):
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
     with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
-    plain = {i: APOSTROPHE.sub("", "\0".join(column).lower().translate(NOISE)).split("\0") for i, column in cells.items()}
+    plain = {i: APOSTROPHE.sub("", "\0".join(c).lower().translate(NOISE)).split("\0") for i, c in cells.items()}
     distinct = {c for column in plain.values() for c in column}
     votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
     by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
@@ -1156,9 +1150,9 @@ def _dates(cells):
             if (np.abs(seconds) < 200 * YEAR).all():
                 return seconds[which], ""
     found = [STAMP.fullmatch(text) for text in texts.tolist()]
-    dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
+    dates, clocks, zones = zip(*[match.groups("") if match else ("", "", "") for match in found])
     days, day_of = np.unique(dates, return_inverse=True)
-    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan: 109 is 2020
+    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan's
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
@@ -1283,7 +1277,7 @@ def _told_apart(readings, prefer=None):
 def _times(table, cells, named, clocks):
     """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
 
-    Dates without a clock take it from one of the columns `clocks`. UserError if there are no dates.
+    Dates without a clock take it from one of the columns `clocks`.
     """
     most, why = 0, ""
     for i in named:
@@ -1292,7 +1286,8 @@ def _times(table, cells, named, clocks):
         distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {next(filter(None, cells[i]), '')!r} is no date{reason and ': '}{reason}"
+                cell = next(filter(None, cells[i]), "")
+                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
         elif distinct > most:
             best, most, at = seconds, distinct, i
     if not most:
@@ -1313,7 +1308,7 @@ def _read_csv(path, symbol):
     numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
     words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
     free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
-    named, clocks = ([i for name in HEADERS[column] for i in free if table.fields[i] == name] for column in ("time", "clock"))
+    named, clocks = ([i for name in HEADERS[c] for i in free if table.fields[i] == name] for c in ("time", "clock"))
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
     if not named:
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
@@ -1343,24 +1338,26 @@ def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
     path, names = table.path, table.names
     _, high, low, close, volume, amount = ohlcva
-    intervals = sorted({printable(cell.strip()) for cell in cells[columns["interval"]]}) if "interval" in columns else []
+    intervals = sorted({printable(cell.strip()) for cell in cells.get(columns.get("interval"), ())})
     if len(intervals) > 1:
         raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
                         f"{names[columns['interval']]!r}; keep one of them a file")
-    if not table.has_header and len(names) != len(BINANCE) and ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9:
+    like_price = ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9
+    if like_price and not table.has_header and len(names) != len(BINANCE):
         raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
                         f"{FIRST_LINE}")
     if "amount" in columns:
         base = volume * close if "volume" in columns else np.ones(len(amount))
         traded = (amount > 0) & (base > 0)
         ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
-        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
+        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, money in thousands
             amount[:] = np.nan
             table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
     others = [name for name, field in zip(names, table.fields)
               if name.strip() and not any(field in known for known in HEADERS.values())]
     if "volume" not in columns and others:
-        table.say(f"no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; name it volume")
+        others = ", ".join(map(repr, others[:6]))
+        table.say(f"no volume is read, for none of {others} is known to be one; name it volume")
 
 
 def _symbol_of_rows(table, columns, cells, time, reasons):
@@ -1428,15 +1425,11 @@ def _faults(time, ohlcva):
     """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
     bottom, top = np.minimum(o, c), np.maximum(o, c)
-    candles = (1e-30 <= l) & (l <= bottom) & (top <= h) & (h <= 1e30)
-    if candles.all() and not ((v < 0) | (a < 0) | (v > 1e30) | (a > 1e30)).any() and not np.isnan(time).any():
-        return  # as in most files
     least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
     yield np.isnan(time), "time is no date"
     yield np.isnan(least), "a price is missing"
-    yield np.isinf(least) | np.isinf(most), "a price is not a finite number"
     yield least <= 0, "a price is zero or negative"
-    yield (least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"
+    yield (least < 1e-30) | (most > 1e30), "a price is not a finite number, or outside of 1e-30 to 1e30"
     yield h < l, "high below low"
     yield h < top, "high below open or close"
     yield l > bottom, "low above open or close"
@@ -1496,10 +1489,7 @@ def _look_for_jumps(table, names, time, code, close):
 # -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
-    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal.
-
-    Returns the numbers of symbols and of bars that came.
-    """
+    """Write Bars as a folder that `load` maps into memory; symbols.json, the seal, comes last. -> (symbols, bars)."""
     seal, names, n_bars = os.path.join(out, "symbols.json"), {}, 0
     try:
         os.makedirs(out, exist_ok=True)
@@ -1530,9 +1520,8 @@ def _open_folder(folder):
             names = json.load(f)
         if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
             raise ValueError("symbols.json is no list of different names")
-        for name in names:
-            if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
-                raise ValueError(f"{name!r:.60} is no symbol")
+        if not all(isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() for name in names):
+            raise ValueError("a name in symbols.json is no symbol")
         return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
@@ -1637,7 +1626,7 @@ def save_atomic(obj, path):
 
 
 def load_safe(path):
-    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours.
+    """torch.load that runs no code, onto the CPU; UserError for anything but a whole file of ours.
 
     A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
     """
@@ -1658,8 +1647,9 @@ def load_safe(path):
     except OSError as e:
         why = f"cannot be read ({e.strerror})"
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
-        why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
-        why = f"not a checkpoint that can be loaded safely ({e if 'more numbers' in str(e) else why})"
+        hostile = "weights_only" in str(e) and "global" in str(e).lower()
+        why = e if "more numbers" in str(e) else "it asks to run code" if hostile else "truncated or foreign"
+        why = f"not a checkpoint that can be loaded safely ({why})"
     raise UserError(f"{path}: {why}; name a checkpoint, or train one with python pretrain.py")
 
 
@@ -1761,8 +1751,8 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor bf16 where it has matrix units for it (AMX): others that have
-    bf16 are often slower with it. Keep the name in the checkpoint, so that a resumed run has the same.
+    On a GPU bf16 where it has it, else fp16; on a processor bf16 where it has matrix units for it (AMX), for others are
+    often slower with it. Keep the name in the checkpoint, so that a resumed run has the same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
@@ -1817,7 +1807,7 @@ def cli(config_class, doc, argv=None) -> dict:
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = ""
     if {"-h", "--help"} & set(sys.argv if argv is None else map(str, argv)):    # it takes a while
-        with contextlib.suppress(OSError, TypeError):   # under a profiler, or typed into a notebook: flags without their help
+        with contextlib.suppress(OSError, TypeError):   # under a profiler, in a notebook: no help
             source = inspect.getsource(config_class)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
@@ -1840,16 +1830,13 @@ def cli(config_class, doc, argv=None) -> dict:
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, so that it can save and then exit.
-
-    In a thread other than the main one, which gets no signals, the flag is never set.
-    """
+    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, to save and then exit."""
 
     def __init__(self):
         self.signum, self.before = 0, {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():  # Windows has no SIGHUP
-                signum = getattr(signal, name)
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum and threading.current_thread() is threading.main_thread():  # others get no signals
                 self.before[signum] = signal.signal(signum, self._note)
 
     def release(self):
@@ -1864,7 +1851,7 @@ class StopSignal:
 
     @property
     def status(self):
-        return 128 + (self.signum or signal.SIGTERM)  # 143 and 130, as the shell has it; another process may have got it
+        return 128 + (self.signum or signal.SIGTERM)  # 143 and 130, as the shell has it
 
 
 def run(main):
@@ -1902,7 +1889,7 @@ class Config:
     data: list[str] | None = None  # CSV files, folders or globs to convert
     synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
     kind: str = "edge"             # synthetic: edge (a wick tells the next direction) or reverting (a deviation decays)
-    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength, 0 to 1, 0.75
+    signal: float | None = None    # synthetic: edge: best accuracy above 0.5, 0.1; reverting: strength, 0 to 1, 0.75
     half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
