@@ -406,8 +406,7 @@ SESSION = 390                              # minutes of a trading day, from 14:3
 KINDS = {"edge": 0.1, "reverting": 0.75}   # kinds of synthetic markets, and the signal of each unless told
 
 
-def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge",
-              half_life=8) -> tuple[list[Bars], float]:
+def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge", half_life=8):
     """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
 
     Of both kinds: weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
@@ -724,7 +723,7 @@ HEADERS = {column: names.split() for column, names in {  # names of a column, be
               "totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume baseassetvolume "
               "tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume adjvolume shares "
               "contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём объем 成交量 成交股數 总手 "
-              "出来高 거래량 v",
+              "出来高 거래량 v volumemoney",
     "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval ttltrfval "
               "candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
     "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid stock "
@@ -837,6 +836,7 @@ def _symbols(paths):
     count = Counter(undated.values())
     stems |= {path: re.sub(interval, "", name, flags=re.I) for path, name in undated.items() if count[name] > 1}
     return {path: printable(stem.strip()) for path, stem in stems.items()}
+
 
 # -- bytes -> text
 
@@ -1015,8 +1015,6 @@ def _columns(table, ticker):
             raise UserError(f"{table.path}:{table.first}: two columns {free[0]!r} in the header; keep one of them")
         if free:
             columns[column] = fields.index(free[0])
-    if "volume" not in columns and "volumemoney" in fields:
-        columns["volume"] = columns.pop("amount")
     return columns
 
 
@@ -1218,8 +1216,8 @@ def _ahead(zone, seconds):
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
     sample = values[::max(1, len(values) // 50)]
-    likely = [name for name, form in DIGITS.items() if np.isfinite(_spelled(sample, *form)).mean() > 0.5]
-    readings = {name: _spelled(values, *DIGITS[name]) for name in likely}
+    readings = {name: _spelled(values, *form) for name, form in DIGITS.items()
+                if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
         readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
@@ -1243,12 +1241,12 @@ def _spelled(values, form, n_clock):
 def _epoch(values):
     """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
-    sample = np.sort(sample[sample < 1e19])
+    sample = sample[sample < 1e19]
     if not len(sample):
         return values * np.nan
-    if 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
+    if 1e12 < sample.min() < 1e13 and 1e15 < sample.max() < 1e16:
         values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
-    size = np.sort(sample)[int(0.95 * (len(sample) - 1))]  # not the largest, which may be mistyped
+    size = np.quantile(sample, 0.95, method="lower")  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
     is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
@@ -1364,13 +1362,11 @@ def _symbol_of_rows(table, columns, cells, time, reasons):
     """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
     symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
     distinct, which = np.unique(symbols, return_inverse=True)
-    if table.fields[columns["symbol"]] in ("code", "name") and len(np.unique(time)) == len(time):
-        if np.count_nonzero(np.diff(which)) > len(time) // 2:  # it changes from row to row, and no two share a time
-            return None
-    bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
-    if len(bad) == len(distinct):
+    changes = np.count_nonzero(np.diff(which)) > len(time) // 2 and len(np.unique(time)) == len(time)  # from row to row
+    bad = np.array([not symbol or not symbol.isprintable() for symbol in distinct])
+    if bad.all() or (changes and table.fields[columns["symbol"]] in ("code", "name")):
         return None
-    for row in np.flatnonzero(np.isin(which, bad)).tolist():
+    for row in np.flatnonzero(bad[which]).tolist():
         reasons.setdefault(row, "no symbol, or one with control characters")
     return symbols
 
@@ -1518,10 +1514,9 @@ def _open_folder(folder):
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
-            raise ValueError("symbols.json is no list of different names")
-        if not all(isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() for name in names):
-            raise ValueError("a name in symbols.json is no symbol")
+        is_symbol = lambda name: isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()
+        if not isinstance(names, list) or not names or not all(map(is_symbol, names)) or len(set(names)) < len(names):
+            raise ValueError("symbols.json is no list of different symbols")
         return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
