@@ -35,8 +35,9 @@ import zipfile
 import zoneinfo
 try:
     import fcntl
-except ImportError:  # Windows: there the last writer wins
-    fcntl = None
+    import resource
+except ImportError:  # Windows: there the last writer wins, and memory is not told
+    fcntl = resource = None
 from collections import Counter
 from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
@@ -1749,22 +1750,18 @@ def pick_dtype(name, device):
     On a GPU bf16 where it has it, else fp16; on a processor bf16 where it has matrix units for it (AMX), for others are
     often slower with it. Keep the name in the checkpoint, so that a resumed run has the same.
     """
-    why = "as asked"
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
-    elif name == "auto":
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # not part of torch's promised interface
-        name = "bf16" if has_amx else "fp32"
-        why = f"this processor has {'' if has_amx else 'no '}matrix units for bf16"
+    why, on_gpu = "as asked", device.type == "cuda"
+    if name == "auto":  # what tells of AMX is not part of torch's promised interface
+        has_it = (torch.cuda.is_bf16_supported if on_gpu else getattr(torch.cpu, "_is_amx_tile_supported", bool))()
+        name = "bf16" if has_it else "fp16" if on_gpu else "fp32"
+        what = "this GPU has {}bf16" if on_gpu else "this processor has {}matrix units for bf16"
+        why = what.format("" if has_it else "no ")
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
 
 
 def peak_memory():
     """The most memory that this process has held, in bytes; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most

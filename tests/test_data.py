@@ -757,7 +757,7 @@ def test_auto_takes_bf16_where_there_are_matrix_units_for_it(monkeypatch):
 
 def test_systems_without_these_names(monkeypatch, tmp_path):
     assert 50e6 < data.peak_memory() < 1e12
-    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(data, "resource", None)
     assert data.peak_memory() is None
     monkeypatch.delattr(signal, "SIGHUP")
     stop = data.StopSignal()
