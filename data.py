@@ -856,7 +856,7 @@ def _text(path):
         if "\0" in text:
             raise ValueError("it is binary")
     except Exception as e:  # a damaged archive raises many kinds
-        why = getattr(e, "strerror", None) or e
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise UserError(f"{path}: cannot be read ({why}); give a CSV file, or an archive of one")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -976,8 +976,9 @@ def _table(path):
         corner, *tickers = [cell.strip() for cell in _split(lines[k], best)]
         fits = len(tickers) == len(cells) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
         if fits and all(tickers) and not any(map(_is_number, tickers)) and all(
-                _n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4 for ticker in tickers):
-            table.tickers, table.first = ["", *tickers], max(at, k) + 1  # not so a row of units
+                _n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
+                for ticker in set(tickers)):  # not so a row of units
+            table.tickers, table.first = ["", *tickers], max(at, k) + 1
             below = _split("".join(lines[table.first:table.first + 1]), best)
             table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
             break
