@@ -1006,17 +1006,18 @@ def _without_header(path, lines, filled):
 
 def _columns(table, ticker):
     """{column: its index} of one symbol; UserError if a price is missing, or a name is there twice."""
-    fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
+    own = [i for i, t in enumerate(table.tickers) if t == ticker]
+    fields = [table.fields[i] for i in own]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        free = [name for name in HEADERS[column] if name in fields and fields.index(name) not in columns.values()]
+        free = [name for name in HEADERS[column] if name in fields and own[fields.index(name)] not in columns.values()]
         if not free and column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
                             f"give that name to the one it is")
         if free and fields.count(free[0]) > 1:
             raise UserError(f"{table.path}:{table.first}: two columns {free[0]!r} in the header; keep one of them")
         if free:
-            columns[column] = fields.index(free[0])
+            columns[column] = own[fields.index(free[0])]
     return columns
 
 
@@ -1353,11 +1354,11 @@ def _check_columns(table, columns, cells, ohlcva):
         if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, money in thousands
             amount[:] = np.nan
             table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
-    others = [name for name, field in zip(names, table.fields)
-              if name.strip() and not any(field in known for known in HEADERS.values())]
-    if "volume" not in columns and others:
-        others = ", ".join(map(repr, others[:6]))
-        table.say(f"no volume is read, for none of {others} is known to be one; name it volume")
+    if "volume" not in columns:
+        known = {name for names in HEADERS.values() for name in names}
+        others = [repr(name) for name, field in zip(names, table.fields) if name.strip() and field not in known]
+        if others:
+            table.say(f"no volume is read, for none of {', '.join(others[:6])} is known to be one; name it volume")
 
 
 def _symbol_of_rows(table, columns, cells, time, reasons):
