@@ -4,64 +4,51 @@
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
 
-The path of the data: CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back from
-features to bars with `inverse`. Every feature of bar t is made from bars <= t and scaled by statistics of bars < t, so
-nothing that is learned or scored can see its own target.
-
-In parts, each to be read apart. The market: bars, features and their inverse, splits, tokens and batches, synthetic
-markets. The clock of bars to come. Files in: CSV as people have it. Files out: folders mapped into memory, saving that
-survives a kill. The scripts' command line.
+CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back to bars with `inverse`. In
+parts: features, splits and batches, synthetic markets, the clock to come, files in, files out, the command line.
 """
 import argparse
-import contextlib
 import bz2
-import codecs
+import contextlib
 import csv
 import datetime
 import functools
-import gc
 import glob
 import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import lzma
 import math
 import os
 import re
 import signal
-import stat
 import statistics
 import sys
 import tempfile
 import threading
 import time
-import types
 import typing
 import warnings
 import zipfile
-import zlib
 import zoneinfo
 try:
     import fcntl
-except ImportError:  # Windows: there the last writer wins
-    fcntl = None
+    import resource
+except ImportError:  # Windows: there the last writer wins, and memory is not told
+    fcntl = resource = None
 from collections import Counter
 from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
 _script = getattr(sys.modules["__main__"], "__file__", None) or ""
-_ours = os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
-_untouched = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-_dies = _ours and _untouched and threading.current_thread() is threading.main_thread()
+_dies = (os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
+         and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if _dies:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import torch
-
 if _dies:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -73,22 +60,17 @@ DECAY = 0.5 ** (1 / HALF_LIFE)
 PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
-HOUR, DAY, WEEK = 3600, 86400, 7 * 86400
-YEAR = 365.25 * DAY
+HOUR, DAY, WEEK, YEAR = 3600, 86400, 7 * 86400, 365.25 * 86400
 
 
 class UserError(Exception):
     """Something the user can mend: one line that names the file, the line and the remedy; exit status 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bars
-
 @dataclass
 class Bars:
-    """One symbol's bars, in order of time.
+    """One symbol's bars.  time: int64 [T], UTC seconds, strictly increasing.
 
-    symbol: its name.  time: int64 [T], UTC seconds, strictly increasing.
     ohlcva: float64 [T, 6], open, high, low, close, volume, amount; NaN where a column is missing.
     """
     symbol: str
@@ -111,29 +93,16 @@ class Bars:
 
 @dataclass
 class State:
-    """What the features of the next bar need of the past. Each field is float64, of any batch shape [...].
+    """What the features of the next bar need of the past: float64, of any batch shape [...].
 
-    close: last close, NaN before the first bar.
-    s, m, d, g: decayed *sums* of true range, log1p volume, its absolute deviation, and log(amount / (volume close));
-    s_w, m_w, d_w, g_w: those of their weights. The means that `features` calls s_t, m_t, d_t, g_t come from scales().
-    origin_s, origin_d: scales at the origin of a generation, NaN outside one; they hold s and d within [1/8, 8].
+    close: last close, NaN before the first bar.  total, weight: [..., 4], the two sums of each mean: of the true range,
+    log1p volume, its absolute deviation, log(amount / (volume close)), which `features` calls s_t, m_t, d_t, g_t.
+    origin: [..., 2], s and d at the origin of a generation, in which they stay within [1/8, 8] of it; NaN outside one.
     """
     close: np.ndarray
-    s: np.ndarray
-    s_w: np.ndarray
-    m: np.ndarray
-    m_w: np.ndarray
-    d: np.ndarray
-    d_w: np.ndarray
-    g: np.ndarray
-    g_w: np.ndarray
-    origin_s: np.ndarray
-    origin_d: np.ndarray
-
-    @classmethod
-    def start(cls):
-        """Before the first bar."""
-        return cls(np.float64(np.nan), *np.zeros(8), np.float64(np.nan), np.float64(np.nan))
+    total: np.ndarray
+    weight: np.ndarray
+    origin: np.ndarray
 
     @classmethod
     def stack(cls, states):
@@ -142,19 +111,26 @@ class State:
 
     def scales(self):
         """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
-        s, d = np.maximum(_mean(self.s, self.s_w), S_FLOOR), np.maximum(_mean(self.d, self.d_w), D_FLOOR)
-        s = np.fmin(np.fmax(s, self.origin_s / 8), self.origin_s * 8)  # fmin, fmax: a NaN bound does not bind
-        d = np.fmin(np.fmax(d, self.origin_d / 8), self.origin_d * 8)
-        return s, _mean(self.m, self.m_w), d, _mean(self.g, self.g_w)
+        mean = _mean(self.total, self.weight)
+        low, high = _bounds(self.origin)
+        s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::2], low), high), -1, 0)
+        return s, mean[..., 1], d, mean[..., 3]
 
     def anchored(self):
         """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
-        s, _, d, _ = self.scales()
-        return replace(self, origin_s=s, origin_d=d)
+        return replace(self, origin=np.stack(self.scales()[::2], axis=-1))
 
     def map(self, f):
-        """f on every field: to index, repeat or stack states."""
+        """f on every field: to index, repeat or stack states. The axes of the batch lead."""
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
+
+
+START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.full(2, np.nan))  # before the first bar
+
+
+def _bounds(origin):
+    """The least and the greatest s and d, [..., 2] each."""
+    return np.fmax(origin / 8, (S_FLOOR, D_FLOOR)), np.fmin(origin * 8, np.inf)  # fmin, fmax: NaN does not bind
 
 
 def features(bars) -> tuple[np.ndarray, State]:
@@ -166,64 +142,49 @@ def features(bars) -> tuple[np.ndarray, State]:
 
     then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
     log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
-    So row t depends on bars <= t alone. Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
+    Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
-    if not pieces:
-        raise ValueError("features of no bars")
     return np.concatenate([x for x, _ in pieces]), pieces[-1][1]
 
 
-def feature_pieces(bars, state=None):
+def feature_pieces(bars, state=START):
     """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory; see `features`."""
-    state = state or State.start()
     for i in range(0, len(bars), PIECE):
-        x, state = _features_piece(np.asarray(bars.ohlcva[i:i + PIECE], np.float64), state)
-        yield x, state
+        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T
+        first = np.isnan(state.close)
+        prev = np.append(c[0] if first else state.close, c[:-1])
+        begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
+        begun[0] = 0.0 if first else 1.0
+        has_v = np.where(v > 0, begun, 0.0)
+        has_a = np.where((v > 0) & (a > 0), begun, 0.0)
+        volume = np.log1p(np.where(v > 0, v, 0.0))
+        vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
+        sums = _running([_true_range(h, l, prev), volume, vwap], [begun, has_v, has_a], state, [0, 1, 3])
+        s, m, g = _mean(*sums[..., :-1])
+        deviates = has_v * (sums[1, 1, :-1] > 0)  # a deviation needs a level to deviate from
+        sums_d = _running([np.abs(volume - m)], [deviates], state, [2])
+        [d] = _mean(*sums_d[..., :-1])
 
-
-def _features_piece(ohlcva, state):
-    """x float32 [n, 6] of one piece of bars, float64 [n, 6], from the State before it; and the State after it.
-
-    Running sums have n + 1 places: [:-1] is before each bar, [-1] after the last.
-    """
-    o, h, l, c, v, a = ohlcva.T
-    first = np.isnan(state.close)
-    prev = np.append(c[0] if first else state.close, c[:-1])
-    begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
-    begun[0] = 0.0 if first else 1.0
-
-    has_v = np.where(v > 0, begun, 0.0)
-    has_a = np.where((v > 0) & (a > 0), begun, 0.0)
-    volume = np.log1p(np.where(v > 0, v, 0.0))
-    vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-    true_range = _true_range(h, l, prev)
-    s, s_w, m, m_w, g, g_w = _running([true_range * begun, begun, volume * has_v, has_v, vwap * has_a, has_a],
-                                      [state.s, state.s_w, state.m, state.m_w, state.g, state.g_w])
-    level = _mean(m, m_w)[:-1]
-    deviates = has_v * (m_w[:-1] > 0)  # a deviation needs a level to deviate from
-    d, d_w = _running([np.abs(volume - level) * deviates, deviates], [state.d, state.d_w])
-    s_t, d_t = np.maximum(_mean(s, s_w)[:-1], S_FLOOR), np.maximum(_mean(d, d_w)[:-1], D_FLOOR)
-
-    body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-    price = np.arcsinh(np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s_t).astype(np.float32)
-    if first:
-        price[:, 0] = 0.0
-    rest = np.stack([(volume - level) / d_t * has_v, (vwap - _mean(g, g_w)[:-1]) / s_t * has_a])
-    x = np.concatenate([price, np.arcsinh(rest).astype(np.float32)])  # (6, n)
-    ends = [np.float64(u[-1]) for u in (c, s, s_w, m, m_w, d, d_w, g, g_w)]
-    after = State(*ends, state.origin_s, state.origin_d)
-    return np.ascontiguousarray(x.T), after
+        s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
+        body_high, body_low = np.maximum(o, c), np.minimum(o, c)
+        price = np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s
+        if first:
+            price[:, 0] = 0.0
+        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])  # (6, n)
+        total, weight = np.concatenate([sums, sums_d], axis=1)[:, [0, 1, 3, 2], -1]
+        state = State(c[-1], total, weight, state.origin)
+        yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
 
 def _true_range(high, low, previous):
     return np.log(np.maximum(high, previous) / np.minimum(low, previous))
 
 
-def _running(rows, carry):
-    """Of each of k sequences the decayed sums before each bar and after the last, [k, n + 1]."""
-    carry = np.array(carry)
-    return np.concatenate([carry[:, None], decayed_sum(np.stack(rows), carry)], axis=1)
+def _running(u, w, state, which):
+    """The two sums of `which` of a state's means before each of n bars and after the last, [2, k, n + 1]."""
+    carry = np.stack([state.total[which], state.weight[which]])
+    return np.concatenate([carry[..., None], decayed_sum(np.stack([np.multiply(u, w), w]), carry)], axis=-1)
 
 
 def _mean(total, weight):
@@ -246,30 +207,26 @@ def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
 def inverse(x, state) -> tuple[np.ndarray, State]:
     """Bars from features: the inverse of `features` to float32's rounding, from a State that has seen a bar.
 
-    x: [..., T, 6], finite (ValueError if not).  state: fields of shape [...] or broadcast to it.
-    Returns ohlcva float64 [..., T, 6] and the State after. Whatever x holds, each bar is a valid candle: negative wicks
-    become 0, a move is at most a factor of 10, volume >= 0; without volume in the history, volume is 0; without
-    amounts, amount is volume times close. A volume or vwap feature of exactly 0 says "no data".
+    x: [..., T, 6], finite (ValueError if not), state: of shape [...] -> ohlcva float64 [..., T, 6], the State after.
+    Whatever x holds, each bar is a valid candle: negative wicks become 0, a move at most a factor of 10, volume >= 0.
+    Without volume in the history, volume is 0; without amounts, amount is volume times close. A volume or vwap feature
+    of exactly 0 says "no data".
     """
     x = np.asarray(x, np.float64)
     if not np.isfinite(x).all():
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
-    st = state.map(lambda f: np.broadcast_to(np.asarray(f, np.float64), batch))
-    close = st.close
-    total, weight = np.stack([st.s, st.m, st.d, st.g]), np.stack([st.s_w, st.m_w, st.d_w, st.g_w])  # (4, ...)
-    s_low, s_high = np.fmax(st.origin_s / 8, S_FLOOR), np.fmin(st.origin_s * 8, np.inf)  # fmin, fmax: NaN does not bind
-    d_low, d_high = np.fmax(st.origin_d / 8, D_FLOOR), np.fmin(st.origin_d * 8, np.inf)
-    # moves to close, open, high, low
-    least = np.array([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE]).reshape(4, *(1 for _ in batch))
-    most = np.array([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0]).reshape(least.shape)
+    close, origin = np.broadcast_to(state.close, batch), np.broadcast_to(state.origin, (*batch, 2))
+    total, weight = (np.moveaxis(np.broadcast_to(sums, (*batch, 4)), -1, 0) for sums in (state.total, state.weight))
+    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))
+    least, most = MAX_MOVE * np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *[1] * len(batch))  # of c, o, h, l
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
     y[:, 3] *= -1.0
     out = np.empty((n, 6) + batch)
     add, add_weight = np.ones((2, 4) + batch)
     for t in range(n):
-        s, m, d, g = total / np.where(weight > 0, weight, 1.0)
-        s, d = np.minimum(np.maximum(s, s_low), s_high), np.minimum(np.maximum(d, d_low), d_high)
+        mean = _mean(total, weight)
+        (s, d), m, g = np.minimum(np.maximum(mean[::2], low), high), mean[1], mean[3]
         factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, least), most))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
@@ -283,14 +240,14 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
         add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
         close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
-    (s, m, d, g), (s_w, m_w, d_w, g_w) = total, weight
-    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, s, s_w, m, m_w, d, d_w, g, g_w, st.origin_s, st.origin_d)
+    total, weight = np.moveaxis([total, weight], 1, -1)
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, origin)
 
 
 def mirrored(bars):
     """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price, volume stays.
 
-    Rises become falls of the same size. In training it keeps few bars from teaching a direction that is chance.
+    In training it keeps few bars from teaching a direction that is chance.
     """
     open_, high, low, close, volume, amount = bars.ohlcva.T
     amount = volume * volume / np.where(amount > 0, amount, np.nan)
@@ -301,20 +258,16 @@ def scales(bars):
     """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
     _, h, l, c = bars.ohlcva[:, :4].T
     begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    true_range = _true_range(h, l, np.append(c[0], c[:-1])) * begun
-    total, weight = _running([true_range, begun], [0.0, 0.0])[:, :-1]
-    return np.maximum(_mean(total, weight), S_FLOOR)
+    [s] = _mean(*_running([_true_range(h, l, np.append(c[0], c[:-1]))], [begun], START, [0])[..., :-1])
+    return np.maximum(s, S_FLOOR)
 
 
 def states_at(bars, origins):
     """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to each gives them."""
-    state, found = State.start(), []
-    for i in range(0, len(bars), PIECE):
-        piece = np.asarray(bars.ohlcva[i:i + PIECE], np.float64)
-        found += [_features_piece(piece[:o + 1 - i], state)[1] for o in origins if i <= o < i + PIECE]
-        if len(found) == len(origins):
-            break
-        state = _features_piece(piece, state)[1]
+    state, found = START, []
+    for i in range(0, max(origins, default=-1) + 1, PIECE):
+        found += [next(feature_pieces(bars[i:o + 1], state))[1] for o in origins if i <= o < i + PIECE]
+        state = next(feature_pieces(bars[i:i + PIECE], state))[1]
     return found
 
 
@@ -332,8 +285,7 @@ def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
             stamps = np.union1d(stamps, bars.time)
     borders = []
     for name, date, share in (("val_start", val_start, 0.8), ("test_start", test_start, 0.9)):
-        by_share = stamps[min(int(share * len(stamps)), len(stamps) - 1)]
-        border = float(by_share) if date is None else parse_time(str(date))
+        border = stamps[int(share * len(stamps))] if date is None else parse_time(date)
         if np.isnan(border):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
         borders.append(int(border))
@@ -359,7 +311,7 @@ class Streams:
     block_size: int       # bars of context in a window
     batch_size: int       # windows in the global batch
     whole: bool = False   # only windows in which every bar is a target
-    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: all windows are equally likely
+    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: as it has windows
 
     def __post_init__(self):
         # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
@@ -379,10 +331,7 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
 
 
 def draw_windows(streams, seed, step, rank=0, world=1):
-    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each.
-
-    A pure function of (seed, step): what came before, and who else draws, change nothing.
-    """
+    """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; (seed, step) alone decide."""
     random = np.random.default_rng([seed, step])
     count = np.diff(streams.windows, prepend=0)
     if streams.weights is None:
@@ -395,17 +344,14 @@ def draw_windows(streams, seed, step, rank=0, world=1):
 
 
 def balanced(series, streams):
-    """Weights of the symbols [symbols], so that no market or interval rules: each by the root of its bars.
+    """Weights [symbols], so that no market or interval rules: each by the root of its bars, within it by windows.
 
-    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars. Within
-    both a symbol's weight is its number of windows.
+    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars.
     """
     count = np.diff(streams.windows, prepend=0).astype(np.float64)
-    groups = [(bars.symbol.partition("@")[2], int(np.median(np.diff(bars.time)))) for bars in series]
-    total = Counter()
-    for group, n in zip(groups, count):
-        total[group] += n
-    weights = np.array([n / math.sqrt(max(1, total[group])) for group, n in zip(groups, count)])
+    groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}" for bars in series]
+    group = np.unique(groups, return_inverse=True)[1]
+    weights = count / np.sqrt(np.maximum(1, np.bincount(group, count)))[group]
     return weights / weights.sum()
 
 
@@ -441,22 +387,17 @@ def gather(streams, which, ends):
 
 
 def tokenize(bars, tokenizer, x=None) -> np.ndarray:
-    """Tokens of a series, int16 [T, 2]: coarse, fine. Made in pieces; in memory, four bytes a bar.
-
-    x: the features of these bars, [T, 6], where they are at hand (training has them); else they are made on the way.
-    """
+    """Tokens of a series, int16 [T, 2]: coarse, fine; made in pieces. x: its features, where at hand."""
     if x is not None and len(x) != len(bars):
         raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
-    tokens, at = np.empty((len(bars), 2), np.int16), 0
-    made = (piece for piece, _ in feature_pieces(bars))
-    for piece in made if x is None else (x[i:i + PIECE] for i in range(0, len(x), PIECE)):
-        coarse, fine = tokenizer.encode(torch.from_numpy(piece))
-        tokens[at:at + len(piece)] = torch.stack((coarse, fine), dim=-1).cpu().numpy()
-        at += len(piece)
-        if at % (256 * PIECE) == 0:
-            progress(f"tokens of {bars.symbol}: {at:,} of {len(bars):,} bars")
+    tokens = [np.empty((0, 2), np.int16)]
+    pieces = (piece for piece, _ in feature_pieces(bars)) if x is None else np.split(x, range(PIECE, len(x), PIECE))
+    for piece in pieces:
+        tokens.append(torch.stack(tokenizer.encode(torch.from_numpy(piece)), dim=-1).cpu().numpy().astype(np.int16))
+        if len(tokens) % 256 == 0:
+            progress(f"tokens of {bars.symbol}: {len(tokens) * PIECE:,} of {len(bars):,} bars")
     progress("")
-    return tokens
+    return np.concatenate(tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,21 +407,19 @@ SESSION = 390                              # minutes of a trading day, from 14:3
 KINDS = {"edge": 0.1, "reverting": 0.75}   # kinds of synthetic markets, and the signal of each unless told
 
 
-def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge",
-              half_life=8) -> tuple[list[Bars], float]:
+def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge", half_life=8):
     """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
 
-    Of both kinds: weekday sessions, volatility clusters, tails are fat (Student t, 4 degrees), sessions open with a gap,
-    volume moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
-
-    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal, the
-    upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
-
+    Of both kinds: weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
+    moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
+    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal,
+    the upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
     reverting: log price is a deviation that decays by half in half_life bars, around a slow random walk. signal is the
-    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` for the best
-    forecast and `reverting_best` for what it reaches. Only past closes tell the direction; wicks, opens, volume do not.
+    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` and
+    `reverting_best`. Only past closes tell the direction; wicks, opens, volume do not.
     """
-    return list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life)), best_accuracy(signal, kind, half_life)
+    series = list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life))
+    return series, best_accuracy(signal, kind, half_life)
 
 
 def best_accuracy(signal=None, kind="edge", half_life=8):
@@ -500,9 +439,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
-        edge = kind == "edge"
-        ohlcva = _edge_bars(rng, log_vol, coin, signal) if edge else _reverting_bars(rng, log_vol, coin, signal, half_life)
-        yield Bars(f"SYN{i}", time.copy(), ohlcva)
+        if kind == "edge":
+            open_, close, high, low, size = _edge_bars(rng, log_vol, coin, signal)
+        else:
+            open_, close, high, low, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
+        high, low = np.maximum(open_, close) * np.exp(high), np.minimum(open_, close) * np.exp(-low)
+        level = rng.uniform(6, 9)
+        volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, n_bars)).round() + 1
+        amount = volume * (high + low + close) / 3
+        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
 
 
 def _checked_signal(signal, kind, half_life):
@@ -517,8 +462,8 @@ def _checked_signal(signal, kind, half_life):
     return signal
 
 
-def _edge_bars(rng, log_vol, common_coin, signal):
-    """ohlcva [n, 6] of one symbol whose long wick tells the next direction."""
+def _edge_bars(rng, log_vol, coin, signal):
+    """Open, close, the wicks' logs, |move| in sigma, [n] each, where the long wick tells the next direction."""
     n_bars = len(log_vol)
     sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
@@ -526,14 +471,11 @@ def _edge_bars(rng, log_vol, common_coin, signal):
     wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
     edge = statistics.NormalDist().inv_cdf(0.5 + signal)
     told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
-    up = 0.5 * common_coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
+    up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
     close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
-    gap = _gaps(rng, sigma)
-    open_ = np.append(close[0], close[:-1]) * np.exp(gap)
+    open_ = np.append(close[0], close[:-1]) * np.exp(_gaps(rng, sigma))
     long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
-    high = np.maximum(open_, close) * np.exp(np.where(wick > 0, short, long))
-    low = np.minimum(open_, close) * np.exp(-np.where(wick > 0, long, short))
-    return _with_volume(rng, log_vol, size / sigma, open_, high, low, close)
+    return open_, close, np.where(wick > 0, short, long), np.where(wick > 0, long, short), size / sigma
 
 
 def _gaps(rng, sigma):
@@ -541,18 +483,10 @@ def _gaps(rng, sigma):
     return rng.standard_normal(len(sigma)) * sigma * np.where(np.arange(len(sigma)) % SESSION == 0, 1.5, 0.1)
 
 
-def _with_volume(rng, log_vol, size, open_, high, low, close):
-    """ohlcva [n, 6]: volume that moves with volatility and with the size of the bar's move, in units of sigma."""
-    level = rng.uniform(6, 9)
-    volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, len(close))).round() + 1
-    amount = volume * (high + low + close) / 3
-    return np.stack([open_, high, low, close, volume, amount], axis=1)
-
-
 # The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is known from past closes:
 #     r_t = m_t + u_t,    m_{t+1} = phi m_t - k u_t,    phi = 0.5^(1/half_life),    k = signal (1 - phi)
-# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So sign(m_t) is the best call,
-# and the best forecast of the log return over h bars is m_t (1 - phi^h) / (1 - phi). At k = 1 - phi the random walk is
+# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So sign(m_t) is the best
+# call, the best forecast of the log return over h bars m_t (1 - phi^h) / (1 - phi). At k = 1 - phi the random walk is
 # gone; k = 0 leaves it alone. From the closes m follows by m_{t+1} = (phi + k) m_t - k r_t.
 
 def _reverting_moves(rng, log_vol, coin, signal, half_life):
@@ -569,21 +503,19 @@ def _reverting_moves(rng, log_vol, coin, signal, half_life):
 
 
 def _reverting_bars(rng, log_vol, coin, signal, half_life):
-    """ohlcva [n, 6] of one symbol of the reverting market."""
+    """As `_edge_bars`, of one symbol of the reverting market."""
     unit = rng.uniform(5e-4, 2e-3)  # log return of one sigma
     m, gap, body = _reverting_moves(rng, log_vol, coin, signal, half_life)
-    sigma = unit * np.exp(log_vol)
     close = rng.uniform(20, 200) * np.exp(np.cumsum(unit * (m + gap + body)))
     open_ = np.append(close[0], close[:-1]) * np.exp(unit * gap)
-    high = np.maximum(open_, close) * np.exp(0.4 * sigma * rng.exponential(size=len(m)))
-    low = np.minimum(open_, close) * np.exp(-0.4 * sigma * rng.exponential(size=len(m)))
-    return _with_volume(rng, log_vol, np.abs(gap + body) / np.exp(log_vol), open_, high, low, close)
+    high, low = (0.4 * (unit * np.exp(log_vol)) * rng.exponential(size=len(m)) for _ in range(2))
+    return open_, close, high, low, np.abs(gap + body) / np.exp(log_vol)
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
-    """The true expected log return over the next 1 .. horizon bars of a series of the reverting market, [T, horizon].
+    """The true expected log return over the next 1 .. horizon bars, known from the closes up to each bar, [T, horizon].
 
-    Row t is of what follows bar t, known from the closes up to t. The series must start where the market did.
+    Of a series of the reverting market, from its start on.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi = 0.5 ** (1 / half_life)
@@ -597,15 +529,16 @@ def reverting_path(bars, horizon, half_life=8, signal=None):
 def reverting_best(signal=None, half_life=8, horizon=10):
     """What the best forecast reaches on the reverting market: (direction accuracy, its standard error, path ratio).
 
-    The ratio is the mean absolute error of the best path over 1 .. horizon bars to that of standing still. By simulation
-    of 16 series; the chance of a right call is exact given m, the gap and the volatility, so its error is small.
+    The ratio is the mean absolute error of the best path to that of standing still. By simulation of 16 series; the
+    chance of a right call is exact given m, the gap and the volatility, so its error is small.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi, n_bars = 0.5 ** (1 / half_life), 1 << 17
     right, missed, moved = [], 0.0, 0.0
     for seed in range(16):
         rng = np.random.default_rng([seed, 7])
-        log_vol = decayed_sum(rng.normal(0, 0.06, n_bars), decay=0.98) + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
+        slow, fast = rng.normal(0, 0.06, n_bars), rng.normal(0, 0.1, n_bars)
+        log_vol = decayed_sum(slow, decay=0.98) + decayed_sum(fast, decay=0.95)
         m, gap, body = _reverting_moves(rng, log_vol, rng.standard_normal(n_bars), signal, half_life)
         unit = np.exp(log_vol) / np.sqrt(2)
         chance = _student4((np.abs(m) + gap) / unit) + _student4((np.abs(m) - gap) / unit)  # a gap of either sign
@@ -631,14 +564,12 @@ def _student4(x):
 def calendar(time):
     """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
 
-    The civil date from the day's number in whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years
-    begin in March, so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a year.
+    In whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years begin in March, so that a leap day
+    comes last; doe is the day of an era of 400 years, doy the day of such a year.
     """
     days = time // 86400
     second = time - days * 86400
-    z = days + 719468                                   # days since 0000-03-01
-    era = z // 146097                                   # 400 years each
-    doe = z - era * 146097
+    doe = (days + 719468) % 146097                      # days since 0000-03-01, 400 years each era
     year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
     doy = doe - (365 * year + year // 4 - year // 100)
     month = (5 * doy + 2) // 153                        # 0 is March
@@ -661,8 +592,8 @@ def future_times(time, horizon):
     """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
     time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
-    it; holidays are not known. A live last bar, off the grid of the others, moves nothing. What a history of less than a
-    week has not seen is as its days were, without weekends; one bar is taken as daily.
+    it, holidays are not known. A live last bar moves nothing. What a history of less than a week has not seen is as its
+    days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
@@ -697,13 +628,13 @@ def future_times(time, horizon):
 
 def _coming(past, gap, after, span):
     """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
-    weeks = []
+    found, weeks = past[:0], []
     for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        if past[np.searchsorted(past, after - back, side="right"):][:1] <= after - back + WEEK:  # a week with a bar
-            first, end = np.searchsorted(past, [after - back, after - back + span], side="right")
-            weeks.append((past[first:end] + back, back))
-    stamps, count = np.unique(np.concatenate([stamps for stamps, _ in weeks] or [past[:0]]), return_counts=True)
-    could = sum((stamps - back >= past[0] for _, back in weeks), np.zeros(len(stamps), int))
+        first, last, end = np.searchsorted(past, [after - back, after - back + span, after - back + WEEK], side="right")
+        if end > first:  # a week with a bar
+            found, weeks = np.append(found, past[first:last] + back), [*weeks, back]
+    stamps, count = np.unique(found, return_counts=True)
+    could = sum((stamps - back >= past[0] for back in weeks), np.zeros(len(stamps), int))
     stamps = stamps[3 * count >= could]
 
     unseen = past[0] + WEEK  # up to here nothing was seen
@@ -713,9 +644,8 @@ def _coming(past, gap, after, span):
         else:
             clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
             day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
-        weekday = day // DAY + 3
         has_weekends = (past // DAY + 3) % 7 == 5
-        day = day[(weekday % 7 < 5) | has_weekends.any()]
+        day = day[((day // DAY + 3) % 7 < 5) | has_weekends.any()]
         stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
     if not len(stamps) and span == WEEK:
         return past[-1] + gap * np.arange(1, WEEK // gap + 2)
@@ -724,20 +654,21 @@ def _coming(past, gap, after, span):
 
 def _market_zone(past):
     """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    ends = int(past[0]) // DAY, int(past[-1]) // DAY
-    if all(_ahead_on(zone, ends[0]) == _ahead_on(zone, ends[1]) for zone in MARKET_ZONES):
+    ends = past[[0, -1]]
+    if all(np.ptp(_ahead_of_utc(zone, ends)) == 0 for zone in MARKET_ZONES):
         return "UTC"
     quarters = np.unique(past // 900) * 900
-    unlike = {}
-    for zone in MARKET_ZONES:
+
+    def unlike(zone):
         local = quarters + _ahead_of_utc(zone, quarters)
         came, expected = local[local >= local[0] + WEEK], local + WEEK
-        unlike[zone] = len(np.setxor1d(came, expected[expected <= local[-1]]))
-    return min(unlike, key=unlike.get)
+        return len(np.setxor1d(came, expected[expected <= local[-1]]))
+
+    return min(MARKET_ZONES, key=unlike)
 
 
 def _ahead_of_utc(zone, time):
-    """Seconds that the clocks of a zone are ahead of UTC on the days of time, int64 [T]."""
+    """Seconds that the clocks of a zone are ahead of UTC at noon of the days of time, int64 [T]."""
     if zone == "UTC":
         return np.zeros(len(time), np.int64)
     days, which = np.unique(time // DAY, return_inverse=True)
@@ -746,7 +677,6 @@ def _ahead_of_utc(zone, time):
 
 @functools.cache
 def _ahead_on(zone, day):
-    """Seconds that the clocks of a zone are ahead of UTC at noon of a day, counted from 1970."""
     try:
         noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
     except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
@@ -756,17 +686,15 @@ def _ahead_on(zone, day):
 
 def _coming_months(recent, gap, horizon):
     """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
+    seconds = lambda month: month.astype("datetime64[s]").astype(np.int64)
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since = recent - month.astype("datetime64[s]").astype(np.int64)
-    left = (month + 1).astype("datetime64[s]").astype(np.int64) - recent
+    since, left = recent - seconds(month), seconds(month + 1) - recent
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
-    start, end = (m.astype("datetime64[s]").astype(np.int64) for m in (months, months + 1))
-    if left[last] <= DAY:
-        stamps = end - left[last]
-    else:
-        stamps = np.minimum(start + since[last], end - DAY + since[last] % DAY)
+    stamps = seconds(months + 1) - left[last]
+    if left[last] > DAY:
+        stamps = np.minimum(seconds(months) + since[last], seconds(months + 1) - DAY + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
 
 
@@ -776,15 +704,15 @@ def _coming_months(recent, gap, horizon):
 # One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
 # that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
 
-HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
+HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
     "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
             "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
             "bardate tradingdate tradingday periodstart day trddt gmttime localtime utctime utc dtyyyymmdd unix "
             "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
     "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
              "hora время 时间",
-    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc "
-            "apertura abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc apertura "
+            "abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
     "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi highest dayhigh dayshigh 24hhigh "
             "hiprc maximum max massimo plushaut haut najwyzszy najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
     "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo lowest daylow dayslow 24hlow loprc "
@@ -792,25 +720,24 @@ HEADERS = {  # column -> names it goes by, best first, as `_fold` leaves them
     "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc trade closing clsprc "
              "schlusskurs schluss zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi "
              "kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
-    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded "
-              "noofshares totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume "
-              "baseassetvolume tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume "
-              "adjvolume shares contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём "
-              "объем 成交量 成交股數 总手 出来高 거래량 v",
-    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval "
-              "ttltrfval candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
+              "totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume baseassetvolume "
+              "tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume adjvolume shares "
+              "contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём объем 成交量 成交股數 总手 "
+              "出来高 거래량 v volumemoney",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval ttltrfval "
+              "candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
     "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid stock "
               "stockcode stockid stocksymbol tradingsymbol security contract coin ric isin stkcd orderbookid 股票代码 代码 "
               "名称",
     "interval": "timeframe interval resolution per granularity freq frequency",
-}
-HEADERS = {column: names.split() for column, names in HEADERS.items()}
-KNOWN = {name for names in HEADERS.values() for name in names}
+}.items()}
 PRICES = COLUMNS[:4]
-MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount, "Volume BTC" is not
+MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount
 INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
-FIELD = "(adj close|adjusted|open|high|low|close|volume)"
-BETWEEN = r"[\s_:.,'\"()|/-]+"  # what people put between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
+BETWEEN = r"[\s_:.,'\"()|/-]+"  # between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+WIDE = [re.compile(form, re.I) for form in (f"{FIELD}{BETWEEN}(?P<ticker>.+)", f"(?P<ticker>.+?){BETWEEN}{FIELD}")]
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
 FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
 MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
@@ -829,11 +756,10 @@ class _NoBars(UserError):
 def load(paths) -> list[Bars]:
     """Read bars from CSV files, folders or globs (also in gzip, xz, bz2, zip), or what `python data.py --out` wrote.
 
-    paths: a string or a list of them. Raises UserError, naming file, line and remedy, when nothing usable is there.
-    Rows of one symbol that stand in several files become one series; of equal times the last read wins. Columns are found
-    by name, in English and a few other languages; a time without a zone means UTC.
+    paths: a string or a list of them. Columns are found by name; a time without a zone means UTC. Rows of one symbol in
+    several files become one series; of equal times the last read wins. UserError where nothing usable is there.
     """
-    found: dict[str, list[Bars]] = {}
+    found = {}
     for bars in read_files(paths):
         found.setdefault(bars.symbol, []).append(bars)
     return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
@@ -842,9 +768,10 @@ def load(paths) -> list[Bars]:
 def _joined(parts):
     """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
     gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
-    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # bars as they come close: holes and sparse trading make gaps longer
+    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # as they come close: holes make gaps longer
+    symbol = parts[0].symbol
     if gaps and max(gaps) >= 2 * min(gaps):
-        raise UserError(f"{parts[0].symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
+        raise UserError(f"{symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
                         f"give --data the files of one interval")
     time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
     order = np.argsort(time, kind="stable")
@@ -852,9 +779,8 @@ def _joined(parts):
     last = np.append(np.diff(time) != 0, True)
     changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
     if changed:
-        print(f"{parts[0].symbol}: {changed} of {last.sum()} bars differ between files; the last read counts",
-              file=sys.stderr)
-    return Bars(parts[0].symbol, time[last], ohlcva[last])
+        print(f"{symbol}: {changed} of {last.sum()} bars differ between files; the last read counts", file=sys.stderr)
+    return Bars(symbol, time[last], ohlcva[last])
 
 
 def _differ(left, right):
@@ -865,24 +791,18 @@ def _differ(left, right):
 def read_files(paths):
     """Yield Bars file by file, so that a corpus larger than memory can be converted.
 
-    A file that was named must be good. Of those found in a folder or by a glob the useless ones are skipped and counted,
-    unless more are bad than good.
+    A file that was named must be good. Of others the useless ones are skipped, unless more are bad than good.
     """
     files = list(_files(paths))
     symbols = _symbols([path for path, _ in files])
     skipped = []
     for path, named in files:
-        if os.path.isdir(path):
-            yield from _open_folder(path)
-            continue
         try:
-            series = _read_csv(path, symbols[path])
+            yield from _open_folder(path) if os.path.isdir(path) else _read_csv(path, symbols[path])
         except UserError as e:
             if named:
                 raise
             skipped.append(e)
-            continue
-        yield from series
     bad = [e for e in skipped if not isinstance(e, _NoBars)]
     if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
         raise (bad or skipped)[0]
@@ -891,17 +811,18 @@ def read_files(paths):
 
 
 def _files(paths):
-    """Yield (path, whether the user named it) of each CSV file and each folder of arrays."""
+    """Yield (path, whether it must be good) of each CSV file and each folder of arrays."""
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.fspath(path)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matches:
             raise UserError(f"{path}: no such file; give --data a CSV file, a folder of them, or a quoted glob")
         for match in matches:
-            if not os.path.isdir(match) or os.path.exists(os.path.join(match, "symbols.json")):
-                yield match, match == path
+            is_folder = os.path.isdir(match)
+            if not is_folder or os.path.exists(os.path.join(match, "symbols.json")):
+                yield match, is_folder or match == path
                 continue
-            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))  # no locks
+            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))
             if not names:
                 raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
             yield from ((os.path.join(match, name), False) for name in names)
@@ -909,15 +830,14 @@ def _files(paths):
 
 def _symbols(paths):
     """{path: symbol of a file that names none}: its stem, without date and interval if files differ by date alone."""
-    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
     interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
+    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
     count = Counter(undated.values())
-    for path, name in undated.items():
-        if count[name] > 1:
-            stems[path] = re.sub(interval, "", name, flags=re.I)
+    stems |= {path: re.sub(interval, "", name, flags=re.I) for path, name in undated.items() if count[name] > 1}
     return {path: printable(stem.strip()) for path, stem in stems.items()}
+
 
 # -- bytes -> text
 
@@ -929,30 +849,16 @@ def _text(path):
         for magic, unpack in CONTAINERS.items():
             if raw.startswith(magic):
                 raw = unpack(raw)
-        raw = raw.removeprefix(codecs.BOM_UTF8)
         for magic, kind in FOREIGN.items():
-            if raw[:100].lstrip().startswith(magic):
+            if raw[:100].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(magic):
                 raise ValueError(f"it is {kind}")
         text = _decoded(raw)
         if "\0" in text:
             raise ValueError("it is binary")
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
-        why = getattr(e, "strerror", None) or e
+    except Exception as e:  # a damaged archive raises many kinds
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise UserError(f"{path}: cannot be read ({why}); give a CSV file, or an archive of one")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _start(path):
-    """(the first lines of a file, its text): None where it begins as plain UTF-8, which numpy reads from where it lies."""
-    start, text = "\0", None
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if os.path.isfile(path):  # a pipe can be read but once
-            with open(path, encoding="utf-8") as f:
-                start = f.read(1 << 16)
-    if "\0" in start or start.lstrip().startswith(("\ufeff", "{", "[")):
-        text = _text(path)
-        start = text[:1 << 16]
-    return start.split("\n")[:200], text
 
 
 def _unzipped(raw):
@@ -965,30 +871,27 @@ def _unzipped(raw):
         return file.read(names[0])
 
 
-CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0": lzma.decompress, b"BZh": bz2.decompress}
+CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ": lzma.decompress, b"BZh": bz2.decompress}
 
 
 def _decoded(raw):
     """UTF-16 by its mark, UTF-8, else the one of a few encodings in which most names of columns are known."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16", "replace").rstrip("\0")
     raw = raw.rstrip(b"\0")  # the machine died while it wrote
     with contextlib.suppress(UnicodeDecodeError):
-        return raw.decode("utf-8")
-    texts = [raw.decode(encoding, "replace") for encoding in ("gb18030", "latin-1", "cp1251", "shift_jis")]
-    cells = [[re.split(r"[,;\t|]", line) for line in text[:4000].split("\n")] for text in texts]
-    known = [max(_n_known(map(_fold, row)) for row in rows) for rows in cells]
-    return texts[known.index(max(known))]
+        return raw.decode("utf-8-sig")
+    known = lambda text: max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+    return max((raw.decode(name, "replace") for name in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
 
 
 # -- text -> delimiter, header, columns
 
 @dataclass
 class Table:
-    """The text of a file and its columns."""
+    """The lines of a file and its columns."""
     path: str
-    text: str | None    # None: the file at path is plain, to be read from there
-    head: list[str]     # its first lines
+    lines: list[str]
     delimiter: str
     first: int          # index of the first line below the header
     names: list[str]    # of each column, as in the file
@@ -997,23 +900,14 @@ class Table:
     has_header: bool = True
     line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
-    @functools.cached_property
-    def lines(self):
-        return (_text(self.path) if self.text is None else self.text).split("\n")
-
-    @functools.cached_property
-    def row(self):
-        """The cells of the first row."""
-        return _split(next(filter(str.strip, self.head[self.first:]), ""), self.delimiter)
-
     def say(self, text):
         print(f"{self.path}: {text}", file=sys.stderr)
 
     def line(self, row):
         """The line of a row, from 1, for messages."""
         if self.line_of is None:
-            self.line_of = np.array([k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line])
-        return int(self.line_of[row])
+            self.line_of = [k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line]
+        return self.line_of[row]
 
 
 @functools.lru_cache(10_000)
@@ -1021,9 +915,9 @@ def _fold(name):
     """A column's name in lower case, letters and digits only, without "1. ", "(USD)", "Price" and a time's "_utc"."""
     name = re.sub(r"(?<=Volume)(?=[A-Z])", " ", name.strip()).lower()
     name = re.sub(r"^\d+[a-z]?\.\s+", "", name)
-    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
     if re.match(r"turnover \((pcs|shares)", name):
         return "volume"
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
     unit = what and (what[1] or what[2])
     if unit and unit not in INDICATORS:
         return "volumemoney" if unit in MONEY else "volumecoin"
@@ -1049,98 +943,81 @@ def _names(cells):
     fields = [_fold(cell) for cell in cells]
     if _n_known(fields) < 3:
         texts = [cell.strip(" '\"()") for cell in cells]
-        parts = [re.fullmatch(f"(?P<f>{FIELD}){BETWEEN}(?P<t>.+)", text, re.I)
-                 or re.fullmatch(f"(?P<t>.+?){BETWEEN}(?P<f>{FIELD})", text, re.I) for text in texts]
-        if _n_known(_fold(part["f"]) for part in parts if part) >= 4:
-            tickers = {part["t"] for part in parts if part}
-            rest = {name: "".join(tickers) for name in HEADERS["volume"]} if len(tickers) == 1 else {}
-            return [(_fold(p["f"]), p["t"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
+        parts = [WIDE[0].fullmatch(text) or WIDE[1].fullmatch(text) for text in texts]
+        if _n_known(_fold(part["field"]) for part in parts if part) >= 4:
+            tickers = {part["ticker"] for part in parts if part}
+            rest = dict.fromkeys(HEADERS["volume"], "".join(tickers)) if len(tickers) == 1 else {}
+            return [(_fold(p["field"]), p["ticker"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
     return [(field, "") for field in fields]
 
 
 def _table(path):
     """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
-    head, text = _start(path)
-    filled = [i for i, line in enumerate(head) if line.strip()][:40]
+    lines = _text(path).split("\n")
+    filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    best = 1, ",", 0, []
-    for delimiter, i in itertools.product(",;\t| ", filled):
-        names = _names(_split(head[i], delimiter))
+    most = 1
+    for delimiter, k in ((delimiter, k) for delimiter in ",;\t| " for k in filled):
+        names = _names(_split(lines[k], delimiter))
         known = _n_known(field for field, _ in names) if len(names) > 4 else 0
-        if known > best[0]:
-            best = known, delimiter, i, names
+        if known > most:
+            most, at, best, found = known, k, delimiter, names
         if known > 4:
             break
-    known, delimiter, at, names = best
-    if known == 1:
-        return _without_header(path, text, head, filled)
-    cells = [printable(cell.strip()) for cell in _split(head[at], delimiter)]
-    if delimiter == " ":
-        lines = (_text(path) if text is None else text).split("\n")
-        text, delimiter = "\n".join("\t".join(_split(line, " ")) for line in lines), "\t"
-        head = text[:1 << 16].split("\n")[:200]
-    fields, tickers = map(list, zip(*names))
-    table = Table(path, text, head, delimiter, at + 1, cells, fields, tickers)
-    if not any(table.tickers):
-        _find_tickers(table, filled)
+    if most == 1:
+        return _without_header(path, lines, filled)
+    if best == " ":
+        lines, best = ["\t".join(_split(line, " ")) for line in lines], "\t"
+    cells = [printable(cell.strip()) for cell in _split(lines[at], best)]
+    table = Table(path, lines, best, at + 1, cells, *map(list, zip(*found)))
+    nearby = filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]
+    for k in nearby if not any(table.tickers) else ():  # a header in two rows, one with symbols, as yfinance writes it
+        corner, *tickers = [cell.strip() for cell in _split(lines[k], best)]
+        fits = len(tickers) == len(cells) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
+        if fits and all(tickers) and not any(map(_is_number, tickers)) and all(
+                _n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
+                for ticker in set(tickers)):  # not so a row of units
+            table.tickers, table.first = ["", *tickers], max(at, k) + 1
+            below = _split("".join(lines[table.first:table.first + 1]), best)
+            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
+            break
     if any(table.tickers) and table.fields[0] in ("price", "ticker"):
         table.fields[0] = ""  # what yfinance calls its column of dates
     return table
 
 
-def _find_tickers(table, filled):
-    """Of a header in two rows the one with symbols: above or below the one with fields, as yfinance writes both."""
-    rows, at = [_split(line, table.delimiter) for line in table.head], table.first - 1
-    for k in filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]:
-        has_symbols = len(rows[k]) == len(table.fields) and _fold(rows[k][0]) in ("", "ticker", "price", "symbol")
-        tickers = ["", *(cell.strip() for cell in rows[k][1:])]
-        whole = has_symbols and all(_n_known(itertools.compress(table.fields, [t == ticker for t in tickers])) >= 4
-                                    for ticker in set(tickers[1:]))  # not so a row of units
-        if whole and all(cell and not _is_number(cell) for cell in tickers[1:]):
-            table.tickers = tickers
-            table.first = max(at, k) + 1
-            below = rows[table.first] if table.first < len(rows) else []
-            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
-            return
-
-
-def _without_header(path, text, head, filled):
+def _without_header(path, lines, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
     for delimiter in ",;\t| ":
-        first = filled[0]
-        if len(filled) > 1 and _split(head[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:  # pandas numbers columns
-            first = filled[1]
-        cells = [cell.strip() for cell in _split(head[first], delimiter)]
-        named = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
-        at = len(named)
-        stamp = named + (["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"])
-        rest = cells[len(stamp):]
-        fields = BINANCE if len(cells) == 12 else stamp + [*PRICES, "volume", ""][:len(rest)]
-        points = rest if delimiter == "," else [cell.replace(",", ".") for cell in rest]
-        numbers = len(rest) >= 5 and all(map(_is_number, points))
+        numbered = len(filled) > 1 and _split(lines[filled[0]], delimiter)[:5] == ["0", "1", "2", "3", "4"]  # by pandas
+        first = filled[numbered]
+        cells = [cell.strip() for cell in _split(lines[first], delimiter)]
+        fields = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
+        at = len(fields)
+        fields += ["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"]
+        rest = [cell if delimiter == "," else cell.replace(",", ".") for cell in cells[len(fields):]]
+        fields = BINANCE[:] if len(cells) == 12 else fields + [*PRICES, "volume", ""][:len(rest)]
+        numbers = len(rest) >= 5 and all(map(_is_number, rest))
         if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
-            tickers = [""] * len(fields)
-            return Table(path, text, head, delimiter, first, list(fields), list(fields), tickers, has_header=False)
-    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {head[filled[0]][:60]!r}; {FIRST_LINE}")
+            return Table(path, lines, delimiter, first, fields[:], fields, [""] * len(fields), has_header=False)
+    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
 def _columns(table, ticker):
     """{column: its index} of one symbol; UserError if a price is missing, or a name is there twice."""
-    fields = [f if t == ticker else None for f, t in zip(table.fields, table.tickers)]
+    own = [i for i, t in enumerate(table.tickers) if t == ticker]
+    fields = [table.fields[i] for i in own]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        taken = [fields[i] for i in columns.values()]
-        field = next((name for name in HEADERS[column] if name in fields and name not in taken), None)
-        if field is None and column in PRICES:
+        free = [name for name in HEADERS[column] if name in fields and own[fields.index(name)] not in columns.values()]
+        if not free and column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
                             f"give that name to the one it is")
-        if fields.count(field) > 1 and field:
-            raise UserError(f"{table.path}:{table.first}: two columns {field!r} in the header; keep one of them")
-        if field:
-            columns[column] = fields.index(field)
-    if "volume" not in columns and "volumemoney" in fields:
-        columns["volume"] = columns.pop("amount")
+        if free and fields.count(free[0]) > 1:
+            raise UserError(f"{table.path}:{table.first}: two columns {free[0]!r} in the header; keep one of them")
+        if free:
+            columns[column] = own[fields.index(free[0])]
     return columns
 
 
@@ -1155,33 +1032,22 @@ def _is_number(text):
 # -- columns -> numbers
 
 def _cells(table, numbers, texts):
-    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text."""
+    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text.
+
+    Without blanks, comments, notes at the end, and headers again where files were put one behind the other.
+    """
     kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
-    file = table.path if table.text is None else io.StringIO(table.text)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of no rows
-            got = np.loadtxt(file, skiprows=table.first, dtype=kinds, comments=None, delimiter=table.delimiter,
-                             quotechar='"', ndmin=1, encoding="utf-8")
-        if not any("\n" in "".join(got[str(i)]) for i in texts):  # else a quote that was not closed
+    lines = table.lines[table.first:]
+    with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
+        warnings.simplefilter("error")  # of no rows
+        got = np.loadtxt(lines, kinds, comments=None, delimiter=table.delimiter, quotechar='"', ndmin=1)
+        if len(got) == sum(map(bool, lines)):  # else a quote that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
-    except (ValueError, OSError, UserWarning):
-        pass  # holes, faults, numbers with commas: row by row
-    gc.disable()  # it would scan millions of small lists, again and again, for nothing
+    rows, table.line_of, reasons, n_columns, price = [], [], {}, len(table.names), min(numbers)
+    reader = csv.reader(lines, delimiter=table.delimiter, skipinitialspace=True)
     try:
-        rows, reasons = _rows(table, min(numbers))
-    finally:
-        gc.enable()
-    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
-
-
-def _rows(table, price):
-    """(the cells of each row, {row: why it is bad}), without blanks, comments and notes. price: a column of numbers."""
-    rows, line_of, reasons, n_columns = [], [], {}, len(table.names)
-    reader = csv.reader(table.lines[table.first:], delimiter=table.delimiter, skipinitialspace=True)
-    try:
-        for line, row in enumerate(reader, table.first + 1):
-            if table.first + reader.line_num > line:
+        for line, row in enumerate(reader, 1):
+            if reader.line_num > line:
                 raise csv.Error("a quote is opened and not closed")
             if len(row) == n_columns + 1 and not row[-1]:
                 row.pop()  # a comma behind the last cell
@@ -1189,25 +1055,21 @@ def _rows(table, price):
                 row.append("")  # or behind the last name
             fits = len(row) == n_columns
             if not (fits and row[price][:1].isdecimal()):
-                if _is_note(row, n_columns) or (fits and _fold(row[price]) == table.fields[price]):
-                    continue  # or the header again: files were put one behind the other
+                filled = [cell for cell in row if cell.strip()]
+                alone = len(filled) == 1 and not fits and not _is_number(filled[0])
+                if not filled or alone or filled[0].startswith(("#", "//")):
+                    continue
+                if fits and _fold(row[price]) == table.fields[price]:
+                    continue
                 if not fits:
                     reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
                     row = [""] * n_columns
             rows.append(row)
-            line_of.append(line)
+            table.line_of.append(table.first + line)
     except csv.Error as e:
-        line = line_of[-1] + 1 if line_of else table.first + 1
-        raise UserError(f"{table.path}:{line}: not a CSV row ({e}); mend or remove it")
-    table.line_of = np.array(line_of, np.int64)
-    return rows, reasons
-
-
-def _is_note(row, n_columns):
-    """A row that is blank, a comment, or a single text, as at the end of an export."""
-    filled = [cell for cell in row if cell.strip()]
-    alone = len(filled) == 1 and len(row) != n_columns and not _is_number(filled[0])
-    return not filled or alone or filled[0].startswith(("#", "//"))
+        line = table.line_of[-1] if table.line_of else table.first
+        raise UserError(f"{table.path}:{line + 1}: not a CSV row ({e}); mend or remove it")
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
 NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
@@ -1226,7 +1088,7 @@ def _numbers(table, cells, reasons):
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
     with contextlib.suppress(ValueError):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
-    plain = {i: APOSTROPHE.sub("", "\0".join(column).lower().translate(NOISE)).split("\0") for i, column in cells.items()}
+    plain = {i: APOSTROPHE.sub("", "\0".join(c).lower().translate(NOISE)).split("\0") for i, c in cells.items()}
     distinct = {c for column in plain.values() for c in column}
     votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
     by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
@@ -1257,10 +1119,10 @@ DATES = {  # order -> formats, with - for whatever stands between
     "year-month-day": ("%Y-%m-%d", "%Y%m%d", "%Y-%m", "%Y-%b-%d", "%y-%m-%d"),
     "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d%b%Y", "%d-%m-%y", "%d-%b-%y"),
     "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
-DIGITS = (  # numbers that spell a date: name, format of the day, digits of the clock behind it
-    ("YYYYMM", "%Y%m", 0), ("YYMMDD", "%y%m%d", 0), ("YYYYMMDD", "%Y%m%d", 0), ("YYYYMMDDHH", "%Y%m%d", 2),
-    ("YYMMDDHHMM", "%y%m%d", 4), ("YYYYMMDDHHMM", "%Y%m%d", 4), ("YYYYMMDDHHMMSS", "%Y%m%d", 6),
-    ("YYYYMMDDHHMMSSmmm", "%Y%m%d", 9))
+DIGITS = {  # numbers that spell a date -> format of the day, digits of the clock behind it
+    "YYYYMM": ("%Y%m", 0), "YYMMDD": ("%y%m%d", 0), "YYYYMMDD": ("%Y%m%d", 0), "YYYYMMDDHH": ("%Y%m%d", 2),
+    "YYMMDDHHMM": ("%y%m%d", 4), "YYYYMMDDHHMM": ("%Y%m%d", 4), "YYYYMMDDHHMMSS": ("%Y%m%d", 6),
+    "YYYYMMDDHHMMSSmmm": ("%Y%m%d", 9)}
 
 
 def parse_time(text):
@@ -1272,32 +1134,34 @@ def parse_time(text):
 
 
 def _dates(cells):
-    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells, float64 or texts."""
-    if isinstance(cells, np.ndarray) and cells.dtype == np.float64:
-        return _dates_of_numbers(cells)
-    texts = np.array([cell.strip(" '=\"") for cell in cells])  # '13/01 and ="13/01" are texts to a spreadsheet
-    texts, which = np.unique(texts, return_inverse=True)
+    """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells.
+
+    A text is a day, a clock and a zone; each day is read once, in the order that fits most of them.
+    """
+    with contextlib.suppress(ValueError):
+        return _dates_of_numbers(np.array(cells, np.float64))
+    texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)  # '1/1 and ="1/1" are texts
     if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
-    else:
-        seconds, why = _dates_of_texts(texts.tolist())
-    return seconds[which], why
-
-
-def _dates_of_texts(texts):
-    """As `_dates`. A text is a day, a clock and a zone; each day is read once, in the order that fits most of them."""
-    found = [STAMP.fullmatch(text) for text in texts]
-    dates, clocks, zones = ([match[part] or "" if match else "" for match in found] for part in ("date", "clock", "zone"))
-    days, which = np.unique(dates, return_inverse=True)
-    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan: 109 is 2020
+        return seconds[which], why
+    if texts[0][:1].isdecimal() and texts[-1][:1].isdecimal():  # and so all between
+        with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
+            warnings.simplefilter("error")  # of zones
+            seconds = texts.astype("datetime64[s]").astype(np.float64)  # plain ISO, in no time
+            if (np.abs(seconds) < 200 * YEAR).all():
+                return seconds[which], ""
+    found = [STAMP.fullmatch(text) for text in texts.tolist()]
+    dates, clocks, zones = zip(*[match.groups("") if match else ("", "", "") for match in found])
+    days, day_of = np.unique(dates, return_inverse=True)
+    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan's
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
-    seconds = seconds[which] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
+    seconds = seconds[day_of] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
         seconds[rows] -= _ahead(zone, seconds[rows])
-    return seconds, why
+    return seconds[which], why
 
 
 def _day(text, formats):
@@ -1312,7 +1176,7 @@ def _day(text, formats):
 
 def _clock(cells):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
-    texts, which = np.unique(np.array([cell.strip().removesuffix(".0") for cell in cells]), return_inverse=True)
+    texts, which = np.unique([cell.strip().removesuffix(".0") for cell in cells], return_inverse=True)
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
         numbers = sorted((value, len(text)) for value, text in zip(values, texts) if np.isfinite(value))
@@ -1355,8 +1219,8 @@ def _ahead(zone, seconds):
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
     sample = values[::max(1, len(values) // 50)]
-    likely = [form for form in DIGITS if np.isfinite(_spelled(sample, *form[1:])).mean() > 0.5]
-    readings = {name: _spelled(values, *form) for name, *form in likely}
+    readings = {name: _spelled(values, *form) for name, form in DIGITS.items()
+                if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
     epoch = _epoch(values)
     if len(np.unique(sample)) < 3 and np.isfinite(epoch).all():
         readings.pop("YYMMDDHHMM", None)  # as one or two epochs may by chance, three don't
@@ -1380,19 +1244,20 @@ def _spelled(values, form, n_clock):
 def _epoch(values):
     """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
-    sample = np.sort(sample[sample < 1e19])
-    if len(sample) and 1e12 < sample[0] < 1e13 and 1e15 < sample[-1] < 1e16:
+    sample = sample[sample < 1e19]
+    if not len(sample):
+        return values * np.nan
+    if 1e12 < sample.min() < 1e13 and 1e15 < sample.max() < 1e16:
         values, sample = (np.where(x >= 1e15, x / 1e3, x) for x in (values, sample))
-    size = np.sort(sample)[int(0.95 * (len(sample) - 1))] if len(sample) else 0.0  # not the largest, which may be mistyped
+    size = np.quantile(sample, 0.95, method="lower")  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
     is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
-    is_1970 = unit == 1 and len(sample) and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
+    is_1970 = unit == 1 and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
     if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
-        unit = np.nan
+        return values * np.nan
     seconds = np.floor(values / unit)
-    seconds[(seconds >= now) | (seconds <= -200 * YEAR)] = np.nan
-    return seconds
+    return np.where((seconds < now) & (seconds > -200 * YEAR), seconds, np.nan)
 
 
 def _told_apart(readings, prefer=None):
@@ -1413,25 +1278,23 @@ def _told_apart(readings, prefer=None):
 def _times(table, cells, named, clocks):
     """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
 
-    Dates without a clock take it from one of the columns `clocks`. UserError if there are no dates.
+    Dates without a clock take it from one of the columns `clocks`.
     """
-    best, most, at, why = None, 0, None, ""
+    most, why = 0, ""
     for i in named:
         seconds, reason = _dates(cells[i])
         good = np.isfinite(seconds)
+        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
         if good.mean() < 0.5:
             if not why or "may be" in reason:
-                why = f"{table.names[i] or 'time'} {''.join(table.row[i:i + 1])!r} is no date"
-                why += f": {reason}" if reason else ""
-            continue
-        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
-        if distinct > most:
+                cell = next(filter(None, cells[i]), "")
+                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
+        elif distinct > most:
             best, most, at = seconds, distinct, i
-    if best is None:
+    if not most:
         raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    clocks = [i for i in clocks if i != at]
-    if clocks and (best[np.isfinite(best)] % DAY == 0).all():
-        found = (_clock(cells[i]) for i in clocks)
+    if (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks if i != at)
         best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
     zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
     return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
@@ -1446,27 +1309,24 @@ def _read_csv(path, symbol):
     numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
     words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
     free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
-    named = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    named, clocks = ([i for name in HEADERS[c] for i in free if table.fields[i] == name] for c in ("time", "clock"))
     named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
-    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
     if not named:
         raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
 
-    stamps = {*named, *clocks}
-    epochs = stamps if len(stamps) == 1 and table.row[min(stamps):] and _is_number(table.row[min(stamps)]) else set()
-    cells, reasons = _cells(table, numbers | epochs, (words | stamps) - epochs)
-    if not len(cells[named[0]]):
-        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; there is no bar to read: check the columns")
+    cells, reasons = _cells(table, numbers, words | {*named, *clocks})
+    if len(reasons) == len(cells[named[0]]):
+        line, why = (table.line(0), reasons[0]) if reasons else (table.first + 1, "no rows after the header")
+        raise (UserError if reasons else _NoBars)(f"{path}:{line}: {why}; there is no bar to read: check the columns")
     time, at = _times(table, cells, named, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
     for row in np.flatnonzero(np.isnan(time)).tolist():
         if not all(np.isnan(values[columns[c]][row]) for columns in parts.values() for c in PRICES):
-            reasons.setdefault(row, f"{table.names[at] or 'time'} {str(cells[at][row])!r} is no date")
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
     series = []
     for ticker, columns in parts.items():
-        ohlcva = np.empty((6, len(time)))
-        for k, c in enumerate(COLUMNS):
-            ohlcva[k] = values[columns[c]] if c in columns else np.nan
+        nothing = np.full(len(time), np.nan)
+        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])
         _check_columns(table, columns, cells, ohlcva)
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
         series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
@@ -1479,37 +1339,37 @@ def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
     path, names = table.path, table.names
     _, high, low, close, volume, amount = ohlcva
-    intervals = sorted({printable(cell.strip()) for cell in cells[columns["interval"]]}) if "interval" in columns else []
+    intervals = sorted({printable(cell.strip()) for cell in cells.get(columns.get("interval"), ())})
     if len(intervals) > 1:
         raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
                         f"{names[columns['interval']]!r}; keep one of them a file")
-    if not table.has_header and len(names) != len(BINANCE) and ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9:
+    like_price = ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9
+    if like_price and not table.has_header and len(names) != len(BINANCE):
         raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
                         f"{FIRST_LINE}")
     if "amount" in columns:
-        some = slice(None, None, max(1, len(amount) // 1000))
-        base = volume[some] * close[some] if "volume" in columns else np.ones(len(amount[some]))
-        traded = (amount[some] > 0) & (base > 0)
-        ratio = np.median(amount[some][traded] / base[traded]) if traded.any() else 1
-        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, thousands of money, contracts of 1000
+        base = volume * close if "volume" in columns else np.ones(len(amount))
+        traded = (amount > 0) & (base > 0)
+        ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
+        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, money in thousands
             amount[:] = np.nan
             table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
-    others = [name for i, name in enumerate(names) if name.strip() and table.fields[i] not in KNOWN]
-    if "volume" not in columns and others:
-        table.say(f"no volume is read, for none of {', '.join(map(repr, others[:6]))} is known to be one; name it volume")
+    if "volume" not in columns:
+        known = {name for names in HEADERS.values() for name in names}
+        others = [repr(name) for name, field in zip(names, table.fields) if name.strip() and field not in known]
+        if others:
+            table.say(f"no volume is read, for none of {', '.join(others[:6])} is known to be one; name it volume")
 
 
 def _symbol_of_rows(table, columns, cells, time, reasons):
     """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
     symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
     distinct, which = np.unique(symbols, return_inverse=True)
-    if table.fields[columns["symbol"]] in ("code", "name") and len(np.unique(time)) == len(time):
-        if np.count_nonzero(np.diff(which)) > len(time) // 2:  # it changes from row to row, and no two share a time
-            return None
-    bad = [k for k, symbol in enumerate(distinct) if not symbol or not symbol.isprintable()]
-    if len(bad) == len(distinct):
+    changes = np.count_nonzero(np.diff(which)) > len(time) // 2 and len(np.unique(time)) == len(time)  # from row to row
+    bad = np.array([not symbol or not symbol.isprintable() for symbol in distinct])
+    if bad.all() or (changes and table.fields[columns["symbol"]] in ("code", "name")):
         return None
-    for row in np.flatnonzero(np.isin(which, bad)).tolist():
+    for row in np.flatnonzero(bad[which]).tolist():
         reasons.setdefault(row, "no symbol, or one with control characters")
     return symbols
 
@@ -1520,10 +1380,9 @@ def _bars(table, symbols, time, ohlcva, reasons):
     code = np.broadcast_to(code, len(time))
     step, same = np.diff(time), code[1:] == code[:-1]
     in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
-    if not in_order:
-        far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
-        for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
-            reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
+    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
+        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
     empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
     empty[list(reasons)] = False
     if empty.all():
@@ -1534,19 +1393,16 @@ def _bars(table, symbols, time, ohlcva, reasons):
     if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
-        time, code, ohlcva = time[row], code[row], ohlcva[:, row]
+    time, code, ohlcva = time[row], code[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
     good = _good(table, row, time, ohlcva, reasons)
-    if not good.all():
-        row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
     last = _latest(table, names, row, time, code, ohlcva)
-    if not last.all():
-        time, code, ohlcva = time[last], code[last], ohlcva[:, last]
+    time, code, ohlcva = time[last], code[last], ohlcva[:, last]
     _look_for_jumps(table, names, time, code, ohlcva[3])
     time, ohlcva = time.astype(np.int64), ohlcva.T
     starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
-    ends = np.append(starts[1:], len(code))
-    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, ends)]
+    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, [*starts[1:], len(code)])]
 
 
 # -- faults
@@ -1554,8 +1410,6 @@ def _bars(table, symbols, time, ohlcva, reasons):
 def _mend(table, ohlcva, code):
     """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before."""
     open_, high, low, close = ohlcva[:4]
-    if ((open_ > 0) & (low <= np.minimum(open_, close)) & (high >= np.maximum(open_, close))).all():
-        return
     lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
     if lacks.any():
         before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
@@ -1570,15 +1424,11 @@ def _faults(time, ohlcva):
     """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
     bottom, top = np.minimum(o, c), np.maximum(o, c)
-    candles = (1e-30 <= l) & (l <= bottom) & (top <= h) & (h <= 1e30)
-    if candles.all() and not ((v < 0) | (a < 0) | (v > 1e30) | (a > 1e30)).any() and not np.isnan(time).any():
-        return  # as in most files
     least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
     yield np.isnan(time), "time is no date"
     yield np.isnan(least), "a price is missing"
-    yield np.isinf(least) | np.isinf(most), "a price is not a finite number"
     yield least <= 0, "a price is zero or negative"
-    yield (least < 1e-30) | (most > 1e30), "a price outside of 1e-30 to 1e30"
+    yield (least < 1e-30) | (most > 1e30), "a price is not a finite number, or outside of 1e-30 to 1e30"
     yield h < l, "high below low"
     yield h < top, "high below open or close"
     yield l > bottom, "low above open or close"
@@ -1590,9 +1440,8 @@ def _good(table, row, time, ohlcva, reasons):
     """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
     bad = np.isin(row, list(reasons))
     for failed, why in _faults(time, ohlcva):
-        if failed.any():
-            reasons |= {k: why for k in row[failed & ~bad].tolist()}
-            bad |= failed
+        reasons |= {k: why for k in row[failed & ~bad].tolist()}
+        bad |= failed
     n_bad = int(bad.sum())
     if n_bad:
         examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
@@ -1606,8 +1455,6 @@ def _good(table, row, time, ohlcva, reasons):
 def _latest(table, names, row, time, code, ohlcva):
     """Which bars are the last of their time and symbol, bool; UserError if that drops many that differ from it."""
     again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
-    if not again.any():
-        return ~again
     unlike = again[:-1] & _differ(ohlcva[:, :-1], ohlcva[:, 1:])
     lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
@@ -1626,14 +1473,13 @@ def _look_for_jumps(table, names, time, code, close):
     """A word on closes that move as splits and mixed-up units do."""
     ratio = close[1:] / close[:-1]
     at = np.flatnonzero(((ratio > SPLIT) | (ratio < 1 / SPLIT)) & (np.diff(code) == 0))
-    if not len(at):
-        return
-    k = int(at[0])
-    factor = max(ratio[k], 1 / ratio[k])
-    back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
-    why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
-    more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-    table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
+    if len(at):
+        k = int(at[0])
+        factor = max(ratio[k], 1 / ratio[k])
+        back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
+        why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
+        more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
+        table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1642,28 +1488,28 @@ def _look_for_jumps(table, names, time, code, close):
 # -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
 
 def write_folder(series, out):
-    """Write an iterable of Bars as a folder that `load` maps into memory; symbols.json comes last, as the seal."""
-    seal, names = os.path.join(out, "symbols.json"), {}
+    """Write Bars as a folder that `load` maps into memory; symbols.json, the seal, comes last. -> (symbols, bars)."""
+    seal, names, n_bars = os.path.join(out, "symbols.json"), {}, 0
     try:
         os.makedirs(out, exist_ok=True)
         with sole_writer(seal):
             if os.path.exists(seal):
                 raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
             for bars in series:
+                n_bars += len(bars)
                 seen = bars.symbol in names
                 stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
                 if seen:  # the symbol goes on in another file
                     bars = _joined([_open_series(stem, bars.symbol), bars])
                 np.save(stem + ".time.npy", bars.time)
                 np.save(stem + ".ohlcva.npy", bars.ohlcva)
+                progress(f"{len(names)} symbols, {n_bars:,} bars")
             with write_atomic(seal, text=True) as f:
                 json.dump(list(names), f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
-
-
-def _open_series(stem, symbol):
-    return Bars(symbol, *(np.load(f"{stem}.{k}.npy", mmap_mode="r") for k in ("time", "ohlcva")))
+    progress("")
+    return len(names), n_bars
 
 
 def _open_folder(folder):
@@ -1671,34 +1517,29 @@ def _open_folder(folder):
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
-            raise ValueError("symbols.json is no list of different names")
-        series = []
-        for i, name in enumerate(names):
-            if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
-                raise ValueError(f"{name!r:.60} is no symbol")
-            series.append(_open_series(os.path.join(folder, f"{i:06d}"), name))
-            _check_series(series[-1])
-        return series
+        is_symbol = lambda name: isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()
+        if not isinstance(names, list) or not names or not all(map(is_symbol, names)) or len(set(names)) < len(names):
+            raise ValueError("symbols.json is no list of different symbols")
+        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
 
 
-def _check_series(bars, piece=1 << 16):
-    """ValueError for arrays that are no bars; reads them once, piece by piece."""
-    time, ohlcva = bars.time, bars.ohlcva
+def _open_series(stem, symbol, piece=1 << 16):
+    """Bars of a folder; ValueError for arrays that are none. Reads them once, piece by piece."""
+    time, ohlcva = (np.load(f"{stem}.{kind}.npy", mmap_mode="r") for kind in ("time", "ohlcva"))
     fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
     if not fits or not len(time):
-        raise ValueError(f"{bars.symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} "
-                         f"do not fit")
+        raise ValueError(f"{symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
-            raise ValueError(f"{bars.symbol}: its times do not rise")
+            raise ValueError(f"{symbol}: its times do not rise")
         for failed, why in _faults(stamps[:piece], np.asarray(ohlcva[i:i + piece]).T):
             if failed.any():
-                raise ValueError(f"{bars.symbol}: bar {i + int(np.argmax(failed))}: {why}")
+                raise ValueError(f"{symbol}: bar {i + int(np.argmax(failed))}: {why}")
+    return Bars(symbol, time, ohlcva)
 
 
 # -- what tells two data sets, or two sets of weights, apart
@@ -1717,8 +1558,7 @@ def fingerprint(series) -> str:
     for bars in series:
         digest.update(bars.symbol.encode("utf-8", "surrogatepass"))  # a file name may hold bytes that are no text
         for i in range(0, len(bars), 1 << 16):
-            digest.update(np.ascontiguousarray(bars.time[i:i + (1 << 16)]).tobytes())
-            digest.update(np.ascontiguousarray(bars.ohlcva[i:i + (1 << 16)]).tobytes())
+            digest.update(bars.time[i:i + (1 << 16)].tobytes() + bars.ohlcva[i:i + (1 << 16)].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1740,23 +1580,22 @@ def write_atomic(path, text=False):
         if stream is not None or (os.path.exists(path) and not os.path.isfile(path)):
             with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
-        else:
-            for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
-                with contextlib.suppress(OSError):
-                    if time.time() - os.path.getmtime(stale) > 3600:
-                        os.unlink(stale)
-            with open(temporary, **how) as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            if os.path.exists(target):
-                with contextlib.suppress(OSError):
-                    os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-            os.replace(temporary, target)
-            with contextlib.suppress(PermissionError):  # Windows, where a folder cannot be flushed
-                folder = os.open(os.path.dirname(target), os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+            return
+        for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
+            with contextlib.suppress(OSError):
+                if time.time() - os.path.getmtime(stale) > 3600:
+                    os.unlink(stale)
+        with open(temporary, **how) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        with contextlib.suppress(OSError):  # of a new file there is no mode to keep
+            os.chmod(temporary, os.stat(target).st_mode & 0o7777)
+        os.replace(temporary, target)
+        with contextlib.suppress(PermissionError):  # Windows, where a folder cannot be flushed
+            folder = os.open(os.path.dirname(target), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BrokenPipeError:
         raise  # who reads our output went away; see run
     except OSError as e:
@@ -1770,13 +1609,10 @@ def write_atomic(path, text=False):
 def _own_stream(path):
     """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # no such path, or a closed stream
             if os.path.samestat(os.stat(path), os.fstat(number)):
                 stream.flush()
                 return number
-        except (OSError, AttributeError):  # no such path, or a closed stream
-            pass
-    return None
 
 
 def save_atomic(obj, path):
@@ -1788,7 +1624,7 @@ def save_atomic(obj, path):
 
 
 def load_safe(path):
-    """torch.load that runs no code (weights_only=True), onto the CPU; UserError for anything but a whole file of ours.
+    """torch.load that runs no code, onto the CPU; UserError for anything but a whole file of ours.
 
     A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
     """
@@ -1809,8 +1645,9 @@ def load_safe(path):
     except OSError as e:
         why = f"cannot be read ({e.strerror})"
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
-        why = "it asks to run code" if "weights_only" in str(e) and "global" in str(e).lower() else "truncated or foreign"
-        why = f"not a checkpoint that can be loaded safely ({e if 'more numbers' in str(e) else why})"
+        hostile = "weights_only" in str(e) and "global" in str(e).lower()
+        why = e if "more numbers" in str(e) else "it asks to run code" if hostile else "truncated or foreign"
+        why = f"not a checkpoint that can be loaded safely ({why})"
     raise UserError(f"{path}: {why}; name a checkpoint, or train one with python pretrain.py")
 
 
@@ -1831,7 +1668,7 @@ def sole_writer(path):
     """
     target, lock = os.path.realpath(path), None
     name = target + ".lock"
-    if fcntl is not None and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
+    if fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
         with contextlib.suppress(OSError):  # where nothing can be written or locked; check_out says so
             lock = open(name, "a")
     while lock:
@@ -1847,7 +1684,7 @@ def sole_writer(path):
     try:
         yield
     finally:
-        if lock is not None:
+        if lock:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             lock.close()
@@ -1855,23 +1692,22 @@ def sole_writer(path):
 
 def check_out(path, overwrite=False, inputs=()):
     """Refuse, before any work, an output that exists, is an input, or could not be written at the end."""
-    folder = os.path.dirname(os.path.realpath(path))
+    folder, exists = os.path.dirname(os.path.realpath(path)), os.path.exists(path)
     if not path or os.path.isdir(path):
         raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
-    if os.path.exists(path) and (_own_stream(path) or not os.path.isfile(path)):
+    if exists and (_own_stream(path) or not os.path.isfile(path)):
         return  # a device, a pipe, our own output: nothing there is replaced
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
     try:
         tempfile.TemporaryFile(dir=folder).close()
-        if os.path.exists(path):
+        if exists:
             open(path, "r+b").close()
     except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
-    for name in inputs:
-        if name and os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path):
-            raise UserError(f"{path}: this run reads it; choose another --out")
-    if os.path.exists(path) and not overwrite:
+    if exists and any(name and os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
+        raise UserError(f"{path}: this run reads it; choose another --out")
+    if exists and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
 
@@ -1943,9 +1779,7 @@ def bf16_gain(rows=4096, n=128, rounds=3):
 
 def peak_memory():
     """The most memory that this process has held, in bytes; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
@@ -1955,7 +1789,7 @@ def check_numbers(config, positive, others):
     """UserError for a number in a training's config that cannot be, or switches that exclude each other."""
     for name in (*positive, *others):
         value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
-        if not math.isfinite(value) or value < 0 or (name in positive and value == 0) or value >= 2**63:
+        if not 0 <= value < 2**63 or (name in positive and value == 0):  # nor is NaN
             raise UserError(f"--{name} {value}: must be a finite number, {least}")
     if config.resume and config.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
@@ -1983,39 +1817,36 @@ def cli(config_class, doc, argv=None) -> dict:
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = ""
     if {"-h", "--help"} & set(sys.argv if argv is None else map(str, argv)):    # it takes a while
-        with contextlib.suppress(OSError, TypeError):   # under a profiler, or typed into a notebook: flags without their help
+        with contextlib.suppress(OSError, TypeError):   # under a profiler, in a notebook: no help
             source = inspect.getsource(config_class)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
-        kind = typing.get_type_hints(config_class)[field.name]
-        if typing.get_origin(kind) is types.UnionType:  # X | None
+        kind, default = field.type, field.default
+        if type(None) in typing.get_args(kind):  # X | None
             kind = typing.get_args(kind)[0]
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
         default = "" if default in (None, NO_DEFAULT) else f" (default {default})"
-        how = dict(help=(comments.get(field.name, "") + default).replace("%", "%%"), default=argparse.SUPPRESS)
+        how = dict(type=kind)
         if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
+            how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is list:
-            how |= dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
+            how = dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
         elif typing.get_origin(kind) is tuple:
-            how |= dict(type=_integers, metavar="N,N")
-        else:
-            how |= dict(type=kind)
-        parser.add_argument(f"--{field.name}", **how)
+            how = dict(type=_integers, metavar="N,N")
+        told = (comments.get(field.name, "") + default).replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=told, default=argparse.SUPPRESS, **how)
     return vars(parser.parse_args(argv))
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, so that it can save and then exit.
-
-    In a thread other than the main one, which gets no signals, the flag is never set.
-    """
+    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, to save and then exit."""
 
     def __init__(self):
         self.signum, self.before = 0, {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():  # Windows has no SIGHUP
-                signum = getattr(signal, name)
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum and threading.current_thread() is threading.main_thread():  # others get no signals
                 self.before[signum] = signal.signal(signum, self._note)
 
     def release(self):
@@ -2030,7 +1861,7 @@ class StopSignal:
 
     @property
     def status(self):
-        return 128 + (self.signum or signal.SIGTERM)  # 143 and 130, as the shell has it; another process may have got it
+        return 128 + (self.signum or signal.SIGTERM)  # 143 and 130, as the shell has it
 
 
 def run(main):
@@ -2046,10 +1877,10 @@ def run(main):
         return
     except UserError as e:
         why = str(e)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output went away, as `| head` does: stop as the shell has it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + getattr(signal, "SIGPIPE", 13))
         why = f"{e.filename or 'output'}: {e.strerror or e}; make room or choose another place"
     except (MemoryError, torch.OutOfMemoryError) as e:
         what = str(e).splitlines()[0][:80] if str(e) else "none left"
@@ -2068,7 +1899,7 @@ class Config:
     data: list[str] | None = None  # CSV files, folders or globs to convert
     synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
     kind: str = "edge"             # synthetic: edge (a wick tells the next direction) or reverting (a deviation decays)
-    signal: float | None = None    # synthetic: edge: best accuracy above one half, 0.1; reverting: strength, 0 to 1, 0.75
+    signal: float | None = None    # synthetic: edge: best accuracy above 0.5, 0.1; reverting: strength, 0 to 1, 0.75
     half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
@@ -2093,19 +1924,8 @@ def main(argv=None):
                                   config.kind, config.half_life)
     else:
         series = read_files(config.data)
-    symbols, n_bars = set(), 0
-
-    def counted():
-        nonlocal n_bars
-        for bars in series:
-            symbols.add(bars.symbol)
-            n_bars += len(bars)
-            progress(f"{len(symbols)} symbols, {n_bars:,} bars")
-            yield bars
-
-    write_folder(counted(), config.out)
-    progress("")
-    print(f"{config.out}: {len(symbols)} symbols, {n_bars:,} bars; use it with --data {config.out}")
+    n_symbols, n_bars = write_folder(series, config.out)
+    print(f"{config.out}: {n_symbols} symbols, {n_bars:,} bars; use it with --data {config.out}")
 
 
 if __name__ == "__main__":
