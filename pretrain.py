@@ -59,7 +59,8 @@ class Config:
     mirror: int = -1                  # 1: also train on the market quoted the other way round, 0: not, -1: with few bars
     balance: bool = False             # draw markets and intervals by the root of their bars, not by their bars
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
-    shift_hours: int = 0              # and by quarters of an hour, at most so many hours: a session is then told by its bars
+    shift_hours: int = 0              # and half of those within the day by hours, at most so many: bars then tell the session
+    sessions: int = 0                 # also train on so many chance parts of the day of what trades around the clock
     n_layer: int = 0                  # layers; 0: by the number of bars
     n_head: int = 0                   # heads, half linear attention, half local; 0: by the number of bars
     n_embd: int = 0                   # width; 0: by the number of bars
@@ -94,7 +95,7 @@ PATIENCE = 4         # reports without a better score that end it
 def check(config):
     positive = ("tok_steps", "clip", "eval_windows", "save_every")
     data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
-                                          "weight_decay", "average", "shift_weeks", "shift_hours", "n_layer", "n_head",
+                                          "weight_decay", "average", "shift_weeks", "shift_hours", "sessions", "n_layer", "n_head",
                                           "n_embd", "eval_every", "seed"))
     if config.block_size == 1:
         raise UserError("--block_size 1: at least 2 bars")
@@ -608,10 +609,10 @@ def training(given):
     del features
     val = data.make_streams(series, tokens, "val", borders, block_size, config.batch_size)
     tiles = data.tiles(val, config.eval_windows)
-    both = list(series)
-    if config.mirror == 1:
-        mirrored = [data.mirrored(bars) for bars in series]
-        both, tokens = both + mirrored, tokens + [data.tokenize(bars, tokenizer) for bars in mirrored]
+    more = [data.mirrored(bars) for bars in series] if config.mirror == 1 else []
+    chance = np.random.default_rng([config.seed, 2])
+    more += [data.part_of_day(bars, chance) for _ in range(config.sessions) for bars in series if data.around_the_clock(bars)]
+    both, tokens = [*series, *more], tokens + [data.tokenize(bars, tokenizer) for bars in more]
     train = data.make_streams(both, tokens, "train", borders, block_size, config.batch_size)
     if config.balance:
         train.weights = data.balanced(both, train)
@@ -678,10 +679,10 @@ def training(given):
         phase = int(chance.integers(model.config.border))
         # symbols of one day move together: a model that can tell the date learns the days by heart
         later = 7 * data.DAY * chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        if config.shift_hours:
-            quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, later.shape)
-            later = later + 900 * quarters
-        when = when + torch.from_numpy(later[rank::world])
+        quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, later.shape)
+        quarters *= chance.random(later.shape) < 0.5
+        within_day = when.diff().median(1, keepdim=True).values < data.DAY
+        when = when + torch.from_numpy(later[rank::world]) + 900 * torch.from_numpy(quarters[rank::world]) * within_day
         drop = None
         if config.dropout:  # of a window the same channels in all bars, so that few numbers are drawn
             shape = (config.n_layer, 2, config.batch_size, 1, config.n_embd)
