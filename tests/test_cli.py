@@ -100,7 +100,8 @@ def until(out, holds):
 def whole(market, tmp_path_factory):
     """Flags of a run with all that takes chance or has a memory (dropout, mirror, averages, patience), and what it ends with unbroken."""
     out = tmp_path_factory.mktemp("whole") / "whole.pt"
-    flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
+    flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1",
+             "--shift_hours", "3"]
     pretrain.main([*flags, "--out", str(out)])
     return flags, data.load_safe(out)
 
@@ -279,7 +280,8 @@ def two_processes(*argv):
 
 def test_stopped_and_resumed_two_processes_end_with_the_weights_of_two_that_never_stopped(market, tmp_path):
     """The signal reaches one of them, and not the one that saves; all that takes chance or has a memory is on."""
-    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
+    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1",
+             "--shift_hours", "3"]
     for run in two_processes("--out", str(tmp_path / "whole.pt"), *flags):
         assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
     out = tmp_path / "a.pt"

@@ -744,8 +744,6 @@ def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
     assert not (tmp_path / "hacked").exists()
 
 
-# ---- the machine it finds
-
 def test_a_part_of_the_day_is_like_a_session():
     """The same few hours of every day; only of what trades in all hours."""
     hourly = data.Bars("A", 1_600_000_000 // 3600 * 3600 + 3600 * np.arange(500), np.ones((500, 6)))
@@ -759,6 +757,8 @@ def test_a_part_of_the_day_is_like_a_session():
         assert len(bars) == sum(stamp // 3600 % 24 in own for stamp in hourly.time)
         assert sum((h + 1) % 24 not in own for h in own) == 1      # hours that follow each other
 
+
+# ---- the machine it finds
 
 def test_auto_takes_bf16_where_it_is_faster(monkeypatch):
     assert data.bf16_gain() > 0
