@@ -679,13 +679,10 @@ def training(given):
         phase = int(chance.integers(model.config.border))
         # symbols of one day move together: a model that can tell the date learns the days by heart
         later = 7 * data.DAY * chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        later = torch.from_numpy(later[rank::world])
-        if config.shift_hours:
-            quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, (config.batch_size, 1))
-            quarters *= chance.random(quarters.shape) < 0.5
-            within_day = when.diff().median(1, keepdim=True).values < data.DAY
-            later = later + 900 * torch.from_numpy(quarters[rank::world]) * within_day
-        when = when + later
+        quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, later.shape)
+        quarters *= chance.random(later.shape) < 0.5
+        within_day = when.diff().median(1, keepdim=True).values < data.DAY
+        when = when + torch.from_numpy(later[rank::world]) + 900 * torch.from_numpy(quarters[rank::world]) * within_day
         drop = None
         if config.dropout:  # of a window the same channels in all bars, so that few numbers are drawn
             shape = (config.n_layer, 2, config.batch_size, 1, config.n_embd)
