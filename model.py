@@ -501,7 +501,7 @@ class State:
     recent: torch.Tensor          # [B, REACH, 2]: range and volume of the last bars, bar p in place p % REACH
     layers: list                  # per layer and kind of attention its state, heads first
     reasoner: dict | None         # see Reasoner
-    ahead: list                   # of the bars to come: rotation, Layer.places, and what Model.clock says
+    ahead: list                   # of the bars to come: pos, rotation, Layer.places, and what Model.clock says
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
@@ -545,6 +545,7 @@ class Model(nn.Module):
 
         decay = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64))
         self.register_buffer("past_decay", decay, persistent=False)
+        self.register_buffer("past_unit", (2 / (1 - decay[:, None])).sqrt(), persistent=False)  # of a mean of moves
         n_seen = n + 2 * len(HALF_LIVES) + 5 + 2 * HARMONICS
         self.candle = mlp(n_seen, C, C)
         self.candle_linear = nn.Linear(n_seen, C, bias=False)   # sums over past moves stay linear
@@ -621,48 +622,51 @@ class Model(nn.Module):
             shift *= 2
         if before is None:
             before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [B, 2, n]
-        e = e + before[..., None] * b[:, None] ** torch.arange(1, T + 1, device=k.device)
-        e = e / growth[:, None, None]
+        fades = b[:, None] if T == 1 else b[:, None] ** torch.arange(1, T + 1, device=k.device)
+        e = (e + before[..., None] * fades) / growth[:, None, None]
         ranges, moves = e.unbind(1)                                             # [B, n, T]
-        moves = moves * (2 / (1 - b)[:, None]).sqrt()                           # brought to about unit size
+        moves = moves * self.past_unit                                          # brought to about unit size
         seen = torch.cat((ranges.log().clamp(-MAX_LOG, MAX_LOG), moves.clamp(-MAX_MOVE, MAX_MOVE)), dim=1)
         return seen.mT.float(), e[..., -1]
 
-    def clock(self, stamps, n):
-        """What the last n of the stamps [B, T] say: waves of the day [B, n, 2 HARMONICS], the sum of the calendar's rows
-        [B, n, C], and days_before."""
+    def clock(self, stamps, pos, size):
+        """What the stamps [B, T] say of the last n bars, at pos [n]: waves of the day [B, n, 2 HARMONICS], the sum of the
+        calendar's rows [B, n, C], and for same_hour places [B, n, DAYS], where bar p is in place p % size, weights
+        [B, n, 2, DAYS] and share [B, n, 1]."""
+        n = len(pos)
         time = stamps[:, -n:]
         gaps = F.pad(stamps, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:].unfold(1, GAPS, 1)      # [B, n, GAPS]
         angle = 2 * math.pi / data.DAY * (time % data.DAY)[..., None] * torch.arange(1, HARMONICS + 1, device=time.device)
         rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, T, 6]
         stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
-        return torch.cat((angle.sin(), angle.cos()), -1), stamp.view(*time.shape, -1), days_before(stamps, n)
+        back = days_before(stamps, n)
+        there = back >= 0
+        lately = there & (torch.arange(DAYS, device=pos.device) < LAST_DAYS)
+        weights = torch.stack((lately, there), dim=2).float()                   # few days are drawn towards 0
+        weights = weights / (1 + weights.sum(-1, keepdim=True))
+        waves = torch.cat((angle.sin(), angle.cos()), -1)
+        place = (pos[:, None] - back) % size
+        return waves, stamp.view(*time.shape, -1), place, weights, there.float().mean(2, keepdim=True)
 
-    def same_hour(self, recent, pos, back):
+    def same_hour(self, recent, place, weights, share):
         """Means of what came after the same time of day: of range and volume over LAST_DAYS and DAYS days, and the share
-        of days that had such a bar: [B, n, 5].
+        of days that had such a bar: [B, n, 5]. recent [B, size, 2]; the others: see clock."""
+        values = recent.gather(1, place.flatten(1)[..., None].expand(-1, -1, 2)).unflatten(1, place.shape[1:])
+        return torch.cat(((weights @ values).flatten(2), share), -1)            # [B, n, 2, DAYS] [B, n, DAYS, 2]
 
-        recent [B, R, 2]: bar p in place p % R; pos: of the n bars; back: see days_before. Few days are drawn towards 0.
-        """
-        there = back >= 0                                                       # [B, n, DAYS]
-        place = ((pos[:, None] - back) % recent.shape[1]).flatten(1)
-        values = recent.gather(1, place[..., None].expand(-1, -1, 2)).unflatten(1, back.shape[1:]) * there[..., None]
-        means = [values[:, :, :d].sum(2) / (1 + there[:, :, :d].sum(2, keepdim=True)) for d in (LAST_DAYS, DAYS)]
-        return torch.cat((*means, there.float().mean(2, keepdim=True)), -1)
-
-    def embedding(self, coarse, fine, waves, stamp, back, state=None):
-        """What the model reads of bars: tokens [B, T] and what clock says -> [B, T, C]; and past means and recent bars
-        after them, as a State has them. state: that of the bars before."""
+    def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
+        """What the model reads of bars: tokens [B, T], pos [T] and what clock says -> [B, T, C]; and past means and recent
+        bars after them, as a State has them. state: that of the bars before."""
         z = self.standardized(coarse, fine)                                     # [B, T, 6]
         close, high, low, volume = self.values(z.double())                      # [B, T]
         k = true_range(high, low)
         means, after = self.past_means(k, close, state and state.means)
         recent = torch.stack((k.log(), volume), dim=-1).clamp(-MAX_LOG, MAX_LOG).float()        # [B, T, 2]
-        pos = torch.arange(coarse.shape[1], device=coarse.device)
         if state:
-            pos = pos + state.pos
             recent = state.recent.index_copy_(1, pos % REACH, recent)
-        seen = torch.cat((z, means, self.same_hour(recent, pos, back), waves), -1)
+        with torch.autocast(z.device.type, enabled=False):
+            hour = self.same_hour(recent, *hour)
+        seen = torch.cat((z, means, hour, waves), -1)
         x = self.candle(seen) + self.candle_linear(seen)
         return norm(x + stamp.to(x.dtype)), after, recent
 
@@ -672,9 +676,10 @@ class Model(nn.Module):
         phase: borders lie where (p + phase) % border == 0. keep: a dict that collects what step needs. slots are None
         without reasoner, or above depth. drop: see forward.
         """
-        x, means, recent = self.embedding(coarse, fine, *self.clock(time, time.shape[1]))
+        pos = torch.arange(time.shape[1], device=time.device)
+        x, means, recent = self.embedding(coarse, fine, pos, *self.clock(time, pos, len(pos)))
         slots = None
-        rot = self.rotation(torch.arange(x.shape[1], device=x.device), x.dtype)
+        rot = self.rotation(pos, x.dtype)
         layers, reasoner = None, None
         if keep is not None:
             layers, reasoner = [], {}
@@ -846,8 +851,8 @@ class Model(nn.Module):
         with torch.no_grad():
             if not state.ahead:
                 self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
-            rot, places, clock = state.ahead.pop(0)
-            x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], *clock, state)       # [B, 1, C]
+            pos, rot, places, clock = state.ahead.pop(0)
+            x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], pos, *clock, state=state)    # [B, 1, C]
             x = x.to(state.parts[0].up.weight.dtype)
             for n, states in enumerate(state.layers):
                 if n == self.mid and self.reasoner:
@@ -863,8 +868,8 @@ class Model(nn.Module):
         stamps = torch.cat((state.stamps, time), dim=1)
         pos = torch.arange(state.pos, state.pos + n, device=time.device)
         rots = zip(*(a.split(1, dim=-2) for a in self.rotation(pos, state.parts[0].up.weight.dtype)))
-        clocks = zip(*(a.split(1, dim=1) for a in self.clock(stamps, n)))
-        state.ahead = list(zip(rots, self.layers[0].places(pos), clocks))
+        clocks = zip(*(a.split(1, dim=1) for a in self.clock(stamps, pos, REACH)))
+        state.ahead = list(zip(pos.split(1), rots, self.layers[0].places(pos), clocks))
         state.stamps = stamps[:, -REACH:]
 
     def reach_border(self, state):

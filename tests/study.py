@@ -57,8 +57,8 @@ class Tables(Model):
     def make_code_vectors(self):
         return tuple(self.heads)
 
-    def embedding(self, coarse, fine, waves, stamp, back, state=None):
-        _, *after = super().embedding(coarse, fine, waves, stamp, back, state)
+    def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
+        _, *after = super().embedding(coarse, fine, pos, waves, stamp, *hour, state=state)
         x = self.rows(coarse) + self.rows(fine + len(self.D1)) + stamp
         return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x), *after
 
@@ -66,13 +66,13 @@ class Tables(Model):
 class Blind(Model):
     """Does not see the columns `hidden` of what a bar shows: means of ranges, of moves, of the same hour, waves of the day."""
 
-    def embedding(self, coarse, fine, waves, stamp, back, state=None):
+    def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
         if "waves" in self.hidden:
             waves = torch.zeros_like(waves)
-        return super().embedding(coarse, fine, waves, stamp, back, state)
+        return super().embedding(coarse, fine, pos, waves, stamp, *hour, state=state)
 
-    def same_hour(self, recent, pos, back):
-        return super().same_hour(recent, pos, back) * ("hour" not in self.hidden)
+    def same_hour(self, recent, *hour):
+        return super().same_hour(recent, *hour) * ("hour" not in self.hidden)
 
     def past_means(self, k, move, before=None):
         means, after = super().past_means(k, move, before)

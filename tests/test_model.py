@@ -304,8 +304,8 @@ def test_gradients_of_a_logit_stay_behind_it():
     embedded = []
     embedding = model.embedding
 
-    def kept(*args):
-        x, *rest = embedding(*args)
+    def kept(*args, **kw):
+        x, *rest = embedding(*args, **kw)
         embedded.append(x.retain_grad() or x)
         return x, *rest
     model.embedding = kept
@@ -461,7 +461,7 @@ def test_past_means_are_those_of_the_bars_themselves():
             want = [*np.log(ranges[:-1] / ranges[-1]), *(moves / ranges[-1] * np.sqrt(2 / (1 - decays)))[:-1]]
             assert got[0, t].tolist() == pytest.approx(want, abs=1e-4), t
     s = data.features(series)[1]
-    assert ranges[-1] == pytest.approx(s.s / s.s_w, rel=1e-9)
+    assert ranges[-1] == pytest.approx(float(s.scales()[0]), rel=1e-9)
 
 
 def test_past_means_go_on_where_they_stopped():
@@ -484,7 +484,7 @@ def test_same_hour_means_what_followed_it_on_the_days_before():
     days = np.arange(60)[:, None] * data.DAY + np.arange(15, 29) * 1800             # 14 bars a day
     time = torch.from_numpy(np.stack([np.sort(rng.choice(days.ravel(), 700, replace=False)) for _ in range(2)]))
     values = torch.from_numpy(rng.standard_normal((2, 700, 2)).astype(np.float32))
-    got = model.same_hour(values, torch.arange(700), M.days_before(time, 700))
+    got = model.same_hour(values, *model.clock(time, torch.arange(700), 700)[2:])
     for b in range(2):
         place = {stamp: t for t, stamp in enumerate(time[b].tolist())}
         for t in range(0, 700, 9):
