@@ -366,7 +366,7 @@ def test_a_mirrored_market_rises_as_often_as_it_falls(tmp_path, call):
         status, _, err = call("pretrain", "--data", path, *TINY, "--steps", 1, "--mirror", mirror, "--out", tmp_path / f"{mirror}.pt")
         assert status == 0, err
         model = load_checkpoint(str(tmp_path / f"{mirror}.pt"))[0]
-        up[mirror] = model.coarse_share.exp() @ model.up_mask.float()
+        up[mirror] = model.coarse_share.softmax(-1) @ model.up_mask.float()
     assert up[0] > 0.7 and up[1] == pytest.approx(0.5, abs=0.01)
 
 
