@@ -288,6 +288,7 @@ BUDGETS = ((10_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_siz
            (math.inf, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0, mirror=0)))
 RATES = dict(lr=0.02, adam_lr=3e-3)
 TUNING = dict(lr=0.002, adam_lr=3e-4, dropout=0.1, mirror=0)    # in place of both, where weights come along
+TUNING_GAIN = 0.4    # over sqrt(bars of val): as a share of the score, what the best of ten reports may gain by chance
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
 
 
@@ -671,8 +672,10 @@ def training(given):
             f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{scores['lean']:>6.2f}"
             f"{clock.left(run.step)!s:>8}", flush=True)
 
-    if base:    # weights that come along are kept where no update makes them better
+    if base:    # weights that come along are kept where no update makes them clearly better
         report_on([], None)
+        n_val = sum(max(0, last - first) for first, last in spans["val"])
+        run.best_val *= 1 - min(0.1, TUNING_GAIN / math.sqrt(max(1, n_val)))
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
@@ -754,7 +757,11 @@ def load_optimizer(optimizer, entry, path):
 
 def tell_result(config, run, model, val, best_da, seconds):
     """The best weights beside the unigram: the frequencies of the codes in training, which a model must beat."""
-    row = min((m for m in run.metrics if "score" in m), key=lambda m: m["score"])
+    rows = [m for m in run.metrics if "score" in m]
+    row = min(rows, key=lambda m: m["score"])
+    if row["score"] > run.best_val:     # no update was clearly better than the weights of --init_from
+        row = rows[0]
+        print(f"no update is clearly better on val than {config.init_from}: its weights are kept")
     marks = []
     for column, log_share in enumerate((model.coarse_share, model.fine_share)):
         tokens = np.concatenate([t[first:max(first, last), column] for t, (first, last) in zip(val.tokens, val.targets)])

@@ -319,10 +319,23 @@ def test_weights_that_come_along_are_kept_where_no_update_makes_them_better(mark
     status, out, err = call("pretrain", "--data", market, "--init_from", checkpoint, "--steps", 2, "--lr", 9, "--adam_lr", 9,
                             "--batch_size", 2, "--block_size", 48, "--eval_every", 1, "--out", tmp_path / "b.pt")
     assert status == 0 and "best weights of step 0" in out, err
+    assert "its weights are kept" in out
     kept, _, _ = load_checkpoint(str(tmp_path / "b.pt"))
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters()))
     status, _, err = call("sample", "--ckpt", tmp_path / "b.pt", "--paths", 5, "--horizon", 2, "--plot_loss", tmp_path / "l.svg")
     assert status == 0 and "nan" not in (tmp_path / "l.svg").read_text(), err
+
+
+@pytest.mark.parametrize("gain, kept", [(0.0, False), (1e6, True)])
+def test_tuned_weights_must_be_clearly_better_on_val(checkpoint, market, tmp_path, call, monkeypatch, gain, kept):
+    """Gains below what the best of ten reports has by chance, of the number of val bars, leave the weights as they came."""
+    monkeypatch.setattr(pretrain, "TUNING_GAIN", gain)
+    status, out, err = call("pretrain", "--data", market, "--init_from", checkpoint, "--steps", 12, "--eval_every", 4, "--batch_size", 8,
+                            "--block_size", 48, "--lr", 0.01, "--adam_lr", 1e-3, "--warmup", 2, "--out", tmp_path / "a.pt")
+    assert status == 0 and ("its weights are kept" in out) == kept, out + err
+    found = load_checkpoint(str(tmp_path / "a.pt"))[0].state_dict()
+    base = load_checkpoint(checkpoint)[0].state_dict()
+    assert all(torch.equal(found[k], base[k]) for k in base if k != "lean") == kept
 
 
 def test_val_among_the_bars_that_the_base_was_trained_on_is_refused_or_marked_for_good(market, tmp_path, checkpoint, call):
