@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from tokenizer import Tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CHUNK = 64          # bars in a chunk of linear attention: about as much work within chunks as on states
 GROUP = 32          # chunks whose states are made in one product
 EPS = 1e-6          # of the RMS norm
