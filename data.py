@@ -1592,7 +1592,7 @@ def write_atomic(path, text=False):
             with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
             return
-        for stale in glob.glob(glob.escape(target) + ".*-*.tmp"):  # of runs that were killed an hour and more ago
+        for stale in temporaries(target):  # of runs that were killed an hour and more ago
             with contextlib.suppress(OSError):
                 if time.time() - os.path.getmtime(stale) > 3600:
                     os.unlink(stale)
@@ -1671,6 +1671,11 @@ def _tensors_in(obj):
             yield from _tensors_in(part)
 
 
+def temporaries(target):
+    """The files that writers of `target` have begun and not renamed."""
+    return glob.glob(glob.escape(target) + ".*-*.tmp")
+
+
 @contextlib.contextmanager
 def sole_writer(path):
     """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
@@ -1690,6 +1695,9 @@ def sole_writer(path):
         except OSError:
             break  # a disk without locks
         if os.path.exists(name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
+            for stale in temporaries(target):  # of a writer that was killed: there is no other now
+                with contextlib.suppress(OSError):
+                    os.unlink(stale)
             break
         lock = open(name, "a")  # the one before was removed by its holder, which has just ended
     try:

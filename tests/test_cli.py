@@ -120,13 +120,21 @@ def test_g6_ended_by_a_signal_and_resumed_a_run_ends_with_the_same_weights(whole
     assert signum == signal.SIGKILL or "saved in" in said and not err
     assert 5 <= data.load_safe(out)["step"] < 30 and os.path.exists(f"{out}.lock") == (signum == signal.SIGKILL)
     assert call("pretrain", *flags, "--out", out, "--resume")[0] == 0  # a lock that nobody holds is in nobody's way
-    left = [name for name in os.listdir(tmp_path) if not name.endswith(".tmp")]     # of a kill in the middle of a save
-    assert left == ["a.pt"]
+    assert os.listdir(tmp_path) == ["a.pt"]     # nor what a kill in the middle of a save left
     got = data.load_safe(out)
     for name in ("model", "best", "average"):
         assert same(got[name], want[name]), name
     assert [row["score"] for row in got["metrics"][1:]] == [row["score"] for row in want["metrics"][1:]]
     assert got["since_best"] == want["since_best"] and got["best_val"] == want["best_val"]
+
+
+def test_the_only_writer_clears_what_a_killed_one_left(tmp_path):
+    """Temporary files of the same output, however young; those of other files stay."""
+    left, other = tmp_path / "a.pt.1-2.tmp", tmp_path / "b.pt.1-2.tmp"
+    for path in (left, other):
+        path.write_text("x")
+    with data.sole_writer(str(tmp_path / "a.pt")):
+        assert not left.exists() and other.exists()
 
 
 def test_of_two_runs_on_one_file_the_later_is_refused_and_the_first_is_whole(whole, checkpoint, tmp_path, call):

@@ -566,7 +566,8 @@ def edits(folder):
         for k, raw in enumerate((b"", path.read_bytes()[:40], path.read_bytes()[:200], bytes(500), b"no array")):
             yield f"{kind} cut {k}", lambda path=path, raw=raw: path.write_bytes(raw)
         yield f"{kind} gone", path.unlink
-        for spoiled in (array[:50], array[:0], 0 * array, -array, array * np.nan, array.reshape(-1, 1), array[None], np.float64(3),
+        backwards = [array[::-1]] if kind == "time" else []
+        for spoiled in (*backwards, array[:50], array[:0], 0 * array, -array, array * np.nan, array.reshape(-1, 1), array[None], np.float64(3),
                         *map(array.astype, (np.float32, object, str, ">f8", complex, np.complex64))):
             yield f"{kind} {spoiled.dtype} {spoiled.shape}", lambda path=path, spoiled=spoiled: np.save(path, spoiled, allow_pickle=True)
     times = np.load(folder / "000001.time.npy")

@@ -47,12 +47,17 @@ def make(seed=0, **options):
     return model
 
 
-def bars(B, T, seed=0):
-    """Random tokens, and stamps with gaps of half an hour to a day, so that a time of day comes again."""
+def bars(B, T, seed=0, least=60, doublings=12):
+    """Random tokens, and stamps with gaps of `least` seconds, doubled up to so many times: of a minute to some days."""
     g = torch.Generator().manual_seed(seed)
     coarse, fine = (torch.randint(0, 2**BITS[name], (B, T), generator=g) for name in ("coarse_bits", "fine_bits"))
-    gap = 1800 * 2 ** torch.randint(0, 6, (B, T), generator=g)
+    gap = least * 2 ** torch.randint(0, doublings, (B, T), generator=g)
     return coarse, fine, 1_500_000_000 + gap.cumsum(1)
+
+
+def mixed_bars(T):
+    """Two rows, one of them with half hours and their multiples between bars, so that a time of day comes again."""
+    return [torch.cat(pair) for pair in zip(bars(1, T), bars(1, T, least=1800, doublings=6))]
 
 
 def close(a, b, tolerance):
@@ -344,7 +349,7 @@ def prefilled(model, rows, start, phase):
 @pytest.mark.parametrize("name", MIXES)
 def test_recurrence_is_the_parallel_form_over_a_long_context(name):
     """G4: from a prefill on, every step's logits are the parallel forward's, across many borders."""
-    model, rows = make(**MIXES[name]), bars(1, 2100)
+    model, rows = make(**MIXES[name]), mixed_bars(2100)
     with torch.inference_mode():
         want = model(*rows, phase=11)[0]
         got = model.coarse_logits(step_through(model, rows, 1800, prefilled(model, rows, 1800, 11)))
@@ -355,7 +360,7 @@ def test_recurrence_is_the_parallel_form_over_a_long_context(name):
 @pytest.mark.parametrize("name", MIXES)
 @pytest.mark.parametrize("start, phase", [(1, 0), (1, 31), (2, 30), (20, 12), (31, 0), (32, 0), (33, 0), (64, 7), (140, 31), (200, 0)])
 def test_recurrence_from_any_start_and_phase(name, start, phase):
-    model, rows = make(**MIXES[name]), bars(3, start + 70)
+    model, rows = make(**MIXES[name]), mixed_bars(start + 70)
     with torch.inference_mode():
         want, want_fine, _ = model(*rows, phase=phase)
         h = step_through(model, rows, start, prefilled(model, rows, start, phase))

@@ -404,11 +404,11 @@ def test_codes_come_near_k_means(bars):
 
     left = lloyd(z)
     k_means = (left.square().mean().item(), lloyd(left).square().mean().item())
-    scores = report(train_tokenizer(bars, dict(coarse_bits=7, fine_bits=7), steps=700, batch_size=256), bars)
+    scores = report(train_tokenizer(bars, dict(coarse_bits=7, fine_bits=7), steps=700, batch_size=1024), bars)
     assert scores["coarse_error"] < 1.15 * k_means[0] and scores["full_error"] < 1.1 * k_means[1]
-    assert min(scores["coarse_used"], scores["fine_used"]) > 0.98
+    assert scores["coarse_used"] == scores["fine_used"] == 1.0
     assert scores["coarse_perplexity"] > 70 and scores["fine_perplexity"] > 90
-    assert scores["coarse_bit_entropy"] > 0.8 and scores["fine_bit_entropy"] > 0.9
+    assert scores["coarse_bit_entropy"] > 0.85 and scores["fine_bit_entropy"] > 0.9
 
 
 @pytest.mark.parametrize("bits", [(5, 5), (5, 12), (12, 5)])
