@@ -196,7 +196,7 @@ class LinearAttention(nn.Module):
         self.register_buffer("per_bar", torch.exp(-slope)[:, None, None, None], persistent=False)
 
     def forward(self, q, k, v):
-        """q, k, v [H, B, T, D] -> o and, in float32, the state S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H, B, D, D].
+        """q, k, v [H, B, T, D] -> o and, in float32, the state S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H B, D, D].
 
         q comes divided by sqrt(D). Why chunks. Cut the bars into chunks n of L bars, let i and j count within a chunk, and
         split the sum into the bars of the own chunk and all those before it:
@@ -226,16 +226,16 @@ class LinearAttention(nn.Module):
         before = torch.cat(before, dim=2).unflatten(-1, (D, D))                 # S_{n-1} for each chunk n
         Q = q * decay(m, i + 1).to(dtype).view(per_bar)
         o = (A @ v).add_(Q @ before)                                            # [H, B, N, L, D]
-        return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H, B, D, D)
+        return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H * B, D, D)
 
     def places(self, pos):
         """What step needs of bars at pos [n] besides: nothing, n times."""
         return [None] * len(pos)
 
     def step(self, q, k, v, S, place):
-        """One bar more: q, k, v [H, B, 1, D]; S [H, B, D, D] is updated in place."""
-        S.mul_(self.per_bar).addcmul_(k.mT, v)
-        return norm(q @ S)
+        """One bar more: q, k, v [H B, 1, D]; S [H B, D, D] is updated in place."""
+        S.unflatten(0, (len(self.slope), -1)).mul_(self.per_bar)
+        return norm(torch.bmm(q, S.addcmul_(k.mT, v)))
 
 
 class LocalAttention(nn.Module):
@@ -250,14 +250,16 @@ class LocalAttention(nn.Module):
         self.register_buffer("slope", slope, persistent=False)
 
     def forward(self, q, k, v):
-        """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, bar p in place p % window.
+        """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, 2 of [H B, W, D].
+
+        Bar p is in place p % W of the ring.
 
         q comes divided by sqrt(D). In blocks of `window` bars: a block's queries need the keys of their own block and of
         the one before it.
         """
         T = q.shape[2]
         w, back = min(self.window, T), int(T > self.window)
-        ring = self.ring(k, v)
+        ring = [self.ring(a.flatten(0, 1)) for a in (k, v)]
         if T % w:
             q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
         N = q.shape[2] // w
@@ -269,12 +271,11 @@ class LocalAttention(nn.Module):
         o = softmax_attention(q.unflatten(2, (N, w)), spans(k, w, back), spans(v, w, back), bias[:, None].to(q.dtype))
         return o.flatten(2, 3)[:, :, :T], ring
 
-    def ring(self, k, v):
-        W, T = self.window, k.shape[2]
-        kv = torch.stack((k[:, :, -W:], v[:, :, -W:])).float()                  # [2, H, B, <= W, D]
+    def ring(self, a):
+        W, T = self.window, a.shape[1]
         if T <= W:
-            return F.pad(kv, (0, 0, 0, W - T))
-        return kv.roll(T % W, dims=3)   # the first is bar T - W, whose place is T % W
+            return F.pad(a.float(), (0, 0, 0, W - T))
+        return a[:, -W:].float().roll(T % W, dims=1)    # the first is bar T - W, whose place is T % W
 
     def places(self, pos):
         """Of bars at pos [n]: place in the ring [1], and the bias of all places [H, 1, 1, W], n of each."""
@@ -284,11 +285,11 @@ class LocalAttention(nn.Module):
         return list(zip(place, bias.masked_fill((age > pos[:, None])[:, None, None, None], -math.inf)))
 
     def step(self, q, k, v, ring, place):
-        """One bar more: q, k, v [H, B, 1, D]; ring [2, H, B, W, D] is updated in place; place: see places."""
+        """One bar more: q, k, v [H B, 1, D]; the ring is updated in place; place: see places."""
         (at, bias), (keys, values) = place, ring
-        keys.index_copy_(2, at, k)
-        values.index_copy_(2, at, v)
-        return softmax_attention(q, keys, values, bias)
+        score = torch.bmm(q, keys.index_copy_(1, at, k).mT)                     # [H B, 1, W]
+        score.unflatten(0, (len(bias), -1)).add_(bias)
+        return torch.bmm(score.softmax(-1), values.index_copy_(1, at, v))
 
 
 class Layer(nn.Module):
@@ -331,10 +332,17 @@ class Layer(nn.Module):
         return list(zip(*(kind.places(pos) for kind in self.kinds)))
 
     def step(self, x, rot, places, states):
-        """x [B, 1, C] -> [B, 1, C]: one bar more; updates the states, which are float32, in place."""
-        q, k, v = (a.float().split(self.shares) for a in self.queries(x, rot))  # per kind [H, B, 1, D]
+        """x [B, C] -> [B, C]: one bar more; updates the states, which are float32, in place.
+
+        In steps heads and rows are one axis, [H B, ...]: a batched product of three axes costs least around it.
+        """
+        B = len(x)
+        qkv = heads_first(self.qkv(norm(x)).float(), 3, self.H)                 # [3, H, B, D]
+        qk, v = qkv.view(3, self.H * B, 1, -1).split((2, 1))
+        shares = [B * n for n in self.shares]
+        q, k, v = (a.split(shares) for a in (*rotate(qk, rot).unbind(), v[0]))  # per kind [H B, 1, D]
         outs = [kind.step(*a) for kind, *a in zip(self.kinds, q, k, v, states, places)]
-        x = x + self.out(heads_last(torch.cat(outs)).to(x.dtype))
+        x = x + self.out(heads_last(torch.cat(outs).view(self.H, B, -1)).to(x.dtype))
         return x + self.down(F.silu(self.up(norm(x))))
 
 
@@ -416,33 +424,41 @@ class Reasoner(nn.Module):
             keep.update(self.begin(grid[:, end:], k, v, end, slots))
         return x, slots
 
-    # ---- the same bar by bar. Its state: pending [B, border, C], the bars since the last border; past [2, H, B, span,
-    # D], keys and values of the bars before; slots [2, H, B, 1, 16, D], what bars read of the last border, or None
+    # ---- the same bar by bar. Its state, float32: pending [B, border, C], the bars since the last border; past, 2 of
+    # [H B, span, D], keys and values of the bars before; slots, 2 of [H B, 16, D], what bars read of the last border, or none
 
     def begin(self, pending, k, v, end, slots):
         """The state after a forward pass."""
         span = self.config.span
-        k, v = (F.pad(a, (0, 0, span, 0))[:, :, end:end + span] for a in (k, v))
-        kv = torch.stack(self.keys_values(slots[:, -1:])).float() if slots.shape[1] else None
-        return dict(pending=pending.float().clone(), past=torch.stack((k, v)).float(), slots=kv)
+        past = [F.pad(a, (0, 0, span, 0))[:, :, end:end + span].flatten(0, 1).float() for a in (k, v)]
+        state = dict(pending=pending.float().clone(), past=past, slots=[])
+        if slots.shape[1]:
+            state.update(slots=self.in_rows(self.keys_values(slots[:, -1:])))
+        return state
+
+    def in_rows(self, kv):
+        """2 of [H, B, 1, n, D] -> 2 of [H B, n, D], float32."""
+        return [a.flatten(0, 2).float() for a in kv]
 
     def step(self, x, place, state):
-        """One bar x [B, 1, C], `place` bars after its border."""
-        state["pending"][:, place] = x[:, 0]
-        if state["slots"] is None:
+        """One bar x [B, C], `place` bars after its border."""
+        state["pending"][:, place] = x
+        if not state["slots"]:
             return x
-        return x + self.read(x[:, None], state["slots"], self.offset[place:place + 1])[:, 0]
+        q, = self.heads(self.scale * (self.read_q(norm(x)) + self.offset[place].to(x.dtype)))       # [H, B, D]
+        o = softmax_attention(q.float().view(self.H * len(x), 1, -1), *state["slots"])
+        return x + self.gate.to(x.dtype) * self.read_out(heads_last(o.view_as(q)).to(x.dtype))
 
     def border_step(self, n_bars, state):
         """Before a bar at a border: the bars since the last one become keys and values, and the slots are made anew.
 
         So paths that begin there share them. n_bars: how many bars there were.
         """
-        k, v = self.heads(self.look_kv(norm(state["pending"])))                 # [H, B, border, D]
-        past = torch.cat((state["past"][:, :, :, self.config.border:], torch.stack((k, v)).float()), dim=3)
-        count = torch.tensor([n_bars], device=past.device)
-        slots = self.think(past[0, :, :, None].to(k.dtype), past[1, :, :, None].to(k.dtype), count)
-        state.update(past=past, slots=torch.stack(self.keys_values(slots)).float())
+        more = self.heads(self.look_kv(norm(state["pending"])))                 # 2 of [H, B, border, D]
+        past = [torch.cat((a[:, self.config.border:], b.flatten(0, 1).float()), 1) for a, b in zip(state["past"], more)]
+        k, v = (a.view(self.H, -1, 1, *a.shape[1:]).to(more[0].dtype) for a in past)
+        slots = self.think(k, v, torch.tensor([n_bars], device=k.device))
+        state.update(past=past, slots=self.in_rows(self.keys_values(slots)))
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -499,24 +515,19 @@ class State:
     stamps: torch.Tensor          # int64 [B, REACH]: of the last bars whose clock was read; NO_BAR before the first
     means: torch.Tensor           # float64 [B, 2, len(HALF_LIVES)]: see Model.past_means
     recent: torch.Tensor          # [B, REACH, 2]: range and volume of the last bars, bar p in place p % REACH
-    layers: list                  # per layer and kind of attention its state, heads first
-    reasoner: dict | None         # see Reasoner
+    layers: list                  # per layer and kind of attention its state, [H B, ...]
+    reasoner: dict                # see Reasoner; empty without one
     ahead: list                   # of the bars to come: pos, rotation, Layer.places, and what Model.clock says
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
-        def rows(a, dim):
-            return None if a is None else a.repeat_interleave(n, dim=dim)
+        def rows(a):
+            if isinstance(a, dict):
+                return {name: rows(part) for name, part in a.items()}
+            return a.repeat_interleave(n, dim=0) if torch.is_tensor(a) else [rows(part) for part in a]
 
-        # [H, B, D, D] of linear attention, [2, H, B, W, D] of a ring
-        layers = [[rows(a, a.dim() - 3) for a in states] for states in self.layers]
-        reasoner = self.reasoner
-        if reasoner:
-            reasoner = dict(pending=rows(reasoner["pending"], 0), past=rows(reasoner["past"], 2),
-                            slots=rows(reasoner["slots"], 2))
-        kept = {name: rows(getattr(self, name), 0) for name in ("h", "stamps", "means", "recent")}
-        ahead = [(*fixed, [rows(a, 0) for a in clock]) for *fixed, clock in self.ahead]
-        return replace(self, layers=layers, reasoner=reasoner, ahead=ahead, **kept)
+        kept = {name: rows(getattr(self, name)) for name in ("h", "stamps", "means", "recent", "layers", "reasoner")}
+        return replace(self, ahead=[(*fixed, rows(clock)) for *fixed, clock in self.ahead], **kept)
 
 
 class Model(nn.Module):
@@ -821,9 +832,8 @@ class Model(nn.Module):
         """The State after coarse, fine, time int64 [B, T], from which step goes on."""
         keep = {}
         x, _ = self.trunk(coarse, fine, time, phase, keep)
-        reasoner = keep.pop("reasoner") or None
         state = State(pos=coarse.shape[1], phase=phase, parts=self.parts_for_steps(x.dtype), h=norm(x[:, -1]).float(),
-                      reasoner=reasoner, ahead=[], **keep)
+                      ahead=[], **keep)
         self.reach_border(state)
         return state
 
@@ -853,12 +863,12 @@ class Model(nn.Module):
                 self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
             pos, rot, places, clock = state.ahead.pop(0)
             x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], pos, *clock, state=state)    # [B, 1, C]
-            x = x.to(state.parts[0].up.weight.dtype)
+            x = x[:, 0].to(state.parts[0].up.weight.dtype)
             for n, states in enumerate(state.layers):
                 if n == self.mid and self.reasoner:
                     x = state.parts[-1].step(x, (state.pos + state.phase) % self.config.border, state.reasoner)
                 x = state.parts[n].step(x, rot, places, states)
-            state.h, state.pos = norm(x[:, 0].float()), state.pos + 1
+            state.h, state.pos = norm(x.float()), state.pos + 1
             self.reach_border(state)
         return state.h, state
 
@@ -867,7 +877,7 @@ class Model(nn.Module):
         n = time.shape[1]
         stamps = torch.cat((state.stamps, time), dim=1)
         pos = torch.arange(state.pos, state.pos + n, device=time.device)
-        rots = zip(*(a.split(1, dim=-2) for a in self.rotation(pos, state.parts[0].up.weight.dtype)))
+        rots = zip(*(a[:, 0].split(1, dim=-2) for a in self.rotation(pos, torch.float32)))          # 2 of [2, 1, 1, D]
         clocks = zip(*(a.split(1, dim=1) for a in self.clock(stamps, pos, REACH)))
         state.ahead = list(zip(pos.split(1), rots, self.layers[0].places(pos), clocks))
         state.stamps = stamps[:, -REACH:]

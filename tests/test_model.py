@@ -110,6 +110,15 @@ def naive_rotate(x):
     return torch.cat((z.real, z.imag), dim=-1)
 
 
+def one_bar(q, k, v, t):
+    """Bar t of each [H, B, T, D], as a step takes it: [H B, 1, D]."""
+    return (a[:, :, [t]].flatten(0, 1) for a in (q, k, v))
+
+
+def tensors_in(a):
+    return [a] if torch.is_tensor(a) else sum(map(tensors_in, a), [])
+
+
 def normed(x):
     return F.rms_norm(x, x.shape[-1:], eps=M.EPS)
 
@@ -127,10 +136,10 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     o, S = heads(q, k, v)
     close(o, normed(want), 1e-4)
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
-    close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()), 1e-5)
+    close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()).flatten(0, 1), 1e-5)
     state = torch.zeros_like(S)
-    steps = [heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], state, None) for t in range(T)]
-    close(torch.cat(steps, dim=2), normed(want), 1e-4)
+    steps = [heads.step(*one_bar(q, k, v, t), state, None) for t in range(T)]
+    close(torch.cat(steps, dim=1), normed(want).flatten(0, 1), 1e-4)
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         q, k, v = half(T)
@@ -157,9 +166,9 @@ def test_local_attention_is_softmax_with_a_band_mask(T, window):
         want, q = naive_local(q, k, v, window, slope), q / 4
         close(heads(q, k, v)[0], want, 1e-5)
         n, places = T // 2, heads.places(torch.arange(T))
-        ring = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 3, 2, window, 16)
+        ring = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 6, window, 16)
         for t in range(n, T):
-            close(heads.step(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]], ring, places[t]), want[:, :, [t]], 1e-5)
+            close(heads.step(*one_bar(q, k, v, t), ring, places[t]), want[:, :, t].flatten(0, 1)[:, None], 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             q, k, v = half(T)
             close_half(heads(q / 4, k, v)[0], naive_local(q, k, v, window, slope))
@@ -403,7 +412,7 @@ def test_recurrence_in_half_precision(name, start):
         with torch.autocast("cpu", torch.bfloat16):
             state = prefilled(model, rows, start, 0)
         h = step_through(model, rows, start, state)
-        tensors = [state.h, *sum(state.layers, []), *(state.reasoner or {}).values()]
+        tensors = tensors_in([state.h, state.layers, *state.reasoner.values()])
         assert all(a.dtype == torch.float32 for a in tensors) and h.dtype == torch.float32
         error = (model.coarse_logits(h) - want[:, start - 1:]).square().mean().sqrt() / want.std()
     assert error < 0.05, error
