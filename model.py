@@ -713,21 +713,28 @@ class Model(nn.Module):
     # ---- what it says
 
     def code_vectors(self):
-        """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; kept where none learns."""
+        """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; and the moves of the coarse
+        ones and their squares [V1, 2], see move_moments. Kept where none learns."""
         if torch.is_grad_enabled() or self.g.is_inference():    # a tensor of inference mode has no version
             self.codes = None                                   # an update may follow, and a fused one raises no version
-            return self.make_code_vectors()
+            return *self.make_code_vectors(), self.moves()
         kind = self.g.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.g.dtype
-        key = dtype, [(w.data_ptr(), w._version) for w in (*self.code_weights, self.D1, self.M, self.g)]
+        parts = *self.code_weights, self.D1, self.M, self.g, self.mean, self.std
+        key = dtype, [(w.data_ptr(), w._version) for w in parts]
         if self.codes is None or self.codes[0] != key:
             with torch.autocast(kind, enabled=False):       # the same for callers in any precision
-                self.codes = key, [a.to(dtype) for a in self.make_code_vectors()]
+                self.codes = key, [*(a.to(dtype) for a in self.make_code_vectors()), self.moves()]
         return self.codes[1]
 
     def make_code_vectors(self):
         given = torch.cat((self.D1, self.M.flatten(1)), 1)
         return centred(self.coarse_head(self.D1)), self.fine_given(given), centred(self.fine_head(self.g))
+
+    def moves(self):
+        """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded, and its square: [2^k1, 2]."""
+        move = self.values(self.D1)[0].clamp(-MAX_MOVE, MAX_MOVE)
+        return torch.stack((move, move**2), dim=1)
 
     def coarse_logits(self, h):
         """h [..., C] -> [..., 2^k1].
@@ -742,21 +749,16 @@ class Model(nn.Module):
         mean, variance = self.move_moments(logits)
         base, _ = self.move_moments(self.coarse_share)
         tilt = (self.lean - 1) * (mean - base) / variance
-        return logits + tilt[..., None] * self.move_of_codes()
-
-    def move_of_codes(self):
-        """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded: [2^k1]."""
-        return self.values(self.D1)[0].clamp(-MAX_MOVE, MAX_MOVE)
+        return torch.addcmul(logits.float(), tilt[..., None], self.code_vectors()[3][:, 0])
 
     def move_moments(self, logits):
-        """Mean and variance [...] of the move under coarse logits [..., 2^k1]."""
-        p, move = logits.float().softmax(-1), self.move_of_codes()
-        mean = p @ move
-        return mean, (p @ move**2 - mean**2).clamp(min=1e-6)
+        """Mean and variance [...] of the next move, log(C_t / C_{t-1}) / s_t, under coarse logits [..., 2^k1]."""
+        mean, square = (logits.float().softmax(-1) @ self.code_vectors()[3]).unbind(-1)
+        return mean, (square - mean**2).clamp(min=1e-6)
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
-        _, given, vectors = self.code_vectors()
+        _, given, vectors, _ = self.code_vectors()
         mixed = F.silu(self.fine_mix(h) + given[coarse])
         return F.linear(mixed, vectors, self.fine_share)
 

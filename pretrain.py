@@ -489,7 +489,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2])]
         found.append((h[is_target.to(device)], *kept))
     base, _ = model.move_moments(model.coarse_share)
-    known = [(model.move_moments(model.coarse_logits(h))[0] - base, model.move_of_codes()[coarse] - base, stamp)
+    known = [(model.move_moments(model.coarse_logits(h))[0] - base, model.moves()[coarse, 0] - base, stamp)
              for h, coarse, _, _, stamp in found]
     known = [torch.cat(column) for column in zip(*known)] or [torch.zeros(0, device=device)] * 3
     if world > 1:
