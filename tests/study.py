@@ -85,6 +85,15 @@ def blind(*hidden):
     return type("Blind", (Blind,), dict(hidden=hidden))
 
 
+class AdamWAlone(pretrain.Optimizer):
+    """AdamW for all weights; --lr is its rate for the matrices that are Muon's by default."""
+
+    def __init__(self, model, lr, adam_lr, weight_decay):
+        super().__init__(model, lr, adam_lr, weight_decay)
+        matrices = self.parts[0].param_groups[0]["params"]
+        self.parts = torch.optim.AdamW(matrices, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True), self.parts[1]
+
+
 # name: class of the model, its settings beside the default ones, flags of pretrain.py
 VARIANTS = {
     "default": (Model, {}, []),
@@ -102,6 +111,8 @@ VARIANTS = {
     "no averaged weights": (Model, {}, ["--average=0"]),
     "no dropout": (Model, {}, ["--dropout=0"]),
     "other market too": (Model, {}, ["--mirror=1"]),
+    "AdamW alone, 0.003": (Model, {}, ["--lr=0.003"]),
+    "AdamW alone, 0.01": (Model, {}, ["--lr=0.01"]),
 }
 FIGURES = (("coarse", "coarse, nats", 4), ("fine", "fine, nats", 4), ("close", "CRPS close", 4), ("range", "range", 4),
            ("volume", "volume", 4), ("right", "right calls %", 2))
@@ -166,12 +177,14 @@ def train_variant(args, name, seed, path):
     first = os.path.join(args.out, "default-0.pt")
     if os.path.exists(first):
         flags = [*flags, "--tokenizer", first]
+    optimizer = pretrain.Optimizer
     pretrain.Model = lambda config: kind(dataclasses.replace(config, **settings))
+    pretrain.Optimizer = AdamWAlone if name.startswith("AdamW") else optimizer
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             pretrain.main(["--data", *args.data, "--out", path, f"--seed={seed}", *flags, *args.flags])
     finally:
-        pretrain.Model = Model
+        pretrain.Model, pretrain.Optimizer = Model, optimizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
