@@ -1,25 +1,22 @@
-"""Stage 3: better paths, by the score that they are judged by, or by walks on the model's own bars.
+"""Stage 3: learn on the model's own bars, with the truth as guide and target: rollouts.
 
     python rollout.py --ckpt out.pt --out rollout.pt                    # on the bars that out.pt was trained on
-    python rollout.py --ckpt out.pt --target true --out rollout.pt      # walks, with the truth as their guide
-    python rollout.py --ckpt out.pt --out rollout.pt --resume           # go on after a kill, to the same weights bit for bit
+    python rollout.py --ckpt out.pt --target chosen --out rollout.pt    # the walks themselves as targets
+    python rollout.py --ckpt out.pt --out rollout.pt --resume           # go on after a kill, to the same weights, bit for bit
 
-A path forecast adds up what the model expects of bar after bar: a small drift in much noise. Next-token training weighs
-every code alike, however near it is to what came. The targets:
+In pretraining every bar of the context is real; in a forecast all but the first step follow the model's own bars. So here
+the model walks on from the end of a window: at each step it draws K candidates, and the one whose return is nearest to
+that of the true bar goes on (Ross, Gordon and Bagnell, arXiv 1011.0686: learn under the own states from the expert's
+actions). The targets:
 
-    score    loss = score CRPS(close) + pretraining's loss, of the real bars. The CRPS of the next close in units of s_t, a
-             proper score (Gneiting and Raftery, JASA 2007), is exact from P(coarse): nothing is drawn
-    true     the published rollout. In pretraining every bar of the context is real; in a forecast all but the first step
-             follow the model's own bars. So here the model walks on from the end of a window: at each step K candidates,
-             and the one whose return is nearest to that of the true bar goes on. It enters the context alone, the
-             targets are the true tokens (Ross, Gordon and Bagnell, arXiv 1011.0686: learn under the own states from
-             the expert's actions).  loss = walk mean_k w_k CE(true bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
-    chosen   the same walk, whose own tokens are the targets
+    true     the true tokens; the walk enters the context alone
+    chosen   the tokens of the walk
+
+    loss = walk mean_k w_k CE(target of bar k) + kl mean_k KL_k(pi || base) + pretraining's loss,   w_k = 1 + 0.75 k / (H - 1)
 
 The truth only picks which of the model's own candidates becomes the next bar of the context; no true value enters it, and
-a forecast needs no guide. On a mean-reverting market `score` won a little more than plain updates, not surely, and both
-walks made the paths worse (`tests/study.py stages`). Kept are the weights with the best path CRPS on val, if it is surely
-(95 %) better than the base's; else the base.
+a forecast needs no guide. Kept are the weights with the best path CRPS on val, if it is surely (95 %) better than the
+base's; else the base.
 """
 import math
 import time
@@ -33,7 +30,7 @@ import data
 from data import UserError
 from expo import begin
 from model import kl, load_checkpoint, mean_nats, norm, save_checkpoint
-from pretrain import Clock, Optimizer, Run, candle_values, crps, load_optimizer, precision, rate, resumed, stop_here
+from pretrain import Clock, Optimizer, Run, load_optimizer, precision, rate, resumed, stop_here
 
 
 @dataclass
@@ -43,8 +40,7 @@ class Config:
     out: str = "rollout.pt"           # checkpoint to write
     resume: bool = False              # go on from --out
     overwrite: bool = False           # replace an existing --out
-    target: str = "score"             # score, true or chosen
-    score: float = 20.0               # weight of the CRPS (target score)
+    target: str = "true"              # true or chosen
     horizon: int = 10                 # bars of a path on val and test; a walk has 3, 6, then all of them
     candidates: int = 8               # K: candidates at each step of a walk
     temperature: float = 1.5          # of the candidates
@@ -80,31 +76,14 @@ ORIGINS = 1000       # of paths on test, about
 
 def check(config):
     positive = ("horizon", "candidates", "temperature", "steps", "batch_size", "lr", "adam_lr", "clip", "paths", "save_every")
-    data.check_numbers(config, positive, ("score", "walk", "kl", "block_size", "warmup", "weight_decay", "shift_weeks",
+    data.check_numbers(config, positive, ("walk", "kl", "block_size", "warmup", "weight_decay", "shift_weeks",
                                           "eval_every", "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
-    if config.target not in ("score", "true", "chosen"):
-        raise UserError(f"--target {config.target}: choose score, true or chosen")
+    if config.target not in ("true", "chosen"):
+        raise UserError(f"--target {config.target}: choose true or chosen")
     if config.paths < 2:
         raise UserError(f"--paths {config.paths}: at least 2")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The score
-
-def score_loss(model, batch, phase, config):
-    """Pretraining's loss plus `score` times the CRPS of the next close, in units of s_t; and both apart, as floats.
-
-    batch: coarse, fine, time, target_coarse, target_fine, as data.get_batch gives.
-    """
-    coarse, fine, when, *target = batch
-    coarse_logits, _, plain = model(coarse, fine, when, tuple(target), phase)
-    counts = target[0] >= 0
-    came = candle_values(model, target[0][counts], target[1][counts])[:, 0]                         # [N]
-    closes = candle_values(model, torch.arange(len(model.D1), device=came.device))[:, 0]            # [2^k1]
-    missed = crps(coarse_logits[counts].float().softmax(-1), closes, came).mean()
-    return plain + config.score * missed, dict(loss=missed.item(), plain=plain.item(), kl=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,8 +193,8 @@ def training(given):
 
     # ---- the base and its bars, the model in training
     began = time.time()
-    walks, longest = config.target != "score", config.horizon
-    room = longest - 1 if walks else 0
+    longest = config.horizon
+    room = longest - 1
     base, model, tokenizer, meta, series, train, reports = begin(config, entry, device, room)
     # until some weights qualify, the base's are those that forecasts use
     run = Run.of(entry) if entry else Run(best=base.state_dict(), metrics=reports)
@@ -247,21 +226,16 @@ def training(given):
         later = torch.from_numpy(weeks * 7 * data.DAY)
         windows = data.draw_windows(train, config.seed, run.step)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
-        if walks:
-            horizon = min(longest, (3, 6, longest)[3 * run.step // config.steps])  # short walks first
-            origins = origins_of(train, series, *windows, horizon, longest).moved(later, device)
-            uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
-            with torch.no_grad(), autocast():
-                state = model.prefill(*origins.context[:3], phase)
-            walk = guided_walk(model, tokenizer, state, origins, torch.from_numpy(uniform).to(device), config.temperature)
-            target = origins.tokens if config.target == "true" else walk
-            with autocast():
-                loss, shown = walk_loss(model, base, origins, walk, target, phase, config)
-        else:
-            coarse, fine, when, target = data.gather(train, *windows)
-            batch = [a.to(device) for a in (coarse, fine, when + later, *target)]
-            with autocast():
-                loss, shown = score_loss(model, batch, phase, config)
+        horizon = min(longest, (3, 6, longest)[3 * run.step // config.steps])   # short walks first
+        origins = origins_of(train, series, *windows, horizon, longest).moved(later, device)
+        uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
+        with torch.no_grad(), autocast():
+            state = model.prefill(*origins.context[:3], phase)
+        uniform = torch.from_numpy(uniform).to(device)
+        walk = guided_walk(model, tokenizer, state, origins, uniform, config.temperature)
+        target = origins.tokens if config.target == "true" else walk
+        with autocast():
+            loss, shown = walk_loss(model, base, origins, walk, target, phase, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
         seen.append(shown)

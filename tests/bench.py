@@ -222,6 +222,10 @@ def tokenizer(args):
         tokens = net.encode(test)
         decodes = [(net.decode(*read)[:, has] - mean) / std for read in (tokens[:1], tokens)]
         row(name, seconds, decodes, tokens)
+    coarse = net.encode(train)[0]
+    some = coarse[torch.randperm(len(coarse), generator=generator)[:len(test)]]
+    print(f"\nthe last one, coarse codes in use: {len(coarse.unique()) / 1024:.1%} on all {len(coarse):,} training bars, "
+          f"{len(some.unique()) / 1024:.1%} on {len(some):,} of them")
     speed = [len(test) / best_of(3, f) for f in (lambda: net.encode(test), lambda: net.decode(*tokens))]
     print(f"\nencode {speed[0]:,.0f} bars/s, decode {speed[1]:,.0f} bars/s")
 
@@ -486,7 +490,7 @@ def tuning(args):
         n = args.steps or 20
         _, plain = trained(pretrain, base, "--data", os.path.join(folder, "bars"), *SIZES, f"--steps={n}", f"--eval_every={n}")
         print(f"{'pretrain.py':40}{plain:>8.2f} s an update")
-        for script, *how in ((expo, "--pairs=set"), (expo, "--pairs=drawn"), (rollout, "--target=score"), (rollout, "--target=chosen")):
+        for script, *how in ((expo, "--pairs=set"), (expo, "--pairs=drawn"), (rollout, "--target=true"), (rollout, "--target=chosen")):
             took = trained(script, out, "--ckpt", base, "--overwrite", "--no-backtest", f"--steps={n}", f"--eval_every={n}", *how)[1]
             print(f"{script.__name__ + '.py ' + how[0]:40}{took:>8.2f}{took / plain:>8.1f} times pretrain.py")
 

@@ -4,6 +4,7 @@
     python tests/study.py tokenizer --data bars.csv.gz  # 8 to 12 bits a level, through the whole pipeline
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
+    python tests/study.py room --data bars.csv.gz       # what knowing the volatility to come would win ten bars ahead
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
@@ -397,18 +398,17 @@ def plot_codes(path, curves, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # Later stages: what each, in each of its forms and orders, is worth beside as many plain next-token updates
 
-PLAIN = ["--target=score", "--score=0"]  # of rollout.py: next-token training is left
+PLAIN = ["--walk=0", "--kl=0"]  # of rollout.py: next-token training is left
 ARMS = {    # name: (script, the arm it starts from, flags)
     "plain updates": ("rollout", "base", PLAIN),
     "expo, set": ("expo", "base", []),
     "expo, set, lam 0.6": ("expo", "base", ["--lam=0.6"]),
     "expo, drawn": ("expo", "base", ["--pairs=drawn"]),
-    "rollout, score": ("rollout", "base", []),
-    "rollout, true": ("rollout", "base", ["--target=true"]),
+    "rollout, true": ("rollout", "base", []),
     "rollout, chosen": ("rollout", "base", ["--target=chosen"]),
     "rollout, one candidate": ("rollout", "base", ["--target=chosen", "--candidates=1", "--temperature=1"]),
     "expo, then rollout": ("rollout", "expo, set", []),
-    "rollout, then expo": ("expo", "rollout, score", []),
+    "rollout, then expo": ("expo", "rollout, true", []),
 }
 HORIZON = 10
 
@@ -760,7 +760,39 @@ def few_study(argv):
     print_means(rows)
 
 
-SECTIONS = {"null": null_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
+# ----------------------------------------------------------------------------------------------------------------------
+# How much of the error ten bars ahead is left to whoever knows the volatility to come
+
+def room_study(argv):
+    """CRPS of HAR's paths at bar 10, their width put right in hindsight, as a ratio to that of HAR as it is."""
+    parser = argparse.ArgumentParser(prog="study.py room")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--val_start")
+    parser.add_argument("--test_start")
+    parser.add_argument("--split", default="test", choices=("val", "test"))
+    parser.add_argument("--origins", type=int, default=3000, help="about")
+    parser.add_argument("--paths", type=int, default=100)
+    args = parser.parse_args(argv)
+    series = data.load(args.data)
+    borders = data.split_borders(series, args.val_start, args.test_start)
+    t = backtest.some_targets(series, args.split, borders, HORIZON, args.origins)
+    random = np.random.default_rng(0)
+    moves = [backtest.volatility_paths(har, at, args.paths, HORIZON, random) for har, at in zip(t.volatility, t.origins)]
+    r, came = np.concatenate(moves).sum(-1), t.path_r[:, -1]            # [n, paths], [n]
+    factors = np.exp(np.linspace(-0.7, 0.7, 29))
+    crps = np.stack([backtest.judge_draws(f * r, came)["crps"] for f in factors])       # [factors, n]
+    as_it_is = crps[len(factors) // 2].mean()
+    width = r.std(1)
+    groups = {"one factor for all": np.zeros(len(r)),
+              "one for each fifth of their width": np.searchsorted(np.quantile(width, (0.2, 0.4, 0.6, 0.8)), width),
+              "one for each block of time, all symbols": t.path_block}
+    print(f"{len(r):,} origins, {data.iso(t.time.min())} to {data.iso(t.time.max())}; CRPS of HAR at bar {HORIZON}: {100 * as_it_is:.4f}")
+    for name, group in groups.items():
+        best = sum(crps[:, group == k].sum(1).min() for k in np.unique(group)) / len(r)
+        print(f"{name:42}{len(np.unique(group)):>4}   x {best / as_it_is:.4f}")
+
+
+SECTIONS = {"null": null_study, "room": room_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
             "leak": leak_study, "base": base_study, "few": few_study}
 
 if __name__ == "__main__":

@@ -324,31 +324,11 @@ def test_the_loss_of_a_walk_is_the_naive_one(loaded, other, walks, true):
     assert loss.item() == pytest.approx(0.5 * 2 * np.mean(own) + 0.3 * 2 * np.mean(away) + plain, rel=1e-4)
 
 
-def test_the_score_is_that_of_draws(other, batch):
-    """E|X - y| - E|X - X'| / 2 over all pairs of codes, bar by bar; bars that do not count are left out."""
-    loss, shown = rollout.score_loss(other, batch, 5, rollout.Config(score=3.0))
-    coarse, fine, when, *target = batch
-    closes = (other.mean[0] + other.std[0] * other.D1[:, 0]).double().clamp(-20, 20).sinh()
-    apart = (closes[:, None] - closes).abs()
-    each = []
-    with torch.no_grad():
-        logits, _, plain = other(coarse, fine, when, tuple(target), 5)
-        for b, t in (target[0] >= 0).nonzero().tolist():
-            p = logits[b, t].double().softmax(-1)
-            c, f = target[0][b, t], target[1][b, t]
-            z = other.D1[c, 0] + (other.M[c] @ other.g[f])[0]
-            y = (other.mean[0] + other.std[0] * z).double().clamp(-20, 20).sinh()
-            each.append(((p * (closes - y).abs()).sum() - p @ apart @ p / 2).item())
-    assert len(each) == 4 * 64 - 5
-    assert shown["loss"] == pytest.approx(np.mean(each), rel=1e-4) and shown["plain"] == pytest.approx(plain.item())
-    assert loss.item() == pytest.approx(plain.item() + 3 * np.mean(each), rel=1e-5)
-
-
 # ---- the scripts
 
 @pytest.mark.parametrize("name, flags", [
     ("expo", "--pairs set --noise 0.2"), ("expo", "--pairs drawn --candidates 16"), ("rollout", "--horizon 2"),
-    ("rollout", "--target true --horizon 3"), ("rollout", "--target chosen --horizon 2")])
+    ("rollout", "--target chosen --horizon 3")])
 def test_a_stage_writes_a_checkpoint_that_forecasts(checkpoint, tmp_path, call, name, flags):
     before = open(checkpoint, "rb").read()
     status, out, err = call(name, "--ckpt", checkpoint, "--out", tmp_path / "a.pt", *FAST, *flags.split())
@@ -410,7 +390,7 @@ def test_the_base_is_kept_unless_an_interval_says_better(checkpoint, tmp_path, c
 
 @pytest.mark.parametrize("name, flags, signum", [
     ("expo", "--pairs drawn --candidates 8", signal.SIGKILL), ("rollout", "--horizon 4", signal.SIGKILL),
-    ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target true", signal.SIGTERM)])
+    ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target chosen", signal.SIGTERM)])
 def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags, signum):
     args = ["--ckpt", checkpoint, *flags.split(), *"--steps 8 --batch_size 2 --eval_every 8 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
@@ -436,7 +416,7 @@ def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(che
 
 @pytest.mark.parametrize("name", ["expo", "rollout"])
 def test_bad_steps_and_refusals(checkpoint, tmp_path, call, monkeypatch, name):
-    module, loss = {"expo": (expo, "loss_of"), "rollout": (rollout, "score_loss")}[name]
+    module, loss = {"expo": (expo, "loss_of"), "rollout": (rollout, "walk_loss")}[name]
     out = tmp_path / "a.pt"
     assert "--ckpt is missing" in complaint(call(name))
     assert call(name, "--ckpt", checkpoint, "--out", out, *FAST)[0] == 0
