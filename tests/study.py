@@ -3,10 +3,12 @@
     python tests/study.py model --data bars.csv.gz      # variants of the model, its inputs and its training
     python tests/study.py tokenizer --data bars.csv.gz  # 8 to 12 bits a level, through the whole pipeline
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
+    python tests/study.py sees                          # what a bar sees of the bars before it: assets/attention.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
     python tests/study.py room --data bars.csv.gz       # what knowing the volatility to come would win ten bars ahead
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
+    python tests/study.py parallel --data market/*.csv  # the slots' forecast of 16 bars at once, beside that bar by bar
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
     python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
@@ -25,6 +27,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -396,6 +399,59 @@ def plot_codes(path, curves, steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a bar sees, of the weights that come along: read off gradients, not off the design
+
+def sees_study(argv):
+    """Draws how far each kind of attention lets bar 200 depend on the bars before it: gradients, by size."""
+    parser = argparse.ArgumentParser(prog="study.py sees")
+    parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "attention.svg"))
+    args = parser.parse_args(argv)
+    model, tokenizer, _ = load_checkpoint(os.path.join(ROOT, "assets", "base.pt"))
+    series = data.synthetic(n_symbols=8, n_bars=500)[0]
+    tokens = torch.from_numpy(np.stack([data.tokenize(bars, tokenizer)[-201:] for bars in series]).astype(np.int64))
+    time = torch.from_numpy(np.stack([bars.time[-201:] for bars in series]))
+    pos, t = torch.arange(201), 200
+    with torch.no_grad():
+        x = model.embedding(*tokens.unbind(-1), pos, *model.clock(time, pos, 201))[0]      # [B, 201, C]
+    x.requires_grad_(True)
+    layer = model.layers[0]
+    parts = [a.split(layer.shares) for a in layer.queries(x, model.rotation(pos, x.dtype))]
+    seen = [kind(*part)[0][:, :, t] for kind, *part in zip(layer.kinds, *parts)]            # [H, B, D] of each kind
+    seen.append(model.reasoner(x, phase=32 - t % 32 + 12)[0][:, t] - x[:, t])               # 12 bars after a border
+    names = ["all the past, linear", *(f"the last {window} bars" for window in model.config.windows), "slots of the last border"]
+    rows = []
+    for name, y in zip(names, seen):
+        grad = torch.zeros(t + 1)
+        for seed in range(16):      # in chance directions
+            v = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+            grad += torch.autograd.grad(y, x, v, retain_graph=True)[0].norm(dim=-1).mean(0)
+        size = grad / grad.max()
+        reached = [k for k in range(t + 1) if size[k] > 1e-6]
+        print(f"{name:30}bars {t - reached[-1]} to {t - reached[0]} back")
+        rows.append(size)
+    plot_sees(args.plot, names, rows)
+
+
+def plot_sees(path, names, rows, left=190, width=2.9):
+    """A strip a kind of attention: the older a bar the further left, the more it counts the darker."""
+    import sample
+    n = len(rows[0])
+    parts = [sample.label(left, 20, "how much the newest bar takes from each bar before it", css="t")]
+    for row, (name, size) in enumerate(zip(names, rows)):
+        y = 36 + 34 * row
+        parts.append(sample.label(left - 10, y + 16, name, "end"))
+        for k, share in enumerate(size.tolist()):
+            if share > 1e-6:
+                shade = max(0.08, 1 + math.log10(share) / 3)
+                parts.append(f'<rect class="up" x="{left + width * k:.1f}" y="{y}" width="{width:.1f}" height="24" '
+                             f'fill-opacity="{shade:.2f}" stroke="none"/>')
+    for back in (200, 150, 100, 50, 0):
+        parts.append(sample.label(left + width * (n - 1 - back + 0.5), 36 + 34 * len(rows) + 8, f"{back}", "middle"))
+    parts.append(sample.label(left + width * n / 2, 36 + 34 * len(rows) + 26, "bars back", "middle"))
+    sample.write_svg(path, left + width * n + 20, 36 + 34 * len(rows) + 36, parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Later stages: what each, in each of its forms and orders, is worth beside as many plain next-token updates
 
 PLAIN = ["--walk=0", "--kl=0"]  # of rollout.py: next-token training is left
@@ -694,9 +750,9 @@ def print_means(rows):
             print_row(f"{name} of {len(values)} files", arm, *cells, f"{f(columns[-1]):.1%}")
 
 
-def base_study(argv):
-    """One row a file: CRPS of checkpoints on its last bars beside HAR and FHS, which are fitted on the bars before."""
-    parser = argparse.ArgumentParser(prog="study.py base")
+def of_files(prog):
+    """A parser of which of the last bars of which files are targets."""
+    parser = argparse.ArgumentParser(prog=f"study.py {prog}")
     parser.add_argument("--data", nargs="+", required=True, help="CSV files, a market each")
     parser.add_argument("--ckpt", nargs="+", default=[os.path.join(ROOT, "assets", "base.pt")])
     parser.add_argument("--share", type=float, default=0.3, help="of a file's time stamps, the last ones, that are targets")
@@ -704,25 +760,56 @@ def base_study(argv):
     parser.add_argument("--symbols", type=int, default=8, help="at most, evenly chosen")
     parser.add_argument("--origins", type=int, default=25, help="of paths, a symbol")
     parser.add_argument("--paths", type=int, default=64)
-    args = parser.parse_args(argv)
-    print_heads()
-    rows = {ckpt: [] for ckpt in args.ckpt}
+    return parser
+
+
+def markets_of(args):
+    """Yield (market, series, first target, bars between two origins) of each file."""
     for path in args.data:
+        market = os.path.basename(path).partition(".")[0]
         series = sorted(data.load(path), key=lambda bars: bars.symbol)
         series = [bars[-args.bars:] for bars in series if len(bars) >= 500]
         if not series:
-            print(f"{os.path.basename(path)}: no symbol of 500 bars")
+            print(f"{market}: no symbol of 500 bars")
             continue
         keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
         series = [series[k] for k in keep]
         stamps = np.unique(np.concatenate([bars.time for bars in series]))
-        start = np.datetime64(int(stamps[int((1 - args.share) * len(stamps))]), "s")
-        stride = max(1, int(args.share * len(stamps)) // args.origins)
-        result = backtest.backtest(args.ckpt, series, start=str(start), horizon=10, paths=args.paths, stride=stride)
+        start = int(stamps[int((1 - args.share) * len(stamps))])
+        yield market, series, start, max(1, int(args.share * len(stamps)) // args.origins)
+
+
+def base_study(argv):
+    """One row a file: CRPS of checkpoints on its last bars beside HAR and FHS, which are fitted on the bars before."""
+    args = of_files("base").parse_args(argv)
+    print_heads()
+    rows = {ckpt: [] for ckpt in args.ckpt}
+    for market, series, start, stride in markets_of(args):
+        start = str(np.datetime64(start, "s"))
+        result = backtest.backtest(args.ckpt, series, start=start, horizon=10, paths=args.paths, stride=stride)
         for ckpt in args.ckpt:
-            market = os.path.basename(path).partition(".")[0]
             rows[ckpt].append(print_to_opponents(market, os.path.basename(ckpt), [ckpt], result))
     print_means({os.path.basename(ckpt): values for ckpt, values in rows.items()})
+
+
+def parallel_study(argv):
+    """One row a file: path CRPS of the slots' forecast, as a ratio to that bar by bar, and its processor time."""
+    args = of_files("parallel").parse_args(argv)
+    model, tokenizer, _ = load_checkpoint(args.ckpt[0])
+    steps = (0, 3, 7, 15, None)
+    print_row("market", "origins", *("mean" if k is None else f"bar {k + 1}" for k in steps), "time")
+    print_row(*["---"] * (3 + len(steps)))
+    for market, series, start, stride in markets_of(args):
+        t = backtest.Targets(series, start, 2**62, 16, stride, 0)
+        drawn, took = {}, {}
+        for parallel in (False, True):
+            began = time.process_time()
+            paths = backtest.simulated(model, tokenizer, t, args.paths, parallel)
+            took[parallel] = time.process_time() - began
+            drawn[parallel] = backtest.bootstrap(backtest.block_sums(paths, t), t)
+        ratios = [backtest.against(drawn[True], drawn[False], "path_crps", t, k) for k in steps]
+        cells = [backtest.show(ratio, 1, 4) for ratio in ratios]
+        print_row(market, f"{len(t.path_r):,}", *cells, f"x {took[True] / took[False]:.2f}")
 
 
 def few_study(argv):
@@ -792,8 +879,8 @@ def room_study(argv):
         print(f"{name:42}{len(np.unique(group)):>4}   x {best / as_it_is:.4f}")
 
 
-SECTIONS = {"null": null_study, "room": room_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
-            "leak": leak_study, "base": base_study, "few": few_study}
+SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
+            "leak": leak_study, "base": base_study, "parallel": parallel_study, "few": few_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
