@@ -457,6 +457,7 @@ def plot_sees(path, names, rows, left=190, width=2.9):
 PLAIN = ["--walk=0", "--kl=0"]  # of rollout.py: next-token training is left
 ARMS = {    # name: (script, the arm it starts from, flags)
     "plain updates": ("rollout", "base", PLAIN),
+    "temperature on val": (None, "base", []),   # no training: logit P(up) times one number, with the best log loss on val
     "expo, set": ("expo", "base", []),
     "expo, set, lam 0.6": ("expo", "base", ["--lam=0.6"]),
     "expo, drawn": ("expo", "base", ["--pairs=drawn"]),
@@ -507,8 +508,9 @@ def stages_study(argv):
             if test is None:
                 test = StageTest(args, load_checkpoint(path)[2])
             # the last weights, before the choice on val: where nothing is better that takes the base, and all arms look alike
-            scores[arm, seed] = test.scores(path, "best" if arm == "base" else "last")
-            kept[arm] = kept.get(arm, 0) + math.isfinite(load_checkpoint(path)[2]["best_val"])
+            own = arm != "base" and path != arm_file(args, "base", seed)
+            scores[arm, seed] = test.scores(path, "last" if own else "best", tempered=ARMS.get(arm, " ")[0] is None)
+            kept[arm] = kept.get(arm, 0) + (own and math.isfinite(load_checkpoint(path)[2]["best_val"]))
             print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
         if args.market == "reverting":
             scores["best", seed] = test.scores(arm_file(args, "base", seed), "best", shifted=True)
@@ -524,6 +526,8 @@ def stage_arm(args, arm, seed):
     path, done = arm_file(args, arm, seed), arm_file(args, arm, seed, ".done")
     if os.path.exists(done):
         return path
+    if arm != "base" and ARMS[arm][0] is None:
+        return arm_file(args, ARMS[arm][1], seed)
     if arm == "base":
         script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--batch_size=16",
                                      "--block_size=256"]
@@ -541,30 +545,53 @@ def stage_arm(args, arm, seed):
     return path
 
 
+def scaled(p, factor):
+    """p with its logit times a factor."""
+    return 1 / (1 + (1 / p - 1) ** factor)
+
+
 class StageTest:
     """The test bars t and, on the reverting market, the true expected log returns since each origin, [n, HORIZON]."""
 
     def __init__(self, args, meta):
         self.args = args
-        self.t = backtest.some_targets(data.load(args.data), "test", meta["splits"], HORIZON, args.origins, 0, args.test_bars)
+        series = data.load(args.data)
+        self.t = backtest.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.test_bars)
+        self.val = backtest.some_targets(series, "val", meta["splits"], most=args.test_bars)
         if args.market == "reverting":
             true = [data.reverting_path(bars, HORIZON, args.half_life)[o] for bars, o in zip(self.t.series, self.t.origins)]
             self.true = np.concatenate(true)
 
-    def scores(self, path, weights, shifted=False):
-        """drawn_scores, kept in a file. shifted: the model's paths moved so that their means are the true ones."""
-        kept = path.removesuffix(".pt") + ("-shifted" if shifted else "") + ".scores.pt"
+    def scores(self, path, weights, shifted=False, tempered=False):
+        """drawn_scores, kept in a file. shifted: the model's paths moved so that their means are the true ones.
+
+        tempered: logit P(up) times the number that has the best log loss on val.
+        """
+        kept = path.removesuffix(".pt") + "-shifted" * shifted + "-tempered" * tempered + ".scores.pt"
         if not os.path.exists(kept):
             model, tokenizer, _ = load_checkpoint(path, weights=weights)
-            judge = backtest.judge_paths
+            judge, next_bars = backtest.judge_paths, backtest.next_bars
             if self.args.market == "reverting":
                 backtest.judge_paths = functools.partial(self.judge_twice, judge, shifted)
+            if tempered:
+                factor = self.best_factor(next_bars(model, tokenizer, self.val)["p_up"])
+                backtest.next_bars = lambda *a: next_bars(*a) | dict(p_up=scaled(next_bars(*a)["p_up"], factor))
             try:
                 drawn = backtest.drawn_scores(model, tokenizer, self.t, self.args.paths)
             finally:
-                backtest.judge_paths = judge
+                backtest.judge_paths, backtest.next_bars = judge, next_bars
             data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
         return {k: (v.numpy(), r.numpy()) for k, (v, r) in data.load_safe(kept).items()}
+
+    def best_factor(self, p_up):
+        """The factor of logit P(up) with the least log loss on val, of bars that moved."""
+        moved, up = self.val.r != 0, self.val.r > 0
+
+        def log_loss(factor):
+            p = scaled(p_up, factor)
+            return -np.log(np.where(up, p, 1 - p))[moved].mean()
+
+        return min(np.exp(np.linspace(-3, 2, 101)), key=log_loss)
 
     def judge_twice(self, judge, shifted, moves, t, rows):
         """backtest.judge_paths, with the CRPS also of the outcome's mirror image about the true mean.
