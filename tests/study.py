@@ -575,7 +575,12 @@ class StageTest:
                 backtest.judge_paths = functools.partial(self.judge_twice, judge, shifted)
             if tempered:
                 factor = self.best_factor(next_bars(model, tokenizer, self.val)["p_up"])
-                backtest.next_bars = lambda *a: next_bars(*a) | dict(p_up=scaled(next_bars(*a)["p_up"], factor))
+
+                def tempered_bars(*args):
+                    found = next_bars(*args)
+                    return found | dict(p_up=scaled(found["p_up"], factor))
+
+                backtest.next_bars = tempered_bars
             try:
                 drawn = backtest.drawn_scores(model, tokenizer, self.t, self.args.paths)
             finally:
