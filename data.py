@@ -60,6 +60,8 @@ DECAY = 0.5 ** (1 / HALF_LIFE)
 PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
+FARTHEST = 10.0                # and in units of s_t in a generation, where history shows nothing wilder
+SETTLED = 16.0                 # weight of the bars from which on s_t is taken to be settled
 HOUR, DAY, WEEK, YEAR = 3600, 86400, 7 * 86400, 365.25 * 86400
 
 
@@ -97,11 +99,13 @@ class State:
 
     close: last close, NaN before the first bar.  total, weight: [..., 4], the two sums of each mean: of the true range,
     log1p volume, its absolute deviation, log(amount / (volume close)), which `features` calls s_t, m_t, d_t, g_t.
-    origin: [..., 2], s and d at the origin of a generation, in which they stay within [1/8, 8] of it; NaN outside one.
+    widest: the largest true range so far, in units of its bar's s_t.  origin: [..., 3], NaN outside a generation: s and d
+    at its origin, of which they stay within [1/8, 8], and the most that a bar may move, in units of s_t.
     """
     close: np.ndarray
     total: np.ndarray
     weight: np.ndarray
+    widest: np.ndarray
     origin: np.ndarray
 
     @classmethod
@@ -117,20 +121,26 @@ class State:
         return s, mean[..., 1], d, mean[..., 3]
 
     def anchored(self):
-        """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
-        return replace(self, origin=np.stack(self.scales()[::2], axis=-1))
+        """The same state as the origin of a generation, in which s and d stay within [1/8, 8] of now.
+
+        And no bar moves by more than twice the widest so far: a code of wild days, which a model of many markets gives a
+        chance of 1 in 10,000, would else multiply a calm stock's price by ten now and then.
+        """
+        s, _, d, _ = self.scales()
+        return replace(self, origin=np.stack([s, d, np.maximum(2 * self.widest, FARTHEST)], axis=-1))
 
     def map(self, f):
         """f on every field: to index, repeat or stack states. The axes of the batch lead."""
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
 
 
-START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.full(2, np.nan))  # before the first bar
+START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan))  # before the first bar
 
 
 def _bounds(origin):
     """The least and the greatest s and d, [..., 2] each."""
-    return np.fmax(origin / 8, (S_FLOOR, D_FLOOR)), np.fmin(origin * 8, np.inf)  # fmin, fmax: NaN does not bind
+    scales = origin[..., :2]
+    return np.fmax(scales / 8, (S_FLOOR, D_FLOOR)), np.fmin(scales * 8, np.inf)  # fmin, fmax: NaN does not bind
 
 
 def features(bars) -> tuple[np.ndarray, State]:
@@ -160,7 +170,8 @@ def feature_pieces(bars, state=START):
         has_a = np.where((v > 0) & (a > 0), begun, 0.0)
         volume = np.log1p(np.where(v > 0, v, 0.0))
         vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-        sums = _running([_true_range(h, l, prev), volume, vwap], [begun, has_v, has_a], state, [0, 1, 3])
+        true_range = _true_range(h, l, prev)
+        sums = _running([true_range, volume, vwap], [begun, has_v, has_a], state, [0, 1, 3])
         s, m, g = _mean(*sums[..., :-1])
         deviates = has_v * (sums[1, 1, :-1] > 0)  # a deviation needs a level to deviate from
         sums_d = _running([np.abs(volume - m)], [deviates], state, [2])
@@ -173,7 +184,9 @@ def feature_pieces(bars, state=START):
             price[:, 0] = 0.0
         x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])  # (6, n)
         total, weight = np.concatenate([sums, sums_d], axis=1)[:, [0, 1, 3, 2], -1]
-        state = State(c[-1], total, weight, state.origin)
+        settled = sums[1, 0, :-1] > SETTLED
+        widest = (true_range / s).max(where=settled, initial=state.widest)
+        state = State(c[-1], total, weight, widest, state.origin)
         yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
 
@@ -216,10 +229,11 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     if not np.isfinite(x).all():
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
-    close, origin = np.broadcast_to(state.close, batch), np.broadcast_to(state.origin, (*batch, 2))
+    close, widest = np.broadcast_to(state.close, batch), np.broadcast_to(state.widest, batch)
+    origin = np.broadcast_to(state.origin, (*batch, 3))
     total, weight = (np.moveaxis(np.broadcast_to(sums, (*batch, 4)), -1, 0) for sums in (state.total, state.weight))
     low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))
-    least, most = MAX_MOVE * np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *[1] * len(batch))  # of c, o, h, l
+    down, up = np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *[1] * len(batch))   # which way c, o, h, l may go
     y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
     y[:, 3] *= -1.0
     out = np.empty((n, 6) + batch)
@@ -227,7 +241,8 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     for t in range(n):
         mean = _mean(total, weight)
         (s, d), m, g = np.minimum(np.maximum(mean[::2], low), high), mean[1], mean[3]
-        factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, least), most))
+        farthest = np.fmin(origin[..., 2] * s, MAX_MOVE)
+        factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, down * farthest), up * farthest))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
         seen = (weight > 0) | (weight[0] == 0)  # after bar 0 alone nothing says yet that a column is missing
@@ -238,10 +253,12 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         v = np.expm1(log_v)
         out[t] = o, h, l, c, v, v * c * np.exp(rel)
         add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
-        add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
+        true_range = _true_range(h, l, close)
+        widest = np.where(weight[0] > SETTLED, np.maximum(widest, true_range / s), widest)
+        add[...] = true_range, log_v, np.abs(log_v - m), rel
         close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
     total, weight = np.moveaxis([total, weight], 1, -1)
-    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, origin)
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, widest, origin)
 
 
 def around_the_clock(bars):

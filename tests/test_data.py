@@ -167,6 +167,27 @@ def test_generated_scales_stay_near_their_origin():
         assert (move <= np.sinh(1.5) * s0 * 8 * (1 + 1e-9)) == bound
 
 
+def test_no_generated_bar_moves_by_more_than_twice_the_widest_before_it():
+    """The true range of the wildest bar whose s_t had settled, found bar by bar, or by way of the inverse; at least ten s_t."""
+    for wild in (1.0, 40.0):
+        bars = random_bars(400)
+        bars.ohlcva[200:, :4] *= np.exp(wild * data.scales(bars)[200])
+        x, state = data.features(bars)
+        s, c = data.scales(bars), bars.ohlcva[:, 3]
+        high, low = np.maximum(bars.ohlcva[1:, 1], c[:-1]), np.minimum(bars.ohlcva[1:, 2], c[:-1])
+        widest = (np.log(high / low) / s[1:])[20:].max()      # of bars that have 20 true ranges before them
+        assert state.widest == pytest.approx(widest) and (widest > 20) == (wild > 1)
+        _, came = data.inverse(x[300:], data.states_at(bars, [299])[0])
+        assert came.widest == pytest.approx(widest, rel=1e-5)
+        for sign in (-1, 1):
+            far = np.zeros((1, 6))
+            far[0, 0] = sign * np.arcsinh(1e4)
+            (bound,), _ = data.inverse(far, state.anchored())
+            assert np.log(bound[3] / c[-1]) / state.scales()[0] == pytest.approx(sign * max(10, 2 * widest))
+            (free,), _ = data.inverse(far, state)
+            assert free[3] / c[-1] == pytest.approx(10.0 ** sign)
+
+
 def test_no_volume_in_history_gives_none_and_missing_amounts_are_volume_times_close():
     bars = random_bars(100, holes=False)
     x = np.random.default_rng(2).normal(size=(20, 6))
