@@ -49,8 +49,8 @@ class Config:
     steps: int = 150                  # updates
     batch_size: int = 16              # windows per update
     block_size: int = 0               # real bars before a walk; 0: as the checkpoint was trained
-    lr: float = 0.02                  # peak learning rate of Muon (matrices of the layers)
-    adam_lr: float = 3e-3             # peak learning rate of AdamW (all else)
+    lr: float = 0.002                 # peak learning rate of Muon (matrices of the layers)
+    adam_lr: float = 3e-4             # peak learning rate of AdamW (all else)
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm

@@ -463,7 +463,8 @@ ARMS = {    # name: (script, the arm it starts from, flags)
     "expo, drawn": ("expo", "base", ["--pairs=drawn"]),
     "rollout, true": ("rollout", "base", []),
     "rollout, chosen": ("rollout", "base", ["--target=chosen"]),
-    "rollout, one candidate": ("rollout", "base", ["--target=chosen", "--candidates=1", "--temperature=1"]),
+    "rollout, one candidate": ("rollout", "base", ["--candidates=1", "--temperature=1"]),
+    "rollout, 64 candidates": ("rollout", "base", ["--candidates=64", "--temperature=1"]),
     "expo, then rollout": ("rollout", "expo, set", []),
     "rollout, then expo": ("expo", "rollout, true", []),
 }
