@@ -328,6 +328,22 @@ def split(config, series, base):
     return borders
 
 
+def source_of(config, series, borders, entry, base):
+    """What the checkpoint says of its bars, a model.Source; UserError where a resumed run has others than it began with."""
+    names, fingerprint = config.data or ["synthetic"], data.fingerprint(series)
+    if entry:
+        source = entry["data"]
+        if (source["sources"], source["fingerprint"]) != (names, fingerprint):
+            raise UserError(f"{', '.join(names)}: not the bars that the run in {config.out} began with (fingerprint "
+                            f"{fingerprint}, was {source['fingerprint']}); give it those, or another --out")
+        return source
+    intervals = sorted({int(np.median(np.diff(bars.time))) for bars in series if len(bars) > 1})
+    source = dict(sources=names, fingerprint=fingerprint, intervals=intervals)
+    if base and (borders[0] < base[2]["splits"][0] or base[2]["data"].get("overlap")):
+        source["overlap"] = True
+    return source
+
+
 def fit_window(config, series, borders, sources, say):
     """(bars in a window, the series that are long enough for one): --block_size, or less where no series has so many."""
     longest = max(data.targets_of(bars, "train", borders)[1] for bars in series)
@@ -389,8 +405,11 @@ def code_shares(streams, tokenizer):
 
 def new_model(config, tokenizer, series, train, block_size):
     """A model of the config's sizes for these tokens."""
-    moves = [np.diff(bars.ohlcva[first - 1:last, 3]) for bars, (first, last) in zip(series, train.targets) if first < last]
-    n_bars, n_moved = sum(map(len, moves)), sum(map(np.count_nonzero, moves))
+    n_bars = n_moved = 0
+    for bars, (first, last) in zip(series, train.targets):
+        if first < last:
+            moves = np.diff(bars.ohlcva[first - 1:last, 3])
+            n_bars, n_moved = n_bars + len(moves), n_moved + np.count_nonzero(moves)
     sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
     sizes |= dict(coarse_bits=tokenizer.config.coarse_bits, fine_bits=tokenizer.config.fine_bits, block_size=block_size,
                   unmoved=1 - int(n_moved) / max(1, n_bars))
@@ -421,6 +440,28 @@ def compile_layers(model, shape, device, autocast, say):
             layer._compiled_call_impl = None  # what Module.compile sets
         say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); going on without")
     model.zero_grad(set_to_none=True)
+
+
+def moved_in_time(when, chance, config, rank, world):
+    """Stamps of windows [B, T], each window moved by some weeks, and half of those within the day by quarters of an hour.
+
+    Symbols of one day move together: a model that can tell the date learns the days by heart.
+    """
+    shape = config.batch_size, 1
+    weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, shape)[rank::world]
+    quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, shape)[rank::world]
+    half = (chance.random(shape) < 0.5)[rank::world]
+    within_day = when.diff().median(1, keepdim=True).values < data.DAY
+    return when + torch.from_numpy(7 * data.DAY * weeks) + 900 * torch.from_numpy(quarters * half) * within_day
+
+
+def dropout_masks(chance, config, rank, world, device):
+    """[n_layer, 2, B, 1, C], or None: of a window the same channels in all bars, so that few numbers are drawn."""
+    if not config.dropout:
+        return None
+    shape = config.n_layer, 2, config.batch_size, 1, config.n_embd
+    kept = chance.random(shape, np.float32)[:, :, rank::world] >= config.dropout
+    return (torch.from_numpy(kept) / (1 - config.dropout)).to(device)
 
 
 def average_gradients(model, n_params, world):
@@ -563,22 +604,16 @@ def training(given):
         say(f"no --data: training on the synthetic market, where at best {best_da:.0%} of directions can be called right")
     else:
         series = data.load(config.data)
-    source = {"sources": config.data or ["synthetic"], "fingerprint": data.fingerprint(series)}
-    if entry and {key: entry["data"][key] for key in source} != source:
-        raise UserError(f"{', '.join(source['sources'])}: not the bars that the run in {config.out} began with (fingerprint "
-                        f"{source['fingerprint']}, was {entry['data']['fingerprint']}); give it those, or another --out")
     borders = tuple(entry["splits"]) if entry else split(config, series, base)
-    source["intervals"] = sorted({int(np.median(np.diff(bars.time))) for bars in series if len(bars) > 1})
-    if base and (borders[0] < base[2]["splits"][0] or base[2]["data"].get("overlap")):
-        source["overlap"] = True
-    source = entry["data"] if entry else source
+    source = source_of(config, series, borders, entry, base)
     spans = [data.targets_of(bars, "train", borders) for bars in series]
     n_train = sum(max(0, last - first) for first, last in spans)
-    train_stamps = np.unique(np.concatenate([bars.time[first:max(first, last)] for bars, (first, last) in zip(series, spans)]))
+    stamps = [bars.time[first:max(first, last)] for bars, (first, last) in zip(series, spans)]
+    n_stamps = len(np.unique(np.concatenate(stamps)))
     if entry is None:
         if base:
             config.n_layer, config.n_head, config.n_embd = (getattr(base[0].config, k) for k in ("n_layer", "n_head", "n_embd"))
-        if budget(config, n_train, len(train_stamps)) <= BUDGETS[0][0] and not base and os.path.exists(BASE):
+        if budget(config, n_train, n_stamps) <= BUDGETS[0][0] and not base and os.path.exists(BASE):
             say("few bars: the weights that come along, tuned to them, mostly forecast better than any trained on so few alone: "
                 f"--init_from {os.path.relpath(BASE)} --overlap")
     if config.batch_size < world:
@@ -680,17 +715,8 @@ def training(given):
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
         phase = int(chance.integers(model.config.border))
-        # symbols of one day move together: a model that can tell the date learns the days by heart
-        later = 7 * data.DAY * chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, later.shape)
-        quarters *= chance.random(later.shape) < 0.5
-        within_day = when.diff().median(1, keepdim=True).values < data.DAY
-        when = when + torch.from_numpy(later[rank::world]) + 900 * torch.from_numpy(quarters[rank::world]) * within_day
-        drop = None
-        if config.dropout:  # of a window the same channels in all bars, so that few numbers are drawn
-            shape = (config.n_layer, 2, config.batch_size, 1, config.n_embd)
-            kept = chance.random(shape, np.float32)[:, :, rank::world] >= config.dropout
-            drop = (torch.from_numpy(kept) / (1 - config.dropout)).to(device)
+        when = moved_in_time(when, chance, config, rank, world)
+        drop = dropout_masks(chance, config, rank, world, device)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
         n_rows, loss_sum = len(coarse), 0.0
         micro = config.micro_batch or n_rows
@@ -728,17 +754,22 @@ def training(given):
     # ---- what came of it
     if ended:
         say(f"stopped at step {run.step}: no better score on val for {PATIENCE} reports")
-    if rank == 0 and config.release and run.best:
-        average.load_state_dict(run.best)
-        for p in average.parameters():
-            p.data = p.data.half()
-        names = [os.path.basename(path) for path in source["sources"]]  # the folders are nobody else's business
-        save_checkpoint(config.release, average, tokenizer, stage="pretrain", step=run.step, metrics=run.metrics,
-                        data=source | dict(sources=names), splits=borders, seed=config.seed, features=meta["features"])
     if rank == 0:
+        if config.release and run.best:
+            release(config.release, run, average, tokenizer, meta)
         tell_result(config, run, average, val, best_da, time.time() - began)
     if world > 1:
         dist.destroy_process_group()
+
+
+def release(path, run, model, tokenizer, meta):
+    """The best weights alone, in half precision, in a checkpoint to give away."""
+    model.load_state_dict(run.best)
+    for p in model.parameters():
+        p.data = p.data.half()
+    names = [os.path.basename(name) for name in meta["data"]["sources"]]    # the folders are nobody else's business
+    kept = {key: meta[key] for key in ("splits", "seed", "features")} | dict(data=meta["data"] | dict(sources=names))
+    save_checkpoint(path, model, tokenizer, stage="pretrain", step=run.step, metrics=run.metrics, **kept)
 
 
 def load_tokenizer(path):
