@@ -2,6 +2,7 @@
 
     python tests/study.py model --data bars.csv.gz      # variants of the model, its inputs and its training
     python tests/study.py tokenizer --data bars.csv.gz  # 8 to 12 bits a level, through the whole pipeline
+    python tests/study.py closes                        # what rounding to tokens costs whoever calls a reverting market
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
     python tests/study.py sees                          # what a bar sees of the bars before it: assets/attention.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
@@ -330,6 +331,33 @@ def plot_tokenizers(path, names, result):
         parts.append(sample.label(x0 + w / 2, h + 74, title + ", log scale", "middle"))
     parts.append(sample.label(3 * (w + 50) + 40, 16, "green: nearest candle, red: signs alone", "end"))
     sample.write_svg(path, 3 * (w + 50) + 50, h + 86, parts)
+
+
+def closes_study(argv):
+    """Right calls of the best rule on the reverting market, from its closes and from those that its tokens decode to."""
+    parser = argparse.ArgumentParser(prog="study.py closes")
+    parser.add_argument("--bars", type=int, default=32_000, help="of each of 8 symbols; the last fifth is scored")
+    args = parser.parse_args(argv)
+    series, best = data.synthetic(n_symbols=8, n_bars=args.bars, kind="reverting")
+    phi, first = 0.5 ** (1 / 8), args.bars * 4 // 5
+    k = data.KINDS["reverting"] * (1 - phi)
+    x = [data.features(bars)[0] for bars in series]
+
+    def right_calls(close):
+        """Of calls by m_{t+1} = (phi + k) m_t - k r_t (see data.py), r from the close features [T] of each series."""
+        hits = []
+        for bars, own in zip(series, close):
+            r = np.sinh(own.astype(np.float64)) * data.scales(bars)
+            m = data.decayed_sum(-k * r, decay=phi + k)
+            came = np.diff(np.log(bars.ohlcva[:, 3]))[first:]
+            hits.append((m[first:-1] > 0) == (came > 0))
+        return np.mean(hits)
+
+    print(f"{'closes':32}{right_calls([own[:, 0] for own in x]):.2%}   at best {best:.2%}")
+    for name, weight in (("decoded, all channels alike", 1.0), ("decoded, close counts more", TokenizerConfig.close)):
+        tokenizer = train_tokenizer(np.concatenate([own[32:first] for own in x]), TokenizerConfig(close=weight))
+        decoded = [tokenizer.decode(*tokenizer.encode(torch.from_numpy(own)))[:, 0].numpy() for own in x]
+        print(f"{name:32}{right_calls(decoded):.2%}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -912,8 +940,9 @@ def room_study(argv):
         print(f"{name:42}{len(np.unique(group)):>4}   x {best / as_it_is:.4f}")
 
 
-SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study, "codes": codes_study, "stages": stages_study,
-            "leak": leak_study, "base": base_study, "parallel": parallel_study, "few": few_study}
+SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
+            "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
+            "parallel": parallel_study, "few": few_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
