@@ -8,9 +8,9 @@ The way from bars to intervals, in `backtest`: the bars to forecast (`Targets`);
 `simulated`) and its opponents (`baselines`); sums of each score over blocks of time (`block_sums`); scores of blocks
 drawn anew (`bootstrap`); intervals (`scored`).
 
-A forecaster is a dict of arrays over the N targets: p_up (given that the bar moves), mean and point (expected and median
-log return), crps, pit (the share of its distribution below what came); the same of range and volume as range_crps and so
-on. Over the n origins of paths of H bars: path_point, path_crps, path_pit [n, H] of the log return since the origin,
+A forecaster is a dict of arrays over the N targets: p_up (given that the bar moves), mean and point (expected and
+median log return), crps, pit (the share of its distribution below what came); of range and volume range_crps and so on.
+Over the n origins of paths of H bars: path_point, path_crps, path_pit [n, H] of the log return since the origin,
 path_rv_crps [n] of the realized volatility, and what the paths say of losses. What it does not say has no score.
 """
 import copy
@@ -249,8 +249,8 @@ def judge(r, p, y):
     CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
     """
     F, y = p.cumsum(-1), y[..., None]
-    middle = [(F < share).sum(-1).clip(max=r.shape[-1] - 1) for share in (0.5 - 1e-9, 0.5 + 1e-9)]
-    median = np.take_along_axis(r, np.stack(middle, -1), -1).mean(-1)  # where F is one half between two: their mean
+    middle = np.stack([(F < 0.5 - 1e-9).sum(-1), (F < 0.5 + 1e-9).sum(-1)], -1)  # two places where F is 1/2, else one
+    median = np.take_along_axis(r, middle, -1).mean(-1)
     below = (p * ((r < y) + 0.5 * (r == y))).sum(-1)
     return dict(mean=(p * r).sum(-1), point=median, pit=below, crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
 
@@ -429,7 +429,7 @@ def bins_of(model, tokenizer, t):
 class Bins:
     """Bins of a quantity of candles, table [2^k1, 2^k2], equally likely under p [2^k1, 2^k2].
 
-    bin_of [2^k1, 2^k2]: the bin of each pair of tokens; values [bins], their means; share [2^k1, bins]: P(bin | coarse).
+    bin_of [2^k1, 2^k2]: the bin of each pair of tokens; values [bins]: their means; share [2^k1, bins]: P(bin | coarse)
     """
 
     def __init__(self, table, p):
@@ -586,9 +586,9 @@ def lagged(x, rows):
 # Scores, and how sure they are
 
 def block_sums(f, t):
-    """{score: sums over each block of targets t [n_blocks, ...]} of what forecaster f says; see `score_of`.
+    """{score: sums over each block of time, [n_blocks, ...]} of what forecaster f says of targets t.
 
-    Most are means of values, NaN where a bar has none.
+    `score_of` makes the score of them. Most are means of a value of each bar, NaN where a bar has none.
     """
     out, means = {}, {}
     if "p_up" in f:
@@ -610,7 +610,9 @@ def block_sums(f, t):
             if pit is not None:
                 means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside(pit, 90))
     out |= {name: sums_of(values, t.block, t.n_blocks) for name, values in means.items()}
-    return out | path_sums(f, t) if len(f.get("path_point", ())) else out
+    if len(f.get("path_point", ())):  # of no origins no scores
+        out |= path_sums(f, t)
+    return out
 
 
 def direction_sums(p_up, t):
@@ -631,7 +633,8 @@ def direction_sums(p_up, t):
 
 def path_sums(f, t):
     """block_sums of paths: lists over the steps; realized volatility and losses over the whole horizon."""
-    out, means = {}, dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
+    out = {}
+    means = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
     if "path_rv_crps" in f:  # sampled paths
         pit, width, extreme = f["path_pit"], f["path_width"], f["path_extreme"]
         hit = within(pit[:, -1], width[:, -1], 0.0, 0.05)  # the loss was beyond VaR 95 %
@@ -642,7 +645,8 @@ def path_sums(f, t):
                       var95_hits=hit, extreme_flagged=flagged)
         if flagged.any():
             came = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
-            means["extreme_said"], means["extreme_came"] = np.where(flagged, (extreme, came), np.nan)
+            means["extreme_said"] = np.where(flagged, extreme, np.nan)
+            means["extreme_came"] = np.where(flagged, came, np.nan)
     return out | {name: sums_of(values, t.path_block, t.n_path_blocks) for name, values in means.items()}
 
 
@@ -682,7 +686,7 @@ def totals(values, block, n_blocks):
 
 
 def score_of(metric, s):
-    """A score from its sums s [..., 2] (six for IC) over some blocks, in the order of block_sums."""
+    """A score from sums over some blocks, s [..., 2] (six for IC): the columns that block_sums stacks."""
     if metric == "ic":  # Pearson's correlation
         n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
         return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
@@ -742,7 +746,7 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for all forecasters, which are paired."""
+    """{score: (value, replicates)} of block_sums. All forecasters get the same draws of blocks: so they are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -757,8 +761,10 @@ def bootstrap(sums, t):
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi}, the 95 % percentile interval, None under 20 blocks; as wide as Student's t, since blocks are few
-    (Hesterberg 2014, arXiv 1411.5279). Lists of them for scores over steps; None where the value is not finite."""
+    """{value, lo, hi}: the 95 % percentile interval, None under 20 blocks; a list of them for a score over steps.
+
+    As wide as Student's t has it, since blocks are few (Hesterberg 2014, arXiv 1411.5279). None for no finite value.
+    """
     if np.ndim(value):
         steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
         return steps if any(steps) else None
@@ -811,8 +817,8 @@ def groups_of(t, by):
     if by == "symbol":
         names, group = [bars.symbol for bars in t.series], t.symbol
     elif by == "quarter":
-        quarters, group = np.unique(t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int) // 3,
-                                    return_inverse=True)
+        months = t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int)  # since 1970
+        quarters, group = np.unique(months // 3, return_inverse=True)
         names = [f"{1970 + q // 4}-Q{q % 4 + 1}" for q in quarters]
     else:
         rising = t.flat([har.sigma for har in t.volatility]) / t.s  # known before the bar: how volatility is to change
@@ -914,7 +920,7 @@ def fit_har(t, values, logs=False):
 def trailing_mean(u, n):
     """Mean of the last n values up to each, of fewer at the beginning: [T]."""
     total = np.cumsum(u)
-    total[n:] -= total[:-n].copy()
+    total[n:] -= total[:-n]
     return total / np.minimum(np.arange(1, len(u) + 1), n)
 
 
@@ -935,12 +941,12 @@ def evenly(values, n):
 
 
 class TimeOfDay:
-    """The usual factor of each time of day (bars within the day; else 1), as it is known before the day begins.
+    """How much larger u > 0 [T] usually is at each time of day: a factor known before its day begins; 1 for daily bars.
 
-    Of u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), of each time of day, over the days
-    before. Those count half after FORGET days, since habits change: summer time, another source of the bars. SEEN days
-    more are taken to be usual. Round the clock: of each hour of the day, then of each hour of the week relative to it,
-    over the weeks before. What is usual, and what kind of market it is, shows before bar `first`.
+    Its log is the mean of log(u / mean of u over the last day) at that time on the days before. A day counts half after
+    FORGET days, since habits change (summer time, another source of the bars); SEEN days of factor 1 are added. In a
+    market that never closes there are two levels: each hour of the day, then each hour of the week relative to it, over
+    the weeks before. Which market it is, and the mean of all factors, is learned before bar `first`.
     """
 
     def __init__(self, time, u, first):
@@ -958,14 +964,14 @@ class TimeOfDay:
             row, shape = time % period // width, (period // width + 1, len(periods))
             total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
             means = np.stack([total / np.maximum(count, 1), count > 0])
-            total, weight = data.decayed_sum(means, decay=0.5 ** (1 / FORGET))  # this period's included
-            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)
+            total, weight = data.decayed_sum(means, decay=0.5 ** (1 / FORGET))  # up to each period
+            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)            # before it
             log_factor[:, 0] = 0.0
             self.levels.append((period, width, periods, log_factor))
             x = x - log_factor[row, column]
 
     def __call__(self, time, now=None):
-        """Of stamps [...]: as known when the day of each began; of bars to come, when that of the last, `now`, did."""
+        """Factors of stamps [...], as known when the day of each began; for bars to come, when that of `now` began."""
         log_factor = np.zeros(np.shape(time))
         for period, width, periods, levels in self.levels:
             column = np.searchsorted(periods, (time if now is None else now) // period)
@@ -974,8 +980,11 @@ class TimeOfDay:
 
 
 def fit_volatility(t):
-    """A Har of each series' range volatility, with scale [T + 1], the slow scale of |return| / forecast; sigma [T],
-    forecast times scale; residuals [2, RESIDUALS]: return / sigma in order, and the ratio of the same bar."""
+    """A Har of each series' range volatility, and from it sigma [T], the volatility of each bar's return.
+
+    It is forecast * scale [T + 1], the slow scale of |return| / forecast. residuals [2, RESIDUALS]: return / sigma, in
+    order, and the ratio of the same bar.
+    """
     hars = fit_har(t, [range_volatility(bars) for bars in t.series])
     size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
     common = np.concatenate([s[har.early] for s, har in zip(size, hars)]).mean()
@@ -989,7 +998,10 @@ def fit_volatility(t):
 
 
 def volatility_paths(har, origins, paths, horizon, random):
-    """Log returns of the bars after each origin of a series, as fit_volatility has it: [n, paths, horizon]."""
+    """Log returns after each origin of a series, [n, paths, H], by a Har of fit_volatility.
+
+    A path draws a residual of its return and, of the same bar, one of its range, on which the next forecasts look back.
+    """
     (z, ratio), n = har.residuals, len(origins)
     usual = np.ones((n, horizon))
     if har.factor.levels:
@@ -1002,10 +1014,10 @@ def volatility_paths(har, origins, paths, horizon, random):
     for k in range(horizon):
         x = []
         for window in WINDOWS:
-            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
-            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]
+            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]   # up to the origin
+            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]             # and after it
             x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
-        forecast = har.predict(x)  # (n, paths)
+        forecast = har.predict(x)                                                               # (n, paths)
         drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
         moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
     return moves
@@ -1019,8 +1031,11 @@ def range_volatility(bars):
 
 
 def slow_scale(size, fitted, common):
-    """Decayed mean of sizes before each bar and after the last, [T + 1], from their mean over the fitted bars on, to
-    which `common`, the mean of all symbols, adds 30 bars. One wild bar is not a new level."""
+    """Decayed mean of sizes [T] before each bar and after the last, [T + 1], from the first fitted bar on.
+
+    It begins with the mean over the fitted bars and 30 more of `common`, that of all symbols. A size counts as 6 usual
+    ones at most: one wild bar is not a new level.
+    """
     usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
     seen = np.arange(len(size)) >= fitted[0]
     decay = 0.5 ** (1 / LEVEL)
@@ -1055,9 +1070,9 @@ SECTIONS = {  # title: (score, label, factor, digits)
                    ("coverage90", "in 90 % band", 100, 2)),
     "next range": (("range_crps", "CRPS", 1, 4), ("range_coverage90", "in 90 % band", 100, 2)),
     "next volume": (("volume_crps", "CRPS", 1, 4), ("volume_coverage90", "in 90 % band", 100, 2)),
-    "next direction": (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2), ("auc", "AUC", 1, 4),
-                       ("logloss", "log loss", 1, 4), ("ece", "ECE %", 100, 2), ("ic", "IC", 1, 3),
-                       ("rank_ic", "rank IC", 1, 3)),
+    "next direction": (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2),
+                       ("auc", "AUC", 1, 4), ("logloss", "log loss", 1, 4), ("ece", "ECE %", 100, 2),
+                       ("ic", "IC", 1, 3), ("rank_ic", "rank IC", 1, 3)),
     "paths": (("path_crps", "CRPS", 1, 4), ("path_mape", "MAPE %", 1, 4), ("path_rv_crps", "volatility", 1, 4)),
     "risk": (("var95_hits", "beyond VaR %", 100, 2), ("es95_ratio", "loss to ES", 1, 3),
              ("extreme_flagged", "! raised %", 100, 2), ("extreme_said", "! chance %", 100, 2),
@@ -1068,23 +1083,23 @@ HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselin
 
 def print_backtest(result, horizon, cost_bps):
     """Each checkpoint's scores with half their intervals, beside those of the opponents; then pairs, and groups."""
-    own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"].values()
+    own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"]
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
     print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
     print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
     print(" " * 16 + "".join(f"{stem(name)[-14:]:>15}" for name in own) + "".join(f"{head:>7}" for head in HEADS))
     for title, rows in SECTIONS.items():
-        if not any(scores.get(metric) for metric, *_ in rows for scores in columns):
+        if not any(scores.get(metric) for metric, *_ in rows for scores in columns.values()):
             continue  # no volume, or too few symbols to trade
         print(title)
         for metric, label, scale, digits in rows:
-            for k in sorted({(horizon + 1) // 2, horizon}) if metric in ("path_crps", "path_mape") else [None]:
+            steps = sorted({(horizon + 1) // 2, horizon}) if metric in ("path_crps", "path_mape") else [None]
+            for k in steps:
                 line = f"  {f'{label}, bar {k}' if k else label:14}"
-                for i, scores in enumerate(columns):
+                for name, scores in columns.items():
                     score = scores.get(metric)
                     score = score[k - 1] if k and score else score
-                    half, width = (True, 15) if i < len(own) else (False, 7)
-                    line += f"{number(score, scale, digits, half):>{width}}"
+                    line += f"{number(score, scale, digits, half=name in own):>{15 if name in own else 7}}"
                 print(line)
 
     print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
@@ -1092,7 +1107,8 @@ def print_backtest(result, horizon, cost_bps):
         metric, score = pair["metric"], pair["ratio"] or pair["difference"]
         if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
             continue
-        label, scale, digits = RIVALRY.get(metric, metric), *((100, 2) if metric == "da" else (1, 4))
+        label = RIVALRY.get(metric, metric)
+        scale, digits = (100, 2) if metric == "da" else (1, 4)
         if isinstance(score, list):
             label, score = f"{label}, bar {len(score)}", score[-1]
         if score:
@@ -1110,13 +1126,12 @@ def print_backtest(result, horizon, cost_bps):
 
 def number(score, scale, digits, half=True):
     """A score as text, with half its interval where it has one."""
-    def text(value):
-        return f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}"
-
     if score is None:
         return "."
-    shown = text(score["value"] * scale)
-    return f"{shown} ±{text((score['hi'] - score['lo']) / 2 * scale)}" if half and score["lo"] is not None else shown
+    values = [score["value"] * scale]
+    if half and score["lo"] is not None:
+        values.append((score["hi"] - score["lo"]) / 2 * scale)
+    return " ±".join(f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}" for value in values)
 
 
 def show(score, scale, digits, sign=""):
@@ -1151,7 +1166,7 @@ VAL_PROBES = 8                  # in place of PROBES, for scores on val in the c
 
 def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
     """Targets in a split, with about so many origins; about `most` bars: of some symbols, the earliest dates."""
-    low, end = (borders[0], borders[1]) if split == "val" else (borders[1], 2**62)
+    low, end = borders if split == "val" else (borders[1], 2**62)
     spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
     spans = [span for span in spans if span[2] > span[1]]
     if not spans:
@@ -1208,21 +1223,19 @@ def span_of(metas, split, start, end):
     """(name of the split, first time stamp, end) of the targets. In-sample targets only where they are asked for."""
     if split not in ("val", "test"):
         raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
-    lo, hi = -math.inf if start is None else data.parse_time(start), 2**62 if end is None else data.parse_time(end)
+    lo = -math.inf if start is None else data.parse_time(start)
+    hi = 2**62 if end is None else data.parse_time(end)
     for name, date, time in (("start", start, lo), ("end", end, hi)):
         if math.isnan(time):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
     borders = {tuple(meta.get("splits") or ()) for meta in metas}
-    if start is None and (len(borders) > 1 or () in borders):
-        raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
-    test = max((b[1] for b in borders if b), default=math.inf)
     if start is not None:
-        split = "in-sample" if lo < test or () in borders else "test"
-    elif split == "val":
-        [(lo, latest)] = borders
-        hi = min(hi, latest)
+        split = "in-sample" if () in borders or lo < max(test for _, test in borders) else "test"
+    elif len(borders) > 1 or () in borders:
+        raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
     else:
-        lo = test
+        [(val, test)] = borders
+        lo, hi = (val, min(hi, test)) if split == "val" else (test, hi)
     if hi <= lo:
         raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; "
                         f"targets before it are in-sample and need --start")

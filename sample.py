@@ -6,10 +6,9 @@
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
     python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
 
-A forecast is a set of sampled futures, called paths. The context of a symbol is read once (`Model.prefill`) for all its
-paths; each path then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`),
-so that every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth is another
-script: `backtest.py`.
+A forecast is a set of sampled futures, called paths. A symbol's context is read once (`Model.prefill`) for all of them;
+each then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that
+every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
 import csv
 import json
@@ -102,6 +101,11 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
+
+    def draw(h, u):
+        """Coarse and fine tokens of the next bars [...], for h [..., C], by uniform numbers u [..., 2]."""
+        return model.sample(h, temperature, top_p, u=u, order=order)
+
     at_once = rows_at_once(model)
     size = max(1, min(BATCH_ORIGINS, at_once // paths))
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
@@ -110,8 +114,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         alike = np.flatnonzero(lengths == length)
         for rows in np.split(alike, range(size, len(alike), size)):
             part = [origins[i] for i in rows]
-            tokens, p_up[rows] = draw_tokens(model, part, times[rows], paths, temperature, top_p, order, seed, parallel,
-                                             at_once)
+            tokens, p_up[rows] = draw_tokens(model, part, times[rows], paths, draw, seed, parallel, at_once)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
             ohlcva[rows], _ = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))
     return ohlcva, p_up
@@ -127,7 +130,7 @@ def origin_of(model, tokenizer, bars):
     return Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved)
 
 
-def draw_tokens(model, origins, times, paths, temperature, top_p, order, seed, parallel, at_once):
+def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
     """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, and P(up) [n]."""
     device, (n, horizon) = model.up_mask.device, times.shape
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
@@ -142,24 +145,24 @@ def draw_tokens(model, origins, times, paths, temperature, top_p, order, seed, p
         uniform.append(stratified(random, paths, horizon))
     uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
     if parallel:
-        h = model.parallel(coarse, fine, seen)[1][:, :horizon].repeat_interleave(paths, 0)  # (n * paths, H, C)
-        return model.sample(h, temperature, top_p, u=uniform, order=order), p_up
+        _, h = model.parallel(coarse, fine, seen)
+        return draw(h[:, :horizon].repeat_interleave(paths, 0), uniform), p_up
     times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
     pieces = []
     for when, u in zip(times.split(size), uniform.split(size)):
-        pieces.append(generate(model, state.repeat(len(u) // n), when, u, temperature, top_p, order))
+        pieces.append(generate(model, state.repeat(len(u) // n), when, u, draw))
     return [torch.cat(level) for level in zip(*pieces)], p_up
 
 
-def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
+def generate(model, state, times, uniform, draw):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`, changed in place. The rest: as in Model.sample.
+    state: of N rows, from `Model.prefill(...).repeat`, changed in place. draw: from h and uniform numbers to tokens.
     """
     tokens = []
     for k in range(times.shape[1]):
-        tokens.append(model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order))
+        tokens.append(draw(state.h, uniform[:, k]))
         if k + 1 < times.shape[1]:
             _, state = model.step(*tokens[-1], times[:, k:], state)
     return [torch.stack(level, dim=-1) for level in zip(*tokens)]
@@ -168,13 +171,14 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=Non
 def stratified(random, paths, horizon):
     """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
 
-    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but at
-    each step a half's n paths fall one into each n-th of the distribution, and means and shares of paths vary less.
+    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but
+    at each step a half's n paths fall one into each n-th of the distribution, so that means and shares vary less.
     """
     halves = []
     for n in (paths // 2, paths - paths // 2):
-        place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
-        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
+        rows = np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon))
+        rows = random.permuted(rows, axis=0)  # each column in an order of its own
+        halves.append((rows + random.random(rows.shape, np.float32)) / max(n, 1))
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
@@ -271,7 +275,7 @@ def option(close, spot, strike, years, rate):
 
 
 def give_ranks(rows, histories, horizon):
-    """Write ranks by P(up) into the rows of the symbols that did not end long before the others; return their P(up)s."""
+    """Rank by P(up) the rows of the symbols that did not end long before the others; return their P(up)s."""
     newest = max(bars.time[-1] for bars in histories)
     live = []
     for row, bars in zip(rows, histories):
@@ -313,7 +317,7 @@ def print_report(rows, horizon, breadth, mean_p_up):
 
 
 def write_csv(path, histories, ohlcva, times):
-    """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle too)."""
+    """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle)."""
     head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *data.COLUMNS]
     with data.write_atomic(path, text=True) as f:
         writer = csv.writer(f)
