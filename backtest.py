@@ -265,15 +265,13 @@ def judge_draws(r, y):
 
     E|X - X'| counts pairs across the halves alone: unbiased, as Ferro's fair form (QJRMS 2014) for independent draws.
     """
-    K, half = r.shape[-1], r.shape[-1] // 2
-    scores = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y)
+    K, half, ordered = r.shape[-1], r.shape[-1] // 2, np.sort(r, -1)
+    scores = judge(ordered, np.full(r.shape, 1 / K), y)
     if K == 1:
         return scores
-    spreads = []
-    for part in (r, r[..., :half], r[..., half:]):
-        n = part.shape[-1]
-        spreads.append(spread(np.sort(part, -1), np.arange(1, n + 1) / n))
-    every, first, second = spreads
+    every = spread(ordered, np.arange(1, K + 1) / K)
+    first = spread(np.sort(r[..., :half], -1), np.arange(1, half + 1) / half)
+    second = spread(np.sort(r[..., half:], -1), np.arange(1, K - half + 1) / (K - half))
     a = half / K  # every = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
     across = (every - a**2 * first - (1 - a)**2 * second) / (2 * a * (1 - a))
     return scores | dict(crps=scores["crps"] + every - across)
@@ -469,12 +467,12 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
         unmoved = unmoved_share(bars, model.config.unmoved)
         for o, state in zip(at, states):
             context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
-            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, bars.ohlcva[o, 3], unmoved[o + 1]))
+            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, unmoved[o + 1]))
     parts = []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
         ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
-        last = np.log([o.close for o in part])[:, None, None]
+        last = np.log([o.state.close for o in part])[:, None, None]
         moves = np.diff(np.log(ohlcva[..., 3]), prepend=np.broadcast_to(last, (len(part), paths, 1)))
         parts.append(judge_paths(moves, t, slice(i, i + len(part))))
         data.progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
@@ -1230,7 +1228,8 @@ def span_of(metas, split, start, end):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
     borders = {tuple(meta.get("splits") or ()) for meta in metas}
     if start is not None:
-        split = "in-sample" if () in borders or lo < max(test for _, test in borders) else "test"
+        seen = () in borders or lo < max((test for _, test in borders), default=math.inf)
+        split = "in-sample" if seen else "test"
     elif len(borders) > 1 or () in borders:
         raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
     else:

@@ -73,7 +73,6 @@ class Origin:
     tokens: torch.Tensor   # int64 [L, 2]: coarse, fine of the last bars, the context
     time: np.ndarray       # int64 [T]: stamps of all bars up to there
     state: data.State      # decodes the next bar
-    close: float           # the last close
     unmoved: float         # share of bars that do not move, see unmoved_share
 
 
@@ -126,8 +125,7 @@ def origin_of(model, tokenizer, bars):
         raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
     x, state = data.features(bars)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-    unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-    return Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved)
+    return Origin(bars.symbol, tokens, bars.time, state, unmoved_share(bars, model.config.unmoved)[-1])
 
 
 def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
@@ -184,16 +182,15 @@ def stratified(random, paths, horizon):
 
 def rows_at_once(model):
     """How many paths' states BATCH_BYTES hold."""
-    def n_bytes(part):
-        """Of all tensors in a tensor, or in dicts and lists of them."""
-        if torch.is_tensor(part):
-            return part.nbytes
-        if isinstance(part, dict):
-            part = list(part.values())
-        return sum(map(n_bytes, part)) if isinstance(part, (list, tuple)) else 0
-
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.up_mask.device)
-    return max(1, BATCH_BYTES // n_bytes(vars(model.prefill(token, token, token))))
+    n_bytes, parts = 0, [vars(model.prefill(token, token, token))]
+    while parts:
+        part = parts.pop()
+        if torch.is_tensor(part):
+            n_bytes += part.nbytes
+        elif isinstance(part, (dict, list, tuple)):
+            parts += part.values() if isinstance(part, dict) else part
+    return max(1, BATCH_BYTES // n_bytes)
 
 
 def times_ahead(origins, horizon, times):
@@ -216,9 +213,9 @@ def by_close(tokenizer):
 
 
 def unmoved_share(bars, prior):
-    """Share of bars whose close did not move, before each bar and after the last: [T + 1]; ticks differ.
+    """Share of bars whose close did not move, before each bar and after the last: [T + 1].
 
-    `prior`, the share in the training data, counts for PRIOR_BARS.
+    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for PRIOR_BARS beside.
     """
     still = np.diff(bars.ohlcva[:, 3]) == 0
     count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
@@ -633,8 +630,8 @@ def warn_of_intervals(series, meta, who="the weights"):
     for bars in series:
         step = float(np.median(np.diff(bars.time)))
         if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(span(step), []).append(data.printable(bars.symbol))
-    lowest, highest = span(min(known)), span(max(known))
+            far.setdefault(duration(step), []).append(data.printable(bars.symbol))
+    lowest, highest = duration(min(known)), duration(max(known))
     trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
     for step, symbols in far.items():
         more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
@@ -642,7 +639,7 @@ def warn_of_intervals(series, meta, who="the weights"):
               file=sys.stderr)
 
 
-def span(seconds):
+def duration(seconds):
     """A time as people say it: 5 min."""
     for unit, size in (("d", data.DAY), ("h", data.HOUR), ("min", 60)):
         if seconds >= size:
