@@ -4,13 +4,14 @@
     python backtest.py --ckpt a.pt b.pt --data other.csv --json            # several checkpoints, paired
     python backtest.py --ckpt out.pt --start 2018-07-01 --by volatility --cost_bps 5
 
-Targets, the bars to forecast -> forecasters -> block_sums of each score -> bootstrap, which draws the blocks of time
-anew -> scored, the intervals -> the table.
+The way from bars to intervals, in `backtest`: the bars to forecast (`Targets`); forecasters, the model (`next_bars`,
+`simulated`) and its opponents (`baselines`); sums of each score over blocks of time (`block_sums`); scores of blocks
+drawn anew (`bootstrap`); intervals (`scored`).
 
-A forecaster is a dict of arrays over the N target bars: p_up (given that the bar moves), mean and point (expected and
-median log return), crps, pit (the share of its distribution below what came), and as range_crps and so on the same of
-range and volume. Over the n origins of paths of H bars: path_point, path_crps, path_pit [n, H] of the log return since
-the origin, path_rv_crps [n] of the realized volatility, and what the paths say of losses. What it leaves out is null.
+A forecaster is a dict of arrays over the N targets: p_up (given that the bar moves), mean and point (expected and
+median log return), crps, pit (the share of its distribution below what came); of range and volume range_crps and so on.
+Over the n origins of paths of H bars: path_point, path_crps, path_pit [n, H] of the log return since the origin,
+path_rv_crps [n] of the realized volatility, and what the paths say of losses. What it does not say has no score.
 """
 import copy
 import functools
@@ -28,7 +29,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 import data
-from data import DAY, UserError, future_times
+from data import DAY, HOUR, UserError, future_times
 from model import load_checkpoint, norm
 from sample import (
     WARN, Origin, base_weights, by_close, chance_extreme, jsonable, load_series, simulate, unmoved_share,
@@ -64,23 +65,71 @@ RIVALRY = dict(da="right calls %", logloss="log loss", mae="close MAE", crps="cl
                volume_crps="volume CRPS", path_crps="paths CRPS", path_rv_crps="paths volatility")  # with opponents
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
 RARE = ("var95", "es95", "extreme")              # scores that count rare cases begin so
-KEYS = ("split", "start", "end", "blocks", "checkpoints", "baselines", "paired")
 
-BINS, PROBES = 512, 32            # of a quantity of the next bar; coarse tokens of each bar whose fine tokens are read
 REPLICATES = 2000                 # of the bootstrap
 MIN_BLOCKS, MAX_BLOCKS = 20, 500  # of time: with fewer no interval; with more they are merged
 MIN_CASES = 5                     # blocks with a rare case; with fewer no interval
 ORIGINS = 1000                    # of paths, in all, by default; but at least ten a symbol
-RESIDUALS = 500                   # that filtered historical simulation (the newest) and HAR draw from
-LAMBDA = 0.94                     # decay of the former's volatility (as RiskMetrics, 1996)
-LAGS = 5                          # bars that the logistic regression looks at
-WINDOWS = (1, 5, 22, 66)          # bars over which HAR takes means
-HAR_FLOOR = 0.05                  # least range in HAR, as a share of the mean
-LEVEL = 500                       # half-life, in bars, of the scale of HAR's residuals
-FORGET = 15                       # half-life, in days, of what a time of day shows (in weeks, of the week's)
-SEEN = 3                          # days that it counts as usual, beside
-HOUR = 3600
 NORMAL = statistics.NormalDist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The backtest
+
+def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0,
+             parallel=False, by=None, cost_bps=0.0, device="cpu"):
+    """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals over blocks of time.
+
+    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest as in Config.
+    Returns a dict of
+        split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks
+        checkpoints: dicts of ckpt, the scores of METRICS, tokens; baselines: {name: scores of METRICS}
+        paired: dicts of a, b, metric, difference, ratio; by: dicts of group, ckpt, bars, the scores of BY
+        scores: {name: all scores}; drawn: {name: what bootstrap gives}; targets
+    A score is {value, lo, hi} or None, for path_mape and path_crps a list of them, one for each bar ahead. They are in
+    log return x 100, of volume in its log, mape in %. UserError without a target, for bad dates or no start.
+    """
+    check(horizon, stride, paths, by)
+    loaded = {}
+    for i, checkpoint in enumerate(checkpoints, 1):
+        if isinstance(checkpoint, (str, os.PathLike)):
+            loaded[str(checkpoint)] = load_checkpoint(checkpoint, data.pick_device(device))
+        else:
+            loaded[f"checkpoint {i}"] = checkpoint
+    split, lo, hi = span_of([meta for *_, meta in loaded.values()], split, start, end)
+    t = Targets([bars] if isinstance(bars, data.Bars) else bars, lo, hi, horizon, stride, seed)
+    warn(t, loaded)
+
+    forecasts, use = {}, {}
+    for name, (model, tokenizer, _) in loaded.items():
+        forecasts[name] = next_bars(model, tokenizer, t) | simulated(model, tokenizer, t, paths)
+        if parallel:
+            forecasts[f"{name} parallel"] = simulated(model, tokenizer, t, paths, parallel=True)
+        tokens = torch.from_numpy(t.flat(t.tokens(tokenizer)).astype(np.int64))  # (N, 2)
+        use[name], _ = code_use(tokenizer, *tokens.T)
+        use[name]["pairs"] = int(use[name]["pairs"])
+    rivals = baselines(t, paths)
+
+    drawn, scores, rows = {}, {}, {}
+    for name, f in (forecasts | rivals).items():
+        sums = block_sums(f, t)
+        if "p_up" in f and name != "always_up":
+            sums |= trading_sums(f["p_up"], t, cost_bps)
+        drawn[name] = bootstrap(sums, t)
+        scores[name] = {metric: scored(*found, t.blocks_of(metric)) for metric, found in drawn[name].items()}
+        rows[name] = {metric: scores[name].get(metric) for metric in METRICS}
+    pairs = []
+    for a, b in itertools.combinations(forecasts, 2):
+        pairs += paired(a, b, drawn, t, METRICS)
+    for a, b in itertools.product(forecasts, rivals):
+        pairs += paired(a, b, drawn, t, RIVALRY)
+    groups = []
+    for (group, mask), name in itertools.product(groups_of(t, by), loaded):
+        groups.append(dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask)))
+    return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
+                checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
+                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, scores=scores, drawn=drawn,
+                targets=t)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,12 +137,6 @@ NORMAL = statistics.NormalDist()
 
 class Targets:
     """The N bars to forecast, symbol by symbol; the n origins of paths of H bars; the blocks of time, of all symbols.
-
-    series, ranges, returns: each symbol's Bars, [first, last) of its targets, log returns of all its bars. [N]: time,
-    r (log return), range (log H / L), volume (log 1 + V or NaN), s (the scale s_t, known before), symbol, stamp (which
-    of the distinct times), block. Of the paths: origins, a symbol's bars after which they begin; path_rows, a symbol's
-    rows of the n; path_r [n, H], log returns since the origin; path_rv [n], root of the sum of squared returns; usual
-    [n], the long-run volatility; path_block.
 
     For the next bar a block has n^(1/3) of a symbol's n target bars (Hall, Horowitz and Jing, Biometrika 1995): whole
     dates of daily bars, within the day 32 bars where there are enough of them. For paths it has the horizon at least.
@@ -105,47 +148,52 @@ class Targets:
         if not spans:
             raise UserError(f"no bar to forecast from {data.iso(lo)} on: give other --data or --start "
                             f"(the first {data.CONTEXT} bars are context)")
-        self.series, self.ranges = zip(*spans)
+        self.series, self.ranges = zip(*spans)  # of each symbol its Bars, and [first, last) of its targets
         self.horizon, self.seed, self.tokenized = horizon, seed, {}
         lengths = [last - first for first, last in self.ranges]
         longest = max(lengths)
 
-        # the bars
+        # the bars: returns are of all bars of a symbol, the others of the targets, [N]
         self.returns = [np.diff(np.log(bars.ohlcva[:, 3]), prepend=np.log(bars.ohlcva[0, 3])) for bars in self.series]
-        self.r = self.flat(self.returns)
+        self.r = self.flat(self.returns)                                # log returns
+        self.range = self.flat(map(log_range, self.series))
+        self.volume = self.flat(map(log_volume, self.series))
+        self.s = self.flat(map(data.scales, self.series))               # the scale s_t, known before the bar
         self.time = self.flat([bars.time for bars in self.series])
-        self.range, self.volume, self.s = (self.flat(map(f, self.series)) for f in (log_range, log_volume, data.scales))
+        self.stamp = np.unique(self.time, return_inverse=True)[1]       # which of the distinct times
         self.symbol = np.repeat(np.arange(len(self.series)), lengths)
-        self.stamp = np.unique(self.time, return_inverse=True)[1]
 
-        # the paths
-        each = max(10, ORIGINS // len(self.series))
-        self.stride = stride or max(horizon, (longest - horizon + 1) // each)
-        self.origins = []  # every stride-th, from an offset of the symbol's own, to spread the dates
-        for bars, (first, last) in spans:
+        # the paths: every stride-th bar is an origin, from an offset of the symbol's own, to spread the dates
+        self.stride = stride or max(horizon, (longest - horizon + 1) // max(10, ORIGINS // len(self.series)))
+        self.origins, self.path_rows = [], []  # of each symbol: bars after which paths begin; which of the n these are
+        moves, begins, usual = [], [], []
+        for bars, r, (first, last) in zip(self.series, self.returns, self.ranges):
             n = last - first - horizon + 1
             offset = zlib.crc32(bars.symbol.encode()) % max(1, min(self.stride, n))
-            self.origins.append(first - 1 + np.arange(offset, n, self.stride))
-        ends = np.cumsum(list(map(len, self.origins)))
-        self.path_rows = [slice(end - len(at), end) for end, at in zip(ends, self.origins)]
-        ahead = np.arange(1, horizon + 1)
-        moves = np.concatenate([r[o[:, None] + ahead] for r, o in zip(self.returns, self.origins)])  # (n, H)
-        self.path_r, self.path_rv = moves.cumsum(1), np.sqrt((moves**2).sum(1))
-        pasts = [bars.ohlcva[:o + 1, 3] for bars, at in zip(self.series, self.origins) for o in at]
-        self.usual = np.array([usual_sigma(close) for close in pasts])
+            origins = first - 1 + np.arange(offset, n, self.stride)
+            self.path_rows.append(slice(len(usual), len(usual) + len(origins)))
+            self.origins.append(origins)
+            moves.append(r[origins[:, None] + np.arange(1, horizon + 1)])
+            begins.append(bars.time[origins + 1])
+            usual += [usual_sigma(bars.ohlcva[:o + 1, 3]) for o in origins]
+        moves = np.concatenate(moves)               # (n, H)
+        self.path_r = moves.cumsum(1)               # (n, H): log returns since the origin
+        self.path_rv = np.sqrt((moves**2).sum(1))   # (n,): realized volatility
+        self.usual = np.array(usual)                # (n,): long-run volatility before the origin
 
-        # the blocks
+        # the blocks: of each bar and each path, and how often each replicate draws each block
         daily = max(np.median(np.diff(bars.time)) for bars in self.series) >= DAY
         unit, least = (DAY, 1) if daily else (1, min(data.HALF_LIFE, longest // MIN_BLOCKS))
-        length = max(1, int(longest ** (1 / 3) + 1e-9), least)  # of a block, in bars
-        units = np.unique(self.time // unit)
-        begins = np.concatenate([bars.time[o + 1] for bars, o in zip(self.series, self.origins)])
-        random = np.random.default_rng([seed, 1])
-        self.n_blocks = max(1, min(longest // length, MAX_BLOCKS))
+        length = max(int(longest ** (1 / 3) + 1e-9), least)  # of a block, in bars
+        self.n_blocks = min(longest // length, MAX_BLOCKS)
         self.n_path_blocks = max(1, min(longest // max(length, horizon), MAX_BLOCKS))
+        units = np.unique(self.time // unit)
         self.block = np.searchsorted(units, self.time // unit) * self.n_blocks // len(units)
+        begins = np.concatenate(begins)
         self.path_block = np.searchsorted(units, begins // unit) * self.n_path_blocks // len(units)
-        self.weights, self.path_weights = resampled(self.n_blocks, random), resampled(self.n_path_blocks, random)
+        random = np.random.default_rng([seed, 1])
+        self.weights = resampled(self.n_blocks, random)
+        self.path_weights = resampled(self.n_path_blocks, random)
 
     def flat(self, values):
         """Of arrays over each symbol's bars, those of the targets: [N]."""
@@ -192,31 +240,6 @@ def resampled(n, random):
     return random.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
 
 
-def span_of(metas, split, start, end):
-    """(name of the split, first time stamp, end) of the targets. In-sample targets only where they are asked for."""
-    if split not in ("val", "test"):
-        raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
-    lo, hi = -math.inf if start is None else data.parse_time(start), 2**62 if end is None else data.parse_time(end)
-    for name, date, time in (("start", start, lo), ("end", end, hi)):
-        if math.isnan(time):
-            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
-    borders = {tuple(meta.get("splits") or ()) for meta in metas}
-    if start is None and (len(borders) > 1 or () in borders):
-        raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
-    test = max((b[1] for b in borders if b), default=math.inf)
-    if start is not None:
-        split = "in-sample" if lo < test or () in borders else "test"
-    elif split == "val":
-        [(lo, latest)] = borders
-        hi = min(hi, latest)
-    else:
-        lo = test
-    if hi <= lo:
-        raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; "
-                        f"targets before it are in-sample and need --start")
-    return split, int(lo), int(hi)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Distributions, and their scores for what happened
 
@@ -226,8 +249,8 @@ def judge(r, p, y):
     CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
     """
     F, y = p.cumsum(-1), y[..., None]
-    middle = [(F < share).sum(-1).clip(max=r.shape[-1] - 1) for share in (0.5 - 1e-9, 0.5 + 1e-9)]
-    median = np.take_along_axis(r, np.stack(middle, -1), -1).mean(-1)
+    middle = np.stack([(F < 0.5 - 1e-9).sum(-1), (F < 0.5 + 1e-9).sum(-1)], -1)  # two places where F is 1/2, else one
+    median = np.take_along_axis(r, middle, -1).mean(-1)
     below = (p * ((r < y) + 0.5 * (r == y))).sum(-1)
     return dict(mean=(p * r).sum(-1), point=median, pit=below, crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
 
@@ -242,12 +265,13 @@ def judge_draws(r, y):
 
     E|X - X'| counts pairs across the halves alone: unbiased, as Ferro's fair form (QJRMS 2014) for independent draws.
     """
-    K, half = r.shape[-1], r.shape[-1] // 2
-    scores = judge(np.sort(r, -1), np.full(r.shape, 1 / K), y)
+    K, half, ordered = r.shape[-1], r.shape[-1] // 2, np.sort(r, -1)
+    scores = judge(ordered, np.full(r.shape, 1 / K), y)
     if K == 1:
         return scores
-    parts = [np.sort(part, -1) for part in (r, r[..., :half], r[..., half:])]
-    every, first, second = (spread(part, np.arange(1, part.shape[-1] + 1) / part.shape[-1]) for part in parts)
+    every = spread(ordered, np.arange(1, K + 1) / K)
+    first = spread(np.sort(r[..., :half], -1), np.arange(1, half + 1) / half)
+    second = spread(np.sort(r[..., half:], -1), np.arange(1, K - half + 1) / (K - half))
     a = half / K  # every = a^2 first + (1 - a)^2 second + 2 a (1 - a) across
     across = (every - a**2 * first - (1 - a)**2 * second) / (2 * a * (1 - a))
     return scores | dict(crps=scores["crps"] + every - across)
@@ -256,9 +280,9 @@ def judge_draws(r, y):
 def judge_residuals(z, y, scale, location=0.0):
     """judge for location + scale * z: residuals z [K] or [N, K] of equal weight; y, scale, location [N]."""
     z = np.broadcast_to(z, (len(y), z.shape[-1]))
-    scale, location = (np.broadcast_to(v, len(y)) for v in (scale, location))
+    scale, location = np.broadcast_to(scale, len(y)), np.broadcast_to(location, len(y))
     parts = []
-    for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):
+    for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):  # pieces that fit into memory
         r = np.sort(location[rows, None] + scale[rows, None] * z[rows], -1)
         parts.append(judge(r, np.full(r.shape, 1 / z.shape[-1]), y[rows]))
     return joined(parts)
@@ -280,13 +304,17 @@ def judge_paths(moves, t, rows):
 
     Among K draws what came has K + 1 ranks, equally likely where the forecast is right: that is a percentile's width.
     """
-    K, r, y = moves.shape[1], moves.cumsum(-1), t.path_r[rows]
+    K, y = moves.shape[1], t.path_r[rows]
+    r = moves.cumsum(-1)
     scores = named("path", judge_draws(np.moveaxis(r, 1, -1), y))
     scores["path_pit"] = (K * scores["path_pit"] + 0.5) / (K + 1)
-    volatility = judge_draws(np.sqrt((moves**2).sum(-1)), t.path_rv[rows])
-    worst = np.sort(-np.expm1(r[:, :, -1]), 1)[:, -max(1, round(0.05 * K)):]  # losses beyond VaR 95 %
-    return scores | dict(path_width=np.full(y.shape, 1 / (K + 1)), path_rv_crps=volatility["crps"],
-                         path_es95=worst.mean(1), path_extreme=chance_extreme(r[:, :, -1], t.usual[rows], t.horizon))
+    scores["path_width"] = np.full(y.shape, 1 / (K + 1))
+    scores["path_rv_crps"] = judge_draws(np.sqrt((moves**2).sum(-1)), t.path_rv[rows])["crps"]
+    end = r[:, :, -1]                                                   # (n, K)
+    beyond = np.sort(-np.expm1(end), 1)[:, -max(1, round(0.05 * K)):]   # losses beyond VaR 95 %
+    scores["path_es95"] = beyond.mean(1)
+    scores["path_extreme"] = chance_extreme(end, t.usual[rows], t.horizon)
+    return scores
 
 
 def named(name, scores):
@@ -302,64 +330,68 @@ def joined(parts):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+BINS = 512    # of close, range and volume each
+PROBES = 32   # coarse tokens of each bar whose fine tokens are read
+
+
 @torch.no_grad()
 def next_bars(model, tokenizer, t, probes=PROBES):
     """Forecast every target from the bars before it, teacher-forced, with half a window of context where there is one.
 
     P(up) is exact. Close, range, volume are counted in BINS each: P(bin) = sum_c P(c) P(bin | c) over coarse tokens c.
-    All 2^20 pairs would take hours, so P(bin | c) is a mean over some contexts before the first target, put right by
-    `probes` coarse tokens of each bar's own (stratified by close; control variates): a few bins may come out below 0.
+    P(bin | c) itself is a sum over fine tokens; all 2^20 pairs of each bar would take hours. So it is a mean over some
+    contexts before the first target (`bins_of`), put right by `probes` coarse tokens of each bar's own, stratified by
+    close, of which the fine tokens are read (control variates). A few bins may come out below 0.
     """
     binned = bins_of(model, tokenizer, t)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
-    scales = t.flat([volume_scales(bars) for bars in t.series])  # (N, 2)
+    level, width = t.flat([volume_scales(bars) for bars in t.series]).T[:, :, None]  # (N, 1) each
     came = dict(close=t.r, range=t.range, volume=t.volume)
     order = by_close(tokenizer).to(model.up_mask.device)
-    levels = (torch.arange(probes, device=order.device) + 0.5) / probes
+    shares = (torch.arange(probes, device=order.device) + 0.5) / probes
     half = max(1, model.config.block_size // 2)
     windows = []
     for i, (first, last) in enumerate(t.ranges):
         windows += [(i, j, min(j + half, last)) for j in range(first, last, half)]
-    parts, at = [], 0
-    for h in contexts(model, tokenizer, t, windows):  # (m, C)
-        now = slice(at, at + len(h))
-        at += len(h)
-        coarse = model.coarse_logits(h).float().softmax(-1)  # (m, 2^k1)
+    parts, done = [], 0
+    for h in contexts(model, tokenizer, t, windows):                            # (m, C)
+        now = slice(done, done + len(h))
+        done += len(h)
+        coarse = model.coarse_logits(h).float().softmax(-1)                     # (m, 2^k1)
         cumulative = coarse[:, order].cumsum(-1)
-        place = torch.searchsorted(cumulative, levels * cumulative[:, -1:])
-        probe = order[place.clamp(max=len(order) - 1)]  # (m, probes)
+        place = torch.searchsorted(cumulative, shares * cumulative[:, -1:])
+        probe = order[place.clamp(max=len(order) - 1)]                          # (m, probes)
         fine = model.fine_logits(h[:, None], probe).float().softmax(-1) / probes  # (m, probes, 2^k2)
 
-        s, (level, width) = t.s[now, None], scales[now].T[:, :, None]  # (m, 1) each
+        s = t.s[now, None]
         values = dict(close=np.clip(binned["close"].values * s, -data.MAX_MOVE, data.MAX_MOVE),
                       range=binned["range"].values * s,
-                      volume=np.clip(level + binned["volume"].values * width, 0, 80))  # (m, bins) each
+                      volume=np.clip(level[now] + binned["volume"].values * width[now], 0, 80))  # (m, bins) each
         p_up = model.p_up(h, torch.from_numpy(unmoved[now]).to(h.device)).double().cpu().numpy()
-        scores = dict(p_up=p_up.clip(1e-6, 1 - 1e-6))  # keeps the log loss finite
+        scores = dict(p_up=p_up.clip(1e-6, 1 - 1e-6))                           # keeps the log loss finite
         for name, bins in binned.items():
             found = judge(values[name], bins.probabilities(coarse, probe, fine), came[name][now])
             scores |= found if name == "close" else named(name, found)
         parts.append(scores)
-        data.progress(f"next bars: {at:,} of {len(t.r):,}")
+        data.progress(f"next bars: {done:,} of {len(t.r):,}")
     data.progress("")
     return joined(parts)
 
 
 def contexts(model, tokenizer, t, windows):
     """Yield h [m, C], m <= 64, that forecast the targets [j, end) of windows (symbol, j, end), one after the other."""
-    n, half, tokens = model.config.block_size, max(1, model.config.block_size // 2), t.tokens(tokenizer)
-    device = model.up_mask.device
+    n, tokens, device = model.config.block_size, t.tokens(tokenizer), model.up_mask.device
     for k in range(0, len(windows), 16):
         pairs, times, wanted = [], [], []
         for i, j, end in windows[k:k + 16]:
-            begin = max(0, j + half - n)
+            begin = max(0, j + max(1, n // 2) - n)
             rows = np.minimum(begin + np.arange(n), len(tokens[i]) - 1)  # past the end: repeated, and not looked at
             pairs.append(tokens[i][rows].astype(np.int64))
             times.append(t.series[i].time[rows])
             wanted.append(slice(j - 1 - begin, end - 1 - begin))
         coarse, fine = torch.from_numpy(np.stack(pairs)).to(device).unbind(-1)  # (B, n)
-        hidden = norm(model.trunk(coarse, fine, torch.from_numpy(np.stack(times)).to(device), 0)[0])  # (B, n, C)
-        yield from torch.cat([row[places] for row, places in zip(hidden, wanted)]).split(64)
+        hidden, _ = model.trunk(coarse, fine, torch.from_numpy(np.stack(times)).to(device))
+        yield from torch.cat([row[places] for row, places in zip(norm(hidden), wanted)]).split(64)
 
 
 def volume_scales(bars):
@@ -386,8 +418,8 @@ def bins_of(model, tokenizer, t):
     windows = [(i, t.ranges[i][0], t.ranges[i][0] + 1) for i in early]
     tables, p = candle_tables(tokenizer), 0.0
     every = torch.arange(len(tables["close"]), device=model.up_mask.device)
-    for h in torch.cat(list(contexts(model, tokenizer, t, windows))):  # (C,)
-        fine = model.fine_logits(h.expand(len(every), -1), every).float().softmax(-1)  # (2^k1, 2^k2)
+    for h in torch.cat(list(contexts(model, tokenizer, t, windows))):                       # (C,)
+        fine = model.fine_logits(h.expand(len(every), -1), every).float().softmax(-1)       # (2^k1, 2^k2)
         p = p + model.coarse_logits(h).float().softmax(-1)[:, None] * fine
     return {name: Bins(table.to(every.device), p) for name, table in tables.items()}
 
@@ -395,7 +427,7 @@ def bins_of(model, tokenizer, t):
 class Bins:
     """Bins of a quantity of candles, table [2^k1, 2^k2], equally likely under p [2^k1, 2^k2].
 
-    of [2^k1, 2^k2]: the bin of each pair of tokens; values [bins], their means; share [2^k1, bins]: P(bin | coarse).
+    bin_of [2^k1, 2^k2]: the bin of each pair of tokens; values [bins]: their means; share [2^k1, bins]: P(bin | coarse)
     """
 
     def __init__(self, table, p):
@@ -404,17 +436,18 @@ class Bins:
         mass = p.flatten()[order].double().cumsum(0)
         inner = torch.linspace(0, 1, BINS + 1, device=table.device, dtype=mass.dtype)[1:-1] * mass[-1]
         edges = value[torch.searchsorted(mass, inner)].unique()
-        self.of = torch.searchsorted(edges[edges < value[-1]], table)
-        zero = torch.zeros(int(self.of.max()) + 1, device=table.device, dtype=torch.float64)
-        total = zero.index_add(0, self.of.flatten(), p.flatten().double())
-        self.values = (zero.index_add(0, self.of.flatten(), (p * table).flatten().double()) / total).cpu().numpy()
-        share = torch.zeros(len(table), len(zero), device=table.device).scatter_add_(1, self.of, p)
+        self.bin_of = torch.searchsorted(edges[edges < value[-1]], table)
+        zero = torch.zeros(int(self.bin_of.max()) + 1, device=table.device, dtype=torch.float64)
+        total = zero.index_add(0, self.bin_of.flatten(), p.flatten().double())
+        sums = zero.index_add(0, self.bin_of.flatten(), (p * table).flatten().double())
+        self.values = (sums / total).cpu().numpy()
+        share = torch.zeros(len(table), len(zero), device=table.device).scatter_add_(1, self.bin_of, p)
         self.share = share / share.sum(-1, keepdim=True)
 
     def probabilities(self, coarse, probe, fine):
         """P(bin) float64 [m, bins], from P(coarse) [m, 2^k1], tokens probe [m, n], fine = P(fine) / n of each."""
         p = coarse @ self.share - self.share[probe].mean(1)
-        p.scatter_add_(1, self.of[probe].flatten(1), fine.flatten(1))
+        p.scatter_add_(1, self.bin_of[probe].flatten(1), fine.flatten(1))
         return p.double().cpu().numpy()
 
 
@@ -434,12 +467,12 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
         unmoved = unmoved_share(bars, model.config.unmoved)
         for o, state in zip(at, states):
             context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
-            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, bars.ohlcva[o, 3], unmoved[o + 1]))
+            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, unmoved[o + 1]))
     parts = []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
         ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
-        last = np.log([o.close for o in part])[:, None, None]
+        last = np.log([o.state.close for o in part])[:, None, None]
         moves = np.diff(np.log(ohlcva[..., 3]), prepend=np.broadcast_to(last, (len(part), paths, 1)))
         parts.append(judge_paths(moves, t, slice(i, i + len(part))))
         data.progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
@@ -449,6 +482,11 @@ def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Its opponents, each fitted on the bars before the first target, or on those before each origin
+
+RESIDUALS = 500   # that filtered historical simulation (the newest) and HAR draw from
+LAMBDA = 0.94     # decay of the former's volatility (as RiskMetrics, 1996)
+LAGS = 5          # bars that the logistic regression looks at
+
 
 def baselines(t, paths):
     """{name: forecaster} of all of them."""
@@ -480,8 +518,8 @@ def ar1(t, i, rows):
     sigma = max((y - a - b * x).std(), 1e-9)
     one = judge_normal(a + b * r[first - 1:last - 1], sigma, r[first:last])
     psi = np.cumsum(b ** np.arange(t.horizon))  # (H,): weight of a shock k bars on in the return since the origin
-    mean, spreads = a * psi.cumsum() + b * psi * r[t.origins[i], None], np.sqrt((psi**2).cumsum()) * sigma
-    many = judge_normal(mean, spreads, t.path_r[rows])
+    mean = a * psi.cumsum() + b * psi * r[t.origins[i], None]  # (n, H)
+    many = judge_normal(mean, np.sqrt((psi**2).cumsum()) * sigma, t.path_r[rows])
     return one | dict(p_up=normal_cdf(one["mean"] / sigma)) | named("path", many)
 
 
@@ -519,11 +557,14 @@ def historical(t, i, rows, paths):
 def logistic(t):
     """Logistic regression of the direction on the last bars' features, all symbols together; {} under 1,000 bars."""
     x = [data.features(bars)[0] for bars in t.series]
-    known = [np.arange(data.CONTEXT, first)[r[data.CONTEXT:first] != 0] for r, (first, _) in zip(t.returns, t.ranges)]
+    known = []  # of each symbol the bars before its first target that moved
+    for r, (first, _) in zip(t.returns, t.ranges):
+        rows = np.arange(data.CONTEXT, first)
+        known.append(rows[r[rows] != 0])
     total = sum(map(len, known))
     if total < 1000:
         return {}
-    known = [rows[::-(-total // 300_000)] for rows in known]  # about 300,000 are enough
+    known = [rows[::math.ceil(total / 300_000)] for rows in known]  # about 300,000 are enough
     X = np.concatenate([lagged(x[i], rows) for i, rows in enumerate(known)])  # (bars, 1 + 6 LAGS)
     up = np.concatenate([r[rows] > 0 for r, rows in zip(t.returns, known)])
     w = np.zeros(X.shape[1])
@@ -539,218 +580,17 @@ def lagged(x, rows):
     return np.concatenate([np.ones((len(rows), 1)), *(x[rows - k] for k in range(1, LAGS + 1))], axis=1)
 
 
-# ---- HAR on ranges: the strongest of them
-
-def har(t, paths):
-    """Volatility, range and volume each by a HAR of its own; a path draws residuals of return and range jointly."""
-    random = np.random.default_rng([t.seed, 3])
-    ranges = fit_har(t, [log_range(bars) for bars in t.series])
-    volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
-    parts = []
-    for i, (first, last) in enumerate(t.ranges):
-        bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
-        scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
-        scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
-        if volumes:
-            z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
-            scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
-        moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
-        parts.append(scores | judge_paths(moves, t, t.path_rows[i]))
-    return joined(parts)
-
-
-class Har:
-    """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
-
-    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
-    means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
-    times its TimeOfDay. forecast [T]: of each bar; ratio [T]: u over that; residuals [1, RESIDUALS]: ratios in order.
-    fitted: the known bars before the first target whose means are settled; early: those of them before the first target
-    of any series, what all may learn from.
-    """
-
-    def __init__(self, bars, u, first, start, logs):
-        self.bars, self.logs = bars, logs
-        known = np.isfinite(u)
-        self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
-        u = np.where(known, u, self.mean)
-        u = u if logs else np.maximum(u, HAR_FLOOR * self.mean)
-        self.factor = TimeOfDay(bars.time, u, first)
-        self.unit = self.mean * self.factor(bars.time)
-        self.u = u / self.unit
-        settled = np.arange(min(WINDOWS[-1], first // 2), first)
-        self.fitted = settled[known[settled]]
-        self.early = self.fitted[bars.time[self.fitted] < start]
-        v = np.log(self.u) if logs else self.u
-        means = np.stack([np.append(0.0 if logs else 1.0, trailing_mean(v, n)[:-1]) for n in WINDOWS], 1)
-        self.x, self.y = (means, v) if logs else (np.sqrt(means), np.sqrt(v))  # (T, 4), known before each bar; (T,)
-
-    def predict(self, x):
-        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS: a list of [...]."""
-        y = self.weights[0]
-        for weight, column in zip(self.weights[1:], x):
-            y = y + weight * column
-        return np.exp(y) if self.logs else np.maximum(y, HAR_FLOOR**0.5)**2
-
-
-def fit_har(t, values, logs=False):
-    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from."""
-    start = t.time.min()
-    hars = [Har(bars, u, first, start, logs) for bars, u, (first, _) in zip(t.series, values, t.ranges)]
-    X = np.concatenate([har.x[har.early] for har in hars])
-    y = np.concatenate([har.y[har.early] for har in hars])
-    if not len(y):
-        return None
-    precision = np.ones(len(y)) if logs else 1 / X.mean(1)  # a root's error grows with the root
-    X = np.concatenate([np.ones((len(y), 1)), X], axis=1)
-    weights = np.linalg.lstsq(X * precision[:, None], y * precision, rcond=None)[0]
-    for har in hars:
-        har.weights = weights
-        forecast = har.predict(har.x.T)
-        har.forecast, har.ratio = forecast * har.unit, har.u / forecast
-    give_residuals(hars, [har.ratio[None] for har in hars])
-    return hars
-
-
-def trailing_mean(u, n):
-    """Mean of the last n values up to each, of fewer at the beginning: [T]."""
-    total = np.cumsum(u)
-    total[n:] -= total[:-n].copy()
-    return total / np.minimum(np.arange(1, len(u) + 1), n)
-
-
-def give_residuals(hars, values):
-    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of the first row."""
-    shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
-    shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
-    for v, har in zip(values, hars):
-        own = v[:, har.fitted]
-        own = evenly(own, RESIDUALS // 2) if own.shape[1] else own
-        har.residuals = evenly(np.concatenate([own, shared], axis=1), RESIDUALS)
-
-
-def evenly(values, n):
-    """n of the columns of values [k, N], evenly chosen in the order of the first row: [k, n]."""
-    order = np.argsort(values[0], kind="stable")
-    return values[:, order[((np.arange(n) + 0.5) / n * len(order)).astype(int)]]
-
-
-class TimeOfDay:
-    """The usual factor of each time of day (bars within the day; else 1), as it is known before the day begins.
-
-    Of u > 0 [T] at stamps `time`: the mean of log(u / its mean over the last day), of each time of day, over the days
-    before. Those count half after FORGET days, since habits change: summer time, another source of the bars. SEEN days
-    more are taken to be usual. Round the clock: of each hour of the day, then of each hour of the week relative to it,
-    over the weeks before. What is usual, and what kind of market it is, shows before bar `first`.
-    """
-
-    def __init__(self, time, u, first):
-        self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
-        past = time[:first]
-        step = np.median(np.diff(past))
-        if step >= DAY:
-            return
-        per_day = int(np.median(np.unique(past // DAY, return_counts=True)[1]))
-        x = np.log(u / trailing_mean(u, per_day))
-        x -= x[:first].mean()
-        round_the_clock = len(np.unique(past // HOUR % 24)) >= 23
-        for period, width in [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]:
-            periods, column = np.unique(time // period, return_inverse=True)
-            row, shape = time % period // width, (period // width + 1, len(periods))
-            total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
-            means = np.stack([total / np.maximum(count, 1), count > 0])
-            total, weight = data.decayed_sum(means, decay=0.5 ** (1 / FORGET))  # this period's included
-            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)
-            log_factor[:, 0] = 0.0
-            self.levels.append((period, width, periods, log_factor))
-            x = x - log_factor[row, column]
-
-    def __call__(self, time, now=None):
-        """Of stamps [...]: as known when the day of each began; of bars to come, when that of the last, `now`, did."""
-        log_factor = np.zeros(np.shape(time))
-        for period, width, periods, levels in self.levels:
-            column = np.searchsorted(periods, (time if now is None else now) // period)
-            log_factor = log_factor + levels[time % period // width, column]
-        return np.exp(log_factor)
-
-
-def fit_volatility(t):
-    """A Har of each series' range volatility, with scale [T + 1], the slow scale of |return| / forecast; sigma [T],
-    forecast times scale; residuals [2, RESIDUALS]: return / sigma in order, and the ratio of the same bar."""
-    hars = fit_har(t, [range_volatility(bars) for bars in t.series])
-    size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
-    common = np.concatenate([s[har.early] for s, har in zip(size, hars)]).mean()
-    pairs = []
-    for har, s, r in zip(hars, size, t.returns):
-        har.scale = slow_scale(s, har.fitted, common)
-        har.sigma = har.forecast * har.scale[:-1]
-        pairs.append(np.stack([r / har.sigma, har.ratio]))
-    give_residuals(hars, pairs)
-    return hars
-
-
-def volatility_paths(har, origins, paths, horizon, random):
-    """Log returns of the bars after each origin of a series, as fit_volatility has it: [n, paths, horizon]."""
-    (z, ratio), n = har.residuals, len(origins)
-    usual = np.ones((n, horizon))
-    if har.factor.levels:
-        for row, o in zip(usual, origins):
-            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon), har.bars.time[o])
-    scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
-    past = np.append(0.0, har.u.cumsum())
-    drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
-    pick = random.integers(len(z), size=moves.shape)
-    for k in range(horizon):
-        x = []
-        for window in WINDOWS:
-            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
-            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]
-            x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
-        forecast = har.predict(x)  # (n, paths)
-        drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
-        moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
-    return moves
-
-
-def range_volatility(bars):
-    """Of each bar sqrt(Parkinson variance + gap^2), in log price [T] (Parkinson, Journal of Business 1980)."""
-    open_, close = bars.ohlcva[:, 0], bars.ohlcva[:, 3]
-    gap = np.log(open_ / np.append(open_[0], close[:-1]))
-    return np.sqrt(log_range(bars)**2 / (4 * math.log(2)) + gap**2)
-
-
-def slow_scale(size, fitted, common):
-    """Decayed mean of sizes before each bar and after the last, [T + 1], from their mean over the fitted bars on, to
-    which `common`, the mean of all symbols, adds 30 bars. One wild bar is not a new level."""
-    usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
-    seen = np.arange(len(size)) >= fitted[0]
-    decay = 0.5 ** (1 / LEVEL)
-    total = data.decayed_sum(np.minimum(size, 6 * usual) * seen, decay=decay)
-    weight = data.decayed_sum(seen.astype(float), decay=decay)
-    return np.append(usual, (total + LEVEL / 2 * usual) / (weight + LEVEL / 2))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores, and how sure they are
 
 def block_sums(f, t):
-    """{score: sums over each block of targets t [n_blocks, ...]} of what forecaster f says; see `score_of`.
+    """{score: sums over each block of time, [n_blocks, ...]} of what forecaster f says of targets t.
 
-    Most are means of values, NaN where a bar has none.
+    `score_of` makes the score of them. Most are means of a value of each bar, NaN where a bar has none.
     """
     out, means = {}, {}
-    if "p_up" in f:  # over the bars that moved
-        moved = t.r != 0
-        p, up, block = f["p_up"][moved], t.r[moved] > 0, t.block[moved]
-        hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
-        by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)  # hits among ups, among downs
-        with np.errstate(divide="ignore"):  # always_up: infinite
-            logloss = -np.log(np.where(up, p, 1 - p))
-        calls = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
-        out = {name: sums_of(values, block, t.n_blocks) for name, values in calls.items()}
-        out["auc"] = sums_by_bin([up, ~up], ordered_bins(p), block, t.n_blocks)
-        tenth = np.minimum(p * 10, 9).astype(int)
-        out["ece"] = sums_by_bin([p - up, np.ones(len(p))], tenth, block, t.n_blocks)
+    if "p_up" in f:
+        out |= direction_sums(f["p_up"], t)
     signal = f.get("mean", f.get("p_up"))
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
@@ -768,12 +608,31 @@ def block_sums(f, t):
             if pit is not None:
                 means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside(pit, 90))
     out |= {name: sums_of(values, t.block, t.n_blocks) for name, values in means.items()}
-    return out | path_sums(f, t) if len(f.get("path_point", ())) else out
+    if len(f.get("path_point", ())):  # of no origins no scores
+        out |= path_sums(f, t)
+    return out
+
+
+def direction_sums(p_up, t):
+    """block_sums of P(up), over the bars that moved."""
+    moved = t.r != 0
+    p, up, block = p_up[moved], t.r[moved] > 0, t.block[moved]
+    hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
+    by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)  # hits among ups, among downs
+    with np.errstate(divide="ignore"):  # always_up: infinite
+        logloss = -np.log(np.where(up, p, 1 - p))
+    calls = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
+    out = {name: sums_of(values, block, t.n_blocks) for name, values in calls.items()}
+    out["auc"] = sums_by_bin([up, ~up], ordered_bins(p), block, t.n_blocks)
+    tenth = np.minimum(p * 10, 9).astype(int)
+    out["ece"] = sums_by_bin([p - up, np.ones(len(p))], tenth, block, t.n_blocks)
+    return out
 
 
 def path_sums(f, t):
     """block_sums of paths: lists over the steps; realized volatility and losses over the whole horizon."""
-    out, means = {}, dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
+    out = {}
+    means = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
     if "path_rv_crps" in f:  # sampled paths
         pit, width, extreme = f["path_pit"], f["path_width"], f["path_extreme"]
         hit = within(pit[:, -1], width[:, -1], 0.0, 0.05)  # the loss was beyond VaR 95 %
@@ -784,7 +643,8 @@ def path_sums(f, t):
                       var95_hits=hit, extreme_flagged=flagged)
         if flagged.any():
             came = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
-            means["extreme_said"], means["extreme_came"] = np.where(flagged, (extreme, came), np.nan)
+            means["extreme_said"] = np.where(flagged, extreme, np.nan)
+            means["extreme_came"] = np.where(flagged, came, np.nan)
     return out | {name: sums_of(values, t.path_block, t.n_path_blocks) for name, values in means.items()}
 
 
@@ -824,7 +684,7 @@ def totals(values, block, n_blocks):
 
 
 def score_of(metric, s):
-    """A score from its sums s [..., 2] (six for IC) over some blocks, in the order of block_sums."""
+    """A score from sums over some blocks, s [..., 2] (six for IC): the columns that block_sums stacks."""
     if metric == "ic":  # Pearson's correlation
         n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
         return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
@@ -878,28 +738,31 @@ def trading_sums(p_up, t, cost_bps):
     weight = np.where(n < 5, 0.0, (long * 1.0 - short) / fifth)  # (stamps, symbols)
     gain = np.bincount(t.stamp, weight[t.stamp, t.symbol] * np.expm1(t.r))
     turnover = np.abs(np.diff(weight, axis=0, prepend=0)).sum(1)
-    values = np.where(n < 5, np.nan, np.stack([1e4 * gain - turnover * cost_bps, turnover], 1))
-    return dict(long_short=sums_of_stamps(values[:, 0], t), turnover=sums_of_stamps(values[:, 1], t))
+    traded = n[:, 0] >= 5
+    return dict(long_short=sums_of_stamps(np.where(traded, 1e4 * gain - turnover * cost_bps, np.nan), t),
+                turnover=sums_of_stamps(np.where(traded, turnover, np.nan), t))
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums: blocks drawn anew, the same for all forecasters, which are paired."""
+    """{score: (value, replicates)} of block_sums. All forecasters get the same draws of blocks: so they are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
             value = score_of(name, s.sum(0))
             drawn = score_of(name, np.tensordot(t.path_weights if of_paths(name) else t.weights, s, 1))
-            finite = np.isfinite(drawn)
             if name.startswith(RARE) and (s[:, 0] != 0).sum() < MIN_CASES:
-                drawn, finite = np.full_like(drawn, np.nan), np.zeros_like(finite)
+                drawn = np.full_like(drawn, np.nan)
+            finite = np.isfinite(drawn)
             centre = drawn.sum(0, where=finite) / finite.sum(0)
             out[name] = value, drawn - centre + value  # ECE, a sum of magnitudes, is larger in a replicate
     return out
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi}, the 95 % percentile interval, None under 20 blocks; as wide as Student's t, since blocks are few
-    (Hesterberg 2014, arXiv 1411.5279). Lists of them for scores over steps; None where the value is not finite."""
+    """{value, lo, hi}: the 95 % percentile interval, None under 20 blocks; a list of them for a score over steps.
+
+    As wide as Student's t has it, since blocks are few (Hesterberg 2014, arXiv 1411.5279). None for no finite value.
+    """
     if np.ndim(value):
         steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
         return steps if any(steps) else None
@@ -945,69 +808,6 @@ def paired(name_a, name_b, drawn, t, metrics):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The backtest
-
-def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100, stride=None, seed=0,
-             parallel=False, by=None, cost_bps=0.0, device="cpu"):
-    """Score checkpoints on bars that have happened, beside baselines, with 95 % intervals over blocks of time.
-
-    checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest as in Config.
-    Returns split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks;
-    checkpoints, dicts of ckpt, the scores of METRICS, tokens; baselines, {name: scores}; paired, dicts of a, b, metric,
-    difference, ratio. A score is {value, lo, hi} or None, a list over the bars ahead for path_mape and path_crps. They
-    are in log return x 100, of volume in its log, mape in %. Besides: by, dicts of group, ckpt, bars, scores; of every
-    name all scores, and drawn, what bootstrap gives; targets. UserError without a target, for bad dates or no start.
-    """
-    if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
-        raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 "
-                        f"in a backtest")
-    if by not in (None, "symbol", "quarter", "volatility"):
-        raise UserError(f"--by {by}: choose symbol, quarter or volatility")
-    loaded = {}
-    for i, checkpoint in enumerate(checkpoints):
-        if isinstance(checkpoint, (str, os.PathLike)):
-            loaded[str(checkpoint)] = load_checkpoint(checkpoint, data.pick_device(device))
-        else:
-            loaded[f"checkpoint {i + 1}"] = checkpoint
-    split, lo, hi = span_of([meta for *_, meta in loaded.values()], split, start, end)
-    t = Targets([bars] if isinstance(bars, data.Bars) else bars, lo, hi, horizon, stride, seed)
-    for what, n in (("the next bar", t.n_blocks), (f"{horizon} bars ahead", t.blocks_of("path"))):
-        if n < MIN_BLOCKS:
-            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; "
-                  f"give more bars, or lower --stride or --horizon", file=sys.stderr)
-    for name, (*_, meta) in loaded.items():
-        warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
-
-    forecasts, use = {}, {}
-    for name, (model, tokenizer, _) in loaded.items():
-        forecasts[name] = next_bars(model, tokenizer, t) | simulated(model, tokenizer, t, paths)
-        if parallel:
-            forecasts[f"{name} parallel"] = simulated(model, tokenizer, t, paths, parallel=True)
-        tokens = torch.from_numpy(t.flat(t.tokens(tokenizer)).astype(np.int64))  # (N, 2)
-        use[name], _ = code_use(tokenizer, *tokens.T)
-        use[name]["pairs"] = int(use[name]["pairs"])
-    rivals = baselines(t, paths)
-
-    drawn, scores, rows = {}, {}, {}
-    for name, f in (forecasts | rivals).items():
-        trades = trading_sums(f["p_up"], t, cost_bps) if "p_up" in f and name != "always_up" else {}
-        drawn[name] = bootstrap(block_sums(f, t) | trades, t)
-        scores[name] = {m: scored(*found, t.blocks_of(m)) for m, found in drawn[name].items()}
-        rows[name] = {m: scores[name].get(m) for m in METRICS}
-    pairs = []
-    for a, b in itertools.combinations(forecasts, 2):
-        pairs += paired(a, b, drawn, t, METRICS)
-    for a, b in itertools.product(forecasts, rivals):
-        pairs += paired(a, b, drawn, t, RIVALRY)
-    groups = [dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask))
-              for (group, mask), name in itertools.product(groups_of(t, by), loaded)]
-    return dict(split=split, start=data.iso(t.time.min()), end=data.iso(t.time.max()), blocks=t.n_blocks,
-                checkpoints=[dict(ckpt=name, **rows[name], tokens=use.get(name)) for name in forecasts],
-                baselines={name: rows[name] for name in rivals}, paired=pairs, by=groups, scores=scores, drawn=drawn,
-                targets=t)
-
-
 def groups_of(t, by):
     """(name, mask over the targets) of each group; volatility: thirds of the bars by HAR's forecast over s_t."""
     if by is None:
@@ -1015,8 +815,8 @@ def groups_of(t, by):
     if by == "symbol":
         names, group = [bars.symbol for bars in t.series], t.symbol
     elif by == "quarter":
-        quarters, group = np.unique(t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int) // 3,
-                                    return_inverse=True)
+        months = t.time.astype("datetime64[s]").astype("datetime64[M]").astype(int)  # since 1970
+        quarters, group = np.unique(months // 3, return_inverse=True)
         names = [f"{1970 + q // 4}-Q{q % 4 + 1}" for q in quarters]
     else:
         rising = t.flat([har.sigma for har in t.volatility]) / t.s  # known before the bar: how volatility is to change
@@ -1033,7 +833,330 @@ def grouped(f, t, mask):
     return {m: scored(*found, len(np.unique(part.block))) for m, found in drawn.items()}
 
 
-# ---- what the later stages ask: is it better than what they began with, at no cost?
+# ----------------------------------------------------------------------------------------------------------------------
+# HAR on ranges, the strongest opponent
+
+WINDOWS = (1, 5, 22, 66)   # bars over which HAR takes means
+HAR_FLOOR = 0.05           # least range in HAR, as a share of the mean
+LEVEL = 500                # half-life, in bars, of the scale of HAR's residuals
+FORGET = 15                # half-life, in days, of what a time of day shows (in weeks, of the week's)
+SEEN = 3                   # days that it counts as usual, beside
+
+
+def har(t, paths):
+    """Volatility, range and volume each by a HAR of its own; a path draws residuals of return and range jointly."""
+    random = np.random.default_rng([t.seed, 3])
+    ranges = fit_har(t, [log_range(bars) for bars in t.series])
+    volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
+    parts = []
+    for i, (first, last) in enumerate(t.ranges):
+        bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
+        scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
+        scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
+        if volumes:
+            z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
+            scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
+        moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
+        parts.append(scores | judge_paths(moves, t, t.path_rows[i]))
+    return joined(parts)
+
+
+class Har:
+    """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
+
+    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
+    means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
+    times its TimeOfDay. What fit_har adds: weights; forecast [T] of each bar; ratio [T], u over that; residuals
+    [1, RESIDUALS], ratios in order.
+    """
+
+    def __init__(self, bars, u, first, start, logs):
+        self.bars, self.logs = bars, logs
+        known = np.isfinite(u)
+        self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
+        u = np.where(known, u, self.mean)
+        if not logs:
+            u = np.maximum(u, HAR_FLOOR * self.mean)
+        self.factor = TimeOfDay(bars.time, u, first)
+        self.unit = self.mean * self.factor(bars.time)
+        self.u = u / self.unit
+        settled = np.arange(min(WINDOWS[-1], first // 2), first)
+        self.fitted = settled[known[settled]]                           # bars to learn from, whose means are settled
+        self.early = self.fitted[bars.time[self.fitted] < start]        # those before any symbol's first target
+        usual, self.y = (0.0, np.log(self.u)) if logs else (1.0, self.u)
+        self.x = np.stack([np.append(usual, trailing_mean(self.y, n)[:-1]) for n in WINDOWS], 1)
+        if not logs:
+            self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)           # (T, 4), known before each bar; (T,)
+
+    def predict(self, x):
+        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS: a list of [...]."""
+        y = self.weights[0]
+        for weight, column in zip(self.weights[1:], x):
+            y = y + weight * column
+        return np.exp(y) if self.logs else np.maximum(y, HAR_FLOOR**0.5)**2
+
+
+def fit_har(t, values, logs=False):
+    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from."""
+    start = t.time.min()
+    hars = [Har(bars, u, first, start, logs) for bars, u, (first, _) in zip(t.series, values, t.ranges)]
+    X = np.concatenate([har.x[har.early] for har in hars])
+    y = np.concatenate([har.y[har.early] for har in hars])
+    if not len(y):
+        return None
+    precision = np.ones(len(y)) if logs else 1 / X.mean(1)  # a root's error grows with the root
+    X = np.concatenate([np.ones((len(y), 1)), X], axis=1)
+    weights = np.linalg.lstsq(X * precision[:, None], y * precision, rcond=None)[0]
+    for har in hars:
+        har.weights = weights
+        forecast = har.predict(har.x.T)
+        har.forecast, har.ratio = forecast * har.unit, har.u / forecast
+    give_residuals(hars, [har.ratio[None] for har in hars])
+    return hars
+
+
+def trailing_mean(u, n):
+    """Mean of the last n values up to each, of fewer at the beginning: [T]."""
+    total = np.cumsum(u)
+    total[n:] -= total[:-n]
+    return total / np.minimum(np.arange(1, len(u) + 1), n)
+
+
+def give_residuals(hars, values):
+    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of the first row."""
+    shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
+    shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
+    for v, har in zip(values, hars):
+        own = v[:, har.fitted]
+        own = evenly(own, RESIDUALS // 2) if own.shape[1] else own
+        har.residuals = evenly(np.concatenate([own, shared], axis=1), RESIDUALS)
+
+
+def evenly(values, n):
+    """n of the columns of values [k, N], evenly chosen in the order of the first row: [k, n]."""
+    order = np.argsort(values[0], kind="stable")
+    return values[:, order[((np.arange(n) + 0.5) / n * len(order)).astype(int)]]
+
+
+class TimeOfDay:
+    """How much larger u > 0 [T] usually is at each time of day: a factor known before its day begins; 1 for daily bars.
+
+    Its log is the mean of log(u / mean of u over the last day) at that time on the days before. A day counts half after
+    FORGET days, since habits change (summer time, another source of the bars); SEEN days of factor 1 are added. In a
+    market that never closes there are two levels: each hour of the day, then each hour of the week relative to it, over
+    the weeks before. Which market it is, and the mean of all factors, is learned before bar `first`.
+    """
+
+    def __init__(self, time, u, first):
+        self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
+        past = time[:first]
+        step = np.median(np.diff(past))
+        if step >= DAY:
+            return
+        per_day = int(np.median(np.unique(past // DAY, return_counts=True)[1]))
+        x = np.log(u / trailing_mean(u, per_day))
+        x -= x[:first].mean()
+        round_the_clock = len(np.unique(past // HOUR % 24)) >= 23
+        for period, width in [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]:
+            periods, column = np.unique(time // period, return_inverse=True)
+            row, shape = time % period // width, (period // width + 1, len(periods))
+            total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
+            means = np.stack([total / np.maximum(count, 1), count > 0])
+            total, weight = data.decayed_sum(means, decay=0.5 ** (1 / FORGET))  # up to each period
+            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)            # before it
+            log_factor[:, 0] = 0.0
+            self.levels.append((period, width, periods, log_factor))
+            x = x - log_factor[row, column]
+
+    def __call__(self, time, now=None):
+        """Factors of stamps [...], as known when the day of each began; for bars to come, when that of `now` began."""
+        log_factor = np.zeros(np.shape(time))
+        for period, width, periods, levels in self.levels:
+            column = np.searchsorted(periods, (time if now is None else now) // period)
+            log_factor = log_factor + levels[time % period // width, column]
+        return np.exp(log_factor)
+
+
+def fit_volatility(t):
+    """A Har of each series' range volatility, and from it sigma [T], the volatility of each bar's return.
+
+    It is forecast * scale [T + 1], the slow scale of |return| / forecast. residuals [2, RESIDUALS]: return / sigma, in
+    order, and the ratio of the same bar.
+    """
+    hars = fit_har(t, [range_volatility(bars) for bars in t.series])
+    size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
+    common = np.concatenate([s[har.early] for s, har in zip(size, hars)]).mean()
+    pairs = []
+    for har, s, r in zip(hars, size, t.returns):
+        har.scale = slow_scale(s, har.fitted, common)
+        har.sigma = har.forecast * har.scale[:-1]
+        pairs.append(np.stack([r / har.sigma, har.ratio]))
+    give_residuals(hars, pairs)
+    return hars
+
+
+def volatility_paths(har, origins, paths, horizon, random):
+    """Log returns after each origin of a series, [n, paths, H], by a Har of fit_volatility.
+
+    A path draws a residual of its return and, of the same bar, one of its range, on which the next forecasts look back.
+    """
+    (z, ratio), n = har.residuals, len(origins)
+    usual = np.ones((n, horizon))
+    if har.factor.levels:
+        for row, o in zip(usual, origins):
+            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon), har.bars.time[o])
+    scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
+    past = np.append(0.0, har.u.cumsum())
+    drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
+    pick = random.integers(len(z), size=moves.shape)
+    for k in range(horizon):
+        x = []
+        for window in WINDOWS:
+            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]   # up to the origin
+            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]             # and after it
+            x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
+        forecast = har.predict(x)                                                               # (n, paths)
+        drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
+        moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
+    return moves
+
+
+def range_volatility(bars):
+    """Of each bar sqrt(Parkinson variance + gap^2), in log price [T] (Parkinson, Journal of Business 1980)."""
+    open_, close = bars.ohlcva[:, 0], bars.ohlcva[:, 3]
+    gap = np.log(open_ / np.append(open_[0], close[:-1]))
+    return np.sqrt(log_range(bars)**2 / (4 * math.log(2)) + gap**2)
+
+
+def slow_scale(size, fitted, common):
+    """Decayed mean of sizes [T] before each bar and after the last, [T + 1], from the first fitted bar on.
+
+    It begins with the mean over the fitted bars and 30 more of `common`, that of all symbols. A size counts as 6 usual
+    ones at most: one wild bar is not a new level.
+    """
+    usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
+    seen = np.arange(len(size)) >= fitted[0]
+    decay = 0.5 ** (1 / LEVEL)
+    total = data.decayed_sum(np.minimum(size, 6 * usual) * seen, decay=decay)
+    weight = data.decayed_sum(seen.astype(float), decay=decay)
+    return np.append(usual, (total + LEVEL / 2 * usual) / (weight + LEVEL / 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run, and its table
+
+def main(argv=None):
+    config = Config(**data.cli(Config, __doc__, argv))
+    config.ckpt = config.ckpt or [base_weights(config.data)]
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must be 0 or more")
+    if not math.isfinite(config.cost_bps):
+        raise UserError(f"--cost_bps {config.cost_bps}: must be a number such as 5")
+    series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
+    result = backtest(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
+                      config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device)
+    if not config.json:
+        print_backtest(result, config.horizon, config.cost_bps)
+        return
+    hidden = ("scores", "drawn", "targets") if config.by else ("scores", "drawn", "targets", "by")
+    print(json.dumps(jsonable({key: value for key, value in result.items() if key not in hidden})))
+
+
+SECTIONS = {  # title: (score, label, factor, digits)
+    "next close": (("crps", "CRPS", 1, 4), ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4), ("mape", "MAPE %", 1, 4),
+                   ("coverage50", "in 50 % band", 100, 2), ("coverage80", "in 80 % band", 100, 2),
+                   ("coverage90", "in 90 % band", 100, 2)),
+    "next range": (("range_crps", "CRPS", 1, 4), ("range_coverage90", "in 90 % band", 100, 2)),
+    "next volume": (("volume_crps", "CRPS", 1, 4), ("volume_coverage90", "in 90 % band", 100, 2)),
+    "next direction": (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2),
+                       ("auc", "AUC", 1, 4), ("logloss", "log loss", 1, 4), ("ece", "ECE %", 100, 2),
+                       ("ic", "IC", 1, 3), ("rank_ic", "rank IC", 1, 3)),
+    "paths": (("path_crps", "CRPS", 1, 4), ("path_mape", "MAPE %", 1, 4), ("path_rv_crps", "volatility", 1, 4)),
+    "risk": (("var95_hits", "beyond VaR %", 100, 2), ("es95_ratio", "loss to ES", 1, 3),
+             ("extreme_flagged", "! raised %", 100, 2), ("extreme_said", "! chance %", 100, 2),
+             ("extreme_came", "! came true %", 100, 2)),
+    "trading": (("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))}
+HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselines
+
+
+def print_backtest(result, horizon, cost_bps):
+    """Each checkpoint's scores with half their intervals, beside those of the opponents; then pairs, and groups."""
+    own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"]
+    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
+    print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
+    print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
+    print(" " * 16 + "".join(f"{stem(name)[-14:]:>15}" for name in own) + "".join(f"{head:>7}" for head in HEADS))
+    for title, rows in SECTIONS.items():
+        if not any(scores.get(metric) for metric, *_ in rows for scores in columns.values()):
+            continue  # no volume, or too few symbols to trade
+        print(title)
+        for metric, label, scale, digits in rows:
+            steps = sorted({(horizon + 1) // 2, horizon}) if metric in ("path_crps", "path_mape") else [None]
+            for k in steps:
+                line = f"  {f'{label}, bar {k}' if k else label:14}"
+                for name, scores in columns.items():
+                    score = scores.get(metric)
+                    score = score[k - 1] if k and score else score
+                    line += f"{number(score, scale, digits, half=name in own):>{15 if name in own else 7}}"
+                print(line)
+
+    print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
+    for pair in sorted(result["paired"], key=lambda pair: METRICS.index(pair["metric"])):
+        metric, score = pair["metric"], pair["ratio"] or pair["difference"]
+        if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
+            continue
+        label = RIVALRY.get(metric, metric)
+        scale, digits = (100, 2) if metric == "da" else (1, 4)
+        if isinstance(score, list):
+            label, score = f"{label}, bar {len(score)}", score[-1]
+        if score:
+            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, digits, "+")
+            print(f"  {label:22}{text:32}{stem(pair['a'])} to {stem(pair['b'])}")
+
+    if result["by"]:
+        print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
+    for row in result["by"]:
+        line = f"{row['group'][:11]:12}{row['bars']:>8,}"
+        for metric, scale, digits in (("da", 100, 2), ("mae", 1, 4), ("crps", 1, 4), ("coverage90", 100, 2)):
+            line += f"{number(row.get(metric), scale, digits):>15}"
+        print(line + f"  {stem(row['ckpt'])}" * (len(own) > 1))
+
+
+def number(score, scale, digits, half=True):
+    """A score as text, with half its interval where it has one."""
+    if score is None:
+        return "."
+    values = [score["value"] * scale]
+    if half and score["lo"] is not None:
+        values.append((score["hi"] - score["lo"]) / 2 * scale)
+    return " ±".join(f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}" for value in values)
+
+
+def show(score, scale, digits, sign=""):
+    """A score with its interval, as text."""
+    if score is None:
+        return "."
+    known = [score[k] for k in ("value", "lo", "hi") if score[k] is not None]
+    value, *ends = (f"{v * scale:{sign}.{digits}f}" for v in known)
+    return f"{value} [{', '.join(ends)}]" if ends else value
+
+
+def stem(path):
+    return os.path.basename(path).removesuffix(".pt")
+
+
+def best_rival(baselines, metric):
+    """The name of the baseline with the best score; of lists over steps, the last."""
+    found = {}
+    for name, scores in baselines.items():
+        score = scores[metric][-1] if isinstance(scores[metric], list) else scores[metric]
+        if score:
+            found[name] = -score["value"] if metric == "da" else score["value"]  # all but right calls are errors
+    return min(found, key=found.get, default=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the later stages ask: is it better than what they began with, at no cost?
 
 NO_WORSE = 1.005                # a ratio to the reference whose interval ends below this
 VAL_PROBES = 8                  # in place of PROBES, for scores on val in the course of a training
@@ -1041,7 +1164,7 @@ VAL_PROBES = 8                  # in place of PROBES, for scores on val in the c
 
 def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
     """Targets in a split, with about so many origins; about `most` bars: of some symbols, the earliest dates."""
-    low, end = (borders[0], borders[1]) if split == "val" else (borders[1], 2**62)
+    low, end = borders if split == "val" else (borders[1], 2**62)
     spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
     spans = [span for span in spans if span[2] > span[1]]
     if not spans:
@@ -1091,120 +1214,49 @@ def print_versus(columns, t, rows, versus=(-1, 0)):
         print(line)
 
 
-def show(score, scale, digits, sign=""):
-    """A score with its interval, as text."""
-    if score is None:
-        return "."
-    known = [score[k] for k in ("value", "lo", "hi") if score[k] is not None]
-    value, *ends = (f"{v * scale:{sign}.{digits}f}" for v in known)
-    return f"{value} [{', '.join(ends)}]" if ends else value
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The table
+# A reader may stop here: what follows only finds the dates, refuses what cannot be, and warns
 
-SECTIONS = {  # title: (score, label, factor, digits)
-    "next close": (("crps", "CRPS", 1, 4), ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4), ("mape", "MAPE %", 1, 4),
-                   ("coverage50", "in 50 % band", 100, 2), ("coverage80", "in 80 % band", 100, 2),
-                   ("coverage90", "in 90 % band", 100, 2)),
-    "next range": (("range_crps", "CRPS", 1, 4), ("range_coverage90", "in 90 % band", 100, 2)),
-    "next volume": (("volume_crps", "CRPS", 1, 4), ("volume_coverage90", "in 90 % band", 100, 2)),
-    "next direction": (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2), ("auc", "AUC", 1, 4),
-                       ("logloss", "log loss", 1, 4), ("ece", "ECE %", 100, 2), ("ic", "IC", 1, 3),
-                       ("rank_ic", "rank IC", 1, 3)),
-    "paths": (("path_crps", "CRPS", 1, 4), ("path_mape", "MAPE %", 1, 4), ("path_rv_crps", "volatility", 1, 4)),
-    "risk": (("var95_hits", "beyond VaR %", 100, 2), ("es95_ratio", "loss to ES", 1, 3),
-             ("extreme_flagged", "! raised %", 100, 2), ("extreme_said", "! chance %", 100, 2),
-             ("extreme_came", "! came true %", 100, 2)),
-    "trading": (("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))}
-HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselines
-
-
-def print_backtest(result, horizon, cost_bps):
-    """Each checkpoint's scores with half their intervals, beside those of the opponents; then pairs, and groups."""
-    own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"].values()
-    print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
-    print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
-    print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
-    print(" " * 16 + "".join(f"{stem(name)[-14:]:>15}" for name in own) + "".join(f"{head:>7}" for head in HEADS))
-    for title, rows in SECTIONS.items():
-        if not any(scores.get(metric) for metric, *_ in rows for scores in columns):
-            continue  # no volume, or too few symbols to trade
-        print(title)
-        for metric, label, scale, digits in rows:
-            for k in sorted({(horizon + 1) // 2, horizon}) if metric in ("path_crps", "path_mape") else [None]:
-                line = f"  {f'{label}, bar {k}' if k else label:14}"
-                for i, scores in enumerate(columns):
-                    score = scores.get(metric)
-                    score = score[k - 1] if k and score else score
-                    half, width = (True, 15) if i < len(own) else (False, 7)
-                    line += f"{number(score, scale, digits, half):>{width}}"
-                print(line)
-
-    print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
-    for pair in sorted(result["paired"], key=lambda pair: METRICS.index(pair["metric"])):
-        metric, score = pair["metric"], pair["ratio"] or pair["difference"]
-        if pair["b"] not in own and pair["b"] != best_rival(result["baselines"], metric):
-            continue
-        label, scale, digits = RIVALRY.get(metric, metric), *((100, 2) if metric == "da" else (1, 4))
-        if isinstance(score, list):
-            label, score = f"{label}, bar {len(score)}", score[-1]
-        if score:
-            text = "x " + show(score, 1, 4) if pair["ratio"] else "  " + show(score, scale, digits, "+")
-            print(f"  {label:22}{text:32}{stem(pair['a'])} to {stem(pair['b'])}")
-
-    if result["by"]:
-        print(f"\n{'':12}{'bars':>8}{'right calls %':>15}{'MAE':>15}{'CRPS':>15}{'in 90 % band':>15}")
-    for row in result["by"]:
-        line = f"{row['group'][:11]:12}{row['bars']:>8,}"
-        for metric, scale, digits in (("da", 100, 2), ("mae", 1, 4), ("crps", 1, 4), ("coverage90", 100, 2)):
-            line += f"{number(row.get(metric), scale, digits):>15}"
-        print(line + f"  {stem(row['ckpt'])}" * (len(own) > 1))
-
-
-def number(score, scale, digits, half=True):
-    """A score as text, with half its interval where it has one."""
-    def text(value):
-        return f"{value:.{digits if abs(value) < 10 else min(digits, 2)}f}"
-
-    if score is None:
-        return "."
-    shown = text(score["value"] * scale)
-    return f"{shown} ±{text((score['hi'] - score['lo']) / 2 * scale)}" if half and score["lo"] is not None else shown
-
-
-def stem(path):
-    return os.path.basename(path).removesuffix(".pt")
-
-
-def best_rival(baselines, metric):
-    """The name of the baseline with the best score; of lists over steps, the last."""
-    found = {}
-    for name, scores in baselines.items():
-        score = scores[metric][-1] if isinstance(scores[metric], list) else scores[metric]
-        if score:
-            found[name] = -score["value"] if metric == "da" else score["value"]  # all but right calls are errors
-    return min(found, key=found.get, default=None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-def main(argv=None):
-    config = Config(**data.cli(Config, __doc__, argv))
-    config.ckpt = config.ckpt or [base_weights(config.data)]
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must be 0 or more")
-    if not math.isfinite(config.cost_bps):
-        raise UserError(f"--cost_bps {config.cost_bps}: must be a number such as 5")
-    series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
-    result = backtest(config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
-                      config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device)
-    if config.json:
-        keys = (*KEYS, "by") if config.by else KEYS
-        print(json.dumps(jsonable({key: result[key] for key in keys})))
+def span_of(metas, split, start, end):
+    """(name of the split, first time stamp, end) of the targets. In-sample targets only where they are asked for."""
+    if split not in ("val", "test"):
+        raise UserError(f"--split {split}: choose val or test, or name the targets by --start and --end")
+    lo = -math.inf if start is None else data.parse_time(start)
+    hi = 2**62 if end is None else data.parse_time(end)
+    for name, date, time in (("start", start, lo), ("end", end, hi)):
+        if math.isnan(time):
+            raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
+    borders = {tuple(meta.get("splits") or ()) for meta in metas}
+    if start is not None:
+        seen = () in borders or lo < max((test for _, test in borders), default=math.inf)
+        split = "in-sample" if seen else "test"
+    elif len(borders) > 1 or () in borders:
+        raise UserError("the checkpoints were split at different dates (or at none): name the first target by --start")
     else:
-        print_backtest(result, config.horizon, config.cost_bps)
+        [(val, test)] = borders
+        lo, hi = (val, min(hi, test)) if split == "val" else (test, hi)
+    if hi <= lo:
+        raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; "
+                        f"targets before it are in-sample and need --start")
+    return split, int(lo), int(hi)
+
+
+def check(horizon, stride, paths, by):
+    if horizon < 1 or paths < 2 or (stride is not None and stride < 1):
+        raise UserError(f"--horizon {horizon}, --stride {stride}: must be at least 1, and --paths {paths} at least 2 "
+                        f"in a backtest")
+    if by not in (None, "symbol", "quarter", "volatility"):
+        raise UserError(f"--by {by}: choose symbol, quarter or volatility")
+
+
+def warn(t, loaded):
+    """Of too few blocks for intervals, and of bars of another spacing than those of the training."""
+    for what, n in (("the next bar", t.n_blocks), (f"{t.horizon} bars ahead", t.blocks_of("path"))):
+        if n < MIN_BLOCKS:
+            print(f"warning: no intervals for scores of {what}: {n} blocks of time, {MIN_BLOCKS} are the least; "
+                  f"give more bars, or lower --stride or --horizon", file=sys.stderr)
+    for name, (*_, meta) in loaded.items():
+        warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
 
 
 if __name__ == "__main__":

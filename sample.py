@@ -6,9 +6,9 @@
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
     python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
 
-A forecast is a set of sampled futures. The context is read once (`Model.prefill`) for all paths of a symbol; each path
-then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that every bar
-is a valid candle. The next bar's P(up) is exact, no sampling in it. What forecasts are worth: `backtest.py`.
+A forecast is a set of sampled futures, called paths. A symbol's context is read once (`Model.prefill`) for all of them;
+each then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that
+every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
 import csv
 import json
@@ -18,7 +18,6 @@ import sys
 import zlib
 from dataclasses import dataclass
 from html import escape
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -54,13 +53,14 @@ class Config:
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BATCH_BYTES = 2**27      # of generation's state: so many paths go side by side
-BATCH_ORIGINS = 16       # contexts read side by side
-USUAL_BARS = 250         # of the long-run volatility
-EXTREME, WARN = 3, 0.05  # an extreme move, in long-run sigmas of the horizon; the chance of one that raises a warning
-PRIOR_BARS = 32          # bars that the share of unmoved bars in training counts for, beside a symbol's own
-FAR = 2.5                # factor between the spacings of bars from which on a model knows little of them
-STALE = 5                # horizons after which a symbol without new bars is left out of ranks
+BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
+BATCH_ORIGINS = 16   # contexts read side by side
+USUAL_BARS = 250     # of the long-run volatility
+EXTREME = 3          # a move is extreme beyond so many long-run sigmas of the horizon
+WARN = 0.05          # chance of an extreme move that raises a warning
+PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
+FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
+STALE = 5            # horizons after which a symbol without new bars is left out of ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,19 +73,22 @@ class Origin:
     tokens: torch.Tensor   # int64 [L, 2]: coarse, fine of the last bars, the context
     time: np.ndarray       # int64 [T]: stamps of all bars up to there
     state: data.State      # decodes the next bar
-    close: float           # the last close
     unmoved: float         # share of bars that do not move, see unmoved_share
+
+
+def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
+    """Futures of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount). See simulate."""
+    return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
 
 
 @torch.no_grad()
 def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
              times=None):
-    """Futures of many histories at once. histories: Bars that end at the origin each, or Origins.
+    """Futures of many histories at once. histories: Bars that end where the future begins, or Origins.
 
-    Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. A
-    history's futures depend on (seed, symbol, last stamp) and its bars, not on what else is in the batch: those with
-    contexts of one length go side by side, as many as BATCH_BYTES hold. times: stamps of the bars to come, int64
-    [horizon] or [n, horizon], in place of data.future_times. Raises UserError for what cannot be.
+    Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. times:
+    stamps of the bars to come, int64 [horizon] or [n, horizon], in place of data.future_times. A history's futures
+    depend on (seed, symbol, last stamp) and its bars, not on the other histories. UserError for what cannot be.
     """
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
@@ -95,19 +98,24 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
     origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
-    times = times_ahead(origins, horizon, times)
-    ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
+    times = times_ahead(origins, horizon, times)  # (n, H)
+    order = by_close(tokenizer).to(model.up_mask.device)
+
+    def draw(h, u):
+        """Coarse and fine tokens of the next bars [...], for h [..., C], by uniform numbers u [..., 2]."""
+        return model.sample(h, temperature, top_p, u=u, order=order)
+
     at_once = rows_at_once(model)
     size = max(1, min(BATCH_ORIGINS, at_once // paths))
+    ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
     lengths = np.array([len(o.tokens) for o in origins])
-    for length in np.unique(lengths):
+    for length in np.unique(lengths):  # contexts of one length go side by side
         alike = np.flatnonzero(lengths == length)
         for rows in np.split(alike, range(size, len(alike), size)):
             part = [origins[i] for i in rows]
-            tokens, p_up[rows] = draw_tokens(model, tokenizer, part, times[rows], paths, temperature, top_p, seed,
-                                             parallel, at_once)
+            tokens, p_up[rows] = draw_tokens(model, part, times[rows], paths, draw, seed, parallel, at_once)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
-            ohlcva[rows] = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))[0]
+            ohlcva[rows], _ = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))
     return ohlcva, p_up
 
 
@@ -117,42 +125,42 @@ def origin_of(model, tokenizer, bars):
         raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
     x, state = data.features(bars)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-    unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-    return Origin(bars.symbol, tokens, bars.time, state, bars.ohlcva[-1, 3], unmoved)
+    return Origin(bars.symbol, tokens, bars.time, state, unmoved_share(bars, model.config.unmoved)[-1])
 
 
-def draw_tokens(model, tokenizer, origins, times, paths, temperature, top_p, seed, parallel, at_once):
-    """Of n origins with contexts of one length: (coarse, fine), int64 [n * paths, H] each, and P(up) [n]."""
-    device, (n, horizon) = next(model.parameters()).device, times.shape
+def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
+    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, and P(up) [n]."""
+    device, (n, horizon) = model.up_mask.device, times.shape
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
     seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)
+    state = model.prefill(coarse, fine, seen)
+    unmoved = torch.tensor([o.unmoved for o in origins], device=device)
+    p_up = model.p_up(state.h, unmoved).cpu().numpy()
+
     uniform = []
     for o in origins:
         random = np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))])
         uniform.append(stratified(random, paths, horizon))
     uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
-    order = by_close(tokenizer).to(device)
-    state = model.prefill(coarse, fine, seen)
-    p_up = model.p_up(state.h, torch.tensor([o.unmoved for o in origins], device=device)).cpu().numpy()
     if parallel:
-        h = model.parallel(coarse, fine, seen)[1][:, :horizon].repeat_interleave(paths, 0)  # (n * paths, H, C)
-        return model.sample(h, temperature, top_p, u=uniform, order=order), p_up
+        _, h = model.parallel(coarse, fine, seen)
+        return draw(h[:, :horizon].repeat_interleave(paths, 0), uniform), p_up
     times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
     pieces = []
     for when, u in zip(times.split(size), uniform.split(size)):
-        pieces.append(generate(model, state.repeat(len(u) // n), when, u, temperature, top_p, order))
+        pieces.append(generate(model, state.repeat(len(u) // n), when, u, draw))
     return [torch.cat(level) for level in zip(*pieces)], p_up
 
 
-def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=None):
+def generate(model, state, times, uniform, draw):
     """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`, changed in place. The rest: as in Model.sample.
+    state: of N rows, from `Model.prefill(...).repeat`, changed in place. draw: from h and uniform numbers to tokens.
     """
     tokens = []
     for k in range(times.shape[1]):
-        tokens.append(model.sample(state.h, temperature, top_p, u=uniform[:, k], order=order))
+        tokens.append(draw(state.h, uniform[:, k]))
         if k + 1 < times.shape[1]:
             _, state = model.step(*tokens[-1], times[:, k:], state)
     return [torch.stack(level, dim=-1) for level in zip(*tokens)]
@@ -161,26 +169,28 @@ def generate(model, state, times, uniform, temperature=1.0, top_p=1.0, order=Non
 def stratified(random, paths, horizon):
     """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
 
-    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but at
-    each step a half's n paths fall one into each n-th of the distribution, and means and shares of paths vary less.
+    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but
+    at each step a half's n paths fall one into each n-th of the distribution, so that means and shares vary less.
     """
     halves = []
     for n in (paths // 2, paths - paths // 2):
-        place = random.permuted(np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon)), axis=0)
-        halves.append((place + random.random(place.shape, np.float32)) / max(n, 1))
+        rows = np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon))
+        rows = random.permuted(rows, axis=0)  # each column in an order of its own
+        halves.append((rows + random.random(rows.shape, np.float32)) / max(n, 1))
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
 def rows_at_once(model):
     """How many paths' states BATCH_BYTES hold."""
-    def n_bytes(part):
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.up_mask.device)
+    n_bytes, parts = 0, [vars(model.prefill(token, token, token))]
+    while parts:
+        part = parts.pop()
         if torch.is_tensor(part):
-            return part.numel() * part.element_size()
-        parts = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
-        return sum(map(n_bytes, parts))
-
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    return max(1, BATCH_BYTES // n_bytes(vars(model.prefill(token, token, token))))
+            n_bytes += part.nbytes
+        elif isinstance(part, (dict, list, tuple)):
+            parts += part.values() if isinstance(part, dict) else part
+    return max(1, BATCH_BYTES // n_bytes)
 
 
 def times_ahead(origins, horizon, times):
@@ -203,19 +213,14 @@ def by_close(tokenizer):
 
 
 def unmoved_share(bars, prior):
-    """Share of bars whose close did not move, before each bar and after the last: [T + 1]; ticks differ.
+    """Share of bars whose close did not move, before each bar and after the last: [T + 1].
 
-    `prior`, the share in the training data, counts for PRIOR_BARS.
+    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for PRIOR_BARS beside.
     """
     still = np.diff(bars.ohlcva[:, 3]) == 0
     count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
     seen = np.concatenate([[0], np.arange(len(bars))])
     return (prior * PRIOR_BARS + count) / (PRIOR_BARS + seen)
-
-
-def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
-    """simulate of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount)."""
-    return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,27 +232,28 @@ def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
     p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close;
     p_extreme: the share that end further than EXTREME long-run sigmas from it.
     """
-    last, close, horizon = bars.ohlcva[-1, 3], paths[:, -1, 3], paths.shape[1]
-    end = (future_times(bars.time, horizon) if times is None else times)[-1]
-    years = (end - bars.time[-1]) / data.YEAR
+    last, horizon = bars.ohlcva[-1, 3], paths.shape[1]
+    close = paths[:, -1, 3]  # (paths,): where they end
     move = close / last - 1
     q05, q50, q95 = np.quantile(close, (0.05, 0.5, 0.95))
+    p_extreme = chance_extreme(np.log(close / last), usual_sigma(bars.ohlcva[:, 3]), horizon)
+    times = future_times(bars.time, horizon) if times is None else times
+    years = (times[-1] - bars.time[-1]) / data.YEAR
     return dict(symbol=bars.symbol, last_time=data.iso(bars.time[-1]), last_close=last, p_up=p_up,
                 p_up_horizon=(close > last).mean(), expected_return=move.mean(), q05=q05, q50=q50, q95=q95,
-                var95=1 - q05 / last, es95=-move[close <= q05].mean(),
-                p_extreme=float(chance_extreme(np.log(close / last), usual_sigma(bars.ohlcva[:, 3]), horizon)), rank=None,
+                var95=1 - q05 / last, es95=-move[close <= q05].mean(), p_extreme=float(p_extreme), rank=None,
                 options=[option(close, last, strike, years, rate) for strike in strikes])
 
 
 def usual_sigma(close):
     """The long-run volatility of log returns, of the last USUAL_BARS closes; NaN where none moved."""
-    sigma = np.log(close[-USUAL_BARS - 1:])
-    sigma = np.diff(sigma).std() if len(sigma) > 2 else 0.0
+    r = np.diff(np.log(close[-USUAL_BARS - 1:]))
+    sigma = r.std() if len(r) > 1 else 0.0
     return sigma if sigma > 0 else math.nan
 
 
 def chance_extreme(r, sigma, horizon):
-    """Share of log returns r [..., K] over the horizon that are extreme moves: [...]; sigma [...], see usual_sigma."""
+    """Share of log returns r [..., K] over the horizon that are extreme: [...]. sigma [...]: see usual_sigma."""
     least = EXTREME * np.asarray(sigma)[..., None] * math.sqrt(horizon)
     share = (np.abs(r) > least).mean(-1)
     return np.where(np.isfinite(sigma), share, np.nan)
@@ -261,34 +267,35 @@ def option(close, spot, strike, years, rate):
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
     gain = close * (spot * math.exp(rate * years) / close.mean()) - k
     discount = math.exp(-rate * years)
-    call, put = discount * np.maximum(gain, 0).mean(), discount * np.maximum(-gain, 0).mean()
-    return dict(strike=k, years=years, call=call, put=put)
+    return dict(strike=k, years=years, call=discount * np.maximum(gain, 0).mean(),
+                put=discount * np.maximum(-gain, 0).mean())
 
 
 def give_ranks(rows, histories, horizon):
-    """Ranks by P(up) of the symbols that did not end long before the others, written into rows; returns their P(up)s."""
+    """Rank by P(up) the rows of the symbols that did not end long before the others; return their P(up)s."""
     newest = max(bars.time[-1] for bars in histories)
     live = []
     for row, bars in zip(rows, histories):
         spacing = np.median(np.diff(bars.time[-100:]))
         if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * data.DAY):
             live.append(row)
-    for rank, row in enumerate(sorted(live, key=itemgetter("p_up"), reverse=True), 1):
+    for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
         row["rank"] = rank
     return np.array([row["p_up"] for row in live])
 
 
 def print_report(rows, horizon, breadth, mean_p_up):
     """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
+    names = {r["symbol"]: data.printable(r["symbol"]) for r in rows}
+    width = max(7, *map(len, names.values()))
     ahead = f"in {horizon}"
-    width = max(7, *(len(data.printable(r["symbol"])) for r in rows))
     print(f"{'':{width}} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
     print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
         p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
         rank = r["rank"] or f" ended {r['last_time'][:10]}"
-        print(f"{data.printable(r['symbol']):{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
+        print(f"{names[r['symbol']]:{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
               f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
               f"{' !' if r['p_extreme'] > WARN else ''}")
     n_ranked = sum(r["rank"] is not None for r in rows)
@@ -302,20 +309,21 @@ def print_report(rows, horizon, breadth, mean_p_up):
         print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
     for r in rows:
         for o in r["options"]:
-            print(f"{data.printable(r['symbol']):{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
+            print(f"{names[r['symbol']]:{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
                   f"{o['call']:>10.4g} {o['put']:>10.4g}")
 
 
 def write_csv(path, histories, ohlcva, times):
-    """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle too)."""
+    """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle)."""
     head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *data.COLUMNS]
     with data.write_atomic(path, text=True) as f:
         writer = csv.writer(f)
         writer.writerow(head)
         for bars, paths, stamps in zip(histories, ohlcva, times):
-            close, last = paths[:, :, 3], bars.ohlcva[-1, 3]
-            quantiles, medians = np.quantile(close, QUANTILES, axis=0).T, np.median(paths, axis=0)
-            medians[:, np.isnan(bars.ohlcva).all(0)] = np.nan  # the history has no such column
+            close, last = paths[:, :, 3], bars.ohlcva[-1, 3]        # (paths, H)
+            quantiles = np.quantile(close, QUANTILES, axis=0).T     # (H, 5)
+            medians = np.median(paths, axis=0)                      # (H, 6)
+            medians[:, np.isnan(bars.ohlcva).all(0)] = np.nan       # the history has no such column
             for k, when in enumerate(stamps.astype("datetime64[s]")):
                 values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
                 texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
@@ -330,6 +338,70 @@ def jsonable(value):
         return [jsonable(v) for v in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+def main(argv=None):
+    config = Config(**data.cli(Config, __doc__, argv))
+    check(config)
+    model, tokenizer, meta = load_checkpoint(config.ckpt, data.pick_device(config.device))
+    if config.plot_loss:
+        plot_loss(config.plot_loss, meta["metrics"])
+    series = load_series(config.data, meta, config.symbols)
+    if config.plot_codebook:
+        plot_codebook(config.plot_codebook, tokenizer, series)
+    histories = [bars for bars in series if len(bars) > data.CONTEXT]
+    if not histories:
+        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
+    if len(histories) < len(series):
+        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are "
+              f"skipped", file=sys.stderr)
+    warn_of_intervals(histories, meta)
+
+    times = read_times(config.times, histories, config.horizon) if config.times else None
+    times = times_ahead(histories, config.horizon, times)  # (n, H)
+    ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
+                            config.seed, config.parallel, times)
+    rows = []
+    for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
+        rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
+    ranked = give_ranks(rows, histories, config.horizon)
+    breadth, mean_p_up = float((ranked > 0.5).mean()), float(ranked.mean())
+
+    if config.out:
+        write_csv(config.out, histories, ohlcva, times)
+    if config.paths_out:
+        with data.write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
+            np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
+    if config.plot:
+        plot_forecast(config.plot, histories, ohlcva, times)
+    if config.json:
+        found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up, symbols=rows)
+        print(json.dumps(jsonable(found)))
+    else:
+        print_report(rows, config.horizon, breadth, mean_p_up)
+
+
+def load_series(sources, meta, symbols=None):
+    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
+    trained = meta["data"] or {}
+    if not sources and not trained:
+        raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
+    sources = sources or trained["sources"]
+    if sources == ["synthetic"]:
+        series, _ = data.synthetic(seed=trained.get("seed", meta["seed"]))
+    else:
+        series = data.load(sources)
+    if not symbols:
+        return series
+    known = {bars.symbol: bars for bars in series}
+    for symbol in symbols:
+        if symbol not in known:
+            some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
+            raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
+    return [known[symbol] for symbol in dict.fromkeys(symbols)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -406,24 +478,27 @@ def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
     parts = []
     for i in range(n):
         bars = histories[i][-shown:]
-        close = np.insert(ohlcva[i, :, :, 3], 0, bars.ohlcva[-1, 3], axis=1)  # (paths, 1 + horizon)
-        fan, few = np.quantile(close, QUANTILES, axis=0), close[:drawn]
+        close = np.insert(ohlcva[i, :, :, 3], 0, bars.ohlcva[-1, 3], axis=1)    # (paths, 1 + H)
+        fan = np.quantile(close, QUANTILES, axis=0)                             # (5, 1 + H)
+        few = close[:drawn]
         low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
         high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
         margin = 0.03 * (high - low) + 1e-9 * high
         left, top = i % columns * W + 10, i // columns * H + 26
         panel = Panel(left, top, W - 75, H - 62, len(bars) + horizon, low - margin, high + margin)
+        below = top + panel.height + 16
         parts.append(label(left, top - 10, f"{bars.symbol}, {horizon} bars ahead", css="t"))
         parts += panel.grid(left + panel.width + 4, "start")
-        parts.append(label(panel.x(0), top + panel.height + 16, data.iso(bars.time[0])))
-        parts.append(label(panel.x(panel.n - 1), top + panel.height + 16, data.iso(times[i, -1]), "end"))
-        x, fan = panel.x(len(bars) - 1 + np.arange(horizon + 1)), panel.y(fan)
-        for lower, upper, css in ((fan[0], fan[4], "f1"), (fan[1], fan[3], "f2")):
+        parts.append(label(panel.x(0), below, data.iso(bars.time[0])))
+        parts.append(label(panel.x(panel.n - 1), below, data.iso(times[i, -1]), "end"))
+        x = panel.x(len(bars) - 1 + np.arange(horizon + 1))
+        q05, q25, q50, q75, q95 = panel.y(fan)
+        for lower, upper, css in ((q05, q95, "f1"), (q25, q75, "f2")):
             parts.append(line([*zip(x, lower), *zip(x[::-1], upper[::-1])], css, "polygon"))
         parts += [line(zip(x, row), "p") for row in panel.y(few)]
-        parts.append(line(zip(x, fan[2]), "m"))
+        parts.append(line(zip(x, q50), "m"))
         parts += [panel.candle(k, row[:4], 0.6 * panel.width / panel.n) for k, row in enumerate(bars.ohlcva)]
-    write_svg(path, columns * W, -(-n // columns) * H, parts)
+    write_svg(path, columns * W, math.ceil(n / columns) * H, parts)
 
 
 def plot_codebook(path, tokenizer, series, shown=40):
@@ -432,12 +507,11 @@ def plot_codebook(path, tokenizer, series, shown=40):
     count = np.bincount(tokens, minlength=2 ** tokenizer.config.coarse_bits)
     if not count.sum():
         raise UserError("no series has a bar past its first 32; give longer --data for a codebook picture")
-    x = tokenizer.decode(torch.arange(len(count))).numpy()  # (codes, 6)
-    close, open_, upper, lower = np.sinh(x[:, :4]).T
+    close, open_, upper, lower = np.sinh(tokenizer.decode(torch.arange(len(count))).numpy()[:, :4]).T  # (codes,) each
     high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
     candles = np.stack([open_, high, low, close], 1)
     W, H, parts = 20 + shown * 22, 170, []
-    for row, (name, mask) in enumerate((("up", x[:, 0] > 0), ("not up", x[:, 0] <= 0))):
+    for row, (name, mask) in enumerate((("up", close > 0), ("not up", close <= 0))):
         codes = [code for code in np.argsort(-count) if mask[code] and count[code]][:shown]
         if not codes:
             continue
@@ -453,14 +527,15 @@ def plot_codebook(path, tokenizer, series, shown=40):
     write_svg(path, W, 2 * H, parts)
 
 
-LOSSES = (("pretrain: loss, nats per bar", ("train", "val")), ("expo: log loss of P(up)", ("val_logloss",)),
-          ("rollout: path CRPS, log return x 100", ("path_crps",)))  # title, keys of the reports
+LOSSES = {  # title: keys of a stage's reports
+    "pretrain: loss, nats per bar": ("train", "val"), "expo: log loss of P(up)": ("val_logloss",),
+    "rollout: path CRPS, log return x 100": ("path_crps",)}
 
 
 def plot_loss(path, metrics):
     """The reports in a checkpoint's metrics, a panel for each stage that made any."""
     parts, n = [], 0
-    for title, keys in LOSSES:
+    for title, keys in LOSSES.items():
         reports = [report for report in metrics if all(report.get(key) is not None for key in keys)]
         if len(reports) < 2:
             continue
@@ -481,10 +556,10 @@ def plot_loss(path, metrics):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The run
+# A reader may stop here: what follows only refuses what cannot be, and warns
 
 def check(config):
-    """Refuse, before any work, flags that cannot be."""
+    """Refuse, before any work, flags that cannot be; without --ckpt, name the weights that come along."""
     if config.backtest:
         raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
     config.ckpt = config.ckpt or base_weights(config.data)
@@ -521,22 +596,29 @@ def base_weights(sources):
     return path
 
 
-def load_series(sources, meta, symbols=None):
-    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
-    trained = meta["data"] or {}
-    if not sources and not trained:
-        raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
-    sources = sources or trained["sources"]
-    if sources == ["synthetic"]:
-        series, _ = data.synthetic(seed=trained.get("seed", meta["seed"]))
-    else:
-        series = data.load(sources)
-    known = {bars.symbol: bars for bars in series}
-    for symbol in symbols or ():
-        if symbol not in known:
-            some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
-            raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
-    return [known[symbol] for symbol in dict.fromkeys(symbols)] if symbols else series
+def read_times(path, histories, horizon):
+    """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
+                        f"give a file of dates, one a line")
+    stamps = []
+    for number, text in enumerate(map(str.strip, lines), 1):
+        if text:
+            stamps.append(data.parse_time(text))
+            if math.isnan(stamps[-1]):
+                raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; "
+                                f"write it as 2018-01-31 or 2018-01-31 14:30")
+    stamps = np.unique(np.array(stamps, np.int64))
+    rows = []
+    for bars in histories:
+        rows.append(stamps[stamps > bars.time[-1]][:horizon])
+        if len(rows[-1]) < horizon:
+            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
+                            f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
+    return np.array(rows)
 
 
 def warn_of_intervals(series, meta, who="the weights"):
@@ -548,8 +630,8 @@ def warn_of_intervals(series, meta, who="the weights"):
     for bars in series:
         step = float(np.median(np.diff(bars.time)))
         if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(span(step), []).append(data.printable(bars.symbol))
-    lowest, highest = span(min(known)), span(max(known))
+            far.setdefault(duration(step), []).append(data.printable(bars.symbol))
+    lowest, highest = duration(min(known)), duration(max(known))
     trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
     for step, symbols in far.items():
         more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
@@ -557,74 +639,12 @@ def warn_of_intervals(series, meta, who="the weights"):
               file=sys.stderr)
 
 
-def span(seconds):
+def duration(seconds):
     """A time as people say it: 5 min."""
     for unit, size in (("d", data.DAY), ("h", data.HOUR), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
-
-
-def read_times(path, histories, horizon):
-    """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = [line.strip() for line in f.read().splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
-                        f"give a file of dates, one a line")
-    stamps = {number: data.parse_time(text) for number, text in enumerate(lines, 1) if text}
-    for number, stamp in stamps.items():
-        if math.isnan(stamp):
-            raise UserError(f"{path}:{number}: {data.printable(lines[number - 1])[:40]!r} is no time; "
-                            f"write it as 2018-01-31 or 2018-01-31 14:30")
-    stamps = np.unique(np.array(list(stamps.values()), np.int64))
-    rows = [stamps[stamps > bars.time[-1]][:horizon] for bars in histories]
-    for bars, row in zip(histories, rows):
-        if len(row) < horizon:
-            raise UserError(f"--times {path}: {len(row)} stamps after the last bar of {bars.symbol}, "
-                            f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
-    return np.array(rows)
-
-
-def main(argv=None):
-    config = Config(**data.cli(Config, __doc__, argv))
-    check(config)
-    model, tokenizer, meta = load_checkpoint(config.ckpt, data.pick_device(config.device))
-    if config.plot_loss:
-        plot_loss(config.plot_loss, meta["metrics"])
-    series = load_series(config.data, meta, config.symbols)
-    if config.plot_codebook:
-        plot_codebook(config.plot_codebook, tokenizer, series)
-    histories = [bars for bars in series if len(bars) > data.CONTEXT]
-    if not histories:
-        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
-    if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are "
-              f"skipped", file=sys.stderr)
-    warn_of_intervals(histories, meta)
-
-    times = read_times(config.times, histories, config.horizon) if config.times else None
-    times = times_ahead(histories, config.horizon, times)  # (n, horizon)
-    ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
-                            config.seed, config.parallel, times)
-    rows = [describe(bars, paths, p, config.strike or (), config.rate, stamps)
-            for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times)]
-    ranked = give_ranks(rows, histories, config.horizon)
-    breadth, mean_p_up = float((ranked > 0.5).mean()), float(ranked.mean())
-
-    if config.out:
-        write_csv(config.out, histories, ohlcva, times)
-    if config.paths_out:
-        with data.write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
-            np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
-    if config.plot:
-        plot_forecast(config.plot, histories, ohlcva, times)
-    if config.json:
-        found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up, symbols=rows)
-        print(json.dumps(jsonable(found)))
-    else:
-        print_report(rows, config.horizon, breadth, mean_p_up)
 
 
 if __name__ == "__main__":
