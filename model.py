@@ -123,8 +123,7 @@ def rotation(pos, dim, turns=True):
     angle = pos.double()[:, None] * theta                                       # [T, dim / 2]
     cos, sin = angle.cos(), angle.sin()
     cos, sin = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)      # [T, dim]
-    size = torch.tensor((dim**-0.5, 1.0), device=pos.device, dtype=torch.float64).view(2, 1, 1, 1, 1)
-    return (size * cos).float(), (size * sin).float()
+    return [torch.stack((a * dim**-0.5, a))[:, None, None].float() for a in (cos, sin)]
 
 
 def rotate(qk, rot):
@@ -426,7 +425,7 @@ class Reasoner(nn.Module):
         state.update(past=past, slots=[a.flatten(0, 2).float() for a in self.keys_values(slots)])
 
 
-# --- What the model reads of bars ------------------------------------------------------------------------------------
+# --- The model -------------------------------------------------------------------------------------------------------
 
 def gap_bucket(gaps):
     """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, 1 to 31, or 0: [..., 1]."""
@@ -453,11 +452,9 @@ def true_range(high, low):
     return (high.clamp(min=0) - low.clamp(max=0)).clamp(1e-3, 1e3)
 
 
-# --- The model -------------------------------------------------------------------------------------------------------
-
 def centred(a):
-    """a less its mean over the first axis, the codes. What all logits share says nothing, but grows to hundreds in some
-    thousand updates, and would cost bf16 its digits."""
+    """a less its mean over the codes, its first axis. What all logits share says nothing, but would grow to hundreds in
+    some thousand updates and cost bf16 its digits."""
     return a - a.mean(0)
 
 
@@ -467,10 +464,7 @@ def mlp(n_in, n, n_out):
 
 @dataclass
 class State:
-    """What generation carries from bar to bar, of B rows; its size does not depend on how many bars there were.
-
-    (data.State is another thing: what decodes the next bar.)
-    """
+    """What generation carries from bar to bar, of B rows; it does not grow. (data.State is what decodes a bar.)"""
     pos: int                      # bars seen, the same of all rows
     phase: int                    # borders lie where (p + phase) % border == 0
     parts: nn.ModuleList          # the layers, and the reasoner: see Model.parts_for_steps
@@ -739,9 +733,9 @@ class Model(nn.Module):
         return F.linear(mixed, vectors, self.fine_share)
 
     def p_up(self, h, unmoved=None):
-        """P(close rises | it moves) [...] for h [..., C]: the exact P(up token), over the share of bars that move.
+        """P(close rises | it moves) [...] for h [..., C]: the exact P(up token) / (1 - unmoved).
 
-        unmoved: share of bars that do not, a number or a tensor [...]; None: that of the training data.
+        unmoved: share of bars whose close stays, a number or a tensor [...]; None: that of the training data.
         """
         unmoved = self.config.unmoved if unmoved is None else unmoved
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
@@ -750,9 +744,8 @@ class Model(nn.Module):
     def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
         """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
 
-        u [..., 2]: uniform numbers to draw by, else from `generator`; temperature, top_p: see draw. order int64 [2^k1]:
-        the coarse tokens in the order in which u runs through them (by rising close, say: then two models that hardly
-        differ draw bars that hardly differ).
+        temperature, top_p: see draw. u [..., 2]: uniform numbers to draw by, else from `generator`. order int64 [2^k1]:
+        the coarse tokens as u runs through them; by rising close, models that hardly differ draw bars that hardly do.
         """
         if u is None:
             u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator)
@@ -767,11 +760,11 @@ class Model(nn.Module):
     # ---- many bars at once
 
     def forward(self, coarse, fine, time, targets=None, phase=0, drop=None):
-        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count; phase
-        as in trunk; drop: masks of dropout [n_layer, 2, B, 1, C], or None.
+        """coarse, fine, time int64 [B, T] -> coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] given the target
+        coarse token, else the likeliest, and the loss in nats per bar, None without targets.
 
-        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] given the target coarse token, else the likeliest,
-        and the loss in nats per bar, None without targets.
+        targets: (coarse, fine) of each next bar, -1 where it does not count. phase: see trunk. drop: masks of dropout
+        [n_layer, 2, B, 1, C].
         """
         h, slots = self.trunk(coarse, fine, time, phase, drop=drop)
         h = norm(h)
@@ -823,10 +816,8 @@ class Model(nn.Module):
         return state
 
     def parts_for_steps(self, dtype):
-        """Copies of the layers and of the reasoner for a few rows at a time, with weights of that type.
-
-        Those in float32 lie by columns, with which a CPU is up to three times as fast.
-        """
+        """Copies of the layers and the reasoner with weights of that type. Those in float32 lie by columns, with
+        which a CPU is up to three times as fast on a few rows."""
         parts = copy.deepcopy(nn.ModuleList([*self.layers, *([self.reasoner] if self.reasoner else [])]))
         for p in parts.requires_grad_(False).parameters():
             p.data = p.to(dtype) if dtype != torch.float32 or p.dim() != 2 else p.T.contiguous().T
@@ -985,13 +976,14 @@ def load_checkpoint(path, device="cpu", weights="best"):
     if entry["model"] is None:
         raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
     states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
-    states = {name: entry["model"] if state is None else state for name, state in states.items()}
+    chosen = entry["model"] if states[weights] is None else states[weights]
     try:
         tokenizer, model = Tokenizer.load(entry["tokenizer"]), Model(read_sizes(entry))
         model.read_codes(tokenizer)
         for state in states.values():
-            check_weights(state, model.state_dict())
-        model.load_state_dict(states[weights])
+            if state is not None:
+                check_weights(state, model.state_dict())
+        model.load_state_dict(chosen)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, data.UserError) as error:
         raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     meta = {key: value for key, value in entry.items() if key not in ("model", "best", "average", "tokenizer")}
