@@ -1,20 +1,19 @@
 """The model: a decoder that reads one candle per position and names the next one, coarse token first, then fine.
 
-    from model import Model, ModelConfig, load_checkpoint
+    from model import load_checkpoint
     model, tokenizer, meta = load_checkpoint("out.pt")
     state = model.prefill(coarse, fine, time)              # once for the context
     coarse, fine = model.sample(state.h)                   # then one step a bar, at constant cost
     h, state = model.step(coarse, fine, time, state)
 
 No weight belongs to a code. A pair of tokens is read as the candle that it decodes to, and the heads score each code by
-its candle; so codes that look alike share what is learned, and a larger codebook costs no weights. Each layer's heads
-look back over several ranges: linear attention over the whole past, softmax attention over short windows. At mid depth a
-latent reasoner refines a few slots at every 32nd bar, from the bars before it. The parallel form (forward, prefill) and
-the recurrence (step) are the same function.
+its candle; so codes that look alike share what is learned, and a larger codebook costs no weights. Each layer has heads
+with linear attention over the whole past and heads with softmax attention over short windows. At mid depth a latent
+reasoner refines a few slots at every 32nd bar, from the bars before it. The parallel form (forward, prefill) and the
+recurrence (step) are the same function.
 
-In this order: the two kinds of attention, the layer, the reasoner, the model, the checkpoint. In the comments H, B, T, D
-are heads, rows of the batch, bars, channels of a head; C = H D; M borders; k1, k2 the bits of a token; V1, V2 = 2^k1,
-2^k2. Heads come first in a shape, so that each kind of attention takes a piece of memory that hangs together.
+Shapes: H heads, B rows of the batch, T bars, D channels of a head, C = H D, M borders; tokens of k1 and k2 bits. Heads
+come first, so that each kind of attention takes its share of them in one piece.
 """
 import copy
 import math
@@ -30,27 +29,27 @@ from torch.utils.checkpoint import checkpoint
 import data
 from tokenizer import Tokenizer
 
-FORMAT_VERSION = 4
+N_CHANNELS = len(data.CHANNELS)
+EPS = 1e-6          # of the RMS norm
 CHUNK = 64          # bars in a chunk of linear attention: about as much work within chunks as on states
 GROUP = 32          # chunks whose states are made in one product
-EPS = 1e-6          # of the RMS norm
-GAPS = 7            # spacings whose median tells the bars' interval
 AHEAD = 16          # bars of generation whose clock is read at once
-NO_BAR = -2**62     # stands for the stamp of a bar before the first one
-DAYS = 28           # days back at whose same time of day the model looks, and the last of them:
+# what the model reads of bars, beside their candles
+HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)  # bars; of the means of true range (of 32 it is s_t itself) and of moves
+MAX_LOG = 4.0       # bound of the logs of ranges
+MAX_MOVE = 10.0     # and of moves
+HARMONICS = 6       # of the day, waves that tell the time of day
+CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
+GAPS = 7            # spacings whose median tells the bars' interval
+DAYS = 28           # days back at whose same time of day the model looks, and again at the last of them alone:
 LAST_DAYS = 7
 REACH = 512         # bars back, at most, of what it sees there
-CALENDAR = (24, 60, 7, 31, 12, 32)  # hour, minute, weekday, day, month, log2 of the spacing: rows of their embedding
-N_CHANNELS = len(data.CHANNELS)
-HARMONICS = 6       # of the day, in which the model reads the time of day
-HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)  # bars; of the means of true range (of 32 it is s_t itself) and of moves
-MAX_LOG = 4.0       # bounds of their logs
-MAX_MOVE = 10.0     # and of the means of moves
+NO_BAR = -2**62     # stands for the stamp of a bar before the first one
 
 
 @dataclass
 class ModelConfig:
-    """Sizes and switches of a Model; they are saved with it."""
+    """Sizes and switches of a Model, saved with it. ValueError for sizes that do not fit."""
     coarse_bits: int = 10            # k1: the coarse vocabulary is 2^k1
     fine_bits: int = 10              # k2
     n_layer: int = 4
@@ -69,38 +68,16 @@ class ModelConfig:
     unmoved: float = 0.0             # share of bars in the training data whose close did not move
 
     def __post_init__(self):
-        """ValueError for sizes that do not fit."""
         self.windows = tuple(self.windows)
         if self.linear_heads == -1:
             self.linear_heads = self.n_head // 2 if self.windows else self.n_head
-
-        def rule(holds, text):
-            if not holds:
-                raise ValueError(text)
-
-        limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(1, 16384),
-                      linear_heads=(0, self.n_head), border=(1, 4096), slots=(1, 1024), rounds=(1, 64), span=(1, 2**16),
-                      block_size=(1, 2**31), aux_weight=(0.0, 100.0), unmoved=(0.0, 0.999))
-        for name, (low, high) in limits.items():
-            value, kinds = getattr(self, name), (int, float) if isinstance(low, float) else int
-            rule(isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high,
-                 f"{name} must be within {low} and {high}, not {value!r}")
-        n_local, n_windows = self.n_head - self.linear_heads, len(self.windows)
-        rule(self.n_embd % (2 * self.n_head) == 0,
-             f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
-        rule(all(isinstance(w, int) and 1 <= w <= 2**16 for w in self.windows),
-             f"windows must be 1 to 65536 bars, not {self.windows!r}")
-        rule(not n_local or n_windows and n_local % n_windows == 0,
-             f"{n_local} local heads cannot be shared among {n_windows} windows")
-        rule(self.span % self.border == 0 and self.slots <= self.border,
-             "span must be a multiple of border, and slots at most border")
-        rule(self.pos in ("rope", "alibi", "both"), f"pos must be rope, alibi or both, not {self.pos!r}")
+        check_sizes(self)
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 class RMSNorm(torch.autograd.Function):
-    """With a backward of its own: under autocast F.rms_norm works in float32, which takes three times as long on a CPU."""
+    """With a backward of its own: under autocast F.rms_norm works in float32, on a CPU three times as long."""
 
     @staticmethod
     def forward(ctx, x):
@@ -122,32 +99,35 @@ def norm(x):
     return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
+def linear(n_in, n_out):
+    return nn.Linear(n_in, n_out, bias=False)
+
+
 def heads_first(x, n, H):
     """[B, ..., n * C] -> [n, H, B, ..., D]."""
-    x = x.unflatten(-1, (n, H, -1))
-    return x.permute(-3, -2, *range(x.dim() - 3), -1).contiguous()
+    return x.unflatten(-1, (n, H, -1)).movedim((-3, -2), (0, 1)).contiguous()
 
 
 def heads_last(x):
     """[H, B, ..., D] -> [B, ..., C]."""
-    return x.permute(*range(1, x.dim() - 1), 0, -1).flatten(-2)
+    return x.movedim(0, -2).flatten(-2)
 
 
 def rotation(pos, dim, turns=True):
-    """cos and signed sin of pos * theta, each [2, 1, 1, T, dim], for q and k (rotary positions: Su et al., arXiv 2104.09864).
+    """What rotate needs of bars at pos [T]: cos and signed sin of pos * theta, for q and k, each [2, 1, 1, T, dim].
 
-    Those for q are divided by sqrt(dim), so that no attention has to. In float64: at bar 20,000 a float32 angle is off by
-    1e-3. Without turns, theta is 0.
+    Those for q are divided by sqrt(dim), so that no attention has to. Without turns, theta is 0.
     """
-    theta = turns * 10000.0 ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float64) / dim)
+    even = torch.arange(0, dim, 2, device=pos.device, dtype=torch.float64)      # float32 is off by 1e-3 at bar 20,000
+    theta = turns * 10000.0 ** (-even / dim)                                    # [dim / 2]
     angle = pos.double()[:, None] * theta                                       # [T, dim / 2]
     cos, sin = angle.cos(), angle.sin()
-    both = torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))           # [2, T, dim]
-    return torch.stack((both * dim**-0.5, both), dim=1)[:, :, None, None].float().unbind()
+    cos, sin = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)      # [T, dim]
+    return [torch.stack((a * dim**-0.5, a))[:, None, None].float() for a in (cos, sin)]
 
 
 def rotate(qk, rot):
-    """Turns each pair (x_i, x_{i + D/2}) of q and k [2, H, B, T, D] by its angle: q_i . k_j then depends on i - j alone."""
+    """Rotary positions (Su et al., arXiv 2104.09864): turns pairs (x_i, x_{i + D/2}) of q and k [2, H, B, T, D]."""
     cos, sin = rot
     return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
 
@@ -164,7 +144,7 @@ def decay(slope, d):
 
 
 def softmax_attention(q, k, v, bias=None):
-    """Softmax attention of q [..., Tq, D], divided by sqrt(D) before, to k, v [..., Tk, D]; bias is added to the scores."""
+    """Of q [..., Tq, D], divided by sqrt(D) before, to k, v [..., Tk, D]; bias is added to the scores."""
     score = q @ k.mT
     if bias is not None:
         score = score.add_(bias)
@@ -186,8 +166,8 @@ class LinearAttention(nn.Module):
 
         o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j / sqrt(D),      m = slope of the head, 0 without decay
 
-    as a recurrence (Katharopoulos et al., arXiv 2006.16236), without its denominator and normed per head instead (Qin et
-    al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621). slope: [H].
+    as a recurrence (Katharopoulos et al., arXiv 2006.16236), normed per head in place of its denominator (Qin et al.,
+    arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv 2307.08621). slope: [H].
     """
 
     def __init__(self, slope):
@@ -196,15 +176,15 @@ class LinearAttention(nn.Module):
         self.register_buffer("per_bar", torch.exp(-slope)[:, None, None, None], persistent=False)
 
     def forward(self, q, k, v):
-        """q, k, v [H, B, T, D] -> o and, in float32, the state S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H B, D, D].
+        """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and the state after the last bar in float32,
+        S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H B, D, D].
 
-        q comes divided by sqrt(D). Why chunks. Cut the bars into chunks n of L bars, let i and j count within a chunk, and
-        split the sum into the bars of the own chunk and all those before it:
-            o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j    = ((A * M) V)_i,  A = Q K^T [L, L],  M_ij = exp(-m (i - j))
-                + exp(-m (i + 1)) q_i S_{n-1}                       S_n [D, D]: the state after chunk n
-            S_n = exp(-m L) S_{n-1} + U_n                           U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
-        so  S_n = sum_{n' <= n} exp(-m L (n - n')) U_n', one product with a small triangular matrix W for a group of
-        chunks. All is matmuls, the work is T L D + T D D, and no exponent is above 0: nothing can overflow.
+        Cut the bars into chunks n of L bars, let i and j count within a chunk, and split the sum into the bars of the
+        own chunk and all those before it. With S_n [D, D] the state after chunk n:
+            o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j  +  exp(-m (i + 1)) q_i S_{n-1}
+            S_n = exp(-m L) S_{n-1} + U_n,                         U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
+        The first sum is a product of matrices, (Q K^T * decay) V. So are the states of a group of chunks, since
+        S_n = sum_{n' <= n} exp(-m L (n - n')) U_n'. No exponent is above 0: nothing can overflow.
         """
         H, B, T, D = q.shape
         L, m, dtype = CHUNK, self.slope, q.dtype
@@ -250,12 +230,10 @@ class LocalAttention(nn.Module):
         self.register_buffer("slope", slope, persistent=False)
 
     def forward(self, q, k, v):
-        """q, k, v [H, B, T, D] -> o [H, B, T, D], and the ring: the last keys and values, 2 of [H B, W, D].
+        """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and the ring: keys and values of the last
+        W = `window` bars, 2 of [H B, W, D], bar p in place p % W.
 
-        Bar p is in place p % W of the ring.
-
-        q comes divided by sqrt(D). In blocks of `window` bars: a block's queries need the keys of their own block and of
-        the one before it.
+        In blocks of W bars: a block's queries need the keys of their own block and of the one before it.
         """
         T = q.shape[2]
         w, back = min(self.window, T), int(T > self.window)
@@ -280,40 +258,43 @@ class LocalAttention(nn.Module):
     def places(self, pos):
         """Of bars at pos [n]: place in the ring [1], and the bias of all places [H, 1, 1, W], n of each."""
         place = pos[:, None] % self.window                                      # [n, 1]
-        age = (place - torch.arange(self.window, device=pos.device)) % self.window      # of what each place holds then
+        age = (place - torch.arange(self.window, device=pos.device)) % self.window      # of what a place holds [n, W]
         bias = -self.slope[:, None, None, None] * age[:, None, None, None]      # [n, H, 1, 1, W]
         return list(zip(place, bias.masked_fill((age > pos[:, None])[:, None, None, None], -math.inf)))
 
     def step(self, q, k, v, ring, place):
         """One bar more: q, k, v [H B, 1, D]; the ring is updated in place; place: see places."""
-        (at, bias), (keys, values) = place, ring
+        (keys, values), (at, bias) = ring, place
         score = torch.bmm(q, keys.index_copy_(1, at, k).mT)                     # [H B, 1, W]
         score.unflatten(0, (len(bias), -1)).add_(bias)
         return torch.bmm(score.softmax(-1), values.index_copy_(1, at, v))
 
+
+# --- The layer -------------------------------------------------------------------------------------------------------
 
 class Layer(nn.Module):
     """Pre-norm attention and MLP. Heads in order: the linear ones, then an equal share for each window."""
 
     def __init__(self, config):
         super().__init__()
-        C, H, HL = config.n_embd, config.n_head, config.linear_heads
-        self.H, decays = H, config.pos != "rope"
-        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
-        share = (H - HL) // max(1, len(config.windows))
-        # half of the weight is left after 11 .. 710 bars
-        kinds = [LinearAttention(slopes(HL, -4, decays))] if HL else []
-        if share:
-            kinds += [LocalAttention(window, slopes(share, -1, decays)) for window in config.windows]
-        self.kinds = nn.ModuleList(kinds)
-        self.shares = [len(kind.slope) for kind in kinds]
+        self.H, C, decays = config.n_head, config.n_embd, config.pos != "rope"
+        self.qkv, self.out = linear(C, 3 * C), linear(C, C)
+        self.up, self.down = linear(C, 4 * C), linear(4 * C, C)
+        self.kinds = nn.ModuleList()
+        if config.linear_heads:     # half of the weight is left after 11 .. 710 bars
+            self.kinds.append(LinearAttention(slopes(config.linear_heads, -4, decays)))
+        if self.H > config.linear_heads:
+            share = (self.H - config.linear_heads) // len(config.windows)
+            self.kinds.extend(LocalAttention(window, slopes(share, -1, decays)) for window in config.windows)
+        self.shares = [len(kind.slope) for kind in self.kinds]
 
     def forward(self, x, rot, keep=None, drop=None):
-        """x [B, T, C] -> [B, T, C]; appends to `keep` what step needs. drop: see Model.forward."""
-        q, k, v = self.queries(x, rot)                                          # 3 of [H, B, T, D]
+        """x [B, T, C] -> [B, T, C]; appends to the list `keep` what step needs. drop [2, B, 1, C]: masks of dropout."""
+        qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))         # [2, H, B, T, D], [1, H, B, T, D]
+        q, k = rotate(qk, rot)
+        parts = [a.split(self.shares) for a in (q, k, v[0])]
         outs, states = [], []
-        for kind, q, k, v in zip(self.kinds, q.split(self.shares), k.split(self.shares), v.split(self.shares)):
+        for kind, q, k, v in zip(self.kinds, *parts):
             o, state = kind(q, k, v)
             outs.append(o)
             states.append(state)
@@ -321,11 +302,6 @@ class Layer(nn.Module):
             keep.append(states)
         x = x + dropped(self.out(heads_last(torch.cat(outs))), drop, 0)
         return x + dropped(self.down(F.silu(self.up(norm(x)))), drop, 1)
-
-    def queries(self, x, rot):
-        """q, k, v [H, B, T, D] of x [B, T, C]."""
-        qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))
-        return *rotate(qk, rot), v[0]
 
     def places(self, pos):
         """What step needs of bars at pos [n] besides their rotation: n lists, an entry for each kind of attention."""
@@ -336,18 +312,19 @@ class Layer(nn.Module):
 
         In steps heads and rows are one axis, [H B, ...]: a batched product of three axes costs least around it.
         """
-        B = len(x)
-        qkv = heads_first(self.qkv(norm(x)).float(), 3, self.H)                 # [3, H, B, D]
-        qk, v = qkv.view(3, self.H * B, 1, -1).split((2, 1))
+        B, H = len(x), self.H
+        qkv = self.qkv(norm(x)).float().view(B, 3 * H, -1).transpose(0, 1)      # [3 H, B, D]
+        qk, v = qkv.reshape(3, H * B, 1, -1).split((2, 1))                      # [2, H B, 1, D], [1, H B, 1, D]
         shares = [B * n for n in self.shares]
-        q, k, v = (a.split(shares) for a in (*rotate(qk, rot).unbind(), v[0]))  # per kind [H B, 1, D]
-        outs = [kind.step(*a) for kind, *a in zip(self.kinds, q, k, v, states, places)]
-        x = x + self.out(heads_last(torch.cat(outs).view(self.H, B, -1)).to(x.dtype))
+        q, k = rotate(qk, rot)
+        parts = [a.split(shares) for a in (q, k, v[0])]
+        outs = [kind.step(*rest) for kind, *rest in zip(self.kinds, *parts, states, places)]    # [H B, 1, D] of a kind
+        o = torch.cat(outs).view(H, B, -1).transpose(0, 1).reshape(B, -1)       # [B, C]
+        x = x + self.out(o.to(x.dtype))
         return x + self.down(F.silu(self.up(norm(x))))
 
 
 def dropped(x, drop, site):
-    """x [B, T, C] times the mask of one site; drop: see Model.forward."""
     return x if drop is None else x * drop[site]
 
 
@@ -359,6 +336,9 @@ class Reasoner(nn.Module):
     The bars lie on a grid of rows, one from each border to the next. The slots at the start of row m + 1 look at rows
     m, m - 1, ..., and the bars of row m + 1 look at those slots: shifts by whole rows, all borders side by side. Slots
     that attend to many inputs: Jaegle et al., arXiv 2103.03206.
+
+    The state of its steps is a dict, in float32: `pending` [B, border, C], the bars since the last border; `past`, keys
+    and values of the `span` bars before it, 2 of [H B, span, D]; `slots`, those of the slots, 2 of [H B, 16, D], or [].
     """
 
     def __init__(self, config):
@@ -368,11 +348,12 @@ class Reasoner(nn.Module):
         self.offset = nn.Parameter(torch.zeros(config.border, C))   # tells a bar how far it is from its border
         self.gate = nn.Parameter(torch.full((C,), 0.1))
         # slots look at bars, then at each other; bars read slots
-        self.look_q, self.look_kv, self.look_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))
-        self.self_qkv, self.self_out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(2 * C, C, bias=False)
-        self.read_q, self.read_kv, self.read_out = (nn.Linear(C, n * C, bias=False) for n in (1, 2, 1))
-        slope, self.scale = 2.0 ** (-1 - 8 * torch.arange(self.H) / self.H), (C // self.H) ** -0.5
+        self.look_q, self.look_kv, self.look_out = linear(C, C), linear(C, 2 * C), linear(C, C)
+        self.self_qkv, self.self_out = linear(C, 3 * C), linear(C, C)
+        self.up, self.down = linear(C, 2 * C), linear(2 * C, C)
+        self.read_q, self.read_kv, self.read_out = linear(C, C), linear(C, 2 * C), linear(C, C)
+        self.scale = (C // self.H) ** -0.5
+        slope = 2.0 ** (-1 - 8 * torch.arange(self.H) / self.H)
         distance = torch.arange(config.span, 0, -1)
         self.register_buffer("near", -slope[:, None] * distance, persistent=False)      # [H, span]
 
@@ -386,10 +367,10 @@ class Reasoner(nn.Module):
         bias = self.near[:, None].masked_fill(missing, -math.inf)[:, None, :, None].to(k.dtype)     # [H, 1, M, 1, span]
         s = self.latent.to(k.dtype).expand(*k.shape[1:3], -1, -1)                                   # [B, M, 16, C]
         for _ in range(self.config.rounds):
-            q, = self.heads(self.look_q(self.scale * norm(s)))
+            q = self.heads(self.look_q(self.scale * norm(s)))[0]                                    # [H, B, M, 16, D]
             s = s + self.look_out(heads_last(softmax_attention(q, k, v, bias)))
-            q, *kv = self.heads(self.self_qkv(norm(s)))
-            s = s + self.self_out(heads_last(softmax_attention(self.scale * q, *kv)))
+            own_q, own_k, own_v = self.heads(self.self_qkv(norm(s)))
+            s = s + self.self_out(heads_last(softmax_attention(self.scale * own_q, own_k, own_v)))
             s = s + self.down(F.silu(self.up(norm(s))))
         return s
 
@@ -397,85 +378,65 @@ class Reasoner(nn.Module):
         """Keys and values that bars read from slots [B, M, 16, C]: 2 of [H, B, M, 16, D]."""
         return self.heads(self.read_kv(norm(slots)))
 
-    def read(self, x, kv, offset):
-        """What bars x [B, M, n, C] take from the slots' keys and values; offset [n, C]: how far after the border."""
-        q, = self.heads(self.scale * (self.read_q(norm(x)) + offset.to(x.dtype)))
-        o = softmax_attention(q.to(kv[0].dtype), *kv).to(x.dtype)
-        return self.gate.to(x.dtype) * self.read_out(heads_last(o))
-
     def forward(self, x, phase, keep=None):
-        """x [B, T, C] -> x and the slots [B, M, 16, C] of the M borders at (p + phase) % border == 0, 0 < p < T."""
-        (B, T, C), border, back = x.shape, self.config.border, self.config.span // self.config.border
-        left = phase % border
+        """x [B, T, C] -> x and the slots [B, M, 16, C] of the M borders at (p + phase) % border == 0, 0 < p < T.
+
+        keep: a dict that takes the state of step.
+        """
+        (B, T, C), border, span = x.shape, self.config.border, self.config.span
+        left = phase % border                                                   # empty places at the start of the grid
         first = border - left                                                   # the first border
-        M = max(0, -(-(T - first) // border))
+        M = max(0, math.ceil((T - first) / border))
         end = M * border                                                        # the last border, on the grid
         grid = F.pad(x, (0, 0, left, end + border - left - T))                  # [B, end + border, C]
         k, v = self.heads(self.look_kv(norm(grid)))                             # [H, B, end + border, D]
         slots = x.new_zeros(B, 0, self.config.slots, C)
         if M:
-            count = first + border * torch.arange(M, device=x.device)
-            slots = self.think(spans(k[:, :, :end], border, back - 1), spans(v[:, :, :end], border, back - 1), count)
-            bars = grid[:, border:].unflatten(1, (M, border))
-            read = self.read(bars, self.keys_values(slots), self.offset).flatten(1, 2)
+            count, back = first + border * torch.arange(M, device=x.device), span // border - 1
+            slots = self.think(spans(k[:, :, :end], border, back), spans(v[:, :, :end], border, back), count)
+            bars = grid[:, border:].unflatten(1, (M, border))                   # [B, M, border, C]
+            q = self.heads(self.scale * (self.read_q(norm(bars)) + self.offset.to(x.dtype)))[0]
+            k_read, v_read = self.keys_values(slots)
+            o = softmax_attention(q.to(k_read.dtype), k_read, v_read).to(x.dtype)
+            read = (self.gate.to(x.dtype) * self.read_out(heads_last(o))).flatten(1, 2)
             read = F.pad(read, (0, 0, border, 0))                               # nothing before the first border
             x = x + read[:, left:left + T]
         if keep is not None:
-            keep.update(self.begin(grid[:, end:], k, v, end, slots))
+            past = [F.pad(a, (0, 0, span, 0))[:, :, end:end + span].flatten(0, 1).float() for a in (k, v)]
+            last = self.keys_values(slots[:, -1:]) if M else []                 # 2 of [H, B, 1, 16, D]
+            keep.update(pending=grid[:, end:].float().clone(), past=past, slots=[a.flatten(0, 2).float() for a in last])
         return x, slots
-
-    # ---- the same bar by bar. Its state, float32: pending [B, border, C], the bars since the last border; past, 2 of
-    # [H B, span, D], keys and values of the bars before; slots, 2 of [H B, 16, D], what bars read of the last border, or none
-
-    def begin(self, pending, k, v, end, slots):
-        """The state after a forward pass."""
-        span = self.config.span
-        past = [F.pad(a, (0, 0, span, 0))[:, :, end:end + span].flatten(0, 1).float() for a in (k, v)]
-        state = dict(pending=pending.float().clone(), past=past, slots=[])
-        if slots.shape[1]:
-            state.update(slots=self.in_rows(self.keys_values(slots[:, -1:])))
-        return state
-
-    def in_rows(self, kv):
-        """2 of [H, B, 1, n, D] -> 2 of [H B, n, D], float32."""
-        return [a.flatten(0, 2).float() for a in kv]
 
     def step(self, x, place, state):
         """One bar x [B, C], `place` bars after its border."""
         state["pending"][:, place] = x
         if not state["slots"]:
             return x
-        q, = self.heads(self.scale * (self.read_q(norm(x)) + self.offset[place].to(x.dtype)))       # [H, B, D]
+        q = self.heads(self.scale * (self.read_q(norm(x)) + self.offset[place].to(x.dtype)))[0]     # [H, B, D]
         o = softmax_attention(q.float().view(self.H * len(x), 1, -1), *state["slots"])
         return x + self.gate.to(x.dtype) * self.read_out(heads_last(o.view_as(q)).to(x.dtype))
 
     def border_step(self, n_bars, state):
-        """Before a bar at a border: the bars since the last one become keys and values, and the slots are made anew.
-
-        So paths that begin there share them. n_bars: how many bars there were.
-        """
+        """At a border, after n_bars bars: those since the last one become keys and values; the slots are made anew."""
         more = self.heads(self.look_kv(norm(state["pending"])))                 # 2 of [H, B, border, D]
         past = [torch.cat((a[:, self.config.border:], b.flatten(0, 1).float()), 1) for a, b in zip(state["past"], more)]
         k, v = (a.view(self.H, -1, 1, *a.shape[1:]).to(more[0].dtype) for a in past)
-        slots = self.think(k, v, torch.tensor([n_bars], device=k.device))
-        state.update(past=past, slots=self.in_rows(self.keys_values(slots)))
+        slots = self.think(k, v, torch.tensor([n_bars], device=k.device))       # [B, 1, 16, C]
+        state.update(past=past, slots=[a.flatten(0, 2).float() for a in self.keys_values(slots)])
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
 def gap_bucket(gaps):
-    """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, from 1 to 31; 0 where none does."""
+    """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, 1 to 31, or 0: [..., 1]."""
     exist = (gaps > 0) & (gaps < -NO_BAR // 2)
-    gaps = gaps.masked_fill(~exist, -NO_BAR).sort(-1).values
-    count = exist.sum(-1, keepdim=True)
-    median = gaps.gather(-1, (count - 1).clamp(min=0) // 2)
-    bucket = median.clamp(min=1).double().log2().floor().long().clamp(max=30) + 1
-    return torch.where(count > 0, bucket, 0)            # [..., 1]
+    median = gaps.double().masked_fill(~exist, math.nan).nanmedian(-1, keepdim=True).values
+    return (median.log2().floor().clamp(max=30) + 1).nan_to_num(0).long()
 
 
 def days_before(stamps, n):
-    """How many bars before each of the last n of the stamps [B, T] lies the bar that came after the same time of day, on
-    each of the DAYS days before: int64 [B, n, DAYS]; -1 where there is none, or none within REACH bars."""
+    """For each of the last n of the stamps [B, T], and each of the DAYS days before it: how many bars back lies the bar
+    that came after the same time of day. int64 [B, n, DAYS]; -1 where there is none within REACH bars."""
     T = stamps.shape[1]
     days = data.DAY * torch.arange(1, DAYS + 1, device=stamps.device)
     earlier = (stamps[:, T - n:, None] - days).flatten(1)                       # [B, n * DAYS]
@@ -492,8 +453,8 @@ def true_range(high, low):
 
 
 def centred(a):
-    """a less its mean over the first axis, the codes. What all logits share says nothing, and would cost bf16 its digits:
-    unchecked it grows to hundreds in some thousand updates."""
+    """a less its mean over the codes, its first axis. What all logits share says nothing, but would grow to hundreds in
+    some thousand updates and cost bf16 its digits."""
     return a - a.mean(0)
 
 
@@ -503,11 +464,7 @@ def mlp(n_in, n, n_out):
 
 @dataclass
 class State:
-    """What generation carries from bar to bar, of B rows; its size does not depend on how many bars there were.
-
-    (data.State is another thing: what decodes the next bar.) The slots of a border are made right after the bar before
-    it, so that paths which begin there share them.
-    """
+    """What generation carries from bar to bar, of B rows; it does not grow. (data.State is what decodes a bar.)"""
     pos: int                      # bars seen, the same of all rows
     phase: int                    # borders lie where (p + phase) % border == 0
     parts: nn.ModuleList          # the layers, and the reasoner: see Model.parts_for_steps
@@ -517,7 +474,7 @@ class State:
     recent: torch.Tensor          # [B, REACH, 2]: range and volume of the last bars, bar p in place p % REACH
     layers: list                  # per layer and kind of attention its state, [H B, ...]
     reasoner: dict                # see Reasoner; empty without one
-    ahead: list                   # of the bars to come: pos, rotation, Layer.places, and what Model.clock says
+    ahead: list                   # of each bar to come: pos, cos, sin, Layer.places, and what Model.clock says
 
     def repeat(self, n):
         """Each row n times, as copies of its own: many paths go on from one prefill."""
@@ -527,14 +484,14 @@ class State:
             return a.repeat_interleave(n, dim=0) if torch.is_tensor(a) else [rows(part) for part in a]
 
         kept = {name: rows(getattr(self, name)) for name in ("h", "stamps", "means", "recent", "layers", "reasoner")}
-        return replace(self, ahead=[(*fixed, rows(clock)) for *fixed, clock in self.ahead], **kept)
+        ahead = [(pos, cos, sin, places, *rows(clock)) for pos, cos, sin, places, *clock in self.ahead]
+        return replace(self, ahead=ahead, **kept)
 
 
 class Model(nn.Module):
-    """Bars' tokens and stamps -> the next bar's tokens. `forward` for many bars at once, `prefill` and `step` one by one.
+    """Bars' tokens and stamps -> the next bar's tokens: `forward` for many bars, `prefill` and `step` one by one.
 
-    config: a ModelConfig, or a dict of its fields; ValueError for sizes that do not fit. What the codes stand for comes
-    from `read_codes`; until then the candles are random ones.
+    config: a ModelConfig, or a dict of its fields. The codes' candles are random ones before `read_codes`.
     """
 
     def __init__(self, config):
@@ -554,47 +511,53 @@ class Model(nn.Module):
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
 
-        decay = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64))
-        self.register_buffer("past_decay", decay, persistent=False)
-        self.register_buffer("past_unit", (2 / (1 - decay[:, None])).sqrt(), persistent=False)  # of a mean of moves
+        # what it reads
+        fade = 0.5 ** (1 / torch.tensor(HALF_LIVES, dtype=torch.float64))
+        self.register_buffer("past_decay", fade, persistent=False)
+        self.register_buffer("past_unit", (2 / (1 - fade[:, None])).sqrt(), persistent=False)   # of a mean of moves
         n_seen = n + 2 * len(HALF_LIVES) + 5 + 2 * HARMONICS
         self.candle = mlp(n_seen, C, C)
-        self.candle_linear = nn.Linear(n_seen, C, bias=False)   # sums over past moves stay linear
+        self.candle_linear = linear(n_seen, C)      # sums over past moves stay linear
         offsets = torch.tensor(CALENDAR).cumsum(0) - torch.tensor(CALENDAR)
         self.register_buffer("offsets", offsets, persistent=False)
         self.calendar = nn.Embedding(sum(CALENDAR), C)
+        # the layers
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.reasoner = Reasoner(config) if config.reasoner else None
         self.mid = config.n_layer // 2
-        self.coarse_head = mlp(n, C, C)             # logits = share + h . coarse_head(D1)
-        self.fine_given = mlp(n + n * n, C, C)      # fine logits = share + silu(fine_mix h + fine_given(D1, M)) . fine_head(g)
-        self.fine_mix = nn.Linear(C, C, bias=False)
-        self.fine_head = mlp(n, C, C)
         self.grad_ckpt = False                      # see run
+        # the heads: coarse logits = share + h . coarse_head(D1)
+        #            fine logits = share + silu(fine_mix h + fine_given(D1, M)) . fine_head(g)
+        self.coarse_head = mlp(n, C, C)
+        self.fine_given = mlp(n + n * n, C, C)
+        self.fine_mix = linear(C, C)
+        self.fine_head = mlp(n, C, C)
         self.codes = None                           # see code_vectors
-        self.code_weights = [*self.coarse_head.parameters(), *self.fine_given.parameters(), *self.fine_head.parameters()]
-        # maps back into the residual stream start smaller, the more layers there are; latent and offset as they are
-        for name, p in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
+        heads = nn.ModuleList([self.coarse_head, self.fine_given, self.fine_head])
+        self.code_weights = list(heads.parameters())
+
+        inner = "q.weight", "kv.weight", "up.weight", "calendar.weight", "fine_mix.weight"
+        for name, p in self.named_parameters():     # all others begin as torch has them
+            if name.endswith(("out.weight", "down.weight")):    # back into the stream: smaller, the more layers
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2 and not name.startswith(("candle", "coarse_head", "fine_head", "fine_given")) and not name.endswith(("latent", "offset")):
+            elif name.endswith(inner):
                 nn.init.normal_(p, std=0.02)
         for head in (self.coarse_head, self.fine_head):
             nn.init.normal_(head[2].weight, std=0.02)
 
+    @torch.no_grad()
     def read_codes(self, tokenizer, shares=None):
         """Takes the candles that the tokenizer's codes decode to.
 
         shares: how often each code occurs, [2^k1] and [2^k2], above 0; None: all alike.
         """
-        with torch.no_grad():
-            for buffer, table in zip((self.D1, self.M, self.g), tokenizer.frozen_tables()):
-                buffer.copy_(table)
-            self.mean.copy_(tokenizer.mean)
-            self.std.copy_(tokenizer.std)
-            self.up_mask.copy_(tokenizer.decode(torch.arange(len(self.D1)))[:, 0] > 0)
-            for buffer, share in zip((self.coarse_share, self.fine_share), shares or ()):
-                buffer.copy_(centred(torch.as_tensor(share).log()))
+        for buffer, table in zip((self.D1, self.M, self.g), tokenizer.frozen_tables()):
+            buffer.copy_(table)
+        self.mean.copy_(tokenizer.mean)
+        self.std.copy_(tokenizer.std)
+        self.up_mask.copy_(tokenizer.decode(torch.arange(len(self.D1)))[:, 0] > 0)
+        for buffer, share in zip((self.coarse_share, self.fine_share), shares or ()):
+            buffer.copy_(centred(torch.as_tensor(share).log()))
 
     # ---- what it reads
 
@@ -604,20 +567,21 @@ class Model(nn.Module):
         return z if fine is None else z + (self.M[coarse] @ self.g[fine][..., None]).squeeze(-1)
 
     def values(self, z):
-        """Of candles z [..., 6]: close, high and low as log prices from the close before, in units of s_t, and volume as it
-        is standardized: 4 of [...]."""
+        """Of candles z [..., 6]: close, high and low as log prices from the close before, in units of s_t, and the
+        feature volume: 4 of [...]."""
         x = self.mean + self.std * z
         close, open_, upper, lower = x[..., :4].clamp(-20, 20).sinh().unbind(-1)
-        high, low = torch.maximum(close, open_) + upper.clamp(min=0), torch.minimum(close, open_) - lower.clamp(min=0)
+        high = torch.maximum(close, open_) + upper.clamp(min=0)
+        low = torch.minimum(close, open_) - lower.clamp(min=0)
         return close, high, low, x[..., 4]
 
     def past_means(self, k, move, before=None):
-        """Decayed means of bars, relative to s_t and over the half-lives HALF_LIVES: [B, T, 2 n].
+        """Decayed means of bars over the n half-lives HALF_LIVES, relative to s_t: [B, T, 2 n], logs of those of the
+        true range, then those of the close's moves. Also the means after the last bar, float64 [B, 2, n].
 
-        First the logs of those of the true range, then those of the close's moves. Also the means after the last bar,
-        float64 [B, 2, n]; `before`: those before the first, else 1 and 0. All follows from k_t = TR_t / s_t, [B, T]:
+        before: the means before the first bar, else 1 and 0. All follows from k_t = TR_t / s_t, [B, T]:
             s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
-        with the decays a of s and b of e, and the means e_{t+1} / s_{t+1} are known once bar t is. For moves alike, with
+        with the decays a of s and b of e. The means e_{t+1} / s_{t+1} are known once bar t is. For moves alike, with
         move [B, T], close / s_t, in place of k_t.
         """
         growth = data.DECAY + (1 - data.DECAY) * k                              # [B, T], s_{t+1} / s_t
@@ -632,7 +596,7 @@ class Model(nn.Module):
             e = e + (b ** shift)[:, None] * F.pad(e[..., :-shift], (shift, 0))
             shift *= 2
         if before is None:
-            before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [B, 2, n]
+            before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [2, n]
         fades = b[:, None] if T == 1 else b[:, None] ** torch.arange(1, T + 1, device=k.device)
         e = (e + before[..., None] * fades) / growth[:, None, None]
         ranges, moves = e.unbind(1)                                             # [B, n, T]
@@ -641,33 +605,36 @@ class Model(nn.Module):
         return seen.mT.float(), e[..., -1]
 
     def clock(self, stamps, pos, size):
-        """What the stamps [B, T] say of the last n bars, at pos [n]: waves of the day [B, n, 2 HARMONICS], the sum of the
-        calendar's rows [B, n, C], and for same_hour places [B, n, DAYS], where bar p is in place p % size, weights
-        [B, n, 2, DAYS] and share [B, n, 1]."""
+        """What the stamps [B, T] say of the last n bars, at pos [n]: waves of the day [B, n, 2 HARMONICS], the sum of
+        the calendar's rows [B, n, C]; and for same_hour the places [B, n, DAYS] of the bars it asks for, bar p in place
+        p % size, their weights in two means [B, n, 2, DAYS], and the share of days that have one [B, n, 1]."""
         n = len(pos)
         time = stamps[:, -n:]
-        gaps = F.pad(stamps, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:].unfold(1, GAPS, 1)      # [B, n, GAPS]
-        angle = 2 * math.pi / data.DAY * (time % data.DAY)[..., None] * torch.arange(1, HARMONICS + 1, device=time.device)
-        rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, T, 6]
-        stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
+        turn = 2 * math.pi / data.DAY * (time % data.DAY)[..., None]
+        angle = turn * torch.arange(1, HARMONICS + 1, device=time.device)
+        waves = torch.cat((angle.sin(), angle.cos()), -1)
+
+        gaps = F.pad(stamps, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:]
+        gaps = gaps.unfold(1, GAPS, 1)                                          # [B, n, GAPS]
+        rows = torch.cat((data.calendar(time), gap_bucket(gaps)), dim=-1) + self.offsets        # [B, n, 6]
+        stamp = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum").view(*time.shape, -1)
+
         back = days_before(stamps, n)
         there = back >= 0
         lately = there & (torch.arange(DAYS, device=pos.device) < LAST_DAYS)
-        weights = torch.stack((lately, there), dim=2).float()                   # few days are drawn towards 0
-        weights = weights / (1 + weights.sum(-1, keepdim=True))
-        waves = torch.cat((angle.sin(), angle.cos()), -1)
-        place = (pos[:, None] - back) % size
-        return waves, stamp.view(*time.shape, -1), place, weights, there.float().mean(2, keepdim=True)
+        weights = torch.stack((lately, there), dim=2).float()
+        weights = weights / (1 + weights.sum(-1, keepdim=True))                 # few days are drawn towards 0
+        return waves, stamp, (pos[:, None] - back) % size, weights, there.float().mean(2, keepdim=True)
 
     def same_hour(self, recent, place, weights, share):
-        """Means of what came after the same time of day: of range and volume over LAST_DAYS and DAYS days, and the share
-        of days that had such a bar: [B, n, 5]. recent [B, size, 2]; the others: see clock."""
+        """Means of range and volume of what came after the same time of day, over LAST_DAYS and DAYS days, and the
+        share of days that had such a bar: [B, n, 5]. recent [B, size, 2]; the others: see clock."""
         values = recent.gather(1, place.flatten(1)[..., None].expand(-1, -1, 2)).unflatten(1, place.shape[1:])
         return torch.cat(((weights @ values).flatten(2), share), -1)            # [B, n, 2, DAYS] [B, n, DAYS, 2]
 
     def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
-        """What the model reads of bars: tokens [B, T], pos [T] and what clock says -> [B, T, C]; and past means and recent
-        bars after them, as a State has them. state: that of the bars before."""
+        """What the model reads of bars: tokens [B, T], pos [T] and what clock says -> [B, T, C]; and past means and
+        recent bars after them, as a State has them. state: that of the bars before."""
         z = self.standardized(coarse, fine)                                     # [B, T, 6]
         close, high, low, volume = self.values(z.double())                      # [B, T]
         k = true_range(high, low)
@@ -681,28 +648,28 @@ class Model(nn.Module):
         x = self.candle(seen) + self.candle_linear(seen)
         return norm(x + stamp.to(x.dtype)), after, recent
 
-    def trunk(self, coarse, fine, time, phase=0, keep=None, depth=None, drop=None):
-        """Hidden states [B, T, C] after `depth` layers (None: all), and the slots of the borders [B, M, 16, C].
+    # ---- the trunk
 
-        phase: borders lie where (p + phase) % border == 0. keep: a dict that collects what step needs. slots are None
-        without reasoner, or above depth. drop: see forward.
+    def trunk(self, coarse, fine, time, phase=0, keep=None, depth=None, drop=None):
+        """Hidden states [B, T, C] after `depth` layers (None: all), and the slots of the borders [B, M, 16, C], if any.
+
+        phase: borders lie where (p + phase) % border == 0. keep: a dict, takes what step needs. drop: see forward.
         """
         pos = torch.arange(time.shape[1], device=time.device)
         x, means, recent = self.embedding(coarse, fine, pos, *self.clock(time, pos, len(pos)))
-        slots = None
-        rot = self.rotation(pos, x.dtype)
-        layers, reasoner = None, None
+        slots, layers, reasoner = None, None, None
         if keep is not None:
             layers, reasoner = [], {}
-            T = time.shape[1]
-            stamps = F.pad(time, (REACH, 0), value=NO_BAR)[:, -REACH:].clone()
-            recent = F.pad(recent[:, -REACH:], (0, 0, 0, max(0, REACH - T))).roll(max(0, T - REACH) % REACH, dims=1)
-            keep.update(layers=layers, reasoner=reasoner, stamps=stamps, means=means, recent=recent)
+            keep.update(means=means, recent=recent, layers=layers, reasoner=reasoner)
+        rot = [a.to(x.dtype) for a in self.rotation(pos)]
         for n, layer in enumerate(self.layers[:depth]):
             if n == self.mid and self.reasoner:
                 x, slots = self.run(self.reasoner, x, phase, reasoner)
             x = self.run(layer, x, rot, layers, None if drop is None else drop[n])
         return x, slots
+
+    def rotation(self, pos):
+        return rotation(pos, self.config.n_embd // self.config.n_head, turns=self.config.pos != "alibi")
 
     def run(self, part, *args):
         """part(*args); with grad_ckpt its activations are made again in the backward pass, not kept."""
@@ -713,10 +680,13 @@ class Model(nn.Module):
     # ---- what it says
 
     def code_vectors(self):
-        """The heads' vectors of every code: coarse [V1, C], given coarse [V1, C], fine [V2, C]; and the moves of the coarse
-        ones and their squares [V1, 2], see move_moments. Kept where none learns."""
-        if torch.is_grad_enabled() or self.g.is_inference():    # a tensor of inference mode has no version
-            self.codes = None                                   # an update may follow, and a fused one raises no version
+        """The heads' vectors of every code: coarse [2^k1, C], given coarse [2^k1, C], fine [2^k2, C]; and moves().
+
+        Kept until a weight changes, which its version tells. But a fused update raises none, and tensors of inference
+        mode have none: there they are made anew.
+        """
+        if torch.is_grad_enabled() or self.g.is_inference():
+            self.codes = None
             return *self.make_code_vectors(), self.moves()
         kind = self.g.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.g.dtype
@@ -740,8 +710,8 @@ class Model(nn.Module):
         """h [..., C] -> [..., 2^k1].
 
         Then the mean move is drawn towards that of the training data: base + lean (mean - base), lean from 0 to 1.
-        Directions are what is learned by heart first, and over many bars a false drift adds up; so pretraining fits lean
-        on val. The law is tilted, p ~ exp(t move) p, which moves its mean by t times its variance.
+        Directions are learned by heart first, and over many bars a false drift adds up; so pretraining fits lean on
+        val. The law is tilted, p ~ exp(t move) p, which moves its mean by t times its variance.
         """
         logits = F.linear(h, self.code_vectors()[0], self.coarse_share)
         if self.lean.item() == 1:
@@ -752,7 +722,7 @@ class Model(nn.Module):
         return torch.addcmul(logits.float(), tilt[..., None], self.code_vectors()[3][:, 0])
 
     def move_moments(self, logits):
-        """Mean and variance [...] of the next move, log(C_t / C_{t-1}) / s_t, under coarse logits [..., 2^k1]."""
+        """Mean and variance [...] of the next move, see moves, under coarse logits [..., 2^k1]."""
         mean, square = (logits.float().softmax(-1) @ self.code_vectors()[3]).unbind(-1)
         return mean, (square - mean**2).clamp(min=1e-6)
 
@@ -763,34 +733,38 @@ class Model(nn.Module):
         return F.linear(mixed, vectors, self.fine_share)
 
     def p_up(self, h, unmoved=None):
-        """P(close rises | it moves) [...] for h [..., C]: the exact P(up token), over the share of bars that move.
+        """P(close rises | it moves) [...] for h [..., C]: the exact P(up token) / (1 - unmoved).
 
-        unmoved: share of bars that do not, a number or a tensor that broadcasts to [...]; None: that of the training data.
+        unmoved: share of bars whose close stays, a number or a tensor [...]; None: that of the training data.
         """
+        unmoved = self.config.unmoved if unmoved is None else unmoved
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
-        return (p / (1 - (self.config.unmoved if unmoved is None else unmoved))).clamp(max=1)
+        return (p / (1 - unmoved)).clamp(max=1)
 
     def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
         """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
 
-        u [..., 2]: uniform numbers to draw by, else from `generator`; temperature, top_p: see draw. order int64 [2^k1]:
-        the coarse tokens in the order in which u runs through them (by rising close, say: then two models that hardly
-        differ draw bars that hardly differ).
+        temperature, top_p: see draw. u [..., 2]: uniform numbers to draw by, else from `generator`. order int64 [2^k1]:
+        the coarse tokens as u runs through them; by rising close, models that hardly differ draw bars that hardly do.
         """
-        u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator) if u is None else u
+        if u is None:
+            u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator)
         logits = self.coarse_logits(h)
-        coarse = draw(logits if order is None else logits[..., order], temperature, top_p, u[..., :1]).squeeze(-1)
-        coarse = coarse if order is None else order[coarse]
+        if order is not None:
+            logits = logits[..., order]
+        coarse = draw(logits, temperature, top_p, u[..., :1]).squeeze(-1)
+        if order is not None:
+            coarse = order[coarse]
         return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:]).squeeze(-1)
 
     # ---- many bars at once
 
     def forward(self, coarse, fine, time, targets=None, phase=0, drop=None):
-        """coarse, fine, time int64 [B, T]; targets: (coarse, fine) of each next bar, -1 where it does not count; phase
-        as in trunk; drop: masks of dropout [n_layer, 2, B, 1, C], or None.
+        """coarse, fine, time int64 [B, T] -> coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] given the target
+        coarse token, else the likeliest, and the loss in nats per bar, None without targets.
 
-        Returns coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] (given the target coarse token, else the likeliest),
-        and the loss in nats per bar, None without targets.
+        targets: (coarse, fine) of each next bar, -1 where it does not count. phase: see trunk. drop: masks of dropout
+        [n_layer, 2, B, 1, C].
         """
         h, slots = self.trunk(coarse, fine, time, phase, drop=drop)
         h = norm(h)
@@ -832,64 +806,62 @@ class Model(nn.Module):
 
     def prefill(self, coarse, fine, time, phase=0):
         """The State after coarse, fine, time int64 [B, T], from which step goes on."""
-        keep = {}
+        keep, T = {}, time.shape[1]
         x, _ = self.trunk(coarse, fine, time, phase, keep)
-        state = State(pos=coarse.shape[1], phase=phase, parts=self.parts_for_steps(x.dtype), h=norm(x[:, -1]).float(),
-                      ahead=[], **keep)
+        recent = F.pad(keep.pop("recent")[:, -REACH:], (0, 0, 0, max(0, REACH - T)))
+        state = State(pos=T, phase=phase, parts=self.parts_for_steps(x.dtype), h=norm(x[:, -1]).float(),
+                      stamps=F.pad(time, (REACH, 0), value=NO_BAR)[:, -REACH:].clone(),
+                      recent=recent.roll(max(0, T - REACH) % REACH, dims=1), ahead=[], **keep)
         self.reach_border(state)
         return state
 
     def parts_for_steps(self, dtype):
-        """Copies of the layers and of the reasoner for a few rows at a time, with weights of that type.
-
-        Those in float32 lie by columns, with which a CPU is up to three times as fast.
-        """
+        """Copies of the layers and the reasoner with weights of that type. Those in float32 lie by columns, with
+        which a CPU is up to three times as fast on a few rows."""
         parts = copy.deepcopy(nn.ModuleList([*self.layers, *([self.reasoner] if self.reasoner else [])]))
         for p in parts.requires_grad_(False).parameters():
             p.data = p.to(dtype) if dtype != torch.float32 or p.dim() != 2 else p.T.contiguous().T
         return parts
 
-    def rotation(self, pos, dtype):
-        """Of bars at pos [n], see rotation."""
-        rot = rotation(pos, self.config.n_embd // self.config.n_head, self.config.pos != "alibi")
-        return tuple(a.to(dtype) for a in rot)
-
+    @torch.no_grad()
     def step(self, coarse, fine, time, state):
         """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place; no gradients.
 
-        time may also be [B, n], with the stamps of bars to come: what depends on them alone is then made for many at once.
-        Its matmuls run in the type of the prefill, its states in float32; call step itself outside of autocast.
+        time may also be [B, n], with the stamps of bars to come: what hangs on these alone is made for many at once.
+        Matmuls run in the type of the prefill, the states are float32; call step itself outside of autocast.
         """
-        with torch.no_grad():
-            if not state.ahead:
-                self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
-            pos, rot, places, clock = state.ahead.pop(0)
-            x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], pos, *clock, state=state)    # [B, 1, C]
-            x = x[:, 0].to(state.parts[0].up.weight.dtype)
-            for n, states in enumerate(state.layers):
-                if n == self.mid and self.reasoner:
-                    x = state.parts[-1].step(x, (state.pos + state.phase) % self.config.border, state.reasoner)
-                x = state.parts[n].step(x, rot, places, states)
-            state.h, state.pos = norm(x.float()), state.pos + 1
-            self.reach_border(state)
+        if not state.ahead:
+            self.look_ahead(time.view(len(time), -1)[:, :AHEAD], state)
+        pos, cos, sin, places, *clock = state.ahead.pop(0)
+        x, state.means, _ = self.embedding(coarse[:, None], fine[:, None], pos, *clock, state=state)    # [B, 1, C]
+        x = x[:, 0].to(state.parts[0].up.weight.dtype)
+        for n, states in enumerate(state.layers):
+            if n == self.mid and self.reasoner:
+                x = state.parts[-1].step(x, (state.pos + state.phase) % self.config.border, state.reasoner)
+            x = state.parts[n].step(x, (cos, sin), places, states)
+        state.h, state.pos = norm(x.float()), state.pos + 1
+        self.reach_border(state)
         return state.h, state
 
     def look_ahead(self, time, state):
         """Makes all that the next bars need besides their tokens, time [B, n]."""
-        n = time.shape[1]
         stamps = torch.cat((state.stamps, time), dim=1)
-        pos = torch.arange(state.pos, state.pos + n, device=time.device)
-        rots = zip(*(a[:, 0].split(1, dim=-2) for a in self.rotation(pos, torch.float32)))          # 2 of [2, 1, 1, D]
-        clocks = zip(*(a.split(1, dim=1) for a in self.clock(stamps, pos, REACH)))
-        state.ahead = list(zip(pos.split(1), rots, self.layers[0].places(pos), clocks))
+        pos = torch.arange(state.pos, state.pos + time.shape[1], device=time.device)
+        cos, sin = (a[:, 0].split(1, dim=-2) for a in self.rotation(pos))       # n of [2, 1, 1, D]
+        clock = [a.split(1, dim=1) for a in self.clock(stamps, pos, REACH)]
+        state.ahead = list(zip(pos.split(1), cos, sin, self.layers[0].places(pos), *clock))
         state.stamps = stamps[:, -REACH:]
 
+    @torch.no_grad()
     def reach_border(self, state):
+        """Where the next bar is at a border, its slots are made: paths that begin there share them."""
         if self.reasoner and (state.pos + state.phase) % self.config.border == 0:
             dtype = state.parts[0].up.weight.dtype
-            with torch.no_grad(), torch.autocast(state.h.device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(state.h.device.type, dtype, enabled=dtype != torch.float32):
                 state.parts[-1].border_step(state.pos, state.reasoner)
 
+
+# --- Losses and drawing ----------------------------------------------------------------------------------------------
 
 def mean_nats(logits, target):
     """Mean cross-entropy of logits [..., V] over the targets int64 [...] that count (>= 0); 0 if none does."""
@@ -925,7 +897,7 @@ def close_table(tokenizer):
     return torch.stack([tokenizer.decode(torch.full_like(fine, c), fine)[..., 0] for c in range(2**k1)])
 
 
-# --- The checkpoint --------------------------------------------------------------------------------------------------
+# --- The checkpoint: a reader of the model may stop here -------------------------------------------------------------
 
 class Source(typing.TypedDict):
     """The bars that a run was trained on."""
@@ -944,20 +916,6 @@ class Report(typing.TypedDict):
     val: float | None
     val_logloss: float | None
     path_crps: float | None
-    score: None                             # only in those of pretrain.py, which have all of these:
-
-
-class Scores(typing.TypedDict):
-    step: int
-    train: float | None                     # not before the first update
-    val: float
-    coarse: float
-    fine: float
-    da: float
-    close: float
-    range: float
-    volume: float
-    score: float
 
 
 class Dump(typing.TypedDict):
@@ -989,7 +947,80 @@ class Checkpoint(typing.TypedDict):
     seed: int | None
     data: Source | None
     splits: tuple[int, ...] | None          # time stamps: val starts, test starts
-    metrics: list[Report | Scores]
+    metrics: list[Report]
+
+
+FORMAT_VERSION = 4
+SCORES = "step", "val", "coarse", "fine", "da", "close", "range", "volume", "score"     # a report has all or no score
+
+
+def save_checkpoint(path, model, tokenizer, **meta):
+    """Writes one self-contained file. model may be None while the tokenizer is in training, and tokenizer a plain dict.
+
+    meta: of the fields of Checkpoint what there is, and what else a stage needs. UserError when the disk refuses.
+    """
+    entry = dict.fromkeys(typing.get_type_hints(Checkpoint)) | dict(metrics=[]) | meta
+    if model is not None:
+        entry |= dict(config=asdict(model.config), model=model.state_dict())
+    entry["tokenizer"] = tokenizer.dump() if isinstance(tokenizer, Tokenizer) else tokenizer
+    entry["format_version"] = FORMAT_VERSION
+    data.save_atomic(entry, path)
+
+
+def load_checkpoint(path, device="cpu", weights="best"):
+    """-> model (in eval mode), tokenizer, meta (all else in the file). Raises UserError for a file that is none.
+
+    weights: "best" on val, "last", or "average" of the last updates; the last where there are no such ones.
+    """
+    entry = read_checkpoint(path)
+    if entry["model"] is None:
+        raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
+    states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
+    chosen = entry["model"] if states[weights] is None else states[weights]
+    try:
+        tokenizer, model = Tokenizer.load(entry["tokenizer"]), Model(read_sizes(entry))
+        model.read_codes(tokenizer)
+        for state in states.values():
+            if state is not None:
+                check_weights(state, model.state_dict())
+        model.load_state_dict(chosen)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, data.UserError) as error:
+        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    meta = {key: value for key, value in entry.items() if key not in ("model", "best", "average", "tokenizer")}
+    return model.to(device).eval(), tokenizer, meta
+
+
+def read_checkpoint(path):
+    """The plain dict of a checkpoint of any stage, its fields checked. Raises UserError for a file that is none."""
+    entry = data.load_safe(path)
+    if not isinstance(entry, dict) or "format_version" not in entry:
+        raise data.UserError(f"{path}: not a Kronos-R checkpoint; give a file that pretrain.py wrote")
+    if type(entry["format_version"]) is not int or entry["format_version"] != FORMAT_VERSION:
+        raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, "
+                             f"this version reads {FORMAT_VERSION}; train it anew")
+    for name, kind in typing.get_type_hints(Checkpoint).items():
+        if name not in entry or not fits(entry[name], kind):
+            raise damaged(path, f"{name!r} is {'of a wrong kind' if name in entry else 'missing'}")
+    for name in ("step", "bad_steps", "since_best", "seed"):
+        if not 0 <= (entry[name] or 0) < 2**63:
+            raise damaged(path, f"{name!r} is {entry[name]}")
+    for report in entry["metrics"]:
+        if "score" in report and not all(fits(report.get(name), float) for name in SCORES):
+            raise damaged(path, "a report lacks scores")
+    splits, made = entry["splits"], dict(channels=tuple(data.CHANNELS), half_life=data.HALF_LIFE)
+    if splits is not None and not (len(splits) == 2 and -2**62 < splits[0] <= splits[1] < 2**62):
+        raise damaged(path, "'splits' are not two dates")
+    if entry["dtype"] not in (None, "bf16", "fp16", "fp32"):
+        raise damaged(path, f"'dtype' is {entry['dtype']!r}")
+    if any(weight.dtype != torch.float32 for weight in entry["tokenizer"]["state"].values()):
+        raise damaged(path, "weights of the tokenizer are of a wrong type")
+    if entry["features"] not in (None, made):
+        raise damaged(path, "it reads other features than this version makes")
+    return entry
+
+
+def damaged(path, reason):
+    return data.UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew")
 
 
 def fits(value, kind):
@@ -1012,76 +1043,38 @@ def fits(value, kind):
     return isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
 
 
-def damaged(path, reason):
-    return data.UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew")
+def check_sizes(config):
+    """ValueError for a ModelConfig whose sizes do not fit one another, or are absurd."""
+    limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(1, 16384),
+                  linear_heads=(0, config.n_head), border=(1, 4096), slots=(1, 1024), rounds=(1, 64), span=(1, 2**16),
+                  block_size=(1, 2**31), aux_weight=(0.0, 100.0), unmoved=(0.0, 0.999))
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not fits(value, type(low)) or not low <= value <= high:
+            raise ValueError(f"{name} must be within {low} and {high}, not {value!r}")
+    n_local, n_windows = config.n_head - config.linear_heads, len(config.windows)
+    if config.n_embd % (2 * config.n_head):
+        raise ValueError(f"n_embd ({config.n_embd}) must be an even multiple of n_head ({config.n_head})")
+    if not all(isinstance(w, int) and 1 <= w <= 2**16 for w in config.windows):
+        raise ValueError(f"windows must be 1 to 65536 bars, not {config.windows!r}")
+    if n_local and (not n_windows or n_local % n_windows):
+        raise ValueError(f"{n_local} local heads cannot be shared among {n_windows} windows")
+    if config.span % config.border or config.slots > config.border:
+        raise ValueError("span must be a multiple of border, and slots at most border")
+    if config.pos not in ("rope", "alibi", "both"):
+        raise ValueError(f"pos must be rope, alibi or both, not {config.pos!r}")
 
 
-def save_checkpoint(path, model, tokenizer, **meta):
-    """Writes one self-contained file. model may be None while the tokenizer is in training, and tokenizer a plain dict.
-
-    meta: of the fields of Checkpoint what there is, and what else a stage needs. Raises UserError when the disk refuses.
-    """
-    entry = dict.fromkeys(typing.get_type_hints(Checkpoint)) | dict(metrics=[]) | meta | dict(format_version=FORMAT_VERSION)
-    if model is not None:
-        entry |= dict(config=asdict(model.config), model=model.state_dict())
-    entry["tokenizer"] = tokenizer.dump() if hasattr(tokenizer, "dump") else tokenizer
-    data.save_atomic(entry, path)
-
-
-def read_checkpoint(path):
-    """The plain dict of a checkpoint of any stage, its fields checked. Raises UserError for a file that is none."""
-    entry = data.load_safe(path)
-    if not isinstance(entry, dict) or "format_version" not in entry:
-        raise data.UserError(f"{path}: not a Kronos-R checkpoint; give a file that pretrain.py wrote")
-    if type(entry["format_version"]) is not int or entry["format_version"] != FORMAT_VERSION:
-        raise data.UserError(f"{path}: checkpoint format {entry['format_version']!r}, this version reads {FORMAT_VERSION}; "
-                             f"train it anew")
-    for name, kind in typing.get_type_hints(Checkpoint).items():
-        if name not in entry or not fits(entry[name], kind):
-            raise damaged(path, f"{name!r} is {'of a wrong kind' if name in entry else 'missing'}")
-    for name in ("step", "bad_steps", "since_best", "seed"):
-        if not 0 <= (entry[name] or 0) < 2**63:
-            raise damaged(path, f"{name!r} is {entry[name]}")
-    splits, made = entry["splits"], dict(channels=tuple(data.CHANNELS), half_life=data.HALF_LIFE)
-    if splits is not None and not (len(splits) == 2 and -2**62 < splits[0] <= splits[1] < 2**62):
-        raise damaged(path, "'splits' are not two dates")
-    if entry["dtype"] not in (None, "bf16", "fp16", "fp32"):
-        raise damaged(path, f"'dtype' is {entry['dtype']!r}")
-    if any(weight.dtype != torch.float32 for weight in entry["tokenizer"]["state"].values()):
-        raise damaged(path, "weights of the tokenizer are of a wrong type")
-    if entry["features"] not in (None, made):
-        raise damaged(path, "it reads other features than this version makes")
-    return entry
-
-
-def load_checkpoint(path, device="cpu", weights="best"):
-    """-> model (in eval mode), tokenizer, meta (all else in the file). Raises UserError for a file that is none.
-
-    weights: "best", those with the best val score (the last if there is none), "last", or "average" of the last updates.
-    """
-    entry = read_checkpoint(path)
-    if entry["model"] is None:
-        raise data.UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
-    states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
-    chosen = states["last"] if states[weights] is None else states[weights]
-    try:
-        sizes, kinds = entry["config"], typing.get_type_hints(ModelConfig)
-        for name in sizes:
-            if name not in kinds or not fits(sizes[name], kinds[name]):
-                raise ValueError(f"setting {name!r} of the model is unknown or of a wrong kind")
-        config = ModelConfig(**sizes)
-        if 12 * config.n_layer * config.n_embd**2 > sum(w.numel() for w in entry["model"].values()):
-            raise ValueError("its sizes are those of a larger model than its weights")
-        tokenizer, model = Tokenizer.load(entry["tokenizer"]), Model(config)
-        model.read_codes(tokenizer)
-        own = model.state_dict()
-        for state in states.values():
-            check_weights(own if state is None else state, own)
-        model.load_state_dict(chosen)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, data.UserError) as error:
-        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-    meta = {key: value for key, value in entry.items() if key not in ("model", "best", "average", "tokenizer")}
-    return model.to(device).eval(), tokenizer, meta
+def read_sizes(entry):
+    """The ModelConfig of a checkpoint; ValueError for one that cannot be that of its weights."""
+    kinds = typing.get_type_hints(ModelConfig)
+    for name, value in entry["config"].items():
+        if name not in kinds or not fits(value, kinds[name]):
+            raise ValueError(f"setting {name!r} of the model is unknown or of a wrong kind")
+    config = ModelConfig(**entry["config"])
+    if 12 * config.n_layer * config.n_embd**2 > sum(weight.numel() for weight in entry["model"].values()):
+        raise ValueError("its sizes are those of a larger model than its weights")     # it might not fit the memory
+    return config
 
 
 def check_weights(state, own):
@@ -1089,10 +1082,13 @@ def check_weights(state, own):
     if state.keys() != own.keys():
         raise ValueError(f"weight {min(state.keys() ^ own.keys())!r} is missing or unknown")
     for name, weight in state.items():
-        kinds = (own[name].dtype, torch.float16 if own[name].is_floating_point() else None)     # half: weights to give away
-        if weight.shape != own[name].shape or weight.dtype not in kinds or not torch.isfinite(weight).all():
-            raise ValueError(f"weight {name!r} is of another shape or type than the sizes ask for, or not finite")
-    never_read = bool((state["mean"] == 0).all() and (state["std"] == 1).all())     # the candles that Model begins with
-    for name in () if never_read else ("D1", "M", "g", "mean", "std", "up_mask"):
+        half = weight.dtype == torch.float16 and own[name].is_floating_point()      # weights to give away
+        if weight.shape != own[name].shape or not (half or weight.dtype == own[name].dtype):
+            raise ValueError(f"weight {name!r} is of another shape or type than the sizes ask for")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"weight {name!r} is not finite")
+    if (state["mean"] == 0).all() and (state["std"] == 1).all():
+        return      # the candles that Model begins with: it never read those of a tokenizer
+    for name in ("D1", "M", "g", "mean", "std", "up_mask"):
         if not torch.allclose(state[name].float(), own[name].float(), rtol=0, atol=1e-3):
             raise ValueError(f"{name!r} of the model are not the candles of its tokenizer")

@@ -6,18 +6,16 @@ Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.0
 
 u lies on the unit sphere and c is the corner nearest to it, of the 2^k corners of a cube inscribed in the sphere. The
 codebook is implicit: no corner is stored, each can be reached, and a token is the signs of c read as a binary number.
-Two levels: the `coarse` token carries the bar's shape, the `fine` token what coarse leaves.
+Two levels: the `coarse` token carries the bar's shape, the `fine` token what coarse leaves. The top bit of coarse, the
+direction bit, is not learned: it is set where close rose, and every candle decoded from it rises.
 
 Training has two phases. The first is the published one, above: it spreads the bars over the corners. But the signs of
 u often miss the corner whose candle is nearest to the bar, and with k <= 12 all 2^k candles can be looked at, in no
 more time than an encoder takes. So in the second phase a bar takes the nearest candle's corner, and the decoder learns
-from that alone, as in Lloyd's algorithm; the encoder retires. `nearest=False` keeps the published form to the end:
-`python tests/bench.py tokenizer` shows both, beside k-means and other quantizers.
+from that alone, as in Lloyd's algorithm. `nearest=False` keeps the published form to the end; `python tests/bench.py
+tokenizer` shows both, beside k-means and other quantizers.
 
-The direction bit: the top bit of coarse is not learned. It is set where close rose, and every candle decoded from it
-rises, so a coarse token always says up or not up.
-
-Trained by `pretrain.py`, from which `--tokenizer out.pt` takes it again.
+`pretrain.py` trains it, and its `--tokenizer out.pt` takes it from a checkpoint.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -147,6 +145,14 @@ def has_data(x):
     return present
 
 
+def rows_of(table, tokens):
+    """Tokens as a tensor beside their table; ValueError for one that is no row of it."""
+    tokens = torch.as_tensor(tokens, device=table.device)
+    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < len(table):
+        raise ValueError(f"a token is not in 0..{len(table) - 1}")
+    return tokens
+
+
 class Tokenizer(nn.Module):
     """Bars' features <-> token pairs, a single bar at a time: a token pair is a candle.
 
@@ -169,7 +175,8 @@ class Tokenizer(nn.Module):
 
     def decode_tables(self):
         """Of every code, in standardized channels: D1 [2^k1, 6], M [2^k1, 6, 6], g [2^k2, 6]."""
-        c1, c2 = signs(self.config.coarse_bits, self.mean.device), signs(self.config.fine_bits, self.mean.device)
+        c1 = signs(self.config.coarse_bits, self.mean.device)
+        c2 = signs(self.config.fine_bits, self.mean.device)
         return self.coarse_decoder(c1), self.mix(c1), self.fine_decoder(c2)
 
     def mix(self, c1):
@@ -209,7 +216,10 @@ class Tokenizer(nn.Module):
         return u1, u2, c1, c2
 
     def search(self, z, present, up, tables):
-        """Second phase: the nearest candles' tokens, int64 [B]; fine is the nearest to what coarse leaves."""
+        """Second phase: the nearest candles' tokens, int64 [B]; fine is the nearest to what coarse leaves.
+
+        tables: see decode_tables.
+        """
         d1, mix, g = tables
         # |z - d|^2 - |z|^2 over present channels = present . d^2 - 2 z . d, of all bars and codes as one product
         distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T                # (B, 12) (12, 2^k1)
@@ -219,15 +229,12 @@ class Tokenizer(nn.Module):
             coarse = nearest(own) + half * up
         else:
             coarse = nearest(distance)
-        residual = (z - d1[coarse]) * present
-        return coarse, nearest(self.fine_distance(residual, mix[coarse] * present[..., None], g))
-
-    def fine_distance(self, residual, mix, g):
-        """|r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g. r [B, 6], M [B, 6, 6], g [2^k2, 6] -> [B, 2^k2]."""
+        # likewise |r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g of what coarse leaves, r
+        residual, mix = (z - d1[coarse]) * present, mix[coarse] * present[..., None]             # (B, 6), (B, 6, 6)
         gram = (mix.mT @ mix).flatten(1)                                                         # (B, 36)
         aim = (mix.mT @ residual[..., None]).squeeze(-1)                                         # (B, 6)
         outer = (g[:, :, None] * g[:, None, :]).flatten(1)                                       # (2^k2, 36)
-        return torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T
+        return coarse, nearest(torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T)
 
     # ---- the interface
 
@@ -240,37 +247,31 @@ class Tokenizer(nn.Module):
         x = torch.as_tensor(x, dtype=torch.float32, device=self.mean.device)
         if not torch.isfinite(x).all():
             raise ValueError("a feature is not finite")
-        tables, rows = self.frozen_tables(), x.reshape(-1, N_CHANNELS)
-        tokens = torch.empty(2, len(rows), dtype=torch.int64, device=x.device)
-        for i in range(0, len(rows), BLOCK):
-            part = rows[i:i + BLOCK]
-            padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                                # (BLOCK, 6)
-            with full_precision(x):
-                z, present = self.standardize(padded)
+        tables, tokens = self.frozen_tables(), []
+        with full_precision(x):
+            for part in x.reshape(-1, N_CHANNELS).split(BLOCK):
+                padded = F.pad(part, (0, 0, 0, BLOCK - len(part)))                            # (BLOCK, 6)
+                (z, present), up = self.standardize(padded), padded[:, 0] > 0
                 if self.config.nearest:
-                    coarse, fine = self.search(z, present, padded[:, 0] > 0, tables)
+                    coarse, fine = self.search(z, present, up, tables)
                 else:
-                    _, _, c1, c2 = self.published(z, present, padded[:, 0] > 0)
+                    _, _, c1, c2 = self.published(z, present, up)
                     coarse, fine = token_of(c1), token_of(c2)
-            tokens[:, i:i + BLOCK] = torch.stack([coarse, fine])[:, :len(part)]
-        return tokens[0].view(x.shape[:-1]), tokens[1].view(x.shape[:-1])
+                tokens.append(torch.stack([coarse, fine])[:, :len(part)])
+        return torch.cat(tokens, 1).view(2, *x.shape[:-1]).unbind()
 
     @torch.no_grad()
     def decode(self, coarse, fine=None):
         """Tokens int64 [...] -> features float32 [..., 6]; without fine, what coarse alone says.
 
-        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError for tokens
-        that there are none of.
+        With the direction bit, close is >= MARGIN in every up code and <= -MARGIN in every other. ValueError for a
+        token that is none.
         """
         d1, mix, g = self.frozen_tables()
-        coarse = torch.as_tensor(coarse, device=d1.device)
-        fine = None if fine is None else torch.as_tensor(fine, device=d1.device)
-        for tokens, table in ((coarse, d1), (fine, g)):
-            if tokens is not None and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < len(table):
-                raise ValueError(f"a token is not in 0..{len(table) - 1}")
+        coarse = rows_of(d1, coarse)
         z = d1[coarse]                                                                        # (..., 6)
         if fine is not None:
-            z = z + (mix[coarse] * g[fine].unsqueeze(-2)).sum(-1)                             # (..., 6, 6) -> (..., 6)
+            z = z + (mix[coarse] * g[rows_of(g, fine)].unsqueeze(-2)).sum(-1)                 # (..., 6, 6) -> (..., 6)
         x = self.mean + self.std * z
         if self.config.direction_bit:
             up = coarse >> (self.config.coarse_bits - 1) == 1
@@ -284,16 +285,14 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, entry):
         """The tokenizer of what `dump` made, in eval mode; ValueError, one line, where the entry is damaged."""
-        damaged = "its tokenizer is damaged or of another version"
         try:
             tokenizer = cls(entry["config"])
             tokenizer.load_state_dict(entry["state"])
+            for name, weights in tokenizer.state_dict().items():
+                if not torch.isfinite(weights).all() or (name == "std" and weights.min() < 0):
+                    raise TypeError(f"{name} holds numbers from {weights.min():g} to {weights.max():g}")
         except (AttributeError, KeyError, RuntimeError, TypeError, UserError) as e:
-            reason = " ".join(str(e).split())
-            raise ValueError(f"{damaged}: {reason}") from None
-        for name, weights in tokenizer.state_dict().items():
-            if not torch.isfinite(weights).all() or (name == "std" and weights.min() < 0):
-                raise ValueError(f"{damaged}: {name} holds numbers from {weights.min():g} to {weights.max():g}")
+            raise ValueError(f"its tokenizer is damaged or of another version: {' '.join(str(e).split())}") from None
         return tokenizer.eval()
 
 
@@ -324,14 +323,11 @@ def train_tokenizer(x, config, seed=0, steps=1200, batch_size=2048, lr=7e-3, dev
     first_phase = round(config.spread * steps) if config.nearest else steps
 
     for step in range(steps):
+        warm = min(1.0, (step + 1) / WARMUP)
         for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / WARMUP)
             group["lr"] = lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         batch = x[torch.randint(len(x), (batch_size,), generator=draw)].to(device)               # (B, 6)
-        if step < first_phase:
-            loss = published_loss(tokenizer, batch)
-        else:
-            loss = nearest_loss(tokenizer, batch)
+        loss = published_loss(tokenizer, batch) if step < first_phase else nearest_loss(tokenizer, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -355,22 +351,6 @@ def set_scale(tokenizer, x):
     std = torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0)
     std[0] /= math.sqrt(tokenizer.config.close)     # a smaller unit, so that the same error is a larger number
     tokenizer.std.copy_(std)
-
-
-def check_bars(x, config):
-    """UserError for bars that no tokenizer can be trained on."""
-    least = 2 ** max(config.coarse_bits, config.fine_bits)
-    if len(x) < least:
-        raise UserError(f"the tokenizer has {least} codes a level and only {len(x)} bars to train on; "
-                        f"give more data, or fewer bits")
-    bad = ~torch.isfinite(x)
-    if bad.any():
-        row, channel = bad.nonzero()[0].tolist()
-        raise UserError(f"feature {CHANNELS[channel]!r} of bar {row} is {x[row, channel].item()}; "
-                        f"the tokenizer needs finite bars: mend the data")
-    if (x[:, 0] == x[0, 0]).all():  # an open that is always the close before, or no wick, is no fault
-        raise UserError("the close never changes in the training bars, there is nothing to learn from a constant series: "
-                        "give bars of a market that moves")
 
 
 def published_loss(tokenizer, x):
@@ -404,8 +384,24 @@ def level_errors(z, present, coarse, mix, pattern):
     return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
 
 
+def check_bars(x, config):
+    """UserError for bars that no tokenizer can be trained on."""
+    least = 2 ** max(config.coarse_bits, config.fine_bits)
+    if len(x) < least:
+        raise UserError(f"the tokenizer has {least} codes a level and only {len(x)} bars to train on; "
+                        f"give more data, or fewer bits")
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        row, channel = bad.nonzero()[0].tolist()
+        raise UserError(f"feature {CHANNELS[channel]!r} of bar {row} is {x[row, channel].item()}; "
+                        f"the tokenizer needs finite bars: mend the data")
+    if (x[:, 0] == x[0, 0]).all():  # an open that is always the close before, or no wick, is no fault
+        raise UserError("the close never changes in the training bars, so there is nothing to learn: "
+                        "give bars of a market that moves")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Report
+# Report: how good it is, and how much of its codebooks is in use
 
 def report(tokenizer, x):
     """Scores of features x [N, 6], a flat dict of floats. `coarse_` is the coarse token alone, `full_` both.
@@ -415,12 +411,12 @@ def report(tokenizer, x):
     {coarse,fine}_bit_entropy_I: in bits, I = 0 the top bit; _bit_entropy: the least of them. And what code_use says.
     """
     x = torch.as_tensor(x, dtype=torch.float32)
-    tokens = [level.cpu() for level in tokenizer.encode(x)]
+    coarse, fine = (tokens.cpu() for tokens in tokenizer.encode(x))
     present, moved = has_data(x), x[:, 0] != 0
-    use, shares = code_use(tokenizer, *tokens)
+    use, shares = code_use(tokenizer, coarse, fine)
     out = use | {"bars": float(len(x))}
-    for level, read in (("coarse", tokens[:1]), ("full", tokens)):
-        y, errors = tokenizer.decode(*read).cpu(), {}
+    for level, y in (("coarse", tokenizer.decode(coarse)), ("full", tokenizer.decode(coarse, fine))):
+        y, errors = y.cpu(), {}
         for i, channel in enumerate(CHANNELS):
             true, got = x[present[:, i], i].double(), y[present[:, i], i].double()
             if len(true) > 1 and true.var() > 0:
@@ -428,15 +424,14 @@ def report(tokenizer, x):
         errors[""] = sum(errors.values()) / max(1, len(errors))
         for channel, error in errors.items():
             out[f"{level}_error{channel}"], out[f"{level}_r2{channel}"] = error, 1 - error
-        right = (y[:, 0] > 0) == (x[:, 0] > 0)
-        out[f"{level}_sign"] = right[moved].double().mean().item() if moved.any() else 1.0
+        right = ((y[:, 0] > 0) == (x[:, 0] > 0))[moved]
+        out[f"{level}_sign"] = right.double().mean().item() if len(right) else 1.0
     for level, share in shares.items():
         k = int(math.log2(len(share)))
         ones = (signs(k) > 0).double().T @ share                                                 # (k,)
         bits = [entropy(torch.stack([p, 1 - p])).item() / math.log(2) for p in ones]
         out[f"{level}_bit_entropy"] = min(bits)
-        for i, bit in enumerate(bits):
-            out[f"{level}_bit_entropy_{i}"] = bit
+        out |= {f"{level}_bit_entropy_{i}": bit for i, bit in enumerate(bits)}
     return out
 
 
