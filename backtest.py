@@ -29,8 +29,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 import data
-from data import DAY, HOUR, UserError, future_times
-from model import load_checkpoint, norm
+from data import DAY, HOUR, WEEK, UserError, future_times
+from model import SEEN_DATES, load_checkpoint, norm
 from sample import (
     WARN, Origin, base_weights, by_close, chance_extreme, jsonable, load_series, simulate, unmoved_share,
     usual_sigma, warn_of_intervals)
@@ -82,7 +82,8 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
 
     checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars. The rest as in Config.
     Returns a dict of
-        split ("in-sample" for targets before a checkpoint's test, which need start), start, end, blocks
+        split ("in-sample" for targets before a checkpoint's test, which need start; "test, overlap" where the weights
+        that it was tuned from may have seen them), start, end, blocks
         checkpoints: dicts of ckpt, the scores of METRICS, tokens; baselines: {name: scores of METRICS}
         paired: dicts of a, b, metric, difference, ratio; by: dicts of group, ckpt, bars, the scores of BY
         scores: {name: all scores}; drawn: {name: what bootstrap gives}; targets
@@ -939,25 +940,31 @@ def evenly(values, n):
 
 
 class TimeOfDay:
-    """How much larger u > 0 [T] usually is at each time of day: a factor known before its day begins; 1 for daily bars.
+    """How much larger u > 0 [T] usually is at each time of day, or of daily bars on each weekday: a factor known before.
 
     Its log is the mean of log(u / mean of u over the last day) at that time on the days before. A day counts half after
     FORGET days, since habits change (summer time, another source of the bars); SEEN days of factor 1 are added. In a
     market that never closes there are two levels: each hour of the day, then each hour of the week relative to it, over
-    the weeks before. Which market it is, and the mean of all factors, is learned before bar `first`.
+    the weeks before; of daily bars the weekday is the one level. Which market it is, and the mean of all factors, is
+    learned before bar `first`.
     """
 
     def __init__(self, time, u, first):
         self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
         past = time[:first]
         step = np.median(np.diff(past))
-        if step >= DAY:
+        if step >= 2 * DAY:
             return
-        per_day = int(np.median(np.unique(past // DAY, return_counts=True)[1]))
-        x = np.log(u / trailing_mean(u, per_day))
+        if step >= DAY:
+            levels = [(WEEK, DAY)]
+        elif len(np.unique(past // HOUR % 24)) >= 23:       # round the clock
+            levels = [(DAY, HOUR), (WEEK, HOUR)]
+        else:
+            levels = [(DAY, int(step))]
+        n_bars = int(np.median(np.unique(past // levels[0][0], return_counts=True)[1]))
+        x = np.log(u / trailing_mean(u, n_bars))
         x -= x[:first].mean()
-        round_the_clock = len(np.unique(past // HOUR % 24)) >= 23
-        for period, width in [(DAY, HOUR), (7 * DAY, HOUR)] if round_the_clock else [(DAY, int(step))]:
+        for period, width in levels:
             periods, column = np.unique(time // period, return_inverse=True)
             row, shape = time % period // width, (period // width + 1, len(periods))
             total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
@@ -969,7 +976,7 @@ class TimeOfDay:
             x = x - log_factor[row, column]
 
     def __call__(self, time, now=None):
-        """Factors of stamps [...], as known when the day of each began; for bars to come, when that of `now` began."""
+        """Factors of stamps [...], as known when the day (week) of each began; of bars to come, when that of `now` did."""
         log_factor = np.zeros(np.shape(time))
         for period, width, periods, levels in self.levels:
             column = np.searchsorted(periods, (time if now is None else now) // period)
@@ -1083,6 +1090,8 @@ def print_backtest(result, horizon, cost_bps):
     """Each checkpoint's scores with half their intervals, beside those of the opponents; then pairs, and groups."""
     own, columns = [entry["ckpt"] for entry in result["checkpoints"]], result["scores"]
     print(f"{result['split']}: targets {result['start']} to {result['end']}, {result['blocks']} blocks of time")
+    if "overlap" in result["split"]:
+        print(SEEN_DATES)
     print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
     print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
     print(" " * 16 + "".join(f"{stem(name)[-14:]:>15}" for name in own) + "".join(f"{head:>7}" for head in HEADS))
@@ -1235,10 +1244,23 @@ def span_of(metas, split, start, end):
     else:
         [(val, test)] = borders
         lo, hi = (val, min(hi, test)) if split == "val" else (test, hi)
+    if split != "in-sample" and lo < max(seen_until(meta) for meta in metas):
+        split += ", overlap"
     if hi <= lo:
         raise UserError(f"--end {end}: not after the first target, {data.iso(lo)}; "
                         f"targets before it are in-sample and need --start")
     return split, int(lo), int(hi)
+
+
+def seen_until(meta):
+    """The date up to which the weights that a checkpoint was tuned from may have seen its bars, by --overlap."""
+    overlap = (meta.get("data") or {}).get("overlap")
+    return math.inf if overlap is True else overlap or -math.inf
+
+
+def heading(t, meta):
+    """What a later stage says above its scores on test."""
+    return f"test: {SEEN_DATES}" if t.time.min() < seen_until(meta) else "test, which nothing above has seen"
 
 
 def check(horizon, stride, paths, by):

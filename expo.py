@@ -316,7 +316,7 @@ def training(given):
         result, _, _ = load_checkpoint(config.out, device)
         columns = {name: backtest.drawn_scores(m, tokenizer, final, config.paths)
                    for name, m in (("reference", reference), ("result", result))}
-        print("\ntest, which nothing above has seen")
+        print(f"\n{backtest.heading(final, meta)}")
         backtest.print_versus(columns, final, SHOWN)
     print(f"{time.time() - began:.0f} s")
 

@@ -899,12 +899,15 @@ def close_table(tokenizer):
 
 # --- The checkpoint: a reader of the model may stop here -------------------------------------------------------------
 
+SEEN_DATES = "the weights that were tuned may have seen these dates, so that scores flatter them"
+
+
 class Source(typing.TypedDict):
     """The bars that a run was trained on."""
     sources: list[str]                      # as --data had them, or ["synthetic"]
     fingerprint: str | None
     seed: int | None                        # of the synthetic market, where it is not the run's
-    overlap: bool | None                    # fine-tuned on bars that its base had seen
+    overlap: int | bool | None              # up to this time stamp the weights it was tuned from may have seen its bars
     intervals: list[int] | None             # median spacings of the symbols, in seconds
 
 

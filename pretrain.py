@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 import data
 from data import UserError
-from model import Model, ModelConfig, damaged, fits, load_checkpoint, norm, read_checkpoint, save_checkpoint
+from model import SEEN_DATES, Model, ModelConfig, damaged, fits, load_checkpoint, norm, read_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -311,7 +311,8 @@ def budget(config, n_bars, n_stamps):
 def split(config, series, base):
     """The borders of the splits: as told, else those of the fine-tuned checkpoint where the bars allow, else 80/10/10 %.
 
-    UserError where val would lie among the bars that the fine-tuned checkpoint was trained on, unless by --overlap.
+    UserError where val would lie among the bars that the fine-tuned checkpoint was trained on, or test among those that
+    its weights were chosen by, unless by --overlap.
     """
     if base is None:
         return data.split_borders(series, config.val_start, config.test_start)
@@ -321,10 +322,11 @@ def split(config, series, base):
         if starts < theirs[0] and ends >= theirs[1]:
             return theirs
     borders = data.split_borders(series, config.val_start, config.test_start)
-    if borders[0] < theirs[0] and not config.overlap:
-        raise UserError(f"val would start {data.iso(borders[0])}, but {config.init_from} was trained on bars up to "
-                        f"{data.iso(theirs[0])}: where these were among them a score would be in-sample; set --val_start "
-                        f"to that day or later, or allow it by --overlap, and every score will say so")
+    for name, own, its, use in zip(("val", "test"), borders, theirs, ("trained on", "chosen by")):
+        if own < its and not config.overlap:
+            raise UserError(f"{name} would start {data.iso(own)}, but {config.init_from} was {use} bars up to "
+                            f"{data.iso(its)}: where these were among them a score would be in-sample; set --{name}_start "
+                            f"to that day or later, or allow it by --overlap, and every score will say so")
     return borders
 
 
@@ -339,8 +341,10 @@ def source_of(config, series, borders, entry, base):
         return source
     intervals = sorted({int(np.median(np.diff(bars.time))) for bars in series if len(bars) > 1})
     source = dict(sources=names, fingerprint=fingerprint, intervals=intervals)
-    if base and (borders[0] < base[2]["splits"][0] or base[2]["data"].get("overlap")):
-        source["overlap"] = True
+    if base:
+        theirs, before = base[2]["splits"], base[2]["data"].get("overlap")
+        if before or borders[0] < theirs[0] or borders[1] < theirs[1]:
+            source["overlap"] = before if before is True else max(before or 0, theirs[1])
     return source
 
 
@@ -758,6 +762,8 @@ def training(given):
         if config.release and run.best:
             release(config.release, run, average, tokenizer, meta)
         tell_result(config, run, average, val, best_da, time.time() - began)
+        if source.get("overlap"):
+            print(SEEN_DATES)
     if world > 1:
         dist.destroy_process_group()
 

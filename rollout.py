@@ -270,7 +270,7 @@ def training(given):
         print(f"{config.out}: weights of path CRPS {run.best_val:.4f} on val; forecast with: python sample.py --ckpt {config.out}")
     if config.backtest:
         result, _, _ = load_checkpoint(config.out, device)
-        print("\ntest, which nothing above has seen")
+        print(f"\n{backtest.heading(final, meta)}")
         print_paths({"base": base, "result": result}, tokenizer, final, config.paths)
     print(f"{time.time() - began:.0f} s")
 

@@ -817,26 +817,37 @@ def of_files(prog):
     parser.add_argument("--data", nargs="+", required=True, help="CSV files, a market each")
     parser.add_argument("--ckpt", nargs="+", default=[os.path.join(ROOT, "assets", "base.pt")])
     parser.add_argument("--share", type=float, default=0.3, help="of a file's time stamps, the last ones, that are targets")
-    parser.add_argument("--bars", type=int, default=5000, help="the last so many bars of a symbol")
+    parser.add_argument("--bars", type=int, default=5000, help="of a symbol, of whose last share the targets are")
     parser.add_argument("--symbols", type=int, default=8, help="at most, evenly chosen")
+    parser.add_argument("--without", nargs="*", default=[], help="symbols to leave out, as those that were trained on")
     parser.add_argument("--origins", type=int, default=25, help="of paths, a symbol")
     parser.add_argument("--paths", type=int, default=64)
     return parser
 
 
 def markets_of(args):
-    """Yield (market, series, first target, bars between two origins) of each file."""
+    """Yield (market, series, first target, bars between two origins) of each file.
+
+    Symbols of a file may end years apart. Targets are on dates that most of them share: those up to the day that three
+    quarters of the symbols reach. What came before the first target is whole, for the opponents to be fitted on.
+    """
     for path in args.data:
         market = os.path.basename(path).partition(".")[0]
-        series = sorted(data.load(path), key=lambda bars: bars.symbol)
-        series = [bars[-args.bars:] for bars in series if len(bars) >= 500]
+        series = [bars for bars in data.load(path) if bars.symbol.partition("@")[0] not in args.without]
+        end = int(np.quantile([bars.time[-1] for bars in series], 0.25, method="lower"))
+        series = [bars[:np.searchsorted(bars.time, end, side="right")] for bars in series if bars.time[-1] >= end]
+        series = sorted((bars for bars in series if len(bars) >= 500), key=lambda bars: bars.symbol)
         if not series:
             print(f"{market}: no symbol of 500 bars")
             continue
         keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
         series = [series[k] for k in keep]
-        stamps = np.unique(np.concatenate([bars.time for bars in series]))
+        stamps = np.unique(np.concatenate([bars.time[-args.bars:] for bars in series]))
         start = int(stamps[int((1 - args.share) * len(stamps))])
+        series = [bars for bars in series if np.searchsorted(bars.time, start) >= 300]
+        n_before = [int(np.searchsorted(bars.time, start)) for bars in series]
+        names = ", ".join(f"{bars.symbol} ({n:,})" for bars, n in zip(series, n_before))
+        print(f"{market}: {names} bars before the first target, {data.iso(start)}", file=sys.stderr, flush=True)
         yield market, series, start, max(1, int(args.share * len(stamps)) // args.origins)
 
 

@@ -1,5 +1,6 @@
 """The scripts as users call them: the main job end to end, kills and resumes, and what bad input gets."""
 import contextlib
+import json
 import os
 import re
 import resource
@@ -19,7 +20,7 @@ import torch
 import data
 import pretrain
 from conftest import ROOT, TINY, complaint, script, write_csv
-from model import load_checkpoint
+from model import SEEN_DATES, load_checkpoint
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -352,9 +353,27 @@ def test_val_among_the_bars_that_the_base_was_trained_on_is_refused_or_marked_fo
     refused = complaint(call("pretrain", *args, "--init_from", checkpoint, "--val_start", earlier, "--out", tmp_path / "a.pt"))
     assert "in-sample" in refused and "--overlap" in refused
     status, _, err = call("pretrain", *args, "--init_from", checkpoint, "--val_start", earlier, "--overlap", "--out", tmp_path / "a.pt")
-    assert status == 0 and load_checkpoint(str(tmp_path / "a.pt"))[2]["data"]["overlap"] is True, err
-    status, _, err = call("pretrain", *args, "--init_from", tmp_path / "a.pt", "--out", tmp_path / "b.pt")   # what it has seen, it has seen
-    assert status == 0 and load_checkpoint(str(tmp_path / "b.pt"))[2]["data"]["overlap"] is True, err
+    test = load_checkpoint(checkpoint)[2]["splits"][1]
+    assert status == 0 and load_checkpoint(str(tmp_path / "a.pt"))[2]["data"]["overlap"] == test, err
+    status, out, err = call("pretrain", *args, "--init_from", tmp_path / "a.pt", "--out", tmp_path / "b.pt")   # what it has seen, it has seen
+    assert status == 0 and load_checkpoint(str(tmp_path / "b.pt"))[2]["data"]["overlap"] == test, err
+    assert SEEN_DATES in out
+
+
+def test_scores_of_weights_that_may_have_seen_the_dates_say_so(market, tmp_path, checkpoint, call):
+    """Test earlier than that of the base: refused, or by --overlap marked in every score before that date, and not after it."""
+    val, test = load_checkpoint(checkpoint)[2]["splits"]
+    when = {name: data.iso(t).replace(" ", "T") for name, t in (("early", test - 7200), ("late", test + 7200))}
+    args = ["--data", market, "--steps", 1, "--batch_size", 2, "--block_size", 48, "--init_from", checkpoint, "--test_start", when["early"]]
+    assert "chosen by" in complaint(call("pretrain", *args, "--out", tmp_path / "a.pt"))
+    assert call("pretrain", *args, "--overlap", "--out", tmp_path / "a.pt")[0] == 0
+    for flags, marked in (([], True), (["--start", when["late"]], False)):
+        flags = ["--ckpt", tmp_path / "a.pt", "--data", market, "--paths", 2, "--horizon", 1, *flags]
+        status, out, err = call("backtest", *flags)
+        assert status == 0 and (SEEN_DATES in out) == marked, err
+        assert json.loads(call("backtest", *flags, "--json")[1])["split"] == ("test, overlap" if marked else "test")
+    flags = ["--ckpt", tmp_path / "a.pt", "--out", tmp_path / "b.pt", "--steps", 1, "--batch_size", 2, "--paths", 2, "--horizon", 1]
+    assert SEEN_DATES in call("expo", *flags)[1]
 
 
 def test_the_unigram_scores_one_and_a_model_no_better_is_told_so(market, tmp_path, checkpoint, call):
