@@ -836,17 +836,17 @@ def markets_of(args):
         series = [bars for bars in data.load(path) if bars.symbol.partition("@")[0] not in args.without]
         end = int(np.quantile([bars.time[-1] for bars in series], 0.25, method="lower"))
         series = [bars[:np.searchsorted(bars.time, end, side="right")] for bars in series if bars.time[-1] >= end]
-        series = sorted((bars for bars in series if len(bars) >= 500), key=lambda bars: bars.symbol)
-        if not series:
-            print(f"{market}: no symbol of 500 bars")
-            continue
-        keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
-        series = [series[k] for k in keep]
         stamps = np.unique(np.concatenate([bars.time[-args.bars:] for bars in series]))
         start = int(stamps[int((1 - args.share) * len(stamps))])
-        series = [bars for bars in series if np.searchsorted(bars.time, start) >= 300]
+        series = [bars for bars in series if np.searchsorted(bars.time, start) >= 500]
+        if not series:
+            print(f"{market}: no symbol of 500 bars before the first target")
+            continue
+        series = sorted(series, key=lambda bars: bars.symbol)
+        keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
+        series = [series[k] for k in keep]
         n_before = [int(np.searchsorted(bars.time, start)) for bars in series]
-        names = ", ".join(f"{bars.symbol} ({n:,})" for bars, n in zip(series, n_before))
+        names = ", ".join(f"{bars.symbol.partition('@')[0]} ({n:,})" for bars, n in zip(series, n_before))
         print(f"{market}: {names} bars before the first target, {data.iso(start)}", file=sys.stderr, flush=True)
         yield market, series, start, max(1, int(args.share * len(stamps)) // args.origins)
 
