@@ -5,7 +5,7 @@
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
 
 CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back to bars with `inverse`. In
-parts: features, splits and batches, synthetic markets, the clock to come, files in, files out, the command line.
+parts: features, splits and batches, synthetic markets, the clock to come; then files in, files out, the command line.
 """
 import argparse
 import bz2
@@ -20,7 +20,6 @@ import inspect
 import io
 import json
 import lzma
-import math
 import os
 import re
 import signal
@@ -42,9 +41,9 @@ from collections import Counter
 from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
-_script = getattr(sys.modules["__main__"], "__file__", None) or ""
-_dies = (os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
-         and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+_script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+_is_ours = os.path.dirname(_script) == os.path.dirname(os.path.abspath(__file__))
+_dies = _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if _dies:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
@@ -87,22 +86,28 @@ class Bars:
 # ----------------------------------------------------------------------------------------------------------------------
 # Causal features and their inverse
 #
-# For a sequence u and its weights w (0 where bar i has no u) the running mean over bars < t is
+# Six numbers for bar t. The scales s, m, d, g come from the bars before t, so that no input can see its own target:
+#
+#     close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
+#     open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
+#     volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
+#
+# then asinh, which shrinks tails and clips nothing. The scales are decayed means
+#
 #     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
-# kept as its two sums. Sums start with bar 1, the first that has a previous close.
+#
+#     s of the true range log(max(H, previous C) / min(L, previous C))      m of log(1 + V)
+#     d of |log(1 + V) - m|                                                 g of log(A / (V C))
+#
+# where the weight w is 0 for a bar that has no u, and for bar 0, which has no previous close.
 
 @dataclass
 class State:
-    """What the features of the next bar need of the past: float64, of any batch shape [...].
-
-    close: last close, NaN before the first bar.  total, weight: [..., 4], the two sums of each mean: of the true range,
-    log1p volume, its absolute deviation, log(amount / (volume close)), which `features` calls s_t, m_t, d_t, g_t.
-    origin: [..., 2], s and d at the origin of a generation, in which they stay within [1/8, 8] of it; NaN outside one.
-    """
-    close: np.ndarray
-    total: np.ndarray
-    weight: np.ndarray
-    origin: np.ndarray
+    """What the features of the next bar need of the past: float64, of any batch shape [...]."""
+    close: np.ndarray    # [...]: the last close; NaN before the first bar
+    total: np.ndarray    # [..., 4]: the numerators of s, m, g, d
+    weight: np.ndarray   # [..., 4]: their denominators
+    origin: np.ndarray   # [..., 2]: s and d where a generation began, to keep within [1/8, 8] of; else NaN
 
     @classmethod
     def stack(cls, states):
@@ -110,15 +115,16 @@ class State:
         return cls(*(np.array([getattr(s, k.name) for s in states])[:, None] for k in fields(cls)))
 
     def scales(self):
-        """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
+        """(s, m, d, g), [...] each."""
         mean = _mean(self.total, self.weight)
         low, high = _bounds(self.origin)
-        s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::2], low), high), -1, 0)
-        return s, mean[..., 1], d, mean[..., 3]
+        s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::3], low), high), -1, 0)
+        return s, mean[..., 1], d, mean[..., 2]
 
     def anchored(self):
         """The same state as the origin of a generation: from here on s and d stay within [1/8, 8] of now."""
-        return replace(self, origin=np.stack(self.scales()[::2], axis=-1))
+        s, _, d, _ = self.scales()
+        return replace(self, origin=np.stack([s, d], axis=-1))
 
     def map(self, f):
         """f on every field: to index, repeat or stack states. The axes of the batch lead."""
@@ -126,22 +132,17 @@ class State:
 
 
 START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.full(2, np.nan))  # before the first bar
+SMG, D = slice(3), slice(3, 4)                                                   # places of the means in a State
 
 
 def _bounds(origin):
-    """The least and the greatest s and d, [..., 2] each."""
-    return np.fmax(origin / 8, (S_FLOOR, D_FLOOR)), np.fmin(origin * 8, np.inf)  # fmin, fmax: NaN does not bind
+    """The least and the greatest s and d, [..., 2] each. A NaN does not bind."""
+    return np.fmax(origin / 8, (S_FLOOR, D_FLOOR)), np.fmin(origin * 8, np.inf)
 
 
 def features(bars) -> tuple[np.ndarray, State]:
     """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it.
 
-        close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
-        open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
-        volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
-
-    then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
-    log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
     Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
@@ -149,30 +150,30 @@ def features(bars) -> tuple[np.ndarray, State]:
 
 
 def feature_pieces(bars, state=START):
-    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory; see `features`."""
+    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory."""
     for i in range(0, len(bars), PIECE):
-        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T
+        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T             # (n,) each
         first = np.isnan(state.close)
-        prev = np.append(c[0] if first else state.close, c[:-1])
-        begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
+        previous = np.append(c[0] if first else state.close, c[:-1])
+        begun = np.ones(len(c))
         begun[0] = 0.0 if first else 1.0
         has_v = np.where(v > 0, begun, 0.0)
-        has_a = np.where((v > 0) & (a > 0), begun, 0.0)
+        has_a = np.where(a > 0, has_v, 0.0)
         volume = np.log1p(np.where(v > 0, v, 0.0))
         vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-        sums = _running([_true_range(h, l, prev), volume, vwap], [begun, has_v, has_a], state, [0, 1, 3])
-        s, m, g = _mean(*sums[..., :-1])
-        deviates = has_v * (sums[1, 1, :-1] > 0)  # a deviation needs a level to deviate from
-        sums_d = _running([np.abs(volume - m)], [deviates], state, [2])
-        [d] = _mean(*sums_d[..., :-1])
+
+        total, weight = _sums(state, SMG, [_true_range(h, l, previous), volume, vwap], [begun, has_v, has_a])
+        s, m, g = _mean(total, weight)[:, :-1]                                            # (n,) each
+        deviates = has_v * (weight[1, :-1] > 0)  # a deviation needs a level to deviate from
+        total_d, weight_d = _sums(state, D, [np.abs(volume - m)], [deviates])
+        [d] = _mean(total_d, weight_d)[:, :-1]
 
         s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
-        body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-        price = np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s
+        price = np.log(np.stack([c / previous, o / previous, h / np.maximum(o, c), np.minimum(o, c) / l])) / s
         if first:
             price[:, 0] = 0.0
-        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])  # (6, n)
-        total, weight = np.concatenate([sums, sums_d], axis=1)[:, [0, 1, 3, 2], -1]
+        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])   # (6, n)
+        total, weight = np.append(total[:, -1], total_d[:, -1]), np.append(weight[:, -1], weight_d[:, -1])
         state = State(c[-1], total, weight, state.origin)
         yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
@@ -181,10 +182,11 @@ def _true_range(high, low, previous):
     return np.log(np.maximum(high, previous) / np.minimum(low, previous))
 
 
-def _running(u, w, state, which):
-    """The two sums of `which` of a state's means before each of n bars and after the last, [2, k, n + 1]."""
-    carry = np.stack([state.total[which], state.weight[which]])
-    return np.concatenate([carry[..., None], decayed_sum(np.stack([np.multiply(u, w), w]), carry)], axis=-1)
+def _sums(state, which, u, w):
+    """Numerators and denominators of the means `which` before each of n bars and after the last, [2, k, n + 1]."""
+    before = np.stack([state.total[which], state.weight[which]])                          # (2, k)
+    after = decayed_sum(np.stack([np.multiply(u, w), w]), before)                         # (2, k, n)
+    return np.concatenate([before[..., None], after], axis=-1)
 
 
 def _mean(total, weight):
@@ -217,60 +219,43 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         raise ValueError("a feature is not finite")
     batch, n = x.shape[:-2], x.shape[-2]
     close, origin = np.broadcast_to(state.close, batch), np.broadcast_to(state.origin, (*batch, 2))
-    total, weight = (np.moveaxis(np.broadcast_to(sums, (*batch, 4)), -1, 0) for sums in (state.total, state.weight))
-    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))
-    least, most = MAX_MOVE * np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *[1] * len(batch))  # of c, o, h, l
-    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
-    y[:, 3] *= -1.0
+    total = np.moveaxis(np.broadcast_to(state.total, (*batch, 4)), -1, 0)                 # (4, ...)
+    weight = np.moveaxis(np.broadcast_to(state.weight, (*batch, 4)), -1, 0)
+    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))                  # (2, ...) each
+    ones = [1] * len(batch)
+    least = np.reshape([-MAX_MOVE, -MAX_MOVE, 0.0, -MAX_MOVE], (4, *ones))  # of the log moves to c, o, h, l
+    most = np.reshape([MAX_MOVE, MAX_MOVE, MAX_MOVE, 0.0], (4, *ones))
+    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))                   # (T, 6, ...)
+    y[:, 3] *= -1.0  # the low moves down
     out = np.empty((n, 6) + batch)
-    add, add_weight = np.ones((2, 4) + batch)
+    u, w = np.ones((2, 4) + batch)  # what each bar adds to the means: values and weights
     for t in range(n):
         mean = _mean(total, weight)
-        (s, d), m, g = np.minimum(np.maximum(mean[::2], low), high), mean[1], mean[3]
+        s, d = np.minimum(np.maximum(mean[::3], low), high)
+        m, g = mean[1], mean[2]
         factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, least), most))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
         seen = (weight > 0) | (weight[0] == 0)  # after bar 0 alone nothing says yet that a column is missing
         has_v = (y[t, 4] != 0) & seen[1]
-        has_a = (y[t, 5] != 0) & seen[3] & has_v
-        log_v = np.minimum(np.maximum(m + y[t, 4] * d, 0.0), 80.0) * has_v
-        rel = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
-        v = np.expm1(log_v)
-        out[t] = o, h, l, c, v, v * c * np.exp(rel)
-        add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
-        add[...] = _true_range(h, l, close), log_v, np.abs(log_v - m), rel
-        close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
+        has_a = (y[t, 5] != 0) & seen[2] & has_v
+        volume = np.minimum(np.maximum(m + y[t, 4] * d, 0.0), 80.0) * has_v
+        vwap = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
+        v = np.expm1(volume)
+        out[t] = o, h, l, c, v, v * c * np.exp(vwap)
+        u[...] = _true_range(h, l, close), volume, vwap, np.abs(volume - m)
+        w[1:] = has_v, has_a, has_v & (weight[1] > 0)
+        close, total, weight = c, DECAY * total + u * w, DECAY * weight + w
     total, weight = np.moveaxis([total, weight], 1, -1)
     return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, origin)
-
-
-def around_the_clock(bars):
-    """Whether a series has bars in every hour of the day, each within one of them: crypto, currencies."""
-    return len(bars) > 1 and np.median(np.diff(bars.time)) <= HOUR and len(np.unique(bars.time // HOUR % 24)) == 24
-
-
-def part_of_day(bars, random):
-    """The bars of some hours of the day, 5 to 9 of them, drawn by `random`: like an exchange that opens and closes."""
-    first, length = random.integers(24), random.integers(5, 10)
-    return bars[(bars.time // HOUR - first) % 24 < length]
-
-
-def mirrored(bars):
-    """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price, volume stays.
-
-    In training it keeps few bars from teaching a direction that is chance.
-    """
-    open_, high, low, close, volume, amount = bars.ohlcva.T
-    amount = volume * volume / np.where(amount > 0, amount, np.nan)
-    return Bars(bars.symbol, bars.time, np.stack([1 / open_, 1 / low, 1 / high, 1 / close, volume, amount], axis=1))
 
 
 def scales(bars):
     """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
     _, h, l, c = bars.ohlcva[:, :4].T
     begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    [s] = _mean(*_running([_true_range(h, l, np.append(c[0], c[:-1]))], [begun], START, [0])[..., :-1])
-    return np.maximum(s, S_FLOOR)
+    total, weight = _sums(START, slice(1), [_true_range(h, l, np.append(c[0], c[:-1]))], [begun])
+    return np.maximum(_mean(total, weight)[0, :-1], S_FLOOR)
 
 
 def states_at(bars, origins):
@@ -315,7 +300,10 @@ def targets_of(bars, split, borders):
 
 @dataclass
 class Streams:
-    """Token series of many symbols, which of their bars are targets, and the shape of a batch."""
+    """Token series of many symbols, and which of their bars are targets.
+
+    A window is named by its last target e: its inputs are the bars e - block_size .. e - 1, its targets one bar later.
+    """
     tokens: list          # per symbol int16 [T, 2]: coarse, fine
     time: list            # per symbol int64 [T]
     targets: np.ndarray   # int64 [symbols, 2]: first target, one past the last
@@ -325,10 +313,10 @@ class Streams:
     weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: as it has windows
 
     def __post_init__(self):
-        # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
-        # first_end [symbols]: the least such e; windows [symbols]: how many there are up to this symbol
-        self.first_end = np.maximum(self.targets[:, 0] + (self.block_size - 1) * self.whole, self.block_size)
-        self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
+        first = self.targets[:, 0] + (self.block_size - 1) * self.whole
+        self.first_end = np.maximum(first, self.block_size)                   # [symbols]: the least e
+        self.count = np.maximum(self.targets[:, 1] - self.first_end, 0)       # [symbols]: windows of each
+        self.windows = np.cumsum(self.count)                                  # [symbols]: up to and with each
 
 
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
@@ -343,15 +331,15 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
 
 def draw_windows(streams, seed, step, rank=0, world=1):
     """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; (seed, step) alone decide."""
-    random = np.random.default_rng([seed, step])
-    count = np.diff(streams.windows, prepend=0)
-    if streams.weights is None:
-        draws = random.integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+    random, n = np.random.default_rng([seed, step]), streams.batch_size
+    if streams.weights is None:  # each window alike
+        draws = random.integers(streams.windows[-1], size=n)[rank::world]
         which = np.searchsorted(streams.windows, draws, side="right")
-        return which, streams.first_end[which] + draws - (streams.windows - count)[which]
-    which = random.choice(len(count), size=streams.batch_size, p=streams.weights)[rank::world]
-    place = random.random(streams.batch_size)[rank::world]
-    return which, streams.first_end[which] + (place * count[which]).astype(np.int64)
+        place = draws - (streams.windows - streams.count)[which]
+    else:
+        which = random.choice(len(streams.weights), size=n, p=streams.weights)[rank::world]
+        place = (random.random(n)[rank::world] * streams.count[which]).astype(np.int64)
+    return which, streams.first_end[which] + place
 
 
 def balanced(series, streams):
@@ -359,10 +347,9 @@ def balanced(series, streams):
 
     A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars.
     """
-    count = np.diff(streams.windows, prepend=0).astype(np.float64)
     groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}" for bars in series]
     group = np.unique(groups, return_inverse=True)[1]
-    weights = count / np.sqrt(np.maximum(1, np.bincount(group, count)))[group]
+    weights = streams.count / np.sqrt(np.maximum(1, np.bincount(group, streams.count)))[group]
     return weights / weights.sum()
 
 
@@ -375,26 +362,30 @@ def get_batch(streams, seed, step, rank=0, world=1):
     return gather(streams, *draw_windows(streams, seed, step, rank, world))
 
 
+def gather(streams, which, ends):
+    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
+    n = streams.block_size
+    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)])      # (B, n + 1, 2)
+    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])              # (B, n)
+    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                  # (B, n): of each target
+    counts = at >= streams.targets[which, :1]
+    target = np.where(counts[..., None], tokens[:, 1:], -1)                               # (B, n, 2)
+    parts = (tokens[:, :-1, 0], tokens[:, :-1, 1], time, target[..., 0], target[..., 1])
+    coarse, fine, time, *target = (torch.from_numpy(part.astype(np.int64)) for part in parts)
+    return coarse, fine, time, tuple(target)
+
+
 def tiles(streams, at_most):
     """Windows (symbol, last target) side by side, evenly thinned to at_most: what a loss is measured on.
 
     Cut from the last target backwards; the first targets of a series may fit into no window.
     """
-    found = [(i, end) for i, (first, last) in enumerate(streams.targets)
-             for end in range(int(last) - 1, int(streams.first_end[i]) - 1, -streams.block_size)]
+    found = []
+    for symbol, first in enumerate(streams.first_end.tolist()):
+        last = int(streams.targets[symbol, 1]) - 1
+        found += [(symbol, end) for end in range(last, first - 1, -streams.block_size)]
     keep = np.linspace(0, len(found) - 1, min(at_most, len(found))).round().astype(int)
     return [found[k] for k in keep]
-
-
-def gather(streams, which, ends):
-    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
-    n = streams.block_size
-    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)]).astype(np.int64)  # (B, n + 1, 2)
-    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])                            # (B, n)
-    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                                # (B, n)
-    target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
-    to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
-    return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
 
 
 def tokenize(bars, tokenizer, x=None) -> np.ndarray:
@@ -404,11 +395,35 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
     tokens = [np.empty((0, 2), np.int16)]
     pieces = (piece for piece, _ in feature_pieces(bars)) if x is None else np.split(x, range(PIECE, len(x), PIECE))
     for piece in pieces:
-        tokens.append(torch.stack(tokenizer.encode(torch.from_numpy(piece)), dim=-1).cpu().numpy().astype(np.int16))
+        coarse, fine = tokenizer.encode(torch.from_numpy(piece))                          # (n,) each
+        tokens.append(torch.stack((coarse, fine), dim=-1).cpu().numpy().astype(np.int16))
         if len(tokens) % 256 == 0:
             progress(f"tokens of {bars.symbol}: {len(tokens) * PIECE:,} of {len(bars):,} bars")
     progress("")
     return np.concatenate(tokens)
+
+
+# -- more series to train on, from those at hand
+
+def around_the_clock(bars):
+    """Whether a series has bars in every hour of the day, each within one of them: crypto, currencies."""
+    return len(bars) > 1 and np.median(np.diff(bars.time)) <= HOUR and len(np.unique(bars.time // HOUR % 24)) == 24
+
+
+def part_of_day(bars, random):
+    """The bars of some hours of the day, 5 to 9 of them, drawn by `random`: like an exchange that opens and closes."""
+    first, length = random.integers(24), random.integers(5, 10)
+    return bars[(bars.time // HOUR - first) % 24 < length]
+
+
+def mirrored(bars):
+    """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price, volume stays.
+
+    In training it keeps few bars from teaching a direction that is chance.
+    """
+    open_, high, low, close, volume, amount = bars.ohlcva.T
+    amount = volume * volume / np.where(amount > 0, amount, np.nan)
+    return Bars(bars.symbol, bars.time, np.stack([1 / open_, 1 / low, 1 / high, 1 / close, volume, amount], axis=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,10 +439,9 @@ def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge", 
     Of both kinds: weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
     moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
     edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal,
-    the upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
+    the upper one down. Nothing else tells the direction.
     reverting: log price is a deviation that decays by half in half_life bars, around a slow random walk. signal is the
-    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` and
-    `reverting_best`. Only past closes tell the direction; wicks, opens, volume do not.
+    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone). Only past closes tell.
     """
     series = list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life))
     return series, best_accuracy(signal, kind, half_life)
@@ -446,15 +460,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     day, minute = np.divmod(np.arange(n_bars), SESSION)
     time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + minute * 60  # from Monday 2020-01-06, 14:30
     common_vol = decayed_sum(common.normal(0, 0.06, n_bars), decay=0.98)
-    coin = common.standard_normal(n_bars)
+    coin = common.standard_normal(n_bars)  # moves all symbols
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
         if kind == "edge":
-            open_, close, high, low, size = _edge_bars(rng, log_vol, coin, signal)
+            open_, close, upper, lower, size = _edge_bars(rng, log_vol, coin, signal)
         else:
-            open_, close, high, low, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
-        high, low = np.maximum(open_, close) * np.exp(high), np.minimum(open_, close) * np.exp(-low)
+            open_, close, upper, lower, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
+        high, low = np.maximum(open_, close) * np.exp(upper), np.minimum(open_, close) * np.exp(-lower)
         level = rng.uniform(6, 9)
         volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, n_bars)).round() + 1
         amount = volume * (high + low + close) / 3
@@ -474,19 +488,20 @@ def _checked_signal(signal, kind, half_life):
 
 
 def _edge_bars(rng, log_vol, coin, signal):
-    """Open, close, the wicks' logs, |move| in sigma, [n] each, where the long wick tells the next direction."""
+    """Open, close, both wicks in log price, |move| in sigma, [n] each: the long wick tells the next direction."""
     n_bars = len(log_vol)
     sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
     size[rng.random(n_bars) < 0.01] = 0.0  # one bar in a hundred does not move
-    wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
-    edge = statistics.NormalDist().inv_cdf(0.5 + signal)
-    told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
+    lower_is_long = rng.random(n_bars) < 0.5
+    edge = statistics.NormalDist().inv_cdf(0.5 + signal)  # in units of the normal draw below
+    told = np.append(0, np.where(lower_is_long, edge, -edge)[:-1])
     up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
     close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
     open_ = np.append(close[0], close[:-1]) * np.exp(_gaps(rng, sigma))
     long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
-    return open_, close, np.where(wick > 0, short, long), np.where(wick > 0, long, short), size / sigma
+    upper, lower = np.where(lower_is_long, short, long), np.where(lower_is_long, long, short)
+    return open_, close, upper, lower, size / sigma
 
 
 def _gaps(rng, sigma):
@@ -519,8 +534,9 @@ def _reverting_bars(rng, log_vol, coin, signal, half_life):
     m, gap, body = _reverting_moves(rng, log_vol, coin, signal, half_life)
     close = rng.uniform(20, 200) * np.exp(np.cumsum(unit * (m + gap + body)))
     open_ = np.append(close[0], close[:-1]) * np.exp(unit * gap)
-    high, low = (0.4 * (unit * np.exp(log_vol)) * rng.exponential(size=len(m)) for _ in range(2))
-    return open_, close, high, low, np.abs(gap + body) / np.exp(log_vol)
+    wick = 0.4 * (unit * np.exp(log_vol))
+    upper, lower = wick * rng.exponential(size=len(m)), wick * rng.exponential(size=len(m))
+    return open_, close, upper, lower, np.abs(gap + body) / np.exp(log_vol)
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
@@ -602,37 +618,39 @@ WEEKS = 5  # that tell when a market is open
 def future_times(time, horizon):
     """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
-    it, holidays are not known. A live last bar moves nothing. What a history of less than a week has not seen is as its
-    days were, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has seen it
+    begin or end, holidays are not known. A last bar that is still live moves nothing. What a history of less than a
+    week has not seen is as its days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
     gaps = np.sort(np.diff(recent))
-    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
+    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY  # the median
     if gap >= 27 * DAY:
         return _coming_months(recent, gap, horizon)
-    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
+    if gap > 1.5 * DAY:  # weeks: where a holiday or a live bar moved the last off the usual day, from that day on
         phases, counts = np.unique(recent % gap, return_counts=True)
         late = (last - int(phases[counts.argmax()])) % gap
-        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
+        start = last - late if HOUR < late < gap - HOUR else last
+        return start + gap * np.arange(1, horizon + 1)
 
     past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
     seconds = recent % min(gap, HOUR)
     live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
     if live:
         past = past[:-1]
-    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
+    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # bars at any second: on a grid instead
         past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
-    zone = _market_zone(past)
     after = last if live else last + gap // 2  # no bar comes sooner
+
+    zone = _market_zone(past)
     local = past + _ahead_of_utc(zone, past)
     local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
     stamps = _coming(local, gap, local_after, DAY)
     if len(stamps) <= horizon:
-        stamps = _coming(local, gap, local_after, WEEK)
-        n = np.arange(horizon + len(stamps))  # one week behind the other
-        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
+        week = _coming(local, gap, local_after, WEEK)
+        n = np.arange(horizon + len(week))  # one week behind the other
+        stamps = week[n % len(week)] + n // len(week) * WEEK
     stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
     return stamps[stamps > after][:horizon]
 
@@ -641,23 +659,23 @@ def _coming(past, gap, after, span):
     """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
     found, weeks = past[:0], []
     for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        first, last, end = np.searchsorted(past, [after - back, after - back + span, after - back + WEEK], side="right")
+        first, last, end = np.searchsorted(past, np.array([0, span, WEEK]) + after - back, side="right")
         if end > first:  # a week with a bar
             found, weeks = np.append(found, past[first:last] + back), [*weeks, back]
     stamps, count = np.unique(found, return_counts=True)
-    could = sum((stamps - back >= past[0] for back in weeks), np.zeros(len(stamps), int))
-    stamps = stamps[3 * count >= could]
+    possible = np.sum([stamps - back >= past[0] for back in weeks], axis=0)
+    stamps = stamps[3 * count >= possible]
 
     unseen = past[0] + WEEK  # up to here nothing was seen
     if unseen > after:
         if past[-1] - past[0] < DAY:
-            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
+            more = past[-1] + gap * np.arange(1, WEEK // gap + 1)
         else:
             clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
-            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
-        has_weekends = (past // DAY + 3) % 7 == 5
-        day = day[((day // DAY + 3) % 7 < 5) | has_weekends.any()]
-        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
+            more = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
+        if 5 not in (past // DAY + 3) % 7:  # no Saturday
+            more = more[(more // DAY + 3) % 7 < 5]
+        stamps = np.union1d(stamps, more[(more > after) & (more <= after + span) & (more < unseen)])
     if not len(stamps) and span == WEEK:
         return past[-1] + gap * np.arange(1, WEEK // gap + 2)
     return stamps
@@ -665,8 +683,7 @@ def _coming(past, gap, after, span):
 
 def _market_zone(past):
     """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    ends = past[[0, -1]]
-    if all(np.ptp(_ahead_of_utc(zone, ends)) == 0 for zone in MARKET_ZONES):
+    if all(np.ptp(_ahead_of_utc(zone, past[[0, -1]])) == 0 for zone in MARKET_ZONES):  # no clock changed
         return "UTC"
     quarters = np.unique(past // 900) * 900
 
@@ -697,16 +714,20 @@ def _ahead_on(zone, day):
 
 def _coming_months(recent, gap, horizon):
     """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
-    seconds = lambda month: month.astype("datetime64[s]").astype(np.int64)
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since, left = recent - seconds(month), seconds(month + 1) - recent
+    since, left = recent - _begin(month), _begin(month + 1) - recent  # seconds from the month's start, to its end
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
-    stamps = seconds(months + 1) - left[last]
-    if left[last] > DAY:
-        stamps = np.minimum(seconds(months) + since[last], seconds(months + 1) - DAY + since[last] % DAY)
+    if left[last] <= DAY:  # the last day
+        stamps = _begin(months + 1) - left[last]
+    else:                  # or that one where the month is too short
+        stamps = np.minimum(_begin(months) + since[last], _begin(months + 1) - DAY + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
+
+
+def _begin(months):
+    return months.astype("datetime64[s]").astype(np.int64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
