@@ -769,9 +769,12 @@ MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volum
 INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
 FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
-WIDE = [re.compile(form, re.I) for form in (f"{FIELD}{BETWEEN}(?P<ticker>.+)", f"(?P<ticker>.+?){BETWEEN}{FIELD}")]
+FIELD_FIRST = re.compile(f"{FIELD}{BETWEEN}(?P<ticker>.+)", re.I)
+TICKER_FIRST = re.compile(f"(?P<ticker>.+?){BETWEEN}{FIELD}", re.I)
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+DELIMITERS = ",;\t| "
 FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
+NO_BAR = "there is no bar to read: check the columns"
 MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
 MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
@@ -867,8 +870,50 @@ def _symbols(paths):
     stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
     count = Counter(undated.values())
-    stems |= {path: re.sub(interval, "", name, flags=re.I) for path, name in undated.items() if count[name] > 1}
+    for path, name in undated.items():
+        if count[name] > 1:
+            stems[path] = re.sub(interval, "", name, flags=re.I)
     return {path: printable(stem.strip()) for path, stem in stems.items()}
+
+
+# -- one file
+
+def _read_csv(path, symbol):
+    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
+    table = _table(path)
+    tickers = list(dict.fromkeys(filter(None, table.tickers))) or [""]
+    parts = {ticker: _columns(table, ticker) for ticker in tickers}
+    numbers = {i for columns in parts.values() for column, i in columns.items() if column in COLUMNS}
+    words = {i for columns in parts.values() for column, i in columns.items() if column not in COLUMNS}
+    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
+    dates = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
+    if 0 in free and table.fields[0] == "":
+        dates.append(0)  # pandas writes its index without a name
+    if not dates:
+        raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
+
+    cells, reasons = _cells(table, numbers, words | {*dates, *clocks})
+    if not len(cells[dates[0]]):
+        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; {NO_BAR}")
+    if len(reasons) == len(cells[dates[0]]):
+        raise UserError(f"{path}:{table.line(0)}: {reasons[0]}; {NO_BAR}")
+    time, at = _times(table, cells, dates, clocks)
+    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    for row in np.flatnonzero(np.isnan(time)).tolist():
+        prices = [values[columns[c]][row] for columns in parts.values() for c in PRICES]
+        if not np.isnan(prices).all():
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
+    series = []
+    for ticker, columns in parts.items():
+        nothing = np.full(len(time), np.nan)
+        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])         # (6, rows)
+        _check_columns(table, columns, cells, ohlcva)
+        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
+        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
+    if not series:
+        raise UserError(f"{path}:{table.line(0)}: no row has a price; {NO_BAR}")
+    return series
 
 
 # -- bytes -> text
@@ -913,7 +958,10 @@ def _decoded(raw):
     raw = raw.rstrip(b"\0")  # the machine died while it wrote
     with contextlib.suppress(UnicodeDecodeError):
         return raw.decode("utf-8-sig")
-    known = lambda text: max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+
+    def known(text):
+        return max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+
     return max((raw.decode(name, "replace") for name in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
 
 
@@ -930,7 +978,7 @@ class Table:
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
-    line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
+    line_of: list[int] | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     def say(self, text):
         print(f"{self.path}: {text}", file=sys.stderr)
@@ -955,7 +1003,9 @@ def _fold(name):
         return "volumemoney" if unit in MONEY else "volumecoin"
     folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
     when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
-    return when if when in HEADERS["time"] else folded.removeprefix("price").removesuffix("price") or folded
+    if when in HEADERS["time"]:
+        return when
+    return folded.removeprefix("price").removesuffix("price") or folded
 
 
 def _n_known(fields):
@@ -970,69 +1020,99 @@ def _split(line, delimiter):
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
-def _names(cells):
-    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
-    fields = [_fold(cell) for cell in cells]
-    if _n_known(fields) < 3:
-        texts = [cell.strip(" '\"()") for cell in cells]
-        parts = [WIDE[0].fullmatch(text) or WIDE[1].fullmatch(text) for text in texts]
-        if _n_known(_fold(part["field"]) for part in parts if part) >= 4:
-            tickers = {part["ticker"] for part in parts if part}
-            rest = dict.fromkeys(HEADERS["volume"], "".join(tickers)) if len(tickers) == 1 else {}
-            return [(_fold(p["field"]), p["ticker"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
-    return [(field, "") for field in fields]
-
-
 def _table(path):
-    """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
+    """The lines and columns of a file."""
     lines = _text(path).split("\n")
     filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    most = 1
-    for delimiter, k in ((delimiter, k) for delimiter in ",;\t| " for k in filled):
-        names = _names(_split(lines[k], delimiter))
-        known = _n_known(field for field, _ in names) if len(names) > 4 else 0
-        if known > most:
-            most, at, best, found = known, k, delimiter, names
-        if known > 4:
-            break
-    if most == 1:
+    found = _header(lines, filled)
+    if not found:
         return _without_header(path, lines, filled)
-    if best == " ":
-        lines, best = ["\t".join(_split(line, " ")) for line in lines], "\t"
-    cells = [printable(cell.strip()) for cell in _split(lines[at], best)]
-    table = Table(path, lines, best, at + 1, cells, *map(list, zip(*found)))
-    nearby = filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]
-    for k in nearby if not any(table.tickers) else ():  # a header in two rows, one with symbols, as yfinance writes it
-        corner, *tickers = [cell.strip() for cell in _split(lines[k], best)]
-        fits = len(tickers) == len(cells) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
-        if fits and all(tickers) and not any(map(_is_number, tickers)) and all(
-                _n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
-                for ticker in set(tickers)):  # not so a row of units
-            table.tickers, table.first = ["", *tickers], max(at, k) + 1
-            below = _split("".join(lines[table.first:table.first + 1]), best)
-            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
-            break
-    if any(table.tickers) and table.fields[0] in ("price", "ticker"):
-        table.fields[0] = ""  # what yfinance calls its column of dates
+    delimiter, at, named = found
+    if delimiter == " ":
+        lines, delimiter = ["\t".join(_split(line, " ")) for line in lines], "\t"
+    cells = [printable(cell.strip()) for cell in _split(lines[at], delimiter)]
+    fields, tickers = [field for field, _ in named], [ticker for _, ticker in named]
+    table = Table(path, lines, delimiter, at + 1, cells, fields, tickers)
+    if not any(tickers):
+        above, below = [k for k in filled if k < at], [k for k in filled if k > at]
+        _find_tickers(table, at, below[:1] + above[-1:])
+    if any(table.tickers) and fields[0] in ("price", "ticker"):
+        fields[0] = ""  # what yfinance calls its column of dates
     return table
+
+
+def _header(lines, filled):
+    """(delimiter, line, `_names` there) that make most names of columns known, None if they are less than two."""
+    most, found = 1, None
+    for delimiter in DELIMITERS:
+        for k in filled:
+            named = _names(_split(lines[k], delimiter))
+            known = _n_known(field for field, _ in named) if len(named) > 4 else 0
+            if known > most:
+                most, found = known, (delimiter, k, named)
+            if known > 4:
+                return found
+    return found
+
+
+def _names(cells):
+    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
+    fields = [_fold(cell) for cell in cells]
+    named = [(field, "") for field in fields]
+    if _n_known(fields) > 2:
+        return named
+    texts = [cell.strip(" '\"()") for cell in cells]
+    parts = [FIELD_FIRST.fullmatch(text) or TICKER_FIRST.fullmatch(text) for text in texts]
+    if _n_known(_fold(part["field"]) for part in parts if part) < 4:
+        return named
+    tickers = {part["ticker"] for part in parts if part}
+    for i, (part, field) in enumerate(zip(parts, fields)):
+        if part:
+            named[i] = (_fold(part["field"]), part["ticker"])
+        elif len(tickers) == 1 and field in HEADERS["volume"]:  # A.Open,A.High,A.Low,A.Close,Volume
+            named[i] = (field, *tickers)
+    return named
+
+
+def _find_tickers(table, at, nearby):
+    """Where one of the lines nearby is a second row of the header, with symbols, as yfinance writes it: note them."""
+    for k in nearby:
+        corner, *tickers = [cell.strip() for cell in _split(table.lines[k], table.delimiter)]
+        if len(tickers) != len(table.names) - 1 or _fold(corner) not in ("", "ticker", "price", "symbol"):
+            continue
+        if not all(tickers) or any(map(_is_number, tickers)):
+            continue
+        of_each = [[f for f, t in zip(table.fields[1:], tickers) if t == ticker] for ticker in set(tickers)]
+        if min(map(_n_known, of_each)) < 4:
+            continue  # a row of units
+        table.tickers, table.first = ["", *tickers], max(at, k) + 1
+        third = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
+        if third and not any(third[1:]):
+            table.first += 1  # it names the column of dates
+        return
 
 
 def _without_header(path, lines, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
-    for delimiter in ",;\t| ":
-        numbered = len(filled) > 1 and _split(lines[filled[0]], delimiter)[:5] == ["0", "1", "2", "3", "4"]  # by pandas
-        first = filled[numbered]
+    for delimiter in DELIMITERS:
+        first = filled[0]
+        if len(filled) > 1 and _split(lines[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:
+            first = filled[1]  # pandas numbered the columns
         cells = [cell.strip() for cell in _split(lines[first], delimiter)]
         fields = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
         at = len(fields)
         fields += ["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"]
         rest = [cell if delimiter == "," else cell.replace(",", ".") for cell in cells[len(fields):]]
-        fields = BINANCE[:] if len(cells) == 12 else fields + [*PRICES, "volume", ""][:len(rest)]
-        numbers = len(rest) >= 5 and all(map(_is_number, rest))
-        if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
-            return Table(path, lines, delimiter, first, fields[:], fields, [""] * len(fields), has_header=False)
+        fields += [*PRICES, "volume", ""][:len(rest)]
+        if len(cells) == len(BINANCE):
+            fields = list(BINANCE)
+        if len(fields) != len(cells) or len(rest) < 5 or not all(map(_is_number, rest)):
+            continue
+        if _is_number(cells[at]) or STAMP.fullmatch(cells[at]):
+            tickers = [""] * len(fields)
+            return Table(path, lines, delimiter, first, list(fields), fields, tickers, has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -1042,14 +1122,15 @@ def _columns(table, ticker):
     fields = [table.fields[i] for i in own]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        free = [name for name in HEADERS[column] if name in fields and own[fields.index(name)] not in columns.values()]
-        if not free and column in PRICES:
+        found = [(name, own[fields.index(name)]) for name in HEADERS[column] if name in fields]
+        found = [(name, i) for name, i in found if i not in columns.values()]
+        if found:
+            name, columns[column] = found[0]
+            if fields.count(name) > 1:
+                raise UserError(f"{table.path}:{table.first}: two columns {name!r} in the header; keep one of them")
+        elif column in PRICES:
             raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
                             f"give that name to the one it is")
-        if free and fields.count(free[0]) > 1:
-            raise UserError(f"{table.path}:{table.first}: two columns {free[0]!r} in the header; keep one of them")
-        if free:
-            columns[column] = own[fields.index(free[0])]
     return columns
 
 
@@ -1086,16 +1167,16 @@ def _cells(table, numbers, texts):
             elif len(row) == n_columns - 1 and not table.names[-1]:
                 row.append("")  # or behind the last name
             fits = len(row) == n_columns
-            if not (fits and row[price][:1].isdecimal()):
+            if not fits or not row[price][:1].isdecimal():  # perhaps no row of a bar
                 filled = [cell for cell in row if cell.strip()]
-                alone = len(filled) == 1 and not fits and not _is_number(filled[0])
-                if not filled or alone or filled[0].startswith(("#", "//")):
+                is_note = len(filled) == 1 and not fits and not _is_number(filled[0])
+                if not filled or is_note or filled[0].startswith(("#", "//")):
                     continue
                 if fits and _fold(row[price]) == table.fields[price]:
-                    continue
-                if not fits:
-                    reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
-                    row = [""] * n_columns
+                    continue  # the header again
+            if not fits:
+                reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
+                row = [""] * n_columns
             rows.append(row)
             table.line_of.append(table.first + line)
     except csv.Error as e:
@@ -1122,17 +1203,19 @@ def _numbers(table, cells, reasons):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
     plain = {i: APOSTROPHE.sub("", "\0".join(c).lower().translate(NOISE)).split("\0") for i, c in cells.items()}
     distinct = {c for column in plain.values() for c in column}
-    votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
-    by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
+    by_point, by_comma = (sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER)
     few = 0.02 * len(distinct)  # a mistyped cell or two decide nothing
-    comma = votes[1] - votes[0] > (-few if by_comma else few)
+    if table.delimiter != "," and any("," in c for c in distinct):
+        few = -few  # "14,300" beside semicolons is 14.3
+    comma = by_comma - by_point > few
     values = {"nan": np.nan}
     for text in distinct:
         found = NUMBER[comma].fullmatch(text)
         power = SUFFIX.get(found[2].rstrip(".")) if found else None
-        if power is not None and any(map(str.isdigit, text)) and not (power and "e" in found[1]):
-            digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
-            values[text] = float(digits + power)
+        if power is None or not any(map(str.isdigit, text)) or (power and "e" in found[1]):
+            continue
+        digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
+        values[text] = float(digits + power)
     for i, column in plain.items():
         for row, text in enumerate(column):
             if text not in values:
@@ -1165,6 +1248,31 @@ def parse_time(text):
     return float(_dates([str(text)])[0][0])
 
 
+def _times(table, cells, dates, clocks):
+    """(UTC seconds of each row, index of the column): of the columns `dates` the most distinct that holds dates.
+
+    Dates without a clock take it from one of the columns `clocks`.
+    """
+    most, why = 0, ""
+    for i in dates:
+        seconds, reason = _dates(cells[i])
+        good = np.isfinite(seconds)
+        distinct = len(np.unique(seconds[good])) if len(dates) > 1 else 1
+        if good.mean() < 0.5:
+            if not why or "may be" in reason:
+                cell = next(filter(None, cells[i]), "")
+                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
+        elif distinct > most:
+            best, most, at = seconds, distinct, i
+    if not most:
+        raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
+    if (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks if i != at)
+        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
+    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
+    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
+
+
 def _dates(cells):
     """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells.
 
@@ -1189,7 +1297,9 @@ def _dates(cells):
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
-    seconds = seconds[day_of] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
+    seconds = seconds[day_of]
+    if any(clocks):
+        seconds = seconds + _clock([clock or "00:00" for clock in clocks])
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
         seconds[rows] -= _ahead(zone, seconds[rows])
@@ -1201,8 +1311,9 @@ def _day(text, formats):
     for form in formats:
         with contextlib.suppress(ValueError):
             day = datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC)
-            if 1770 <= day.year < 2200 and not ("%y" in form and day.timestamp() > time.time() + 2 * DAY):
-                return day.timestamp()  # 31/01/20 is no day of 2031
+            is_future = day.timestamp() > time.time() + 2 * DAY
+            if 1770 <= day.year < 2200 and not ("%y" in form and is_future):  # 31/01/20 is no day of 2031
+                return day.timestamp()
     return np.nan
 
 
@@ -1219,13 +1330,13 @@ def _clock(cells):
             values *= 100
         elif top > 240000:  # with milliseconds
             values //= 1000
-    else:
-        for k, found in enumerate(map(CLOCK.fullmatch, texts)):
-            if found:
-                hour, half = int(found[1]), (found[4] or "").lower()
-                if half:  # 12 am is 0, 12 pm is 12
-                    hour = hour % 12 + 12 * (half == "p") if 1 <= hour <= 12 else 99
-                values[k] = hour * 10000 + int(found[2] or 0) * 100 + int(found[3] or 0)
+        return _of_hhmmss(values)[which]
+    for k, found in enumerate(map(CLOCK.fullmatch, texts)):
+        if found:
+            hour, half = int(found[1]), (found[4] or "").lower()
+            if half:  # 12 am is 0, 12 pm is 12
+                hour = hour % 12 + 12 * (half == "p") if 1 <= hour <= 12 else 99
+            values[k] = hour * 10000 + int(found[2] or 0) * 100 + int(found[3] or 0)
     return _of_hhmmss(values)[which]
 
 
@@ -1239,7 +1350,8 @@ def _ahead(zone, seconds):
     """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is unknown."""
     offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
     if offset:
-        return int(f"{offset[1] or ''}1") * (int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60)
+        size = int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60
+        return -size if offset[1] == "-" else size
     try:
         zone = zoneinfo.ZoneInfo(zone)
     except (KeyError, ValueError, OSError):
@@ -1297,75 +1409,17 @@ def _told_apart(readings, prefer=None):
     fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
     name, *others = [name for name in readings if fits[name] == max(fits.values())]
     for other in others:
-        differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
-        if not len(differ):
-            continue
-        if prefer not in (name, other):
-            one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
-            return readings[name] * np.nan, f"it may be {one} ({name}) or {two} ({other}), as may all others here"
-        name = prefer
+        differ = (readings[name] != readings[other]) & np.isfinite(readings[name])
+        if differ.any() and prefer in (name, other):
+            name = prefer
+        elif differ.any():
+            k = np.argmax(differ)
+            texts = [iso(s) if np.isfinite(s) else "none" for s in (readings[name][k], readings[other][k])]
+            return readings[name] * np.nan, f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here"
     return readings[name], ""
 
 
-def _times(table, cells, named, clocks):
-    """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
-
-    Dates without a clock take it from one of the columns `clocks`.
-    """
-    most, why = 0, ""
-    for i in named:
-        seconds, reason = _dates(cells[i])
-        good = np.isfinite(seconds)
-        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
-        if good.mean() < 0.5:
-            if not why or "may be" in reason:
-                cell = next(filter(None, cells[i]), "")
-                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
-        elif distinct > most:
-            best, most, at = seconds, distinct, i
-    if not most:
-        raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    if (best[np.isfinite(best)] % DAY == 0).all():
-        found = (_clock(cells[i]) for i in clocks if i != at)
-        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
-    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
-    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
-
-
 # -- columns -> bars
-
-def _read_csv(path, symbol):
-    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
-    table = _table(path)
-    parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
-    numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
-    words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
-    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
-    named, clocks = ([i for name in HEADERS[c] for i in free if table.fields[i] == name] for c in ("time", "clock"))
-    named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
-    if not named:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
-
-    cells, reasons = _cells(table, numbers, words | {*named, *clocks})
-    if len(reasons) == len(cells[named[0]]):
-        line, why = (table.line(0), reasons[0]) if reasons else (table.first + 1, "no rows after the header")
-        raise (UserError if reasons else _NoBars)(f"{path}:{line}: {why}; there is no bar to read: check the columns")
-    time, at = _times(table, cells, named, clocks)
-    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
-    for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not all(np.isnan(values[columns[c]][row]) for columns in parts.values() for c in PRICES):
-            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
-    series = []
-    for ticker, columns in parts.items():
-        nothing = np.full(len(time), np.nan)
-        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])
-        _check_columns(table, columns, cells, ohlcva)
-        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
-        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
-    if not series:
-        raise UserError(f"{path}:{table.line(0)}: no row has a price; there is no bar to read: check the columns")
-    return series
-
 
 def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
@@ -1411,9 +1465,9 @@ def _bars(table, symbols, time, ohlcva, reasons):
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
     step, same = np.diff(time), code[1:] == code[:-1]
-    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
-    far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
-    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
+    far = same & (np.abs(step) > 360 * DAY)
+    there_and_back = far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)  # a mistyped year
+    for row in (np.flatnonzero(there_and_back) + 1).tolist():
         reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
     empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
     empty[list(reasons)] = False
@@ -1422,12 +1476,13 @@ def _bars(table, symbols, time, ohlcva, reasons):
     if empty.any() and not any(table.tickers):
         table.say(f"{empty.sum()} of {len(empty)} rows have no price: no bars")
     row = np.arange(len(time))
+    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
     if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
     time, code, ohlcva = time[row], code[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
-    good = _good(table, row, time, ohlcva, reasons)
+    good = _good(table, row, ohlcva, reasons)
     row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
     last = _latest(table, names, row, time, code, ohlcva)
     time, code, ohlcva = time[last], code[last], ohlcva[:, last]
@@ -1452,12 +1507,11 @@ def _mend(table, ohlcva, code):
     np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
 
 
-def _faults(time, ohlcva):
+def _faults(ohlcva):
     """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
     bottom, top = np.minimum(o, c), np.maximum(o, c)
     least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
-    yield np.isnan(time), "time is no date"
     yield np.isnan(least), "a price is missing"
     yield least <= 0, "a price is zero or negative"
     yield (least < 1e-30) | (most > 1e30), "a price is not a finite number, or outside of 1e-30 to 1e30"
@@ -1468,10 +1522,10 @@ def _faults(time, ohlcva):
     yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
 
 
-def _good(table, row, time, ohlcva, reasons):
+def _good(table, row, ohlcva, reasons):
     """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
     bad = np.isin(row, list(reasons))
-    for failed, why in _faults(time, ohlcva):
+    for failed, why in _faults(ohlcva):
         reasons |= {k: why for k in row[failed & ~bad].tolist()}
         bad |= failed
     n_bad = int(bad.sum())
@@ -1568,7 +1622,7 @@ def _open_series(stem, symbol, piece=1 << 16):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
             raise ValueError(f"{symbol}: its times do not rise")
-        for failed, why in _faults(stamps[:piece], np.asarray(ohlcva[i:i + piece]).T):
+        for failed, why in _faults(np.asarray(ohlcva[i:i + piece]).T):
             if failed.any():
                 raise ValueError(f"{symbol}: bar {i + int(np.argmax(failed))}: {why}")
     return Bars(symbol, time, ohlcva)
