@@ -38,7 +38,7 @@ try:
 except ImportError:  # Windows: there the last writer wins, and memory is not told
     fcntl = resource = None
 from collections import Counter
-from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
 _script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
@@ -1603,8 +1603,9 @@ def _open_folder(folder):
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        is_symbol = lambda name: isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()
-        if not isinstance(names, list) or not names or not all(map(is_symbol, names)) or len(set(names)) < len(names):
+        listed = names if isinstance(names, list) else []
+        good = {name for name in listed if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()}
+        if not good or len(good) < len(names):
             raise ValueError("symbols.json is no list of different symbols")
         return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
@@ -1612,12 +1613,13 @@ def _open_folder(folder):
         raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
 
 
-def _open_series(stem, symbol, piece=1 << 16):
+def _open_series(stem, symbol):
     """Bars of a folder; ValueError for arrays that are none. Reads them once, piece by piece."""
-    time, ohlcva = (np.load(f"{stem}.{kind}.npy", mmap_mode="r") for kind in ("time", "ohlcva"))
+    time, ohlcva = np.load(stem + ".time.npy", mmap_mode="r"), np.load(stem + ".ohlcva.npy", mmap_mode="r")
     fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
     if not fits or not len(time):
         raise ValueError(f"{symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    piece = 1 << 16
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
@@ -1650,6 +1652,14 @@ def fingerprint(series) -> str:
 
 # -- files that survive a kill
 
+def save_atomic(obj, path):
+    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
+    buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
+    torch.save(obj, buffer)
+    with write_atomic(path) as f:
+        f.write(buffer.getbuffer())
+
+
 @contextlib.contextmanager
 def write_atomic(path, text=False):
     """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
@@ -1667,10 +1677,7 @@ def write_atomic(path, text=False):
             with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
             return
-        for stale in temporaries(target):  # of runs that were killed an hour and more ago
-            with contextlib.suppress(OSError):
-                if time.time() - os.path.getmtime(stale) > 3600:
-                    os.unlink(stale)
+        _remove_temporaries(target, older_than=HOUR)
         with open(temporary, **how) as f:
             yield f
             f.flush()
@@ -1692,6 +1699,14 @@ def write_atomic(path, text=False):
             os.unlink(temporary)  # there only if something went wrong
 
 
+def _remove_temporaries(target, older_than):
+    """Remove what writers of `target` left that were killed, if it is so many seconds old."""
+    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(name) > older_than:
+                os.unlink(name)
+
+
 def _own_stream(path):
     """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -1699,14 +1714,6 @@ def _own_stream(path):
             if os.path.samestat(os.stat(path), os.fstat(number)):
                 stream.flush()
                 return number
-
-
-def save_atomic(obj, path):
-    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
-    buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
-    torch.save(obj, buffer)
-    with write_atomic(path) as f:
-        f.write(buffer.getbuffer())
 
 
 def load_safe(path):
@@ -1746,11 +1753,6 @@ def _tensors_in(obj):
             yield from _tensors_in(part)
 
 
-def temporaries(target):
-    """The files that writers of `target` have begun and not renamed."""
-    return glob.glob(glob.escape(target) + ".*-*.tmp")
-
-
 @contextlib.contextmanager
 def sole_writer(path):
     """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
@@ -1759,22 +1761,19 @@ def sole_writer(path):
     """
     target, lock = os.path.realpath(path), None
     name = target + ".lock"
-    if fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
-        with contextlib.suppress(OSError):  # where nothing can be written or locked; check_out says so
-            lock = open(name, "a")
-    while lock:
+    asks = fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target))
+    while asks:
         try:
+            lock = open(name, "a")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: another run is writing it; wait for its end, or choose another --out")
         except OSError:
-            break  # a disk without locks
+            break  # nothing can be written or locked there; check_out says so
         if os.path.exists(name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
-            for stale in temporaries(target):  # of a writer that was killed: there is no other now
-                with contextlib.suppress(OSError):
-                    os.unlink(stale)
+            _remove_temporaries(target, older_than=-np.inf)  # there is no other writer now
             break
-        lock = open(name, "a")  # the one before was removed by its holder, which has just ended
+        # else its holder has just ended and removed it: again
     try:
         yield
     finally:
@@ -1843,8 +1842,8 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor what is measured: some are three times as fast with bf16, some
-    slower. Keep the name in the checkpoint, so that a resumed run has the same.
+    On a GPU bf16 where it has it, else fp16. On a processor what is measured: some are three times as fast with bf16,
+    some slower. Keep the name in the checkpoint, so that a resumed run has the same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
@@ -1856,14 +1855,14 @@ def pick_dtype(name, device):
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
 
 
-def bf16_gain(rows=4096, n=128, rounds=3):
-    """How many times as fast as in float32 this processor maps rows [rows, n] to 4 n and back in bf16."""
+def bf16_gain():
+    """How many times as fast as in float32 this processor maps 4,096 rows of 128 numbers to 512 and back in bf16."""
     least = {}
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            x, up, down = (torch.ones(shape, dtype=dtype) for shape in ((rows, n), (n, 4 * n), (4 * n, n)))
+            x, up, down = (torch.ones(shape, dtype=dtype) for shape in ((4096, 128), (128, 512), (512, 128)))
             times = []
-            for _ in range(rounds):
+            for _ in range(3):
                 began = time.perf_counter()
                 x.float().to(dtype) @ up @ down
                 times.append(time.perf_counter() - began)
@@ -1918,18 +1917,15 @@ def cli(config_class, doc, argv=None) -> dict:
         kind, default = field.type, field.default
         if type(None) in typing.get_args(kind):  # X | None
             kind = typing.get_args(kind)[0]
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        default = "" if default in (None, NO_DEFAULT) else f" (default {default})"
         how = dict(type=kind)
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is list:
             how = dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
         elif typing.get_origin(kind) is tuple:
-            how = dict(type=_integers, metavar="N,N")
-        told = (comments.get(field.name, "") + default).replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=told, default=argparse.SUPPRESS, **how)
+            how, default = dict(type=_integers, metavar="N,N"), ",".join(map(str, default))
+        told = comments.get(field.name, "") + ("" if default is None else f" (default {default})")
+        parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
     return vars(parser.parse_args(argv))
 
 
