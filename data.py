@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import os
@@ -320,10 +321,7 @@ class Streams:
 
 
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
-    """Streams whose targets lie in one split.
-
-    Windows of training hold targets only, so that all weigh the same; unless no series is long enough for one.
-    """
+    """Streams whose targets lie in one split; windows of training hold targets only, if a series is that long."""
     targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
     whole = split == "train" and bool((targets[:, 1] - targets[:, 0] >= block_size).any())
     return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
@@ -354,16 +352,15 @@ def balanced(series, streams):
 
 
 def get_batch(streams, seed, step, rank=0, world=1):
-    """Rows rank::world of the global batch, a pure function of (seed, step).
-
-    Returns coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each; a target that does not
-    count (context, another split) is -1.
-    """
+    """Rows rank::world of the global batch, a pure function of (seed, step); as `gather` returns them."""
     return gather(streams, *draw_windows(streams, seed, step, rank, world))
 
 
 def gather(streams, which, ends):
-    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
+    """coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each, of the windows (which, ends).
+
+    A target that does not count (context, another split) is -1.
+    """
     n = streams.block_size
     tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)])      # (B, n + 1, 2)
     time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])              # (B, n)
@@ -436,12 +433,11 @@ KINDS = {"edge": 0.1, "reverting": 0.75}   # kinds of synthetic markets, and the
 def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge", half_life=8):
     """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
 
-    Of both kinds: weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
-    moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
-    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal,
-    the upper one down. Nothing else tells the direction.
-    reverting: log price is a deviation that decays by half in half_life bars, around a slow random walk. signal is the
-    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone). Only past closes tell.
+    Both kinds have weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
+    that moves with volatility, symbols that move together. signal=0 is a null market, signal=None the value in KINDS.
+    edge: a long lower wick says that the next bar closes up with probability 0.5 + signal, a long upper one down.
+    reverting: a deviation that halves in half_life bars, around a slow random walk; signal, from 0 (the walk alone) to
+    below 1 (the deviation alone), is its strength. Nothing else tells the direction.
     """
     series = list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life))
     return series, best_accuracy(signal, kind, half_life)
@@ -540,10 +536,7 @@ def _reverting_bars(rng, log_vol, coin, signal, half_life):
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
-    """The true expected log return over the next 1 .. horizon bars, known from the closes up to each bar, [T, horizon].
-
-    Of a series of the reverting market, from its start on.
-    """
+    """[T, horizon]: the true expected log return over the bars that come, of a series of the reverting market."""
     signal = _checked_signal(signal, "reverting", half_life)
     phi = 0.5 ** (1 / half_life)
     k = signal * (1 - phi)
@@ -556,8 +549,8 @@ def reverting_path(bars, horizon, half_life=8, signal=None):
 def reverting_best(signal=None, half_life=8, horizon=10):
     """What the best forecast reaches on the reverting market: (direction accuracy, its standard error, path ratio).
 
-    The ratio is the mean absolute error of the best path to that of standing still. By simulation of 16 series; the
-    chance of a right call is exact given m, the gap and the volatility, so its error is small.
+    The ratio is the mean absolute error of the best path to that of standing still. By simulation; the chance of a right
+    call is exact given m, the gap and the volatility, so its error is small.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi, n_bars = 0.5 ** (1 / half_life), 1 << 17
@@ -891,13 +884,13 @@ def _read_csv(path, symbol):
     if 0 in free and table.fields[0] == "":
         dates.append(0)  # pandas writes its index without a name
     if not dates:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
+        raise table.error(table.first, "no column 'time' in the header; give that name to the one it is")
 
     cells, reasons = _cells(table, numbers, words | {*dates, *clocks})
     if not len(cells[dates[0]]):
         raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; {NO_BAR}")
     if len(reasons) == len(cells[dates[0]]):
-        raise UserError(f"{path}:{table.line(0)}: {reasons[0]}; {NO_BAR}")
+        raise table.error(table.line(0), f"{reasons[0]}; {NO_BAR}")
     time, at = _times(table, cells, dates, clocks)
     values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
     for row in np.flatnonzero(np.isnan(time)).tolist():
@@ -912,7 +905,7 @@ def _read_csv(path, symbol):
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
         series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
     if not series:
-        raise UserError(f"{path}:{table.line(0)}: no row has a price; {NO_BAR}")
+        raise table.error(table.line(0), f"no row has a price; {NO_BAR}")
     return series
 
 
@@ -983,6 +976,9 @@ class Table:
     def say(self, text):
         print(f"{self.path}: {text}", file=sys.stderr)
 
+    def error(self, line, text):
+        return UserError(f"{self.path}:{line}: {text}")
+
     def line(self, row):
         """The line of a row, from 1, for messages."""
         if self.line_of is None:
@@ -1021,12 +1017,19 @@ def _split(line, delimiter):
 
 
 def _table(path):
-    """The lines and columns of a file."""
+    """The lines and columns of a file: its header is what makes most names of columns known, and more than one."""
     lines = _text(path).split("\n")
     filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    found = _header(lines, filled)
+    most, found = 1, None
+    for delimiter, k in itertools.product(DELIMITERS, filled):
+        named = _names(_split(lines[k], delimiter))
+        known = _n_known(field for field, _ in named) if len(named) > 4 else 0
+        if known > most:
+            most, found = known, (delimiter, k, named)
+        if known > 4:
+            break
     if not found:
         return _without_header(path, lines, filled)
     delimiter, at, named = found
@@ -1038,23 +1041,7 @@ def _table(path):
     if not any(tickers):
         above, below = [k for k in filled if k < at], [k for k in filled if k > at]
         _find_tickers(table, at, below[:1] + above[-1:])
-    if any(table.tickers) and fields[0] in ("price", "ticker"):
-        fields[0] = ""  # what yfinance calls its column of dates
     return table
-
-
-def _header(lines, filled):
-    """(delimiter, line, `_names` there) that make most names of columns known, None if they are less than two."""
-    most, found = 1, None
-    for delimiter in DELIMITERS:
-        for k in filled:
-            named = _names(_split(lines[k], delimiter))
-            known = _n_known(field for field, _ in named) if len(named) > 4 else 0
-            if known > most:
-                most, found = known, (delimiter, k, named)
-            if known > 4:
-                return found
-    return found
 
 
 def _names(cells):
@@ -1082,12 +1069,11 @@ def _find_tickers(table, at, nearby):
         corner, *tickers = [cell.strip() for cell in _split(table.lines[k], table.delimiter)]
         if len(tickers) != len(table.names) - 1 or _fold(corner) not in ("", "ticker", "price", "symbol"):
             continue
-        if not all(tickers) or any(map(_is_number, tickers)):
-            continue
         of_each = [[f for f, t in zip(table.fields[1:], tickers) if t == ticker] for ticker in set(tickers)]
         if min(map(_n_known, of_each)) < 4:
             continue  # a row of units
         table.tickers, table.first = ["", *tickers], max(at, k) + 1
+        table.fields[0] = ""  # the dates, below a name that is none
         third = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
         if third and not any(third[1:]):
             table.first += 1  # it names the column of dates
@@ -1108,9 +1094,7 @@ def _without_header(path, lines, filled):
         fields += [*PRICES, "volume", ""][:len(rest)]
         if len(cells) == len(BINANCE):
             fields = list(BINANCE)
-        if len(fields) != len(cells) or len(rest) < 5 or not all(map(_is_number, rest)):
-            continue
-        if _is_number(cells[at]) or STAMP.fullmatch(cells[at]):
+        if len(fields) == len(cells) and len(rest) >= 5 and all(map(_is_number, rest)):
             tickers = [""] * len(fields)
             return Table(path, lines, delimiter, first, list(fields), fields, tickers, has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
@@ -1127,10 +1111,9 @@ def _columns(table, ticker):
         if found:
             name, columns[column] = found[0]
             if fields.count(name) > 1:
-                raise UserError(f"{table.path}:{table.first}: two columns {name!r} in the header; keep one of them")
+                raise table.error(table.first, f"two columns {name!r} in the header; keep one of them")
         elif column in PRICES:
-            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
-                            f"give that name to the one it is")
+            raise table.error(table.first, f"no column {column!r} in the header; give that name to the one it is")
     return columns
 
 
@@ -1181,7 +1164,7 @@ def _cells(table, numbers, texts):
             table.line_of.append(table.first + line)
     except csv.Error as e:
         line = table.line_of[-1] if table.line_of else table.first
-        raise UserError(f"{table.path}:{line + 1}: not a CSV row ({e}); mend or remove it")
+        raise table.error(line + 1, f"not a CSV row ({e}); mend or remove it")
     return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
@@ -1265,7 +1248,7 @@ def _times(table, cells, dates, clocks):
         elif distinct > most:
             best, most, at = seconds, distinct, i
     if not most:
-        raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
+        raise table.error(table.line(0), f"{why}; give dates with their clock, best as 2024-03-04 14:30")
     if (best[np.isfinite(best)] % DAY == 0).all():
         found = (_clock(cells[i]) for i in clocks if i != at)
         best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
@@ -1297,9 +1280,7 @@ def _dates(cells):
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
-    seconds = seconds[day_of]
-    if any(clocks):
-        seconds = seconds + _clock([clock or "00:00" for clock in clocks])
+    seconds = seconds[day_of] + _clock([clock or "00:00" for clock in clocks])
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
         seconds[rows] -= _ahead(zone, seconds[rows])
@@ -1396,7 +1377,7 @@ def _epoch(values):
     size = np.quantile(sample, 0.95, method="lower")  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
+    is_windows = 6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17  # 100 ns from year 1, or from 1601
     is_1970 = unit == 1 and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
     if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         return values * np.nan
@@ -1415,7 +1396,8 @@ def _told_apart(readings, prefer=None):
         elif differ.any():
             k = np.argmax(differ)
             texts = [iso(s) if np.isfinite(s) else "none" for s in (readings[name][k], readings[other][k])]
-            return readings[name] * np.nan, f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here"
+            why = f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here"
+            return readings[name] * np.nan, why
     return readings[name], ""
 
 
@@ -1423,23 +1405,22 @@ def _told_apart(readings, prefer=None):
 
 def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
-    path, names = table.path, table.names
+    names = table.names
     _, high, low, close, volume, amount = ohlcva
     intervals = sorted({printable(cell.strip()) for cell in cells.get(columns.get("interval"), ())})
     if len(intervals) > 1:
-        raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
-                        f"{names[columns['interval']]!r}; keep one of them a file")
+        column = names[columns["interval"]]
+        raise table.error(table.first, f"bars of several intervals ({', '.join(intervals[:4])}) in the column "
+                                       f"{column!r}; keep one of them a file")
     like_price = ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9
     if like_price and not table.has_header and len(names) != len(BINANCE):
-        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
-                        f"{FIRST_LINE}")
-    if "amount" in columns:
-        base = volume * close if "volume" in columns else np.ones(len(amount))
-        traded = (amount > 0) & (base > 0)
-        ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
-        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, money in thousands
-            amount[:] = np.nan
-            table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
+        raise table.error(table.first + 1, f"no header, and the column behind the close looks like a price; {FIRST_LINE}")
+    base, least = (volume * close, 1e-4) if "volume" in columns else (np.ones(len(amount)), 1)
+    traded = (amount > 0) & (base > 0)
+    ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
+    if not least <= ratio <= 1e6:  # lots of 100, money in thousands
+        amount[:] = np.nan
+        table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
     if "volume" not in columns:
         known = {name for names in HEADERS.values() for name in names}
         others = [repr(name) for name, field in zip(names, table.fields) if name.strip() and field not in known]
@@ -1546,10 +1527,11 @@ def _latest(table, names, row, time, code, ohlcva):
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} "
-                        f"have the time of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, "
-                        f"contracts, exchanges or intervals in one file? Keep one a file, or name their column symbol. "
-                        f"Times rounded by a spreadsheet? Export them in full")
+        raise table.error(table.line(row[k + 1]),
+                          f"{lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of another, as "
+                          f"{iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or "
+                          f"intervals in one file? Keep one a file, or name their column symbol. Times rounded by a "
+                          f"spreadsheet? Export them in full")
     if lost.any():
         table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
     return ~again
