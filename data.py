@@ -5,7 +5,7 @@
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
 
 CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back to bars with `inverse`. In
-parts: features, splits and batches, synthetic markets, the clock to come, files in, files out, the command line.
+parts: features, splits and batches, synthetic markets, the clock to come; then files in, files out, the command line.
 """
 import argparse
 import bz2
@@ -18,9 +18,9 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
-import math
 import os
 import re
 import signal
@@ -39,12 +39,12 @@ try:
 except ImportError:  # Windows: there the last writer wins, and memory is not told
     fcntl = resource = None
 from collections import Counter
-from dataclasses import MISSING as NO_DEFAULT, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 # Ctrl-C while torch loads, which takes a second, ends a script of this folder without a traceback
-_script = getattr(sys.modules["__main__"], "__file__", None) or ""
-_dies = (os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.abspath(__file__))
-         and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+_script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+_is_ours = os.path.dirname(_script) == os.path.dirname(os.path.abspath(__file__))
+_dies = _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if _dies:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
@@ -89,24 +89,29 @@ class Bars:
 # ----------------------------------------------------------------------------------------------------------------------
 # Causal features and their inverse
 #
-# For a sequence u and its weights w (0 where bar i has no u) the running mean over bars < t is
+# Six numbers for bar t. The scales s, m, d, g come from the bars before t, so that no input can see its own target:
+#
+#     close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
+#     open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
+#     volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
+#
+# then asinh, which shrinks tails and clips nothing. The scales are decayed means
+#
 #     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
-# kept as its two sums. Sums start with bar 1, the first that has a previous close.
+#
+#     s of the true range log(max(H, previous C) / min(L, previous C))      m of log(1 + V)
+#     d of |log(1 + V) - m|                                                 g of log(A / (V C))
+#
+# where the weight w is 0 for a bar that has no u, and for bar 0, which has no previous close.
 
 @dataclass
 class State:
-    """What the features of the next bar need of the past: float64, of any batch shape [...].
-
-    close: last close, NaN before the first bar.  total, weight: [..., 4], the two sums of each mean: of the true range,
-    log1p volume, its absolute deviation, log(amount / (volume close)), which `features` calls s_t, m_t, d_t, g_t.
-    widest: the largest true range so far, in units of its bar's s_t.  origin: [..., 3], NaN outside a generation: s and d
-    at its origin, of which they stay within [1/8, 8], and the most that a bar may move, in units of s_t.
-    """
-    close: np.ndarray
-    total: np.ndarray
-    weight: np.ndarray
-    widest: np.ndarray
-    origin: np.ndarray
+    """What the features of the next bar need of the past: float64, of any batch shape [...]."""
+    close: np.ndarray    # [...]: the last close; NaN before the first bar
+    total: np.ndarray    # [..., 4]: the numerators of s, m, g, d
+    weight: np.ndarray   # [..., 4]: their denominators
+    widest: np.ndarray   # [...]: the largest true range so far, in units of its bar's s
+    origin: np.ndarray   # [..., 3]: where a generation began: s and d there, the most that a bar may move, in s; else NaN
 
     @classmethod
     def stack(cls, states):
@@ -114,11 +119,11 @@ class State:
         return cls(*(np.array([getattr(s, k.name) for s in states])[:, None] for k in fields(cls)))
 
     def scales(self):
-        """(s, m, d, g): the scale of log prices, the level and scale of log volume, the level of log vwap."""
+        """(s, m, d, g), [...] each."""
         mean = _mean(self.total, self.weight)
         low, high = _bounds(self.origin)
-        s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::2], low), high), -1, 0)
-        return s, mean[..., 1], d, mean[..., 3]
+        s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::3], low), high), -1, 0)
+        return s, mean[..., 1], d, mean[..., 2]
 
     def anchored(self):
         """The same state as the origin of a generation, in which s and d stay within [1/8, 8] of now.
@@ -135,23 +140,18 @@ class State:
 
 
 START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan))  # before the first bar
+SMG, D = slice(3), slice(3, 4)                                                   # places of the means in a State
 
 
 def _bounds(origin):
-    """The least and the greatest s and d, [..., 2] each."""
+    """The least and the greatest s and d, [..., 2] each. A NaN does not bind."""
     scales = origin[..., :2]
-    return np.fmax(scales / 8, (S_FLOOR, D_FLOOR)), np.fmin(scales * 8, np.inf)  # fmin, fmax: NaN does not bind
+    return np.fmax(scales / 8, (S_FLOOR, D_FLOOR)), np.fmin(scales * 8, np.inf)
 
 
 def features(bars) -> tuple[np.ndarray, State]:
     """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it.
 
-        close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
-        open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
-        volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
-
-    then asinh, which shrinks tails and clips nothing. Running means over bars < t: s_t of the true range
-    log(max(H, previous C) / min(L, previous C)), m_t of log(1 + V), d_t of its distance from m, g_t of log(A / (V C)).
     Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
     """
     pieces = list(feature_pieces(bars))
@@ -159,33 +159,32 @@ def features(bars) -> tuple[np.ndarray, State]:
 
 
 def feature_pieces(bars, state=START):
-    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory; see `features`."""
+    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory."""
     for i in range(0, len(bars), PIECE):
-        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T
+        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T             # (n,) each
         first = np.isnan(state.close)
-        prev = np.append(c[0] if first else state.close, c[:-1])
-        begun = np.ones(len(c))  # a bar's weight in the means; bar 0, without a previous close, enters none
+        previous = np.append(c[0] if first else state.close, c[:-1])
+        begun = np.ones(len(c))
         begun[0] = 0.0 if first else 1.0
         has_v = np.where(v > 0, begun, 0.0)
-        has_a = np.where((v > 0) & (a > 0), begun, 0.0)
+        has_a = np.where(a > 0, has_v, 0.0)
         volume = np.log1p(np.where(v > 0, v, 0.0))
         vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-        true_range = _true_range(h, l, prev)
-        sums = _running([true_range, volume, vwap], [begun, has_v, has_a], state, [0, 1, 3])
-        s, m, g = _mean(*sums[..., :-1])
-        deviates = has_v * (sums[1, 1, :-1] > 0)  # a deviation needs a level to deviate from
-        sums_d = _running([np.abs(volume - m)], [deviates], state, [2])
-        [d] = _mean(*sums_d[..., :-1])
+
+        true_range = _true_range(h, l, previous)
+        total, weight = _sums(state, SMG, [true_range, volume, vwap], [begun, has_v, has_a])
+        s, m, g = _mean(total, weight)[:, :-1]                                            # (n,) each
+        deviates = has_v * (weight[1, :-1] > 0)  # a deviation needs a level to deviate from
+        total_d, weight_d = _sums(state, D, [np.abs(volume - m)], [deviates])
+        [d] = _mean(total_d, weight_d)[:, :-1]
 
         s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
-        body_high, body_low = np.maximum(o, c), np.minimum(o, c)
-        price = np.log(np.stack([c / prev, o / prev, h / body_high, body_low / l])) / s
+        price = np.log(np.stack([c / previous, o / previous, h / np.maximum(o, c), np.minimum(o, c) / l])) / s
         if first:
             price[:, 0] = 0.0
-        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])  # (6, n)
-        total, weight = np.concatenate([sums, sums_d], axis=1)[:, [0, 1, 3, 2], -1]
-        settled = sums[1, 0, :-1] > SETTLED
-        widest = (true_range / s).max(where=settled, initial=state.widest)
+        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])   # (6, n)
+        widest = (true_range / s).max(where=weight[0, :-1] > SETTLED, initial=state.widest)
+        total, weight = np.append(total[:, -1], total_d[:, -1]), np.append(weight[:, -1], weight_d[:, -1])
         state = State(c[-1], total, weight, widest, state.origin)
         yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
@@ -194,10 +193,11 @@ def _true_range(high, low, previous):
     return np.log(np.maximum(high, previous) / np.minimum(low, previous))
 
 
-def _running(u, w, state, which):
-    """The two sums of `which` of a state's means before each of n bars and after the last, [2, k, n + 1]."""
-    carry = np.stack([state.total[which], state.weight[which]])
-    return np.concatenate([carry[..., None], decayed_sum(np.stack([np.multiply(u, w), w]), carry)], axis=-1)
+def _sums(state, which, u, w):
+    """Numerators and denominators of the means `which` before each of n bars and after the last, [2, k, n + 1]."""
+    before = np.stack([state.total[which], state.weight[which]])                          # (2, k)
+    after = decayed_sum(np.stack([np.multiply(u, w), w]), before)                         # (2, k, n)
+    return np.concatenate([before[..., None], after], axis=-1)
 
 
 def _mean(total, weight):
@@ -231,63 +231,45 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     batch, n = x.shape[:-2], x.shape[-2]
     close, widest = np.broadcast_to(state.close, batch), np.broadcast_to(state.widest, batch)
     origin = np.broadcast_to(state.origin, (*batch, 3))
-    total, weight = (np.moveaxis(np.broadcast_to(sums, (*batch, 4)), -1, 0) for sums in (state.total, state.weight))
-    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))
-    down, up = np.array([[-1, -1, 0, -1], [1, 1, 1, 0]]).reshape(2, 4, *[1] * len(batch))   # which way c, o, h, l may go
-    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
-    y[:, 3] *= -1.0
+    total = np.moveaxis(np.broadcast_to(state.total, (*batch, 4)), -1, 0)                 # (4, ...)
+    weight = np.moveaxis(np.broadcast_to(state.weight, (*batch, 4)), -1, 0)
+    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))                  # (2, ...) each
+    ones = [1] * len(batch)
+    down, up = np.reshape([-1, -1, 0, -1], (4, *ones)), np.reshape([1, 1, 1, 0], (4, *ones))    # where c, o, h, l may go
+    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))                   # (T, 6, ...)
+    y[:, 3] *= -1.0  # the low moves down
     out = np.empty((n, 6) + batch)
-    add, add_weight = np.ones((2, 4) + batch)
+    u, w = np.ones((2, 4) + batch)  # what each bar adds to the means: values and weights
     for t in range(n):
         mean = _mean(total, weight)
-        (s, d), m, g = np.minimum(np.maximum(mean[::2], low), high), mean[1], mean[3]
+        s, d = np.minimum(np.maximum(mean[::3], low), high)
+        m, g = mean[1], mean[2]
         farthest = np.fmin(origin[..., 2] * s, MAX_MOVE)
         factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, down * farthest), up * farthest))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
         seen = (weight > 0) | (weight[0] == 0)  # after bar 0 alone nothing says yet that a column is missing
         has_v = (y[t, 4] != 0) & seen[1]
-        has_a = (y[t, 5] != 0) & seen[3] & has_v
-        log_v = np.minimum(np.maximum(m + y[t, 4] * d, 0.0), 80.0) * has_v
-        rel = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
-        v = np.expm1(log_v)
-        out[t] = o, h, l, c, v, v * c * np.exp(rel)
-        add_weight[1:] = has_v, has_v & (weight[1] > 0), has_a
+        has_a = (y[t, 5] != 0) & seen[2] & has_v
+        volume = np.minimum(np.maximum(m + y[t, 4] * d, 0.0), 80.0) * has_v
+        vwap = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
+        v = np.expm1(volume)
+        out[t] = o, h, l, c, v, v * c * np.exp(vwap)
         true_range = _true_range(h, l, close)
         widest = np.where(weight[0] > SETTLED, np.maximum(widest, true_range / s), widest)
-        add[...] = true_range, log_v, np.abs(log_v - m), rel
-        close, total, weight = c, DECAY * total + add * add_weight, DECAY * weight + add_weight
+        u[...] = true_range, volume, vwap, np.abs(volume - m)
+        w[1:] = has_v, has_a, has_v & (weight[1] > 0)
+        close, total, weight = c, DECAY * total + u * w, DECAY * weight + w
     total, weight = np.moveaxis([total, weight], 1, -1)
     return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, widest, origin)
-
-
-def around_the_clock(bars):
-    """Whether a series has bars in every hour of the day, each within one of them: crypto, currencies."""
-    return len(bars) > 1 and np.median(np.diff(bars.time)) <= HOUR and len(np.unique(bars.time // HOUR % 24)) == 24
-
-
-def part_of_day(bars, random):
-    """The bars of some hours of the day, 5 to 9 of them, drawn by `random`: like an exchange that opens and closes."""
-    first, length = random.integers(24), random.integers(5, 10)
-    return bars[(bars.time // HOUR - first) % 24 < length]
-
-
-def mirrored(bars):
-    """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price, volume stays.
-
-    In training it keeps few bars from teaching a direction that is chance.
-    """
-    open_, high, low, close, volume, amount = bars.ohlcva.T
-    amount = volume * volume / np.where(amount > 0, amount, np.nan)
-    return Bars(bars.symbol, bars.time, np.stack([1 / open_, 1 / low, 1 / high, 1 / close, volume, amount], axis=1))
 
 
 def scales(bars):
     """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
     _, h, l, c = bars.ohlcva[:, :4].T
     begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    [s] = _mean(*_running([_true_range(h, l, np.append(c[0], c[:-1]))], [begun], START, [0])[..., :-1])
-    return np.maximum(s, S_FLOOR)
+    total, weight = _sums(START, slice(1), [_true_range(h, l, np.append(c[0], c[:-1]))], [begun])
+    return np.maximum(_mean(total, weight)[0, :-1], S_FLOOR)
 
 
 def states_at(bars, origins):
@@ -332,7 +314,10 @@ def targets_of(bars, split, borders):
 
 @dataclass
 class Streams:
-    """Token series of many symbols, which of their bars are targets, and the shape of a batch."""
+    """Token series of many symbols, and which of their bars are targets.
+
+    A window is named by its last target e: its inputs are the bars e - block_size .. e - 1, its targets one bar later.
+    """
     tokens: list          # per symbol int16 [T, 2]: coarse, fine
     time: list            # per symbol int64 [T]
     targets: np.ndarray   # int64 [symbols, 2]: first target, one past the last
@@ -342,17 +327,14 @@ class Streams:
     weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: as it has windows
 
     def __post_init__(self):
-        # a window is named by its last target e: inputs are the bars e - block_size .. e - 1, targets one bar later
-        # first_end [symbols]: the least such e; windows [symbols]: how many there are up to this symbol
-        self.first_end = np.maximum(self.targets[:, 0] + (self.block_size - 1) * self.whole, self.block_size)
-        self.windows = np.cumsum(np.maximum(self.targets[:, 1] - self.first_end, 0))
+        first = self.targets[:, 0] + (self.block_size - 1) * self.whole
+        self.first_end = np.maximum(first, self.block_size)                   # [symbols]: the least e
+        self.count = np.maximum(self.targets[:, 1] - self.first_end, 0)       # [symbols]: windows of each
+        self.windows = np.cumsum(self.count)                                  # [symbols]: up to and with each
 
 
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
-    """Streams whose targets lie in one split.
-
-    Windows of training hold targets only, so that all weigh the same; unless no series is long enough for one.
-    """
+    """Streams whose targets lie in one split; windows of training hold targets only, if a series is that long."""
     targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
     whole = split == "train" and bool((targets[:, 1] - targets[:, 0] >= block_size).any())
     return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
@@ -360,15 +342,15 @@ def make_streams(series, tokens, split, borders, block_size, batch_size) -> Stre
 
 def draw_windows(streams, seed, step, rank=0, world=1):
     """(symbol, last target) of rows rank::world of the global batch, int64 [B] each; (seed, step) alone decide."""
-    random = np.random.default_rng([seed, step])
-    count = np.diff(streams.windows, prepend=0)
-    if streams.weights is None:
-        draws = random.integers(streams.windows[-1], size=streams.batch_size)[rank::world]
+    random, n = np.random.default_rng([seed, step]), streams.batch_size
+    if streams.weights is None:  # each window alike
+        draws = random.integers(streams.windows[-1], size=n)[rank::world]
         which = np.searchsorted(streams.windows, draws, side="right")
-        return which, streams.first_end[which] + draws - (streams.windows - count)[which]
-    which = random.choice(len(count), size=streams.batch_size, p=streams.weights)[rank::world]
-    place = random.random(streams.batch_size)[rank::world]
-    return which, streams.first_end[which] + (place * count[which]).astype(np.int64)
+        place = draws - (streams.windows - streams.count)[which]
+    else:
+        which = random.choice(len(streams.weights), size=n, p=streams.weights)[rank::world]
+        place = (random.random(n)[rank::world] * streams.count[which]).astype(np.int64)
+    return which, streams.first_end[which] + place
 
 
 def balanced(series, streams):
@@ -376,20 +358,31 @@ def balanced(series, streams):
 
     A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median spacing of the bars.
     """
-    count = np.diff(streams.windows, prepend=0).astype(np.float64)
     groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}" for bars in series]
     group = np.unique(groups, return_inverse=True)[1]
-    weights = count / np.sqrt(np.maximum(1, np.bincount(group, count)))[group]
+    weights = streams.count / np.sqrt(np.maximum(1, np.bincount(group, streams.count)))[group]
     return weights / weights.sum()
 
 
 def get_batch(streams, seed, step, rank=0, world=1):
-    """Rows rank::world of the global batch, a pure function of (seed, step).
-
-    Returns coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each; a target that does not
-    count (context, another split) is -1.
-    """
+    """Rows rank::world of the global batch, a pure function of (seed, step); as `gather` returns them."""
     return gather(streams, *draw_windows(streams, seed, step, rank, world))
+
+
+def gather(streams, which, ends):
+    """coarse, fine, time, (target_coarse, target_fine), torch.int64 [B, block_size] each, of the windows (which, ends).
+
+    A target that does not count (context, another split) is -1.
+    """
+    n = streams.block_size
+    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)])      # (B, n + 1, 2)
+    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])              # (B, n)
+    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                  # (B, n): of each target
+    counts = at >= streams.targets[which, :1]
+    target = np.where(counts[..., None], tokens[:, 1:], -1)                               # (B, n, 2)
+    parts = (tokens[:, :-1, 0], tokens[:, :-1, 1], time, target[..., 0], target[..., 1])
+    coarse, fine, time, *target = (torch.from_numpy(part.astype(np.int64)) for part in parts)
+    return coarse, fine, time, tuple(target)
 
 
 def tiles(streams, at_most):
@@ -397,21 +390,12 @@ def tiles(streams, at_most):
 
     Cut from the last target backwards; the first targets of a series may fit into no window.
     """
-    found = [(i, end) for i, (first, last) in enumerate(streams.targets)
-             for end in range(int(last) - 1, int(streams.first_end[i]) - 1, -streams.block_size)]
+    found = []
+    for symbol, first in enumerate(streams.first_end.tolist()):
+        last = int(streams.targets[symbol, 1]) - 1
+        found += [(symbol, end) for end in range(last, first - 1, -streams.block_size)]
     keep = np.linspace(0, len(found) - 1, min(at_most, len(found))).round().astype(int)
     return [found[k] for k in keep]
-
-
-def gather(streams, which, ends):
-    """The windows of symbols `which` whose last targets are `ends`; as get_batch."""
-    n = streams.block_size
-    tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)]).astype(np.int64)  # (B, n + 1, 2)
-    time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])                            # (B, n)
-    at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)                                                # (B, n)
-    target = np.where((at >= streams.targets[which, :1])[..., None], tokens[:, 1:], -1)
-    to = lambda a: torch.from_numpy(np.ascontiguousarray(a))
-    return to(tokens[:, :-1, 0]), to(tokens[:, :-1, 1]), to(time), (to(target[..., 0]), to(target[..., 1]))
 
 
 def tokenize(bars, tokenizer, x=None) -> np.ndarray:
@@ -421,11 +405,35 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
     tokens = [np.empty((0, 2), np.int16)]
     pieces = (piece for piece, _ in feature_pieces(bars)) if x is None else np.split(x, range(PIECE, len(x), PIECE))
     for piece in pieces:
-        tokens.append(torch.stack(tokenizer.encode(torch.from_numpy(piece)), dim=-1).cpu().numpy().astype(np.int16))
+        coarse, fine = tokenizer.encode(torch.from_numpy(piece))                          # (n,) each
+        tokens.append(torch.stack((coarse, fine), dim=-1).cpu().numpy().astype(np.int16))
         if len(tokens) % 256 == 0:
             progress(f"tokens of {bars.symbol}: {len(tokens) * PIECE:,} of {len(bars):,} bars")
     progress("")
     return np.concatenate(tokens)
+
+
+# -- more series to train on, from those at hand
+
+def around_the_clock(bars):
+    """Whether a series has bars in every hour of the day, each within one of them: crypto, currencies."""
+    return len(bars) > 1 and np.median(np.diff(bars.time)) <= HOUR and len(np.unique(bars.time // HOUR % 24)) == 24
+
+
+def part_of_day(bars, random):
+    """The bars of some hours of the day, 5 to 9 of them, drawn by `random`: like an exchange that opens and closes."""
+    first, length = random.integers(24), random.integers(5, 10)
+    return bars[(bars.time // HOUR - first) % 24 < length]
+
+
+def mirrored(bars):
+    """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price, volume stays.
+
+    In training it keeps few bars from teaching a direction that is chance.
+    """
+    open_, high, low, close, volume, amount = bars.ohlcva.T
+    amount = volume * volume / np.where(amount > 0, amount, np.nan)
+    return Bars(bars.symbol, bars.time, np.stack([1 / open_, 1 / low, 1 / high, 1 / close, volume, amount], axis=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,13 +446,11 @@ KINDS = {"edge": 0.1, "reverting": 0.75}   # kinds of synthetic markets, and the
 def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge", half_life=8):
     """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
 
-    Of both kinds: weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
-    moves with volatility, symbols move together. signal=0 is a null market, signal=None the value in KINDS.
-    edge: of each bar one wick is long: the lower one says that the next bar closes up with probability 0.5 + signal,
-    the upper one down. Nothing else tells the direction, so the best accuracy (of bars that moved) is 0.5 + signal.
-    reverting: log price is a deviation that decays by half in half_life bars, around a slow random walk. signal is the
-    strength of the reversion, from 0 (the walk alone) to below 1 (the deviation alone); see `reverting_path` and
-    `reverting_best`. Only past closes tell the direction; wicks, opens, volume do not.
+    Both kinds have weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
+    that moves with volatility, symbols that move together. signal=0 is a null market, signal=None the value in KINDS.
+    edge: a long lower wick says that the next bar closes up with probability 0.5 + signal, a long upper one down.
+    reverting: a deviation that halves in half_life bars, around a slow random walk; signal, from 0 (the walk alone) to
+    below 1 (the deviation alone), is its strength. Nothing else tells the direction.
     """
     series = list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life))
     return series, best_accuracy(signal, kind, half_life)
@@ -463,15 +469,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     day, minute = np.divmod(np.arange(n_bars), SESSION)
     time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + minute * 60  # from Monday 2020-01-06, 14:30
     common_vol = decayed_sum(common.normal(0, 0.06, n_bars), decay=0.98)
-    coin = common.standard_normal(n_bars)
+    coin = common.standard_normal(n_bars)  # moves all symbols
     for i in range(n_symbols):
         rng = np.random.default_rng([seed, 1 + i])
         log_vol = common_vol + decayed_sum(rng.normal(0, 0.1, n_bars), decay=0.95)
         if kind == "edge":
-            open_, close, high, low, size = _edge_bars(rng, log_vol, coin, signal)
+            open_, close, upper, lower, size = _edge_bars(rng, log_vol, coin, signal)
         else:
-            open_, close, high, low, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
-        high, low = np.maximum(open_, close) * np.exp(high), np.minimum(open_, close) * np.exp(-low)
+            open_, close, upper, lower, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
+        high, low = np.maximum(open_, close) * np.exp(upper), np.minimum(open_, close) * np.exp(-lower)
         level = rng.uniform(6, 9)
         volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, n_bars)).round() + 1
         amount = volume * (high + low + close) / 3
@@ -491,19 +497,20 @@ def _checked_signal(signal, kind, half_life):
 
 
 def _edge_bars(rng, log_vol, coin, signal):
-    """Open, close, the wicks' logs, |move| in sigma, [n] each, where the long wick tells the next direction."""
+    """Open, close, both wicks in log price, |move| in sigma, [n] each: the long wick tells the next direction."""
     n_bars = len(log_vol)
     sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
     size[rng.random(n_bars) < 0.01] = 0.0  # one bar in a hundred does not move
-    wick = np.where(rng.random(n_bars) < 0.5, 1, -1)  # +1: the long wick is the lower one
-    edge = statistics.NormalDist().inv_cdf(0.5 + signal)
-    told = np.append(0, wick[:-1]) * edge  # what the last wick says of this bar, in units of the normal draw below
+    lower_is_long = rng.random(n_bars) < 0.5
+    edge = statistics.NormalDist().inv_cdf(0.5 + signal)  # in units of the normal draw below
+    told = np.append(0, np.where(lower_is_long, edge, -edge)[:-1])
     up = 0.5 * coin + np.sqrt(0.75) * rng.standard_normal(n_bars) < told
     close = rng.uniform(20, 200) * np.exp(np.cumsum(np.where(up, size, -size)))
     open_ = np.append(close[0], close[:-1]) * np.exp(_gaps(rng, sigma))
     long, short = sigma * rng.uniform(0.5, 1.0, n_bars), sigma * rng.uniform(0.0, 0.2, n_bars)
-    return open_, close, np.where(wick > 0, short, long), np.where(wick > 0, long, short), size / sigma
+    upper, lower = np.where(lower_is_long, short, long), np.where(lower_is_long, long, short)
+    return open_, close, upper, lower, size / sigma
 
 
 def _gaps(rng, sigma):
@@ -536,15 +543,13 @@ def _reverting_bars(rng, log_vol, coin, signal, half_life):
     m, gap, body = _reverting_moves(rng, log_vol, coin, signal, half_life)
     close = rng.uniform(20, 200) * np.exp(np.cumsum(unit * (m + gap + body)))
     open_ = np.append(close[0], close[:-1]) * np.exp(unit * gap)
-    high, low = (0.4 * (unit * np.exp(log_vol)) * rng.exponential(size=len(m)) for _ in range(2))
-    return open_, close, high, low, np.abs(gap + body) / np.exp(log_vol)
+    wick = 0.4 * (unit * np.exp(log_vol))
+    upper, lower = wick * rng.exponential(size=len(m)), wick * rng.exponential(size=len(m))
+    return open_, close, upper, lower, np.abs(gap + body) / np.exp(log_vol)
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
-    """The true expected log return over the next 1 .. horizon bars, known from the closes up to each bar, [T, horizon].
-
-    Of a series of the reverting market, from its start on.
-    """
+    """[T, horizon]: the true expected log return over the bars that come, of a series of the reverting market."""
     signal = _checked_signal(signal, "reverting", half_life)
     phi = 0.5 ** (1 / half_life)
     k = signal * (1 - phi)
@@ -557,8 +562,8 @@ def reverting_path(bars, horizon, half_life=8, signal=None):
 def reverting_best(signal=None, half_life=8, horizon=10):
     """What the best forecast reaches on the reverting market: (direction accuracy, its standard error, path ratio).
 
-    The ratio is the mean absolute error of the best path to that of standing still. By simulation of 16 series; the
-    chance of a right call is exact given m, the gap and the volatility, so its error is small.
+    The ratio is the mean absolute error of the best path to that of standing still. By simulation; the chance of a right
+    call is exact given m, the gap and the volatility, so its error is small.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi, n_bars = 0.5 ** (1 / half_life), 1 << 17
@@ -619,37 +624,39 @@ WEEKS = 5  # that tell when a market is open
 def future_times(time, horizon):
     """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has a change of
-    it, holidays are not known. A live last bar moves nothing. What a history of less than a week has not seen is as its
-    days were, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has seen it
+    begin or end, holidays are not known. A last bar that is still live moves nothing. What a history of less than a
+    week has not seen is as its days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
     gaps = np.sort(np.diff(recent))
-    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY
+    gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY  # the median
     if gap >= 27 * DAY:
         return _coming_months(recent, gap, horizon)
-    if gap > 1.5 * DAY:  # weeks; where the last is off the day of most, by a holiday or a live bar, from that day on
+    if gap > 1.5 * DAY:  # weeks: where a holiday or a live bar moved the last off the usual day, from that day on
         phases, counts = np.unique(recent % gap, return_counts=True)
         late = (last - int(phases[counts.argmax()])) % gap
-        return last - (late if HOUR < late < gap - HOUR else 0) + gap * np.arange(1, horizon + 1)
+        start = last - late if HOUR < late < gap - HOUR else last
+        return start + gap * np.arange(1, horizon + 1)
 
     past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
     seconds = recent % min(gap, HOUR)
     live = len(recent) > 9 and seconds[-1] not in seconds[-50:-1]
     if live:
         past = past[:-1]
-    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # no grid: the nearest times of one
+    if len(np.unique(seconds)) > 10 + len(seconds) // 20:  # bars at any second: on a grid instead
         past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
-    zone = _market_zone(past)
     after = last if live else last + gap // 2  # no bar comes sooner
+
+    zone = _market_zone(past)
     local = past + _ahead_of_utc(zone, past)
     local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
     stamps = _coming(local, gap, local_after, DAY)
     if len(stamps) <= horizon:
-        stamps = _coming(local, gap, local_after, WEEK)
-        n = np.arange(horizon + len(stamps))  # one week behind the other
-        stamps = stamps[n % len(stamps)] + n // len(stamps) * WEEK
+        week = _coming(local, gap, local_after, WEEK)
+        n = np.arange(horizon + len(week))  # one week behind the other
+        stamps = week[n % len(week)] + n // len(week) * WEEK
     stamps = np.unique(stamps - _ahead_of_utc(zone, stamps))
     return stamps[stamps > after][:horizon]
 
@@ -658,23 +665,23 @@ def _coming(past, gap, after, span):
     """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
     found, weeks = past[:0], []
     for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        first, last, end = np.searchsorted(past, [after - back, after - back + span, after - back + WEEK], side="right")
+        first, last, end = np.searchsorted(past, np.array([0, span, WEEK]) + after - back, side="right")
         if end > first:  # a week with a bar
             found, weeks = np.append(found, past[first:last] + back), [*weeks, back]
     stamps, count = np.unique(found, return_counts=True)
-    could = sum((stamps - back >= past[0] for back in weeks), np.zeros(len(stamps), int))
-    stamps = stamps[3 * count >= could]
+    possible = np.sum([stamps - back >= past[0] for back in weeks], axis=0)
+    stamps = stamps[3 * count >= possible]
 
     unseen = past[0] + WEEK  # up to here nothing was seen
     if unseen > after:
         if past[-1] - past[0] < DAY:
-            day = past[-1] + gap * np.arange(1, WEEK // gap + 1)
+            more = past[-1] + gap * np.arange(1, WEEK // gap + 1)
         else:
             clocks = np.unique(past[past > past[-1] - WEEK] % DAY)
-            day = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
-        has_weekends = (past // DAY + 3) % 7 == 5
-        day = day[((day // DAY + 3) % 7 < 5) | has_weekends.any()]
-        stamps = np.union1d(stamps, day[(day > after) & (day <= after + span) & (day < unseen)])
+            more = (after // DAY * DAY + DAY * np.arange(8)[:, None] + clocks).ravel()
+        if 5 not in (past // DAY + 3) % 7:  # no Saturday
+            more = more[(more // DAY + 3) % 7 < 5]
+        stamps = np.union1d(stamps, more[(more > after) & (more <= after + span) & (more < unseen)])
     if not len(stamps) and span == WEEK:
         return past[-1] + gap * np.arange(1, WEEK // gap + 2)
     return stamps
@@ -682,8 +689,7 @@ def _coming(past, gap, after, span):
 
 def _market_zone(past):
     """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    ends = past[[0, -1]]
-    if all(np.ptp(_ahead_of_utc(zone, ends)) == 0 for zone in MARKET_ZONES):
+    if all(np.ptp(_ahead_of_utc(zone, past[[0, -1]])) == 0 for zone in MARKET_ZONES):  # no clock changed
         return "UTC"
     quarters = np.unique(past // 900) * 900
 
@@ -714,16 +720,20 @@ def _ahead_on(zone, day):
 
 def _coming_months(recent, gap, horizon):
     """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
-    seconds = lambda month: month.astype("datetime64[s]").astype(np.int64)
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since, left = recent - seconds(month), seconds(month + 1) - recent
+    since, left = recent - _begin(month), _begin(month + 1) - recent  # seconds from the month's start, to its end
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
-    stamps = seconds(months + 1) - left[last]
-    if left[last] > DAY:
-        stamps = np.minimum(seconds(months) + since[last], seconds(months + 1) - DAY + since[last] % DAY)
+    if left[last] <= DAY:  # the last day
+        stamps = _begin(months + 1) - left[last]
+    else:                  # or that one where the month is too short
+        stamps = np.minimum(_begin(months) + since[last], _begin(months + 1) - DAY + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
+
+
+def _begin(months):
+    return months.astype("datetime64[s]").astype(np.int64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -765,9 +775,12 @@ MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volum
 INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
 FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
-WIDE = [re.compile(form, re.I) for form in (f"{FIELD}{BETWEEN}(?P<ticker>.+)", f"(?P<ticker>.+?){BETWEEN}{FIELD}")]
+FIELD_FIRST = re.compile(f"{FIELD}{BETWEEN}(?P<ticker>.+)", re.I)
+TICKER_FIRST = re.compile(f"(?P<ticker>.+?){BETWEEN}{FIELD}", re.I)
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+DELIMITERS = ",;\t| "
 FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
+NO_BAR = "there is no bar to read: check the columns"
 MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
 MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
@@ -863,8 +876,50 @@ def _symbols(paths):
     stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
     undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
     count = Counter(undated.values())
-    stems |= {path: re.sub(interval, "", name, flags=re.I) for path, name in undated.items() if count[name] > 1}
+    for path, name in undated.items():
+        if count[name] > 1:
+            stems[path] = re.sub(interval, "", name, flags=re.I)
     return {path: printable(stem.strip()) for path, stem in stems.items()}
+
+
+# -- one file
+
+def _read_csv(path, symbol):
+    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
+    table = _table(path)
+    tickers = list(dict.fromkeys(filter(None, table.tickers))) or [""]
+    parts = {ticker: _columns(table, ticker) for ticker in tickers}
+    numbers = {i for columns in parts.values() for column, i in columns.items() if column in COLUMNS}
+    words = {i for columns in parts.values() for column, i in columns.items() if column not in COLUMNS}
+    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
+    dates = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
+    if 0 in free and table.fields[0] == "":
+        dates.append(0)  # pandas writes its index without a name
+    if not dates:
+        raise table.error(table.first, "no column 'time' in the header; give that name to the one it is")
+
+    cells, reasons = _cells(table, numbers, words | {*dates, *clocks})
+    if not len(cells[dates[0]]):
+        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; {NO_BAR}")
+    if len(reasons) == len(cells[dates[0]]):
+        raise table.error(table.line(0), f"{reasons[0]}; {NO_BAR}")
+    time, at = _times(table, cells, dates, clocks)
+    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    for row in np.flatnonzero(np.isnan(time)).tolist():
+        prices = [values[columns[c]][row] for columns in parts.values() for c in PRICES]
+        if not np.isnan(prices).all():
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
+    series = []
+    for ticker, columns in parts.items():
+        nothing = np.full(len(time), np.nan)
+        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])         # (6, rows)
+        _check_columns(table, columns, cells, ohlcva)
+        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
+        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
+    if not series:
+        raise table.error(table.line(0), f"no row has a price; {NO_BAR}")
+    return series
 
 
 # -- bytes -> text
@@ -909,7 +964,10 @@ def _decoded(raw):
     raw = raw.rstrip(b"\0")  # the machine died while it wrote
     with contextlib.suppress(UnicodeDecodeError):
         return raw.decode("utf-8-sig")
-    known = lambda text: max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+
+    def known(text):
+        return max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+
     return max((raw.decode(name, "replace") for name in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
 
 
@@ -926,10 +984,13 @@ class Table:
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
-    line_of: np.ndarray | None = None  # line of each row, from 1; None: rows are the lines that are not empty
+    line_of: list[int] | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     def say(self, text):
         print(f"{self.path}: {text}", file=sys.stderr)
+
+    def error(self, line, text):
+        return UserError(f"{self.path}:{line}: {text}")
 
     def line(self, row):
         """The line of a row, from 1, for messages."""
@@ -951,7 +1012,9 @@ def _fold(name):
         return "volumemoney" if unit in MONEY else "volumecoin"
     folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
     when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
-    return when if when in HEADERS["time"] else folded.removeprefix("price").removesuffix("price") or folded
+    if when in HEADERS["time"]:
+        return when
+    return folded.removeprefix("price").removesuffix("price") or folded
 
 
 def _n_known(fields):
@@ -966,69 +1029,87 @@ def _split(line, delimiter):
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
-def _names(cells):
-    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
-    fields = [_fold(cell) for cell in cells]
-    if _n_known(fields) < 3:
-        texts = [cell.strip(" '\"()") for cell in cells]
-        parts = [WIDE[0].fullmatch(text) or WIDE[1].fullmatch(text) for text in texts]
-        if _n_known(_fold(part["field"]) for part in parts if part) >= 4:
-            tickers = {part["ticker"] for part in parts if part}
-            rest = dict.fromkeys(HEADERS["volume"], "".join(tickers)) if len(tickers) == 1 else {}
-            return [(_fold(p["field"]), p["ticker"]) if p else (f, rest.get(f, "")) for p, f in zip(parts, fields)]
-    return [(field, "") for field in fields]
-
-
 def _table(path):
-    """Find the delimiter and the header: what makes most names of columns known, in the first lines of the file."""
+    """The lines and columns of a file: its header is what makes most names of columns known, and more than one."""
     lines = _text(path).split("\n")
     filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
-    most = 1
-    for delimiter, k in ((delimiter, k) for delimiter in ",;\t| " for k in filled):
-        names = _names(_split(lines[k], delimiter))
-        known = _n_known(field for field, _ in names) if len(names) > 4 else 0
+    most, found = 1, None
+    for delimiter, k in itertools.product(DELIMITERS, filled):
+        named = _names(_split(lines[k], delimiter))
+        known = _n_known(field for field, _ in named) if len(named) > 4 else 0
         if known > most:
-            most, at, best, found = known, k, delimiter, names
+            most, found = known, (delimiter, k, named)
         if known > 4:
             break
-    if most == 1:
+    if not found:
         return _without_header(path, lines, filled)
-    if best == " ":
-        lines, best = ["\t".join(_split(line, " ")) for line in lines], "\t"
-    cells = [printable(cell.strip()) for cell in _split(lines[at], best)]
-    table = Table(path, lines, best, at + 1, cells, *map(list, zip(*found)))
-    nearby = filled[filled.index(at) + 1:][:1] + filled[:filled.index(at)][-1:]
-    for k in nearby if not any(table.tickers) else ():  # a header in two rows, one with symbols, as yfinance writes it
-        corner, *tickers = [cell.strip() for cell in _split(lines[k], best)]
-        fits = len(tickers) == len(cells) - 1 and _fold(corner) in ("", "ticker", "price", "symbol")
-        if fits and all(tickers) and not any(map(_is_number, tickers)) and all(
-                _n_known(f for f, t in zip(table.fields[1:], tickers) if t == ticker) >= 4
-                for ticker in set(tickers)):  # not so a row of units
-            table.tickers, table.first = ["", *tickers], max(at, k) + 1
-            below = _split("".join(lines[table.first:table.first + 1]), best)
-            table.first += bool(below) and not any(below[1:])  # a third row that names the column of dates
-            break
-    if any(table.tickers) and table.fields[0] in ("price", "ticker"):
-        table.fields[0] = ""  # what yfinance calls its column of dates
+    delimiter, at, named = found
+    if delimiter == " ":
+        lines, delimiter = ["\t".join(_split(line, " ")) for line in lines], "\t"
+    cells = [printable(cell.strip()) for cell in _split(lines[at], delimiter)]
+    fields, tickers = [field for field, _ in named], [ticker for _, ticker in named]
+    table = Table(path, lines, delimiter, at + 1, cells, fields, tickers)
+    if not any(tickers):
+        above, below = [k for k in filled if k < at], [k for k in filled if k > at]
+        _find_tickers(table, at, below[:1] + above[-1:])
     return table
+
+
+def _names(cells):
+    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
+    fields = [_fold(cell) for cell in cells]
+    named = [(field, "") for field in fields]
+    if _n_known(fields) > 2:
+        return named
+    texts = [cell.strip(" '\"()") for cell in cells]
+    parts = [FIELD_FIRST.fullmatch(text) or TICKER_FIRST.fullmatch(text) for text in texts]
+    if _n_known(_fold(part["field"]) for part in parts if part) < 4:
+        return named
+    tickers = {part["ticker"] for part in parts if part}
+    for i, (part, field) in enumerate(zip(parts, fields)):
+        if part:
+            named[i] = (_fold(part["field"]), part["ticker"])
+        elif len(tickers) == 1 and field in HEADERS["volume"]:  # A.Open,A.High,A.Low,A.Close,Volume
+            named[i] = (field, *tickers)
+    return named
+
+
+def _find_tickers(table, at, nearby):
+    """Where one of the lines nearby is a second row of the header, with symbols, as yfinance writes it: note them."""
+    for k in nearby:
+        corner, *tickers = [cell.strip() for cell in _split(table.lines[k], table.delimiter)]
+        if len(tickers) != len(table.names) - 1 or _fold(corner) not in ("", "ticker", "price", "symbol"):
+            continue
+        of_each = [[f for f, t in zip(table.fields[1:], tickers) if t == ticker] for ticker in set(tickers)]
+        if min(map(_n_known, of_each)) < 4:
+            continue  # a row of units
+        table.tickers, table.first = ["", *tickers], max(at, k) + 1
+        table.fields[0] = ""  # the dates, below a name that is none
+        third = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
+        if third and not any(third[1:]):
+            table.first += 1  # it names the column of dates
+        return
 
 
 def _without_header(path, lines, filled):
     """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
-    for delimiter in ",;\t| ":
-        numbered = len(filled) > 1 and _split(lines[filled[0]], delimiter)[:5] == ["0", "1", "2", "3", "4"]  # by pandas
-        first = filled[numbered]
+    for delimiter in DELIMITERS:
+        first = filled[0]
+        if len(filled) > 1 and _split(lines[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:
+            first = filled[1]  # pandas numbered the columns
         cells = [cell.strip() for cell in _split(lines[first], delimiter)]
         fields = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
         at = len(fields)
         fields += ["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"]
         rest = [cell if delimiter == "," else cell.replace(",", ".") for cell in cells[len(fields):]]
-        fields = BINANCE[:] if len(cells) == 12 else fields + [*PRICES, "volume", ""][:len(rest)]
-        numbers = len(rest) >= 5 and all(map(_is_number, rest))
-        if len(fields) == len(cells) and numbers and (_is_number(cells[at]) or STAMP.fullmatch(cells[at])):
-            return Table(path, lines, delimiter, first, fields[:], fields, [""] * len(fields), has_header=False)
+        fields += [*PRICES, "volume", ""][:len(rest)]
+        if len(cells) == len(BINANCE):
+            fields = list(BINANCE)
+        if len(fields) == len(cells) and len(rest) >= 5 and all(map(_is_number, rest)):
+            tickers = [""] * len(fields)
+            return Table(path, lines, delimiter, first, list(fields), fields, tickers, has_header=False)
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -1038,14 +1119,14 @@ def _columns(table, ticker):
     fields = [table.fields[i] for i in own]
     columns = {}
     for column in (*COLUMNS, "symbol", "interval"):
-        free = [name for name in HEADERS[column] if name in fields and own[fields.index(name)] not in columns.values()]
-        if not free and column in PRICES:
-            raise UserError(f"{table.path}:{table.first}: no column {column!r} in the header; "
-                            f"give that name to the one it is")
-        if free and fields.count(free[0]) > 1:
-            raise UserError(f"{table.path}:{table.first}: two columns {free[0]!r} in the header; keep one of them")
-        if free:
-            columns[column] = own[fields.index(free[0])]
+        found = [(name, own[fields.index(name)]) for name in HEADERS[column] if name in fields]
+        found = [(name, i) for name, i in found if i not in columns.values()]
+        if found:
+            name, columns[column] = found[0]
+            if fields.count(name) > 1:
+                raise table.error(table.first, f"two columns {name!r} in the header; keep one of them")
+        elif column in PRICES:
+            raise table.error(table.first, f"no column {column!r} in the header; give that name to the one it is")
     return columns
 
 
@@ -1082,21 +1163,21 @@ def _cells(table, numbers, texts):
             elif len(row) == n_columns - 1 and not table.names[-1]:
                 row.append("")  # or behind the last name
             fits = len(row) == n_columns
-            if not (fits and row[price][:1].isdecimal()):
+            if not fits or not row[price][:1].isdecimal():  # perhaps no row of a bar
                 filled = [cell for cell in row if cell.strip()]
-                alone = len(filled) == 1 and not fits and not _is_number(filled[0])
-                if not filled or alone or filled[0].startswith(("#", "//")):
+                is_note = len(filled) == 1 and not fits and not _is_number(filled[0])
+                if not filled or is_note or filled[0].startswith(("#", "//")):
                     continue
                 if fits and _fold(row[price]) == table.fields[price]:
-                    continue
-                if not fits:
-                    reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
-                    row = [""] * n_columns
+                    continue  # the header again
+            if not fits:
+                reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
+                row = [""] * n_columns
             rows.append(row)
             table.line_of.append(table.first + line)
     except csv.Error as e:
         line = table.line_of[-1] if table.line_of else table.first
-        raise UserError(f"{table.path}:{line + 1}: not a CSV row ({e}); mend or remove it")
+        raise table.error(line + 1, f"not a CSV row ({e}); mend or remove it")
     return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
 
 
@@ -1118,17 +1199,19 @@ def _numbers(table, cells, reasons):
         return {i: np.array(column, np.float64) for i, column in cells.items()}
     plain = {i: APOSTROPHE.sub("", "\0".join(c).lower().translate(NOISE)).split("\0") for i, c in cells.items()}
     distinct = {c for column in plain.values() for c in column}
-    votes = [sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER]
-    by_comma = table.delimiter != "," and any("," in c for c in distinct)  # "14,300" beside semicolons is 14.3
+    by_point, by_comma = (sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER)
     few = 0.02 * len(distinct)  # a mistyped cell or two decide nothing
-    comma = votes[1] - votes[0] > (-few if by_comma else few)
+    if table.delimiter != "," and any("," in c for c in distinct):
+        few = -few  # "14,300" beside semicolons is 14.3
+    comma = by_comma - by_point > few
     values = {"nan": np.nan}
     for text in distinct:
         found = NUMBER[comma].fullmatch(text)
         power = SUFFIX.get(found[2].rstrip(".")) if found else None
-        if power is not None and any(map(str.isdigit, text)) and not (power and "e" in found[1]):
-            digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
-            values[text] = float(digits + power)
+        if power is None or not any(map(str.isdigit, text)) or (power and "e" in found[1]):
+            continue
+        digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
+        values[text] = float(digits + power)
     for i, column in plain.items():
         for row, text in enumerate(column):
             if text not in values:
@@ -1161,6 +1244,31 @@ def parse_time(text):
     return float(_dates([str(text)])[0][0])
 
 
+def _times(table, cells, dates, clocks):
+    """(UTC seconds of each row, index of the column): of the columns `dates` the most distinct that holds dates.
+
+    Dates without a clock take it from one of the columns `clocks`.
+    """
+    most, why = 0, ""
+    for i in dates:
+        seconds, reason = _dates(cells[i])
+        good = np.isfinite(seconds)
+        distinct = len(np.unique(seconds[good])) if len(dates) > 1 else 1
+        if good.mean() < 0.5:
+            if not why or "may be" in reason:
+                cell = next(filter(None, cells[i]), "")
+                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
+        elif distinct > most:
+            best, most, at = seconds, distinct, i
+    if not most:
+        raise table.error(table.line(0), f"{why}; give dates with their clock, best as 2024-03-04 14:30")
+    if (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks if i != at)
+        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
+    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
+    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
+
+
 def _dates(cells):
     """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells.
 
@@ -1185,7 +1293,7 @@ def _dates(cells):
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
-    seconds = seconds[day_of] + (_clock([clock or "00:00" for clock in clocks]) if any(clocks) else 0)
+    seconds = seconds[day_of] + _clock([clock or "00:00" for clock in clocks])
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
         seconds[rows] -= _ahead(zone, seconds[rows])
@@ -1197,8 +1305,9 @@ def _day(text, formats):
     for form in formats:
         with contextlib.suppress(ValueError):
             day = datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC)
-            if 1770 <= day.year < 2200 and not ("%y" in form and day.timestamp() > time.time() + 2 * DAY):
-                return day.timestamp()  # 31/01/20 is no day of 2031
+            is_future = day.timestamp() > time.time() + 2 * DAY
+            if 1770 <= day.year < 2200 and not ("%y" in form and is_future):  # 31/01/20 is no day of 2031
+                return day.timestamp()
     return np.nan
 
 
@@ -1215,13 +1324,13 @@ def _clock(cells):
             values *= 100
         elif top > 240000:  # with milliseconds
             values //= 1000
-    else:
-        for k, found in enumerate(map(CLOCK.fullmatch, texts)):
-            if found:
-                hour, half = int(found[1]), (found[4] or "").lower()
-                if half:  # 12 am is 0, 12 pm is 12
-                    hour = hour % 12 + 12 * (half == "p") if 1 <= hour <= 12 else 99
-                values[k] = hour * 10000 + int(found[2] or 0) * 100 + int(found[3] or 0)
+        return _of_hhmmss(values)[which]
+    for k, found in enumerate(map(CLOCK.fullmatch, texts)):
+        if found:
+            hour, half = int(found[1]), (found[4] or "").lower()
+            if half:  # 12 am is 0, 12 pm is 12
+                hour = hour % 12 + 12 * (half == "p") if 1 <= hour <= 12 else 99
+            values[k] = hour * 10000 + int(found[2] or 0) * 100 + int(found[3] or 0)
     return _of_hhmmss(values)[which]
 
 
@@ -1235,7 +1344,8 @@ def _ahead(zone, seconds):
     """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is unknown."""
     offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
     if offset:
-        return int(f"{offset[1] or ''}1") * (int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60)
+        size = int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60
+        return -size if offset[1] == "-" else size
     try:
         zone = zoneinfo.ZoneInfo(zone)
     except (KeyError, ValueError, OSError):
@@ -1280,7 +1390,7 @@ def _epoch(values):
     size = np.quantile(sample, 0.95, method="lower")  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    is_windows = unit == 1e9 and (6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17)  # 100 ns from year 1, or from 1601
+    is_windows = 6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17  # 100 ns from year 1, or from 1601
     is_1970 = unit == 1 and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
     if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         return values * np.nan
@@ -1293,95 +1403,37 @@ def _told_apart(readings, prefer=None):
     fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
     name, *others = [name for name in readings if fits[name] == max(fits.values())]
     for other in others:
-        differ = np.flatnonzero((readings[name] != readings[other]) & np.isfinite(readings[name]))
-        if not len(differ):
-            continue
-        if prefer not in (name, other):
-            one, two = (iso(readings[reading][differ[0]]) for reading in (name, other))
-            return readings[name] * np.nan, f"it may be {one} ({name}) or {two} ({other}), as may all others here"
-        name = prefer
+        differ = (readings[name] != readings[other]) & np.isfinite(readings[name])
+        if differ.any() and prefer in (name, other):
+            name = prefer
+        elif differ.any():
+            k = np.argmax(differ)
+            texts = [iso(s) if np.isfinite(s) else "none" for s in (readings[name][k], readings[other][k])]
+            why = f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here"
+            return readings[name] * np.nan, why
     return readings[name], ""
-
-
-def _times(table, cells, named, clocks):
-    """(UTC seconds of each row, index of the column): of the columns `named` the most distinct that holds dates.
-
-    Dates without a clock take it from one of the columns `clocks`.
-    """
-    most, why = 0, ""
-    for i in named:
-        seconds, reason = _dates(cells[i])
-        good = np.isfinite(seconds)
-        distinct = len(np.unique(seconds[good])) if len(named) > 1 else 1
-        if good.mean() < 0.5:
-            if not why or "may be" in reason:
-                cell = next(filter(None, cells[i]), "")
-                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
-        elif distinct > most:
-            best, most, at = seconds, distinct, i
-    if not most:
-        raise UserError(f"{table.path}:{table.line(0)}: {why}; give dates with their clock, best as 2024-03-04 14:30")
-    if (best[np.isfinite(best)] % DAY == 0).all():
-        found = (_clock(cells[i]) for i in clocks if i != at)
-        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
-    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
-    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
 
 
 # -- columns -> bars
 
-def _read_csv(path, symbol):
-    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
-    table = _table(path)
-    parts = {ticker: _columns(table, ticker) for ticker in list(dict.fromkeys(filter(None, table.tickers))) or [""]}
-    numbers = {columns[c] for columns in parts.values() for c in COLUMNS if c in columns}
-    words = {columns[c] for columns in parts.values() for c in ("symbol", "interval") if c in columns}
-    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
-    named, clocks = ([i for name in HEADERS[c] for i in free if table.fields[i] == name] for c in ("time", "clock"))
-    named += [0] if 0 in free and table.fields[0] == "" else []  # pandas writes its index without a name
-    if not named:
-        raise UserError(f"{path}:{table.first}: no column 'time' in the header; give that name to the one it is")
-
-    cells, reasons = _cells(table, numbers, words | {*named, *clocks})
-    if len(reasons) == len(cells[named[0]]):
-        line, why = (table.line(0), reasons[0]) if reasons else (table.first + 1, "no rows after the header")
-        raise (UserError if reasons else _NoBars)(f"{path}:{line}: {why}; there is no bar to read: check the columns")
-    time, at = _times(table, cells, named, clocks)
-    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
-    for row in np.flatnonzero(np.isnan(time)).tolist():
-        if not all(np.isnan(values[columns[c]][row]) for columns in parts.values() for c in PRICES):
-            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
-    series = []
-    for ticker, columns in parts.items():
-        nothing = np.full(len(time), np.nan)
-        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])
-        _check_columns(table, columns, cells, ohlcva)
-        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
-        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
-    if not series:
-        raise UserError(f"{path}:{table.line(0)}: no row has a price; there is no bar to read: check the columns")
-    return series
-
-
 def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
-    path, names = table.path, table.names
+    names = table.names
     _, high, low, close, volume, amount = ohlcva
     intervals = sorted({printable(cell.strip()) for cell in cells.get(columns.get("interval"), ())})
     if len(intervals) > 1:
-        raise UserError(f"{path}:{table.first}: bars of several intervals ({', '.join(intervals[:4])}) in the column "
-                        f"{names[columns['interval']]!r}; keep one of them a file")
+        column = names[columns["interval"]]
+        raise table.error(table.first, f"bars of several intervals ({', '.join(intervals[:4])}) in the column "
+                                       f"{column!r}; keep one of them a file")
     like_price = ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9
     if like_price and not table.has_header and len(names) != len(BINANCE):
-        raise UserError(f"{path}:{table.first + 1}: no header, and the column behind the close looks like a price; "
-                        f"{FIRST_LINE}")
-    if "amount" in columns:
-        base = volume * close if "volume" in columns else np.ones(len(amount))
-        traded = (amount > 0) & (base > 0)
-        ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
-        if not (1e-4 if "volume" in columns else 1) <= ratio <= 1e6:  # lots of 100, money in thousands
-            amount[:] = np.nan
-            table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
+        raise table.error(table.first + 1, f"no header, and the column behind the close looks like a price; {FIRST_LINE}")
+    base, least = (volume * close, 1e-4) if "volume" in columns else (np.ones(len(amount)), 1)
+    traded = (amount > 0) & (base > 0)
+    ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
+    if not least <= ratio <= 1e6:  # lots of 100, money in thousands
+        amount[:] = np.nan
+        table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
     if "volume" not in columns:
         known = {name for names in HEADERS.values() for name in names}
         others = [repr(name) for name, field in zip(names, table.fields) if name.strip() and field not in known]
@@ -1407,9 +1459,9 @@ def _bars(table, symbols, time, ohlcva, reasons):
     names, code = np.unique(symbols, return_inverse=True)
     code = np.broadcast_to(code, len(time))
     step, same = np.diff(time), code[1:] == code[:-1]
-    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
-    far = same & (np.abs(step) > 360 * DAY)  # a mistyped year: there and back
-    for row in (np.flatnonzero(far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)) + 1).tolist():
+    far = same & (np.abs(step) > 360 * DAY)
+    there_and_back = far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)  # a mistyped year
+    for row in (np.flatnonzero(there_and_back) + 1).tolist():
         reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
     empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
     empty[list(reasons)] = False
@@ -1418,12 +1470,13 @@ def _bars(table, symbols, time, ohlcva, reasons):
     if empty.any() and not any(table.tickers):
         table.say(f"{empty.sum()} of {len(empty)} rows have no price: no bars")
     row = np.arange(len(time))
+    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
     if empty.any() or not in_order:
         row = np.lexsort((time, code))  # stable: of equal times the last stays last
         row = row[~empty[row]]
     time, code, ohlcva = time[row], code[row], ohlcva[:, row]
     _mend(table, ohlcva, code)
-    good = _good(table, row, time, ohlcva, reasons)
+    good = _good(table, row, ohlcva, reasons)
     row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
     last = _latest(table, names, row, time, code, ohlcva)
     time, code, ohlcva = time[last], code[last], ohlcva[:, last]
@@ -1448,12 +1501,11 @@ def _mend(table, ohlcva, code):
     np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
 
 
-def _faults(time, ohlcva):
+def _faults(ohlcva):
     """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
     bottom, top = np.minimum(o, c), np.maximum(o, c)
     least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
-    yield np.isnan(time), "time is no date"
     yield np.isnan(least), "a price is missing"
     yield least <= 0, "a price is zero or negative"
     yield (least < 1e-30) | (most > 1e30), "a price is not a finite number, or outside of 1e-30 to 1e30"
@@ -1464,10 +1516,10 @@ def _faults(time, ohlcva):
     yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
 
 
-def _good(table, row, time, ohlcva, reasons):
+def _good(table, row, ohlcva, reasons):
     """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
     bad = np.isin(row, list(reasons))
-    for failed, why in _faults(time, ohlcva):
+    for failed, why in _faults(ohlcva):
         reasons |= {k: why for k in row[failed & ~bad].tolist()}
         bad |= failed
     n_bad = int(bad.sum())
@@ -1488,10 +1540,11 @@ def _latest(table, names, row, time, code, ohlcva):
     worst = int(np.argmax(lost / np.maximum(rows, 1)))
     if lost[worst] > MAX_BAD * rows[worst]:
         k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
-        raise UserError(f"{table.path}:{table.line(row[k + 1])}: {lost[worst]} of {rows[worst]} rows of {names[worst]} "
-                        f"have the time of another, as {iso(time[k])} in line {table.line(row[k])}. Several symbols, "
-                        f"contracts, exchanges or intervals in one file? Keep one a file, or name their column symbol. "
-                        f"Times rounded by a spreadsheet? Export them in full")
+        raise table.error(table.line(row[k + 1]),
+                          f"{lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of another, as "
+                          f"{iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or "
+                          f"intervals in one file? Keep one a file, or name their column symbol. Times rounded by a "
+                          f"spreadsheet? Export them in full")
     if lost.any():
         table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
     return ~again
@@ -1545,8 +1598,9 @@ def _open_folder(folder):
     try:
         with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
             names = json.load(f)
-        is_symbol = lambda name: isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()
-        if not isinstance(names, list) or not names or not all(map(is_symbol, names)) or len(set(names)) < len(names):
+        listed = names if isinstance(names, list) else []
+        good = {name for name in listed if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()}
+        if not good or len(good) < len(names):
             raise ValueError("symbols.json is no list of different symbols")
         return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
@@ -1554,17 +1608,18 @@ def _open_folder(folder):
         raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
 
 
-def _open_series(stem, symbol, piece=1 << 16):
+def _open_series(stem, symbol):
     """Bars of a folder; ValueError for arrays that are none. Reads them once, piece by piece."""
-    time, ohlcva = (np.load(f"{stem}.{kind}.npy", mmap_mode="r") for kind in ("time", "ohlcva"))
+    time, ohlcva = np.load(stem + ".time.npy", mmap_mode="r"), np.load(stem + ".ohlcva.npy", mmap_mode="r")
     fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
     if not fits or not len(time):
         raise ValueError(f"{symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    piece = 1 << 16
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
         if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
             raise ValueError(f"{symbol}: its times do not rise")
-        for failed, why in _faults(stamps[:piece], np.asarray(ohlcva[i:i + piece]).T):
+        for failed, why in _faults(np.asarray(ohlcva[i:i + piece]).T):
             if failed.any():
                 raise ValueError(f"{symbol}: bar {i + int(np.argmax(failed))}: {why}")
     return Bars(symbol, time, ohlcva)
@@ -1592,6 +1647,14 @@ def fingerprint(series) -> str:
 
 # -- files that survive a kill
 
+def save_atomic(obj, path):
+    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
+    buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
+    torch.save(obj, buffer)
+    with write_atomic(path) as f:
+        f.write(buffer.getbuffer())
+
+
 @contextlib.contextmanager
 def write_atomic(path, text=False):
     """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
@@ -1609,10 +1672,7 @@ def write_atomic(path, text=False):
             with open(path if stream is None else os.dup(stream), **how) as f:
                 yield f
             return
-        for stale in temporaries(target):  # of runs that were killed an hour and more ago
-            with contextlib.suppress(OSError):
-                if time.time() - os.path.getmtime(stale) > 3600:
-                    os.unlink(stale)
+        _remove_temporaries(target, older_than=HOUR)
         with open(temporary, **how) as f:
             yield f
             f.flush()
@@ -1634,6 +1694,14 @@ def write_atomic(path, text=False):
             os.unlink(temporary)  # there only if something went wrong
 
 
+def _remove_temporaries(target, older_than):
+    """Remove what writers of `target` left that were killed, if it is so many seconds old."""
+    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(name) > older_than:
+                os.unlink(name)
+
+
 def _own_stream(path):
     """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -1641,14 +1709,6 @@ def _own_stream(path):
             if os.path.samestat(os.stat(path), os.fstat(number)):
                 stream.flush()
                 return number
-
-
-def save_atomic(obj, path):
-    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
-    buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
-    torch.save(obj, buffer)
-    with write_atomic(path) as f:
-        f.write(buffer.getbuffer())
 
 
 def load_safe(path):
@@ -1688,11 +1748,6 @@ def _tensors_in(obj):
             yield from _tensors_in(part)
 
 
-def temporaries(target):
-    """The files that writers of `target` have begun and not renamed."""
-    return glob.glob(glob.escape(target) + ".*-*.tmp")
-
-
 @contextlib.contextmanager
 def sole_writer(path):
     """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
@@ -1701,22 +1756,19 @@ def sole_writer(path):
     """
     target, lock = os.path.realpath(path), None
     name = target + ".lock"
-    if fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target)):
-        with contextlib.suppress(OSError):  # where nothing can be written or locked; check_out says so
-            lock = open(name, "a")
-    while lock:
+    asks = fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target))
+    while asks:
         try:
+            lock = open(name, "a")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: another run is writing it; wait for its end, or choose another --out")
         except OSError:
-            break  # a disk without locks
+            break  # nothing can be written or locked there; check_out says so
         if os.path.exists(name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
-            for stale in temporaries(target):  # of a writer that was killed: there is no other now
-                with contextlib.suppress(OSError):
-                    os.unlink(stale)
+            _remove_temporaries(target, older_than=-np.inf)  # there is no other writer now
             break
-        lock = open(name, "a")  # the one before was removed by its holder, which has just ended
+        # else its holder has just ended and removed it: again
     try:
         yield
     finally:
@@ -1785,8 +1837,8 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor what is measured: some are three times as fast with bf16, some
-    slower. Keep the name in the checkpoint, so that a resumed run has the same.
+    On a GPU bf16 where it has it, else fp16. On a processor what is measured: some are three times as fast with bf16,
+    some slower. Keep the name in the checkpoint, so that a resumed run has the same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
@@ -1798,14 +1850,14 @@ def pick_dtype(name, device):
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
 
 
-def bf16_gain(rows=4096, n=128, rounds=3):
-    """How many times as fast as in float32 this processor maps rows [rows, n] to 4 n and back in bf16."""
+def bf16_gain():
+    """How many times as fast as in float32 this processor maps 4,096 rows of 128 numbers to 512 and back in bf16."""
     least = {}
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            x, up, down = (torch.ones(shape, dtype=dtype) for shape in ((rows, n), (n, 4 * n), (4 * n, n)))
+            x, up, down = (torch.ones(shape, dtype=dtype) for shape in ((4096, 128), (128, 512), (512, 128)))
             times = []
-            for _ in range(rounds):
+            for _ in range(3):
                 began = time.perf_counter()
                 x.float().to(dtype) @ up @ down
                 times.append(time.perf_counter() - began)
@@ -1860,18 +1912,15 @@ def cli(config_class, doc, argv=None) -> dict:
         kind, default = field.type, field.default
         if type(None) in typing.get_args(kind):  # X | None
             kind = typing.get_args(kind)[0]
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        default = "" if default in (None, NO_DEFAULT) else f" (default {default})"
         how = dict(type=kind)
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is list:
             how = dict(action="extend", nargs="+", type=typing.get_args(kind)[0])
         elif typing.get_origin(kind) is tuple:
-            how = dict(type=_integers, metavar="N,N")
-        told = (comments.get(field.name, "") + default).replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=told, default=argparse.SUPPRESS, **how)
+            how, default = dict(type=_integers, metavar="N,N"), ",".join(map(str, default))
+        told = comments.get(field.name, "") + ("" if default is None else f" (default {default})")
+        parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
     return vars(parser.parse_args(argv))
 
 
