@@ -624,9 +624,9 @@ WEEKS = 5  # that tell when a market is open
 def future_times(time, horizon):
     """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed once the history has seen it
-    begin or end, holidays are not known. A last bar that is still live moves nothing. What a history of less than a
-    week has not seen is as its days were, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed where the last year saw it begin
+    or end, holidays are not known. A last bar that is still live moves nothing. What a history of less than a week has
+    not seen is as its days were, without weekends; one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
@@ -649,7 +649,7 @@ def future_times(time, horizon):
         past = np.unique(past // WEEK * WEEK + past % WEEK // gap * gap)
     after = last if live else last + gap // 2  # no bar comes sooner
 
-    zone = _market_zone(past)
+    zone = _market_zone(time, last)
     local = past + _ahead_of_utc(zone, past)
     local_after = after + int(_ahead_of_utc(zone, np.array([after]))[0])
     stamps = _coming(local, gap, local_after, DAY)
@@ -687,11 +687,21 @@ def _coming(past, gap, after, span):
     return stamps
 
 
-def _market_zone(past):
-    """The zone on whose clocks each week was most like the one before it; UTC where none is better."""
-    if all(np.ptp(_ahead_of_utc(zone, past[[0, -1]])) == 0 for zone in MARKET_ZONES):  # no clock changed
+def _market_zone(time, last):
+    """The zone on whose clocks each week was most like the one before it, around the last changes of the zones' clocks.
+
+    UTC where none is better.
+    """
+    weeks, near = last - WEEK * np.arange(53, -1, -1), [np.empty(0, np.int64)]
+    for zone in MARKET_ZONES:
+        changes = weeks[1:][np.diff(_ahead_of_utc(zone, weeks)) != 0]
+        for change in changes[-1:]:
+            first, end = np.searchsorted(time, [change - 4 * WEEK, change + 3 * WEEK])
+            quarter = np.asarray(time[first:end]) // 900
+            near.append(900 * quarter[np.diff(quarter, prepend=-1) != 0])
+    quarters = np.unique(np.concatenate(near))
+    if not len(quarters):
         return "UTC"
-    quarters = np.unique(past // 900) * 900
 
     def unlike(zone):
         local = quarters + _ahead_of_utc(zone, quarters)
@@ -745,7 +755,7 @@ def _begin(months):
 HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
     "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
             "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
-            "bardate tradingdate tradingday periodstart day trddt gmttime localtime utctime utc dtyyyymmdd unix "
+            "bardate tradingdate tradingday periodstart start day trddt gmttime localtime utctime utc dtyyyymmdd unix "
             "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
     "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
              "hora время 时间",
@@ -1014,7 +1024,8 @@ def _fold(name):
     when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
     if when in HEADERS["time"]:
         return when
-    return folded.removeprefix("price").removesuffix("price") or folded
+    in_money = re.fullmatch(rf"(\w+)price({'|'.join(MONEY)})", folded)      # openPriceUsd
+    return in_money[1] if in_money else folded.removeprefix("price").removesuffix("price") or folded
 
 
 def _n_known(fields):

@@ -1,4 +1,5 @@
 """Bars, features, splits and batches, against naive forms and against what users feed in."""
+import datetime
 import os
 import pickle
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+import zoneinfo
 
 import numpy as np
 import pytest
@@ -420,6 +422,15 @@ def test_holidays_of_the_past_close_no_day_to_come(dropped):
     history = time[(time < data.parse_time("2024-02-21 21:00")) & ((time < began) | (time >= ended))]
     came = time[time >= data.parse_time("2024-02-21 21:00")][:200]
     np.testing.assert_array_equal(data.future_times(history, 200), came)
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Europe/London", "Australia/Sydney", "Asia/Tokyo"])
+def test_a_change_of_the_clock_months_ago_is_remembered(zone):
+    """One stamp a day, at an exchange's opening: from a year's history on, the next change comes on its own day."""
+    zone, days = zoneinfo.ZoneInfo(zone), [datetime.date(2022, 1, 3) + datetime.timedelta(n) for n in range(900)]
+    time = np.array([int(datetime.datetime(d.year, d.month, d.day, 9, 30, tzinfo=zone).timestamp()) for d in days if d.weekday() < 5])
+    for end in range(300, 560, 20):
+        np.testing.assert_array_equal(data.future_times(time[:end], 60), time[end:end + 60])
 
 
 def test_a_change_of_the_clock_is_seen_beside_a_holiday_and_a_lone_session_is_no_habit():

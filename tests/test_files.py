@@ -129,6 +129,12 @@ def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
     assert words in str(e.value) and f"a.csv:2: time '{cells[0]}'" in str(e.value) and "\n" not in str(e.value)
 
 
+def test_prices_named_with_their_currency(tmp_path):
+    bars, = read(tmp_path, "datetime,openPriceUsd,closePriceUsd,highPriceUsd,lowPriceUsd,volume,marketcap\n"
+                           "2018-05-14 00:00:00+00:00,8713.1,8465.3,8813.2,8367.9,6.28e9,1.46e12\n")
+    assert bars.ohlcva[0, :5].tolist() == [8713.1, 8813.2, 8367.9, 8465.3, 6.28e9]
+
+
 @pytest.mark.parametrize("header, rows, want", [
     ("Date,Time", ["2020-01-02,14:30", "2020-01-02,14:31:30"], ["14:30", "14:31"]),
     ("Date,Time", ["2020-01-02,02:30 PM", "2020-01-02,12:01 AM"], ["00:01", "14:30"]),
@@ -149,6 +155,7 @@ def test_what_may_be_no_date_or_two_is_refused(tmp_path, cells, words):
     ("trade_date,minute", ["20200102,9:30", "20200102,9:31"], ["09:30", "09:31"]),
     ("Time (EET)", ["2020.01.02 11:30:00", "2020.01.02 11:31:00"], ["09:30", "09:31"]),
     (",bar_start", ["0,1577957400", "1,1577957460"], ["09:30", "09:31"]),
+    ("start,stop", ["1577957400000000000,1577957460000000000", "1577957460000000000,1577957520000000000"], ["09:30", "09:31"]),
 ])
 def test_a_date_takes_the_clock_beside_it(tmp_path, header, rows, want):
     [bars] = read(tmp_path, f"{header},open,high,low,close\n" + "".join(f"{row},1,3,0.5,2\n" for row in rows))
