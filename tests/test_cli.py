@@ -363,7 +363,7 @@ def test_val_among_the_bars_that_the_base_was_trained_on_is_refused_or_marked_fo
 def test_scores_of_weights_that_may_have_seen_the_dates_say_so(market, tmp_path, checkpoint, call):
     """Test earlier than that of the base: refused, or by --overlap marked in every score before that date, and not after it."""
     val, test = load_checkpoint(checkpoint)[2]["splits"]
-    when = {name: data.iso(t).replace(" ", "T") for name, t in (("early", test - 7200), ("late", test + 7200))}
+    when = {name: data.iso(t).replace(" ", "T") for name, t in (("early", test - 600), ("late", test + 600))}
     args = ["--data", market, "--steps", 1, "--batch_size", 2, "--block_size", 48, "--init_from", checkpoint, "--test_start", when["early"]]
     assert "chosen by" in complaint(call("pretrain", *args, "--out", tmp_path / "a.pt"))
     assert call("pretrain", *args, "--overlap", "--out", tmp_path / "a.pt")[0] == 0
