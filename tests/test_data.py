@@ -173,6 +173,7 @@ def test_no_generated_bar_moves_by_more_than_twice_the_widest_before_it():
     """The true range of the wildest bar whose s_t had settled, found bar by bar, or by way of the inverse; at least ten s_t."""
     for wild in (1.0, 40.0):
         bars = random_bars(400)
+        bars.ohlcva[4:, :4] *= 20       # before s_t has settled: does not count
         bars.ohlcva[200:, :4] *= np.exp(wild * data.scales(bars)[200])
         x, state = data.features(bars)
         s, c = data.scales(bars), bars.ohlcva[:, 3]
