@@ -442,9 +442,10 @@ def sees_study(argv):
     with torch.no_grad():
         x = model.embedding(*tokens.unbind(-1), pos, *model.clock(time, pos, 201))[0]      # [B, 201, C]
     x.requires_grad_(True)
-    layer = model.layers[0]
-    parts = [a.split(layer.shares) for a in layer.queries(x, model.rotation(pos, x.dtype))]
-    seen = [kind(*part)[0][:, :, t] for kind, *part in zip(layer.kinds, *parts)]            # [H, B, D] of each kind
+    seen = []
+    for kind in model.layers[0].kinds:
+        kind.register_forward_hook(lambda kind, given, out: seen.append(out[0][:, :, t]))  # [H, B, D]
+    model.layers[0](x, model.rotation(pos))
     seen.append(model.reasoner(x, phase=32 - t % 32 + 12)[0][:, t] - x[:, t])               # 12 bars after a border
     names = ["all the past, linear", *(f"the last {window} bars" for window in model.config.windows), "slots of the last border"]
     rows = []
