@@ -695,8 +695,8 @@ def _market_zone(time, last):
     weeks, near = last - WEEK * np.arange(53, -1, -1), [np.empty(0, np.int64)]
     for zone in MARKET_ZONES:
         changes = weeks[1:][np.diff(_ahead_of_utc(zone, weeks)) != 0]
-        for change in changes[-1:]:
-            first, end = np.searchsorted(time, [change - 4 * WEEK, change + 3 * WEEK])
+        if len(changes):
+            first, end = np.searchsorted(time, [changes[-1] - 4 * WEEK, changes[-1] + 3 * WEEK])
             quarter = np.asarray(time[first:end]) // 900
             near.append(900 * quarter[np.diff(quarter, prepend=-1) != 0])
     quarters = np.unique(np.concatenate(near))

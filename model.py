@@ -532,7 +532,7 @@ class Model(nn.Module):
         self.fine_given = mlp(n + n * n, C, C)
         self.fine_mix = linear(C, C)
         self.fine_head = mlp(n, C, C)
-        self.codes = None                           # see code_vectors
+        self.codes = {}                             # see kept
         heads = nn.ModuleList([self.coarse_head, self.fine_given, self.fine_head])
         self.code_weights = list(heads.parameters())
 
@@ -679,27 +679,31 @@ class Model(nn.Module):
 
     # ---- what it says
 
-    def code_vectors(self):
-        """The heads' vectors of every code: coarse [2^k1, C], given coarse [2^k1, C], fine [2^k2, C]; and moves().
+    def coarse_vectors(self):
+        """The coarse head's vector of every code: [2^k1, C], the only one of a list."""
+        return [centred(self.coarse_head(self.D1))]
 
-        Kept until a weight changes, which its version tells. But a fused update raises none, and tensors of inference
-        mode have none: there they are made anew.
+    def fine_vectors(self):
+        """Of the fine head what every coarse code gives, [2^k1, C], and the vector of every fine code, [2^k2, C]."""
+        return [self.fine_given(torch.cat((self.D1, self.M.flatten(1)), 1)), centred(self.fine_head(self.g))]
+
+    def kept(self, make):
+        """make(), one of the two above: kept until a weight changes, which its version tells.
+
+        But a fused update raises none, and tensors of inference mode have none: there they are made anew.
         """
         if torch.is_grad_enabled() or self.g.is_inference():
-            self.codes = None
-            return *self.make_code_vectors(), self.moves()
-        kind = self.g.device.type
+            self.codes = {}
+            return make()
+        kind, name = self.g.device.type, make.__name__
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.g.dtype
-        parts = *self.code_weights, self.D1, self.M, self.g, self.mean, self.std
-        key = dtype, [(w.data_ptr(), w._version) for w in parts]
-        if self.codes is None or self.codes[0] != key:
+        key = dtype, [(w.data_ptr(), w._version) for w in (*self.code_weights, self.D1, self.M, self.g)]
+        if self.codes.get("key") != key:
+            self.codes = dict(key=key)
+        if name not in self.codes:
             with torch.autocast(kind, enabled=False):       # the same for callers in any precision
-                self.codes = key, [*(a.to(dtype) for a in self.make_code_vectors()), self.moves()]
-        return self.codes[1]
-
-    def make_code_vectors(self):
-        given = torch.cat((self.D1, self.M.flatten(1)), 1)
-        return centred(self.coarse_head(self.D1)), self.fine_given(given), centred(self.fine_head(self.g))
+                self.codes[name] = [a.to(dtype) for a in make()]
+        return self.codes[name]
 
     def moves(self):
         """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded, and its square: [2^k1, 2]."""
@@ -713,22 +717,24 @@ class Model(nn.Module):
         Directions are learned by heart first, and over many bars a false drift adds up; so pretraining fits lean on
         val. The law is tilted, p ~ exp(t move) p, which moves its mean by t times its variance.
         """
-        logits = F.linear(h, self.code_vectors()[0], self.coarse_share)
+        [vectors] = self.kept(self.coarse_vectors)
+        logits = F.linear(h, vectors, self.coarse_share)
         if self.lean.item() == 1:
             return logits
-        mean, variance = self.move_moments(logits)
-        base, _ = self.move_moments(self.coarse_share)
+        moves = self.moves()
+        mean, variance = self.move_moments(logits, moves)
+        base, _ = self.move_moments(self.coarse_share, moves)
         tilt = (self.lean - 1) * (mean - base) / variance
-        return torch.addcmul(logits.float(), tilt[..., None], self.code_vectors()[3][:, 0])
+        return torch.addcmul(logits.float(), tilt[..., None], moves[:, 0])
 
-    def move_moments(self, logits):
-        """Mean and variance [...] of the next move, see moves, under coarse logits [..., 2^k1]."""
-        mean, square = (logits.float().softmax(-1) @ self.code_vectors()[3]).unbind(-1)
+    def move_moments(self, logits, moves):
+        """Mean and variance [...] of the next move under coarse logits [..., 2^k1]; moves: see there."""
+        mean, square = (logits.float().softmax(-1) @ moves).unbind(-1)
         return mean, (square - mean**2).clamp(min=1e-6)
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
-        _, given, vectors, _ = self.code_vectors()
+        given, vectors = self.kept(self.fine_vectors)
         mixed = F.silu(self.fine_mix(h) + given[coarse])
         return F.linear(mixed, vectors, self.fine_share)
 

@@ -221,7 +221,7 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             for part in optimizer.parts:
                 scaler.step(part)
-            torch.autograd.graph.increment_version(model.parameters())  # which fused optimizers forget: see code_vectors
+            torch.autograd.graph.increment_version(model.parameters())  # which fused optimizers forget: see Model.kept
             self.bad_steps = 0
         else:
             self.bad_steps += 1
@@ -533,8 +533,9 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         is_target = targets[0] >= 0
         kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2])]
         found.append((h[is_target.to(device)], *kept))
-    base, _ = model.move_moments(model.coarse_share)
-    known = [(model.move_moments(model.coarse_logits(h))[0] - base, model.moves()[coarse, 0] - base, stamp)
+    moves = model.moves()
+    base, _ = model.move_moments(model.coarse_share, moves)
+    known = [(model.move_moments(model.coarse_logits(h), moves)[0] - base, moves[coarse, 0] - base, stamp)
              for h, coarse, _, _, stamp in found]
     known = [torch.cat(column) for column in zip(*known)] or [torch.zeros(0, device=device)] * 3
     if world > 1:

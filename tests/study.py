@@ -59,8 +59,11 @@ class Tables(Model):
         self.heads = torch.nn.ParameterList(torch.nn.Parameter(0.02 * torch.randn(n, C)) for n in (V1, V1, V2))
         torch.nn.init.normal_(self.rows.weight, std=0.02)
 
-    def make_code_vectors(self):
-        return tuple(self.heads)
+    def coarse_vectors(self):
+        return [self.heads[0]]
+
+    def fine_vectors(self):
+        return [*self.heads[1:]]
 
     def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
         _, *after = super().embedding(coarse, fine, pos, waves, stamp, *hour, state=state)
