@@ -138,9 +138,9 @@ def slopes(n, most, decays):
 
 
 def decay(slope, d):
-    """exp(-slope d) where d >= 0, else 0: [H, *d.shape]."""
+    """exp(-slope d) where d >= 0, else 0: [H, *d.shape]. Never below exp(-40): denormal numbers are slow."""
     slope = slope.view(-1, *[1] * d.dim())
-    return torch.exp(-slope * d.clamp(min=0)).masked_fill(d < 0, 0)
+    return torch.exp(-(slope * d.clamp(min=0)).clamp(max=40)).masked_fill(d < 0, 0)
 
 
 def softmax_attention(q, k, v, bias=None):
@@ -735,7 +735,7 @@ class Model(nn.Module):
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
         given, vectors = self.kept(self.fine_vectors)
-        mixed = F.silu(self.fine_mix(h) + given[coarse])
+        mixed = F.silu(self.fine_mix(h) + F.embedding(coarse, given))
         return F.linear(mixed, vectors, self.fine_share)
 
     def p_up(self, h, unmoved=None):
@@ -871,7 +871,7 @@ class Model(nn.Module):
 
 def mean_nats(logits, target):
     """Mean cross-entropy of logits [..., V] over the targets int64 [...] that count (>= 0); 0 if none does."""
-    rows = zip(logits.flatten(0, -2).split(1024), target.flatten().split(1024))  # so many stay in the cache in float32
+    rows = zip(logits.flatten(0, -2).split(256), target.flatten().split(256))  # so many stay in the cache in float32
     total = sum(F.cross_entropy(a.float(), b, ignore_index=-1, reduction="sum") for a, b in rows)
     return total / (target >= 0).sum().clamp(min=1)
 

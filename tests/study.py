@@ -695,19 +695,21 @@ def print_stages(args, scores, t, kept):
 def null_study(argv):
     """Small models trained on null markets, each from a seed of its own, and then post-trained for direction.
 
-    Does the interval of their right calls on test hold one half?
+    Does the interval of their right calls on test hold one half? And that of rules, on many more such markets?
     """
     parser = argparse.ArgumentParser(prog="study.py null")
     parser.add_argument("--out", default="study_null", help="folder of markets and checkpoints; what is there is not made again")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150, help="of the model; expo.py takes 2 for each 5 of them")
+    parser.add_argument("--markets", type=int, default=1000, help="for the rules")
     args = parser.parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
+    null_rules(args.markets)
     held, harmed = {"pretrain": 0, "expo": 0}, 0
     for seed in range(args.seeds):
         market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
         if not os.path.exists(os.path.join(market, "symbols.json")):
-            data.write_folder(data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=8000)[0], market)
+            data.write_folder(null_market(seed), market)
         sizes = ["--tok_steps=200", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64"]
         for script, path, flags in (("pretrain.py", base, ["--data", market, f"--steps={args.steps}", *sizes]),
                                     ("expo.py", tuned, ["--ckpt", base, f"--steps={args.steps * 2 // 5}", "--no-backtest"])):
@@ -726,6 +728,26 @@ def null_study(argv):
         print(line + (f"   expo worse in {', '.join(worse)}" if worse else ""), flush=True)
     print(f"markets on which expo's log loss or calibration is worse, interval clear of 0: {harmed}")
     print(f"intervals that hold one half, of {args.seeds}: " + ", ".join(f"{name} {n}" for name, n in held.items()))
+
+
+def null_market(seed):
+    return data.synthetic(seed=seed, signal=0.0, n_symbols=4, n_bars=8000)[0]
+
+
+def null_rules(n_markets, lengths=(1, 4, 16, 64, 256)):
+    """Prints how often the interval holds one half for rules that call the sign of the last moves' sum."""
+    held = dict.fromkeys(lengths, 0)
+    for seed in range(1000, 1000 + n_markets):
+        series = null_market(seed)
+        t = backtest.Targets(series, data.split_borders(series)[1], 2**62, horizon=1, stride=10**9, seed=0)
+        closes = [np.log(bars.ohlcva[:, 3]) for bars in series]
+        for n in lengths:
+            rise = t.flat([np.append(np.nan, (c - np.roll(c, n))[:-1]) for c in closes])
+            calls = backtest.direction_sums(np.where(rise > 0, 0.6, 0.4), t)
+            da = backtest.scored(*backtest.bootstrap(dict(da=calls["da"]), t)["da"], t.n_blocks)
+            held[n] += da["lo"] <= 0.5 <= da["hi"]
+    shares = ", ".join(f"{n} {k / n_markets:.1%}" for n, k in held.items())
+    print(f"intervals of the last moves' sign that hold one half, {n_markets:,} markets, by the number of moves: {shares}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
