@@ -138,7 +138,7 @@ def slopes(n, most, decays):
 
 
 def decay(slope, d):
-    """exp(-slope d) where d >= 0, else 0: [H, *d.shape]. Never below exp(-40): denormal numbers are slow."""
+    """exp(-slope d) where d >= 0, else 0: [H, *d.shape]. Held at exp(-40), since denormal numbers are slow."""
     slope = slope.view(-1, *[1] * d.dim())
     return torch.exp(-(slope * d.clamp(min=0)).clamp(max=40)).masked_fill(d < 0, 0)
 

@@ -282,10 +282,10 @@ def precision(config, device, entry=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Bars, splits, windows
 
-# up to so many bars: layers, heads, width; windows of an update, bars of one, updates; dropout; mirror
-BUDGETS = ((10_000, dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2, mirror=1)),
-           (50_000, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.1, mirror=0)),
-           (math.inf, dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0, mirror=0)))
+# up to so many bars (see budget): layers, heads, width; windows of an update, bars of one, updates; dropout; mirror
+FEW = dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2, mirror=1)
+MANY = dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0, mirror=0)
+BUDGETS = (10_000, FEW), (50_000, MANY | dict(dropout=0.1)), (math.inf, MANY)
 RATES = dict(lr=0.02, adam_lr=3e-3)
 TUNING = dict(lr=0.002, adam_lr=3e-4, dropout=0.1, mirror=0)    # in place of both, where weights come along
 TUNING_GAIN = 0.4    # over sqrt(bars of val): as a share of the score, what the best of ten reports may gain by chance

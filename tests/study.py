@@ -11,6 +11,7 @@
     python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
     python tests/study.py parallel --data market/*.csv  # the slots' forecast of 16 bars at once, beside that bar by bar
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
+    python tests/study.py budgets --data stocks.csv.gz  # rows of pretrain.BUDGETS on half-years of daily bars
     python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
@@ -917,10 +918,12 @@ def few_study(argv):
     parser.add_argument("--out", default="study_few", help="folder of bars and checkpoints; what is there is not made again")
     parser.add_argument("--bars", type=int, default=4000)
     parser.add_argument("--base", help="also fine-tune these weights, and score them as they are")
+    parser.add_argument("--rows", nargs="+", type=int, default=[], help="also train by these rows of pretrain.BUDGETS")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
     arms = {"scratch": []} | ({"tuned": ["--init_from", args.base, "--overlap"]} if args.base else {})
+    arms |= {f"row {row}": row_flags(row) for row in args.rows}
     rows = {arm: [] for arm in (*arms, *["as it is"] * bool(args.base))}
     print_heads()
     for path in args.data:
@@ -943,6 +946,47 @@ def few_study(argv):
             label = f"{os.path.basename(stem)}, {len(series[0]):,}"
             rows[arm].append(print_to_opponents(label, arm, ckpts[arm], result))
     print_means(rows)
+
+
+def row_flags(row):
+    return [f"--{name}={value}" for name, value in pretrain.BUDGETS[row][1].items()]
+
+
+def budgets_study(argv):
+    """Rows of pretrain.BUDGETS on half-years of daily bars, each from scratch: three years to train on, then half a year of
+    val, then the one that is scored. One line a row and half-year, with the bars as pretrain.budget counts them.
+    """
+    parser = argparse.ArgumentParser(prog="study.py budgets")
+    parser.add_argument("--data", nargs="+", required=True, help="CSV files of daily bars")
+    parser.add_argument("--out", default="study_budgets", help="folder of bars and checkpoints; what is there is not made again")
+    parser.add_argument("--tests", nargs="+", default=["2009-07", "2010-07", "2011-07", "2013-01", "2014-07", "2015-07", "2016-07"],
+                        help="months in which a half-year to score begins")
+    parser.add_argument("--rows", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--every", type=int, default=1, help="of the symbols only each so many-th")
+    args = parser.parse_args(argv)
+    series = data.load(args.data)
+    print_heads()
+    found = {f"row {row}": [] for row in args.rows}
+    for test in args.tests:
+        dates = [np.datetime64(test, "M") + months for months in (-42, -6, 0, 6)]
+        begin, val, start, end = (int(date.astype("datetime64[s]").astype(int)) for date in dates)
+        cut = [bars[slice(*np.searchsorted(bars.time, (begin, end)))] for bars in series]
+        cut = [bars for bars in cut if len(bars) > 600][::args.every]
+        folder = os.path.join(args.out, f"{test}-{args.every}")
+        if not os.path.exists(os.path.join(folder, "symbols.json")):
+            data.write_folder(cut, folder)
+        stamps = [bars.time[slice(*data.targets_of(bars, "train", (val, start)))] for bars in cut]
+        count = math.sqrt(sum(map(len, stamps)) * len(np.unique(np.concatenate(stamps))))
+        ckpts = [f"{folder}-{row}.pt" for row in args.rows]
+        for row, ckpt in zip(args.rows, ckpts):
+            if not os.path.exists(ckpt):
+                command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", folder, "--out", ckpt, *row_flags(row),
+                           f"--val_start={dates[1]}-01", f"--test_start={dates[2]}-01"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        result = backtest.backtest(ckpts, cut, horizon=10, paths=20, stride=60)
+        for arm, ckpt in zip(found, ckpts):
+            found[arm].append(print_to_opponents(f"{test}, {count:,.0f}", arm, [ckpt], result))
+    print_means(found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -979,7 +1023,7 @@ def room_study(argv):
 
 SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
-            "parallel": parallel_study, "few": few_study}
+            "parallel": parallel_study, "few": few_study, "budgets": budgets_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
