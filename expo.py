@@ -23,17 +23,20 @@ better than the reference's, and MAE and CRPS are surely within 0.5 % of the ref
 """
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import backtest
 import data
-import sample
-from data import UserError
+from backstage.files import check_out, sole_writer
+from backstage.loop import (
+    Clock, Optimizer, Run, begin, load_optimizer, precision, rate, resumed, stop_here)
+from backstage.scores import against
+from backstage.script import StopSignal, UserError, check_numbers, cli, pick_device, progress, run
+from backstage.series import DAY
 from model import close_table, draw, kl, load_checkpoint, norm, save_checkpoint
-from pretrain import Clock, Optimizer, Run, load_optimizer, precision, rate, resumed, stop_here
 
 
 @dataclass
@@ -84,7 +87,7 @@ SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),
 
 def check(config):
     positive = ("candidates", "labels", "steps", "batch_size", "lr", "adam_lr", "clip", "horizon", "paths", "save_every")
-    data.check_numbers(config, positive, ("lam", "beta", "margin", "noise", "block_size", "warmup", "weight_decay",
+    check_numbers(config, positive, ("lam", "beta", "margin", "noise", "block_size", "warmup", "weight_decay",
                                           "shift_weeks", "eval_every", "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
@@ -184,47 +187,11 @@ def loss_of(model, reference, table, batch, phase, chance, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a later stage begins with, this one and rollout.py
-
-def begin(config, entry, device, room=0):
-    """-> the frozen model of --ckpt, the model to train, tokenizer, meta for the new checkpoint, series, streams, reports.
-
-    entry: the checkpoint that is resumed, or None. room: bars that a window needs beyond a block. The series are those
-    that are long enough to train on; reports: the metrics of the stages before. UserError where the run began with
-    another --ckpt or other bars.
-    """
-    base, tokenizer, meta = load_checkpoint(config.ckpt, device)
-    base.requires_grad_(False)
-    if not meta["data"] or not meta["splits"]:
-        raise UserError(f"{config.ckpt}: does not say what it was trained on; name a checkpoint of pretrain.py")
-    series = sample.load_series(config.data, meta)
-    source = dict(sources=config.data or meta["data"]["sources"], fingerprint=data.fingerprint(series),
-                  reference=data.weights_hash(base.state_dict()),
-                  seed=meta["data"].get("seed", meta["seed"]))  # of the synthetic market, where that is the source
-    source |= {name: meta["data"][name] for name in ("overlap", "intervals") if meta["data"].get(name)}
-    if entry and entry["data"] != source:
-        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} holds now; "
-                        f"give it those, or another --out")
-    borders, window = tuple(meta["splits"]), (config.block_size or base.config.block_size) + room
-    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
-    if not series:
-        raise UserError(f"no symbol has more than {window} bars before val starts ({data.iso(borders[0])}, the "
-                        f"checkpoint's date); lower --block_size, or fine-tune on these bars first: "
-                        f"pretrain.py --init_from {config.ckpt}")
-    tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    streams = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
-    model, _, _ = load_checkpoint(config.out if entry else config.ckpt, device, "last" if entry else "best")
-    model.grad_ckpt = config.grad_ckpt
-    new_meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config), features=meta["features"])
-    return base, model, tokenizer, new_meta, series, streams, meta["metrics"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 def main():
-    given = data.cli(Config, __doc__)
-    with data.sole_writer(given.get("out", Config.out)):
+    given = cli(Config, __doc__)
+    with sole_writer(given.get("out", Config.out)):
         training(given)
 
 
@@ -232,12 +199,12 @@ def training(given):
     """The whole run, by the flags given {name: value}."""
     config, entry = resumed(given, Config, FREE, ("expo",)) if given.get("resume") else (Config(**given), None)
     check(config)
-    device = data.pick_device(config.device)
+    device = pick_device(config.device)
     if entry is None:
-        data.check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
+        check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
     elif entry["step"] >= config.steps:
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
-    stop = data.StopSignal()
+    stop = StopSignal()
 
     # ---- the reference and its bars, the model in training
     began = time.time()
@@ -274,7 +241,7 @@ def training(given):
         chance = np.random.default_rng([config.seed, run.step, 1])
         phase = int(chance.integers(model.config.border))
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        batch = [a.to(device) for a in (coarse, fine, when + torch.from_numpy(weeks * 7 * data.DAY), *target)]
+        batch = [a.to(device) for a in (coarse, fine, when + torch.from_numpy(weeks * 7 * DAY), *target)]
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
         with autocast():
             loss, shown = loss_of(model, reference, table, batch, phase, chance, config)
@@ -284,7 +251,7 @@ def training(given):
 
         if run.step % eval_every == 0 or run.step == config.steps:
             now = scores(model)
-            gain, mae, crps = (backtest.against(now, ref_scores, m, t) for m in ("logloss", "mae", "crps"))
+            gain, mae, crps = (against(now, ref_scores, m, t) for m in ("logloss", "mae", "crps"))
             fair = max(backtest.upper(mae), backtest.upper(crps)) <= backtest.NO_WORSE
             logloss, da, up_share = (float(now[m][0]) for m in ("logloss", "da", "up_share"))
             if fair and gain["hi"] is not None and gain["hi"] < 0:
@@ -294,12 +261,12 @@ def training(given):
                                     grad_norm=norm_now, val_logloss=logloss, gain=gain, da=da, up_share=up_share,
                                     mae_ratio=mae, crps_ratio=crps))
             seen = []
-            data.progress("")
+            progress("")
             print(f"{run.step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['odds']:>7.2f}"
                   f"   {backtest.show(gain, 1, 4, '+'):<31}{da:>7.2%}{mae['value']:>8.4f}{crps['value']:>8.4f}"
                   f"{clock.left(run.step)!s:>9}", flush=True)
         else:
-            data.progress(f"step {run.step}/{config.steps}  loss {shown['loss']:.4f}")
+            progress(f"step {run.step}/{config.steps}  loss {shown['loss']:.4f}")
         if clock.save_due(run.step) or stop.signum:
             save_checkpoint(config.out, model, tokenizer, **meta, **vars(run), stage="expo", average=None,
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), dtype=dtype)
@@ -322,4 +289,4 @@ def training(given):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -20,16 +20,21 @@ import datetime
 import math
 import os
 import time
-import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import data
-from data import UserError
-from model import SEEN_DATES, Model, ModelConfig, damaged, fits, load_checkpoint, norm, read_checkpoint, save_checkpoint
+from backstage.checkpoint import SEEN_DATES
+from backstage.files import check_out, fingerprint, sole_writer
+from backstage.loop import (
+    Clock, Optimizer, Run, average_gradients, load_optimizer, load_tokenizer, precision, rate, resumed, stop_here)
+from backstage.script import StopSignal, UserError, check_numbers, cli, peak_memory, pick_device, progress, run
+from backstage.series import DAY
+from data import iso
+from model import Model, ModelConfig, load_checkpoint, norm, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -85,16 +90,13 @@ class Config:
 FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
-RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val", "since_best", "data", "splits")
-SAVE_SECONDS = 30
-MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 LEAN_BLOCKS = 40     # of time on val, at least, by which the error of the lean is told
 PATIENCE = 4         # reports without a better score that end it
 
 
 def check(config):
     positive = ("tok_steps", "clip", "eval_windows", "save_every")
-    data.check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
+    check_numbers(config, positive, ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
                                           "weight_decay", "average", "shift_weeks", "shift_hours", "sessions", "n_layer", "n_head",
                                           "n_embd", "eval_every", "seed"))
     if config.block_size == 1:
@@ -107,176 +109,6 @@ def check(config):
         raise UserError(f"--average {config.average}: a decay below 1")
     if config.mirror not in (-1, 0, 1):
         raise UserError(f"--mirror {config.mirror}: choose 1, 0 or -1")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What every training loop needs, here and in expo.py and rollout.py
-
-def resumed(given, config_class, free, stages):
-    """(config, checkpoint) of --resume: the settings of the file --out.
-
-    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
-    """
-    path = given.get("out", config_class.out)
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file to go on from; drop --resume, or name it by --out")
-    entry = read_checkpoint(path)
-    if entry["stage"] not in stages:
-        raise UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
-    missing = [name for name in RESUMED if entry[name] is None]
-    if missing:
-        raise UserError(f"{path}: no run can go on from it, it has no {missing[0]!r}; fine-tune its weights: --init_from {path}")
-    for name, value in given.items():
-        saved = entry["run"].get(name)
-        if name not in free and value != saved:
-            raise UserError(f"--{name} {value}: the run in {path} has {saved}; "
-                            f"drop the flag to go on, or choose another --out")
-    kinds = typing.get_type_hints(config_class)
-    wrong = [name for name, kind in kinds.items() if not fits(entry["run"].get(name), kind)]
-    wrong += entry["run"].keys() - kinds.keys()
-    if wrong:
-        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
-    return config_class(**entry["run"] | dict(overwrite=False, out=path) | given), entry
-
-
-class Optimizer:
-    """Muon (Jordan 2024; torch.optim.Muon) for the matrices of the layers, AdamW (arXiv 1711.05101) for all else.
-
-    Muon makes the update of a matrix orthogonal, so that each of its directions moves alike. Only matrices decay.
-    """
-
-    def __init__(self, model, lr, adam_lr, weight_decay):
-        matrices, tables, vectors = [], [], []
-        for name, p in model.named_parameters():
-            inner = name.startswith(("layers", "reasoner")) and not name.endswith(("latent", "offset"))
-            (vectors if p.dim() < 2 else matrices if inner else tables).append(p)
-        groups = [dict(params=tables, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-        on_known = tables[0].device.type in ("cpu", "cuda")
-        self.parts = (torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay),
-                      torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), fused=on_known))
-        self.peaks = lr, adam_lr
-
-    def set_rate(self, share):
-        """The learning rates, as a share of their peaks."""
-        for part, peak in zip(self.parts, self.peaks):
-            for group in part.param_groups:
-                group["lr"] = share * peak
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
-
-    def state_dict(self):
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states):
-        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted.
-
-        The settings (rates, decays) stay those of the config.
-        """
-        if len(states) != len(self.parts):
-            raise ValueError("the optimizer's state is not that of Muon and AdamW")
-        for part, state, names in zip(self.parts, states, ({"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"})):
-            weights = [p for group in part.param_groups for p in group["params"]]
-            for i, entry in state["state"].items():
-                if entry.keys() != names or not 0 <= i < len(weights):
-                    raise ValueError(f"the optimizer's state of weight {i!r} is not what it keeps of a weight")
-                for name, value in entry.items():
-                    shape = () if name == "step" else weights[i].shape
-                    if value.shape != shape or value.dtype != torch.float32 or not torch.isfinite(value).all():
-                        raise ValueError(f"the optimizer's {name!r} does not fit its weight, or is not finite")
-            part.load_state_dict(dict(state=state["state"], param_groups=part.state_dict()["param_groups"]))
-
-
-def rate(step, steps, warmup):
-    """The learning rate as a share of its peak: rises over the warm-up, then falls in one cosine to a fiftieth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    along = (step - warmup) / max(1, steps - warmup)
-    return 0.02 + 0.49 * (1 + math.cos(math.pi * along))
-
-
-@dataclass
-class Run:
-    """How far a training has come; all of it is in the checkpoint."""
-    step: int = 0
-    bad_steps: int = 0            # non-finite updates in a row
-    best: dict | None = None      # weights of the best score on val
-    best_val: float = math.inf    # that score, lower is better
-    since_best: int = 0           # reports since then
-    metrics: list = field(default_factory=list)
-
-    @classmethod
-    def of(cls, entry):
-        return cls(**{f.name: entry[f.name] for f in fields(cls)})
-
-    def update(self, model, optimizer, scaler, loss, clip, say=print):
-        """One update from the gradients of the model, or none where loss or gradient is not finite; the gradient's norm.
-
-        UserError after MAX_BAD_STEPS of these in a row. loss: a float, the same on every process.
-        """
-        for part in optimizer.parts:
-            scaler.unscale_(part)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-        if math.isfinite(loss) and math.isfinite(norm):
-            for part in optimizer.parts:
-                scaler.step(part)
-            torch.autograd.graph.increment_version(model.parameters())  # which fused optimizers forget: see Model.kept
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
-            say(f"{self.step + 1:>6} loss {loss}, gradient norm {norm}: not finite, step skipped")
-            if self.bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {self.step + 1}: "
-                                f"start again with a lower --lr, or with --dtype fp32")
-        scaler.update()
-        optimizer.zero_grad()
-        self.step += 1
-        return norm
-
-    def keep_if_best(self, model, score):
-        """Keeps the weights where their score is the best so far."""
-        self.since_best += 1
-        if score < self.best_val:
-            self.since_best = 0
-            self.best_val, self.best = score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-
-
-class Clock:
-    """Time left of a loop, and when to save."""
-
-    def __init__(self, step, steps, save_every):
-        self.from_step, self.steps, self.save_every = step, steps, save_every
-        self.began = self.saved_at = time.time()
-
-    def left(self, step):
-        seconds = (time.time() - self.began) / max(1, step - self.from_step) * (self.steps - step)
-        return datetime.timedelta(seconds=round(seconds))
-
-    def save_due(self, step):
-        """True at the end, every save_every steps, and SAVE_SECONDS after the last time that it was."""
-        due = step == self.steps or step % self.save_every == 0 or time.time() - self.saved_at > SAVE_SECONDS
-        if due:
-            self.saved_at = time.time()
-        return due
-
-
-def stop_here(stop, run, out, say=print):
-    """Ends the process after a signal, its state being saved."""
-    say(f"stopped at step {run.step}; saved in {out}; go on with --resume")
-    raise SystemExit(stop.status)
-
-
-def precision(config, device, entry=None):
-    """(autocast, scaler, its name and why) of --dtype; a resumed run keeps the type that it began with."""
-    name = entry["dtype"] if entry else config.dtype
-    name, dtype, why = data.pick_dtype(name, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-    if entry:
-        scaler.load_state_dict(entry["scaler"])
-        why = "as it began"
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=name != "fp32")
-    return autocast, scaler, name, why
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,23 +156,23 @@ def split(config, series, base):
     borders = data.split_borders(series, config.val_start, config.test_start)
     for name, own, its, use in zip(("val", "test"), borders, theirs, ("trained on", "chosen by")):
         if own < its and not config.overlap:
-            raise UserError(f"{name} would start {data.iso(own)}, but {config.init_from} was {use} bars up to "
-                            f"{data.iso(its)}: where these were among them a score would be in-sample; set --{name}_start "
+            raise UserError(f"{name} would start {iso(own)}, but {config.init_from} was {use} bars up to "
+                            f"{iso(its)}: where these were among them a score would be in-sample; set --{name}_start "
                             f"to that day or later, or allow it by --overlap, and every score will say so")
     return borders
 
 
 def source_of(config, series, borders, entry, base):
     """What the checkpoint says of its bars, a model.Source; UserError where a resumed run has others than it began with."""
-    names, fingerprint = config.data or ["synthetic"], data.fingerprint(series)
+    names, own = config.data or ["synthetic"], fingerprint(series)
     if entry:
         source = entry["data"]
-        if (source["sources"], source["fingerprint"]) != (names, fingerprint):
+        if (source["sources"], source["fingerprint"]) != (names, own):
             raise UserError(f"{', '.join(names)}: not the bars that the run in {config.out} began with (fingerprint "
-                            f"{fingerprint}, was {source['fingerprint']}); give it those, or another --out")
+                            f"{own}, was {source['fingerprint']}); give it those, or another --out")
         return source
     intervals = sorted({int(np.median(np.diff(bars.time))) for bars in series if len(bars) > 1})
-    source = dict(sources=names, fingerprint=fingerprint, intervals=intervals)
+    source = dict(sources=names, fingerprint=own, intervals=intervals)
     if base:
         theirs, before = base[2]["splits"], base[2]["data"].get("overlap")
         if before or borders[0] < theirs[0] or borders[1] < theirs[1]:
@@ -356,7 +188,7 @@ def fit_window(config, series, borders, sources, say):
         block_size = max(MIN_BLOCK, longest // 2)
         if block_size > longest - 1:
             raise UserError(f"{', '.join(sources)}: the longest series has {longest} bars before val starts "
-                            f"({data.iso(borders[0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
+                            f"({iso(borders[0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
         say(f"the longest series has {longest} training bars: the window shrinks from {config.block_size} to {block_size}")
     enough = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > block_size]
     if len(enough) < len(series):
@@ -380,11 +212,11 @@ def tokenizer_stage(config, features, spans, metrics, device):
     clock = Clock(0, config.tok_steps, config.tok_steps)
 
     def after(step, loss):
-        data.progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}  {clock.left(step)} left")
+        progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}  {clock.left(step)} left")
 
     sizes = TokenizerConfig(coarse_bits=k1, fine_bits=k2, direction_bit=config.direction_bit)
     tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device, progress=after)
-    data.progress("")
+    progress("")
     scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
     metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
     print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; "
@@ -455,8 +287,8 @@ def moved_in_time(when, chance, config, rank, world):
     weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, shape)[rank::world]
     quarters = chance.integers(-4 * config.shift_hours, 4 * config.shift_hours + 1, shape)[rank::world]
     half = (chance.random(shape) < 0.5)[rank::world]
-    within_day = when.diff().median(1, keepdim=True).values < data.DAY
-    return when + torch.from_numpy(7 * data.DAY * weeks) + 900 * torch.from_numpy(quarters * half) * within_day
+    within_day = when.diff().median(1, keepdim=True).values < DAY
+    return when + torch.from_numpy(7 * DAY * weeks) + 900 * torch.from_numpy(quarters * half) * within_day
 
 
 def dropout_masks(chance, config, rank, world, device):
@@ -466,15 +298,6 @@ def dropout_masks(chance, config, rank, world, device):
     shape = config.n_layer, 2, config.batch_size, 1, config.n_embd
     kept = chance.random(shape, np.float32)[:, :, rank::world] >= config.dropout
     return (torch.from_numpy(kept) / (1 - config.dropout)).to(device)
-
-
-def average_gradients(model, n_params, world):
-    """Over the processes, in one exchange."""
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
-    dist.all_reduce(flat)
-    flat /= world
-    for p, grad in zip(model.parameters(), flat.split(n_params)):
-        p.grad = grad.view_as(p)
 
 
 def candle_values(model, coarse, fine=None):
@@ -501,7 +324,7 @@ def fit_lean(mean, came, stamp):
     """
     if len(mean) == 0:
         return 0.0
-    block = stamp // data.DAY
+    block = stamp // DAY
     if len(torch.unique(block)) < LEAN_BLOCKS:
         block = (stamp - stamp.min()) * LEAN_BLOCKS // (stamp.max() - stamp.min() + 1)
     which = torch.unique(block, return_inverse=True)[1]
@@ -573,8 +396,8 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
 # The run
 
 def main(argv=None):
-    given = data.cli(Config, __doc__, argv)
-    with data.sole_writer(given.get("out", Config.out)):
+    given = cli(Config, __doc__, argv)
+    with sole_writer(given.get("out", Config.out)):
         training(given)
 
 
@@ -585,20 +408,20 @@ def training(given):
         config, entry = resumed(given, Config, FREE, ("pretrain",))
     check(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = data.pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # broadcasts and barriers use the current device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     say = print if rank == 0 else lambda *a, **k: None
     if entry is None and rank == 0:
-        data.check_out(config.out, config.overwrite, (config.init_from, config.tokenizer, *(config.data or ())))
+        check_out(config.out, config.overwrite, (config.init_from, config.tokenizer, *(config.data or ())))
         if config.release:
-            data.check_out(config.release, config.overwrite, (config.out, config.init_from, *(config.data or ())))
+            check_out(config.release, config.overwrite, (config.out, config.init_from, *(config.data or ())))
     run = Run.of(entry) if entry else Run()
     if entry and (run.step >= config.steps or entry["ended"]):
         return say(f"{config.out}: finished at step {run.step}; nothing to do")
-    stop = data.StopSignal()
+    stop = StopSignal()
 
     # ---- bars, splits, sizes
     began = time.time()
@@ -627,10 +450,10 @@ def training(given):
     block_size, series = fit_window(config, series, borders, source["sources"], say)
     spans = {name: [data.targets_of(bars, name, borders) for bars in series] for name in ("train", "val")}
     if not any(first < last for first, last in spans["val"]):
-        raise UserError(f"no symbol has a val bar between {data.iso(borders[0])} and {data.iso(borders[1])}; "
+        raise UserError(f"no symbol has a val bar between {iso(borders[0])} and {iso(borders[1])}; "
                         f"move --val_start, --test_start")
     say(f"{len(series)} symbols, {sum(map(len, series)):,} bars, {n_train:,} to train on; "
-        f"val from {data.iso(borders[0])}, test from {data.iso(borders[1])}")
+        f"val from {iso(borders[0])}, test from {iso(borders[1])}")
 
     # ---- tokens and batches
     features = [data.features(bars)[0] for bars in series]
@@ -706,7 +529,7 @@ def training(given):
         run.keep_if_best(average, scores["score"])
         val_loss, loss = scores["coarse"] + scores["fine"], float(np.mean(losses)) if losses else None
         run.metrics.append(dict(stage="pretrain", step=run.step, train=loss, val=val_loss, grad_norm=norm, **scores))
-        data.progress("")
+        progress("")
         shown = f"{loss:>9.4f}" if losses else f"{'.':>9}"
         say(f"{run.step:>6}{shown}{val_loss:>9.4f}{scores['coarse']:>8.4f}{scores['fine']:>8.4f}{scores['close']:>8.4f}"
             f"{scores['range']:>8.4f}{scores['volume']:>8.4f}{scores['da']:>8.2%}{scores['lean']:>6.2f}"
@@ -750,7 +573,7 @@ def training(given):
             train_losses = []
             ended = run.since_best >= PATIENCE and run.step < config.steps
         elif rank == 0:
-            data.progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")
+            progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")
         if clock.save_due(run.step) or stopping or ended:
             save(ended)
         if stopping:
@@ -779,20 +602,6 @@ def release(path, run, model, tokenizer, meta):
     save_checkpoint(path, model, tokenizer, stage="pretrain", step=run.step, metrics=run.metrics, **kept)
 
 
-def load_tokenizer(path):
-    try:
-        return Tokenizer.load(read_checkpoint(path)["tokenizer"])
-    except ValueError as e:
-        raise UserError(f"{path}: no tokenizer can be taken from it ({str(e).splitlines()[0]}); name another checkpoint")
-
-
-def load_optimizer(optimizer, entry, path):
-    try:
-        optimizer.load_state_dict(entry["optimizer"])
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise damaged(path, str(e).splitlines()[0])
-
-
 def tell_result(config, run, model, val, best_da, seconds):
     """The best weights beside the unigram: the frequencies of the codes in training, which a model must beat."""
     rows = [m for m in run.metrics if "score" in m]
@@ -810,7 +619,7 @@ def tell_result(config, run, model, val, best_da, seconds):
     for name in ("close", "range", "volume"):
         print(f"{'CRPS of ' + name:<28}{row[name]:>9.4f}{1:>9}")
     print(f"{'direction accuracy':<28}{row['da']:>9.2%}" + (f"{best_da:>9.2%}  best reachable" if best_da else ""))
-    memory = data.peak_memory()
+    memory = peak_memory()
     print(f"{'time, peak memory':<28}{seconds:>8.0f}s" + (f"{memory / 1e9:>8.2f}G" if memory else ""))
     if row["coarse"] >= marks[0] or row["score"] >= 1:
         print("this model is no better than the frequencies of the codes: the bars are too few to learn from; "
@@ -830,4 +639,4 @@ def alone_or_together():
 
 
 if __name__ == "__main__":
-    data.run(alone_or_together)
+    run(alone_or_together)

@@ -27,10 +27,14 @@ import torch
 
 import backtest
 import data
-from data import UserError
-from expo import begin
+from backstage.clock import future_times
+from backstage.files import check_out, sole_writer
+from backstage.loop import (
+    Clock, Optimizer, Run, begin, load_optimizer, precision, rate, resumed, stop_here)
+from backstage.scores import against, at_step, block_sums, bootstrap
+from backstage.script import StopSignal, UserError, check_numbers, cli, pick_device, progress, run
+from backstage.series import DAY
 from model import kl, load_checkpoint, mean_nats, norm, save_checkpoint
-from pretrain import Clock, Optimizer, Run, load_optimizer, precision, rate, resumed, stop_here
 
 
 @dataclass
@@ -76,7 +80,7 @@ ORIGINS = 1000       # of paths on test, about
 
 def check(config):
     positive = ("horizon", "candidates", "temperature", "steps", "batch_size", "lr", "adam_lr", "clip", "paths", "save_every")
-    data.check_numbers(config, positive, ("walk", "kl", "block_size", "warmup", "weight_decay", "shift_weeks",
+    check_numbers(config, positive, ("walk", "kl", "block_size", "warmup", "weight_decay", "shift_weeks",
                                           "eval_every", "seed"))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
@@ -116,7 +120,7 @@ def origins_of(streams, series, which, ends, horizon, longest):
     times, states, moves = [], [], []
     for i, e in zip(which, ends):
         bars, o = series[i], e - longest  # o: row of the origin
-        times.append(data.future_times(bars.time[:o + 1], horizon))
+        times.append(future_times(bars.time[:o + 1], horizon))
         states.append(data.features(bars[max(0, o + 1 - HISTORY):o + 1])[1].anchored())
         moves.append(np.diff(np.log(bars.ohlcva[o:o + 1 + horizon, 3])))
     context = coarse[:, :n], fine[:, :n], when[:, :n], target
@@ -175,8 +179,8 @@ def walk_loss(model, base, origins, walk, target, phase, config):
 # The run
 
 def main():
-    given = data.cli(Config, __doc__)
-    with data.sole_writer(given.get("out", Config.out)):
+    given = cli(Config, __doc__)
+    with sole_writer(given.get("out", Config.out)):
         training(given)
 
 
@@ -184,12 +188,12 @@ def training(given):
     """The whole run, by the flags given {name: value}."""
     config, entry = resumed(given, Config, FREE, ("rollout",)) if given.get("resume") else (Config(**given), None)
     check(config)
-    device = data.pick_device(config.device)
+    device = pick_device(config.device)
     if entry is None:
-        data.check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
+        check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
     elif entry["step"] >= config.steps:
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
-    stop = data.StopSignal()
+    stop = StopSignal()
 
     # ---- the base and its bars, the model in training
     began = time.time()
@@ -213,7 +217,7 @@ def training(given):
     print(f"{config.target}: {len(series)} symbols, {int(train.windows[-1]):,} windows of "
           f"{train.block_size - room} bars, {config.batch_size} a step, {config.steps} steps; {device}, {dtype} ({why})")
     print(f"checked on {len(t.path_r):,} origins of val; the base: path CRPS "
-          f"{backtest.at_step(base_scores, 'path_crps', None)[0]:.4f}, mean over {longest} bars")
+          f"{at_step(base_scores, 'path_crps', None)[0]:.4f}, mean over {longest} bars")
 
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
@@ -223,7 +227,7 @@ def training(given):
         chance = np.random.default_rng([config.seed, run.step, 1])
         phase = int(chance.integers(model.config.border))
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
-        later = torch.from_numpy(weeks * 7 * data.DAY)
+        later = torch.from_numpy(weeks * 7 * DAY)
         windows = data.draw_windows(train, config.seed, run.step)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
         horizon = min(longest, (3, 6, longest)[3 * run.step // config.steps])   # short walks first
@@ -242,8 +246,8 @@ def training(given):
 
         if run.step % eval_every == 0 or run.step == config.steps:
             now = scores(model)
-            ratio = backtest.against(now, base_scores, "path_crps", t, None)
-            path_crps, inside = (float(backtest.at_step(now, m, None)[0]) for m in ("path_crps", "path_coverage90"))
+            ratio = against(now, base_scores, "path_crps", t, None)
+            path_crps, inside = (float(at_step(now, m, None)[0]) for m in ("path_crps", "path_coverage90"))
             if ratio["hi"] is not None and ratio["hi"] < 1:
                 run.keep_if_best(model, path_crps)
             mean = {k: float(np.mean([s[k] for s in seen if math.isfinite(s[k])] or [math.nan])) for k in shown}
@@ -251,11 +255,11 @@ def training(given):
                                     kl=mean["kl"], grad_norm=norm_now, path_crps=path_crps, path_crps_ratio=ratio,
                                     path_coverage90=inside))
             seen = []
-            data.progress("")
+            progress("")
             print(f"{run.step:>5}{mean['loss']:>9.4f}{mean['plain']:>9.4f}{mean['kl']:>8.4f}"
                   f"   {backtest.show(ratio, 1, 4):<27}{inside:>10.1%}{clock.left(run.step)!s:>9}", flush=True)
         else:
-            data.progress(f"step {run.step}/{config.steps}  loss {shown['loss']:.4f}")
+            progress(f"step {run.step}/{config.steps}  loss {shown['loss']:.4f}")
         if clock.save_due(run.step) or stop.signum:
             save_checkpoint(config.out, model, tokenizer, **meta, **vars(run), stage="rollout", average=None,
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), dtype=dtype)
@@ -279,7 +283,7 @@ def print_paths(models, tokenizer, t, paths):
     """Two models {name: model} side by side, and persistence: the median path bar by bar, then the greedy path."""
     columns = {name: backtest.drawn_scores(model, tokenizer, t, paths) for name, model in models.items()}
     still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-    columns["still"] = backtest.bootstrap(backtest.block_sums(still, t), t)
+    columns["still"] = bootstrap(block_sums(still, t), t)
     rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4)]
     for metric, label, scale, digits in (("path_crps", "path CRPS", 1, 4), ("path_mape", "path MAPE %", 1, 4),
                                          ("path_coverage90", "in 90 % band, %", 100, 1)):
@@ -289,10 +293,10 @@ def print_paths(models, tokenizer, t, paths):
     greedy = {}
     for name, model in models.items():
         path = backtest.simulated(model, tokenizer, t, 1, temperature=1e-6)
-        greedy[name] = backtest.bootstrap(backtest.block_sums(path, t), t)
+        greedy[name] = bootstrap(block_sums(path, t), t)
     print("the greedy path (likeliest tokens):")
     backtest.print_versus(greedy, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -17,13 +17,18 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 import torch
 
 import data
-from data import UserError, future_times
+from backstage.clock import future_times
+from backstage.dates import iso, parse_time
+from backstage.files import check_out, csv_text, write_atomic
+from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
+from backstage.scores import EXTREME, USUAL_BARS, WARN, chance_extreme, usual_sigma
+from backstage.script import UserError, cli, pick_device, printable, run
+from backstage.series import COLUMNS, DAY, HOUR, YEAR
 from model import load_checkpoint
 
 
@@ -52,12 +57,8 @@ class Config:
     device: str = "cpu"                # cpu, cuda, ...
 
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
 BATCH_ORIGINS = 16   # contexts read side by side
-USUAL_BARS = 250     # of the long-run volatility
-EXTREME = 3          # a move is extreme beyond so many long-run sigmas of the horizon
-WARN = 0.05          # chance of an extreme move that raises a warning
 PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
 FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
 STALE = 5            # horizons after which a symbol without new bars is left out of ranks
@@ -87,7 +88,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     """Futures of many histories at once. histories: Bars that end where the future begins, or Origins.
 
     Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. times:
-    stamps of the bars to come, int64 [horizon] or [n, horizon], in place of data.future_times. A history's futures
+    stamps of the bars to come, int64 [horizon] or [n, horizon], in place of future_times. A history's futures
     depend on (seed, symbol, last stamp) and its bars, not on the other histories. UserError for what cannot be.
     """
     if horizon < 1 or paths < 1:
@@ -203,7 +204,7 @@ def times_ahead(origins, horizon, times):
     times = np.broadcast_to(times, (len(origins), horizon))
     for o, row in zip(origins, times):
         if (np.diff(row, prepend=o.time[-1]) <= 0).any():
-            raise UserError(f"times: {o.symbol} ends at {data.iso(o.time[-1])}; the stamps must rise from there on")
+            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise from there on")
     return times
 
 
@@ -238,25 +239,11 @@ def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
     q05, q50, q95 = np.quantile(close, (0.05, 0.5, 0.95))
     p_extreme = chance_extreme(np.log(close / last), usual_sigma(bars.ohlcva[:, 3]), horizon)
     times = future_times(bars.time, horizon) if times is None else times
-    years = (times[-1] - bars.time[-1]) / data.YEAR
-    return dict(symbol=bars.symbol, last_time=data.iso(bars.time[-1]), last_close=last, p_up=p_up,
+    years = (times[-1] - bars.time[-1]) / YEAR
+    return dict(symbol=bars.symbol, last_time=iso(bars.time[-1]), last_close=last, p_up=p_up,
                 p_up_horizon=(close > last).mean(), expected_return=move.mean(), q05=q05, q50=q50, q95=q95,
                 var95=1 - q05 / last, es95=-move[close <= q05].mean(), p_extreme=float(p_extreme), rank=None,
                 options=[option(close, last, strike, years, rate) for strike in strikes])
-
-
-def usual_sigma(close):
-    """The long-run volatility of log returns, of the last USUAL_BARS closes; NaN where none moved."""
-    r = np.diff(np.log(close[-USUAL_BARS - 1:]))
-    sigma = r.std() if len(r) > 1 else 0.0
-    return sigma if sigma > 0 else math.nan
-
-
-def chance_extreme(r, sigma, horizon):
-    """Share of log returns r [..., K] over the horizon that are extreme: [...]. sigma [...]: see usual_sigma."""
-    least = EXTREME * np.asarray(sigma)[..., None] * math.sqrt(horizon)
-    share = (np.abs(r) > least).mean(-1)
-    return np.where(np.isfinite(sigma), share, np.nan)
 
 
 def option(close, spot, strike, years, rate):
@@ -277,7 +264,7 @@ def give_ranks(rows, histories, horizon):
     live = []
     for row, bars in zip(rows, histories):
         spacing = np.median(np.diff(bars.time[-100:]))
-        if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * data.DAY):
+        if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * DAY):
             live.append(row)
     for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
         row["rank"] = rank
@@ -286,7 +273,7 @@ def give_ranks(rows, histories, horizon):
 
 def print_report(rows, horizon, breadth, mean_p_up):
     """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
-    names = {r["symbol"]: data.printable(r["symbol"]) for r in rows}
+    names = {r["symbol"]: printable(r["symbol"]) for r in rows}
     width = max(7, *map(len, names.values()))
     ahead = f"in {horizon}"
     print(f"{'':{width}} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
@@ -315,8 +302,8 @@ def print_report(rows, horizon, breadth, mean_p_up):
 
 def write_csv(path, histories, ohlcva, times):
     """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle)."""
-    head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *data.COLUMNS]
-    with data.write_atomic(path, text=True) as f:
+    head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
+    with write_atomic(path, text=True) as f:
         writer = csv.writer(f)
         writer.writerow(head)
         for bars, paths, stamps in zip(histories, ohlcva, times):
@@ -327,7 +314,7 @@ def write_csv(path, histories, ohlcva, times):
             for k, when in enumerate(stamps.astype("datetime64[s]")):
                 values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
                 texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
-                writer.writerow([f"{when}Z", data.csv_text(bars.symbol), k + 1, *texts])
+                writer.writerow([f"{when}Z", csv_text(bars.symbol), k + 1, *texts])
 
 
 def jsonable(value):
@@ -344,9 +331,9 @@ def jsonable(value):
 # The run
 
 def main(argv=None):
-    config = Config(**data.cli(Config, __doc__, argv))
+    config = Config(**cli(Config, __doc__, argv))
     check(config)
-    model, tokenizer, meta = load_checkpoint(config.ckpt, data.pick_device(config.device))
+    model, tokenizer, meta = load_checkpoint(config.ckpt, pick_device(config.device))
     if config.plot_loss:
         plot_loss(config.plot_loss, meta["metrics"])
     series = load_series(config.data, meta, config.symbols)
@@ -373,7 +360,7 @@ def main(argv=None):
     if config.out:
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
-        with data.write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
+        with write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
             np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva, times)
@@ -405,157 +392,6 @@ def load_series(sources, meta, symbols=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures: plain SVG, readable on light and dark
-
-# t: title, g: grid, p: a path, f1 and f2: the fan's outer and inner band, m and m2: curves
-STYLE = """<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.g{stroke:#8884}.p{stroke:#8888;fill:none}
-.up{fill:#2a9d6f;stroke:#2a9d6f}.dn{fill:#d1495b;stroke:#d1495b}.f1{fill:#4c78a833}.f2{fill:#4c78a855}
-.m{stroke:#4c78a8;stroke-width:2;fill:none}.m2{stroke:#e08e45;stroke-width:2;fill:none}
-@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>"""
-
-
-def write_svg(path, width, height, parts):
-    """A picture of SVG elements, texts, in pixels."""
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    with data.write_atomic(path, text=True) as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>\n')
-
-
-def label(x, y, text, anchor="start", css=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(data.printable(text))}</text>'
-
-
-def grid_line(x1, x2, y):
-    return f'<line class="g" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-
-
-def line(points, css, tag="polyline"):
-    return f'<{tag} class="{css}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-
-
-@dataclass
-class Panel:
-    """A rectangle of a picture: n places side by side, and values from low (at the bottom) to high."""
-    left: float
-    top: float
-    width: float
-    height: float
-    n: int
-    low: float
-    high: float
-
-    def x(self, k):
-        return self.left + (k + 0.5) * self.width / self.n
-
-    def y(self, value):
-        return self.top + (self.high - value) / (self.high - self.low) * self.height
-
-    def grid(self, x, anchor):
-        """Lines at about four round values, with labels at x."""
-        each = (self.high - self.low) / 4
-        power = 10 ** math.floor(math.log10(each))
-        step = min((power, 2 * power, 5 * power, 10 * power), key=lambda step: abs(4 * each / step - 4))
-        parts = []
-        for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
-            parts.append(grid_line(self.left, self.left + self.width, self.y(k * step)))
-            parts.append(label(x, self.y(k * step) + 4, f"{k * step:.6g}", anchor))
-        return parts
-
-    def candle(self, k, prices, width=10.0):
-        """prices: open, high, low, close."""
-        x, css = self.x(k), "up" if prices[3] > prices[0] else "dn"
-        open_, high, low, close = (self.y(price) for price in prices)
-        top, tall = min(open_, close), max(1.0, abs(open_ - close))
-        return (f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{high:.1f}" y2="{low:.1f}"/>'
-                f'<rect class="{css}" x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall:.1f}"/>')
-
-
-def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
-    """Of at most 12 symbols the last bars as candles, the median forecast, its 5-95 and 25-75 % fan and a few paths."""
-    n, horizon = min(len(histories), 12), times.shape[1]
-    columns = 1 if n == 1 else 2 if n <= 4 else 3
-    W, H = (760, 380) if n == 1 else (440, 260)
-    parts = []
-    for i in range(n):
-        bars = histories[i][-shown:]
-        close = np.insert(ohlcva[i, :, :, 3], 0, bars.ohlcva[-1, 3], axis=1)    # (paths, 1 + H)
-        fan = np.quantile(close, QUANTILES, axis=0)                             # (5, 1 + H)
-        few = close[:drawn]
-        low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
-        high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
-        margin = 0.03 * (high - low) + 1e-9 * high
-        left, top = i % columns * W + 10, i // columns * H + 26
-        panel = Panel(left, top, W - 75, H - 62, len(bars) + horizon, low - margin, high + margin)
-        below = top + panel.height + 16
-        parts.append(label(left, top - 10, f"{bars.symbol}, {horizon} bars ahead", css="t"))
-        parts += panel.grid(left + panel.width + 4, "start")
-        parts.append(label(panel.x(0), below, data.iso(bars.time[0])))
-        parts.append(label(panel.x(panel.n - 1), below, data.iso(times[i, -1]), "end"))
-        x = panel.x(len(bars) - 1 + np.arange(horizon + 1))
-        q05, q25, q50, q75, q95 = panel.y(fan)
-        for lower, upper, css in ((q05, q95, "f1"), (q25, q75, "f2")):
-            parts.append(line([*zip(x, lower), *zip(x[::-1], upper[::-1])], css, "polygon"))
-        parts += [line(zip(x, row), "p") for row in panel.y(few)]
-        parts.append(line(zip(x, q50), "m"))
-        parts += [panel.candle(k, row[:4], 0.6 * panel.width / panel.n) for k, row in enumerate(bars.ohlcva)]
-    write_svg(path, columns * W, math.ceil(n / columns) * H, parts)
-
-
-def plot_codebook(path, tokenizer, series, shown=40):
-    """The most used coarse codes as candles with their share of bars, up codes above, down codes below."""
-    tokens = np.concatenate([np.asarray(data.tokenize(bars, tokenizer)[data.CONTEXT:, 0]) for bars in series])
-    count = np.bincount(tokens, minlength=2 ** tokenizer.config.coarse_bits)
-    if not count.sum():
-        raise UserError("no series has a bar past its first 32; give longer --data for a codebook picture")
-    close, open_, upper, lower = np.sinh(tokenizer.decode(torch.arange(len(count))).numpy()[:, :4]).T  # (codes,) each
-    high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
-    candles = np.stack([open_, high, low, close], 1)
-    W, H, parts = 20 + shown * 22, 170, []
-    for row, (name, mask) in enumerate((("up", close > 0), ("not up", close <= 0))):
-        codes = [code for code in np.argsort(-count) if mask[code] and count[code]][:shown]
-        if not codes:
-            continue
-        span = np.abs(candles[codes]).max()
-        panel = Panel(9, row * H + 35, shown * 22, 100, shown, -span, span)
-        title = (f"{name}: {count[mask].sum() / count.sum():.1%} of bars, {(count[mask] > 0).sum()} codes used; "
-                 f"the {len(codes)} most used, share in %")
-        parts += [label(10, panel.top - 17, title, css="t"), grid_line(10, W - 10, panel.y(0))]
-        for k, code in enumerate(codes):
-            parts.append(panel.candle(k, candles[code]))
-            share = f"{100 * count[code] / count.sum():.1f}"
-            parts.append(label(panel.x(k), panel.top + 117 + k % 2 * 11, share, "middle"))
-    write_svg(path, W, 2 * H, parts)
-
-
-LOSSES = {  # title: keys of a stage's reports
-    "pretrain: loss, nats per bar": ("train", "val"), "expo: log loss of P(up)": ("val_logloss",),
-    "rollout: path CRPS, log return x 100": ("path_crps",)}
-
-
-def plot_loss(path, metrics):
-    """The reports in a checkpoint's metrics, a panel for each stage that made any."""
-    parts, n = [], 0
-    for title, keys in LOSSES.items():
-        reports = [report for report in metrics if all(report.get(key) is not None for key in keys)]
-        if len(reports) < 2:
-            continue
-        values = np.array([[report[key] for key in keys] for report in reports])  # (reports, curves)
-        panel = Panel(60, 30 + n * 340, 510, 260, len(reports), values.min(), values.max() + 1e-9)
-        n += 1
-        parts += [label(60, panel.top - 12, title, css="t"), *panel.grid(55, "end")]
-        for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):  # of all runs: each counts its steps anew
-            parts.append(label(panel.x(k), panel.top + 278, f"{reports[k]['step']:,}", "middle"))
-        for key, column in zip(keys, values.T):
-            css, below, name = ("m", -6, "train") if key == "train" else ("m2", 4, "val")
-            parts.append(line(zip(panel.x(np.arange(len(column))), panel.y(column)), css))
-            parts.append(label(576, panel.y(column[-1]) + below, name))
-        parts.append(label(315, panel.top + 294, "step", "middle"))
-    if not n:
-        raise UserError("the checkpoint holds fewer than two reports of losses: nothing to draw")
-    write_svg(path, 640, 340 * n, parts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # A reader may stop here: what follows only refuses what cannot be, and warns
 
 def check(config):
@@ -581,7 +417,7 @@ def check(config):
     if len(set(map(os.path.abspath, outputs))) < len(outputs):
         raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
     for path in outputs:
-        data.check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
+        check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
         if os.path.exists(path) and not config.overwrite:
             raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
 
@@ -607,9 +443,9 @@ def read_times(path, histories, horizon):
     stamps = []
     for number, text in enumerate(map(str.strip, lines), 1):
         if text:
-            stamps.append(data.parse_time(text))
+            stamps.append(parse_time(text))
             if math.isnan(stamps[-1]):
-                raise UserError(f"{path}:{number}: {data.printable(text)[:40]!r} is no time; "
+                raise UserError(f"{path}:{number}: {printable(text)[:40]!r} is no time; "
                                 f"write it as 2018-01-31 or 2018-01-31 14:30")
     stamps = np.unique(np.array(stamps, np.int64))
     rows = []
@@ -617,7 +453,7 @@ def read_times(path, histories, horizon):
         rows.append(stamps[stamps > bars.time[-1]][:horizon])
         if len(rows[-1]) < horizon:
             raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
-                            f"{data.iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
+                            f"{iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
     return np.array(rows)
 
 
@@ -630,7 +466,7 @@ def warn_of_intervals(series, meta, who="the weights"):
     for bars in series:
         step = float(np.median(np.diff(bars.time)))
         if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(duration(step), []).append(data.printable(bars.symbol))
+            far.setdefault(duration(step), []).append(printable(bars.symbol))
     lowest, highest = duration(min(known)), duration(max(known))
     trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
     for step, symbols in far.items():
@@ -641,11 +477,11 @@ def warn_of_intervals(series, meta, who="the weights"):
 
 def duration(seconds):
     """A time as people say it: 5 min."""
-    for unit, size in (("d", data.DAY), ("h", data.HOUR), ("min", 60)):
+    for unit, size in (("d", DAY), ("h", HOUR), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

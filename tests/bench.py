@@ -20,9 +20,14 @@ sys.path.insert(0, ROOT)
 import numpy as np
 import torch
 
+from backstage.checkpoint import read_checkpoint
+from backstage.loop import Optimizer, Run
+from backstage.opponents import baselines
+from backstage.reader import write_folder
+from backstage.scores import block_sums, bootstrap
 import data
 import pretrain
-from model import read_checkpoint
+
 from tokenizer import TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
 
 SECTIONS = {}
@@ -256,8 +261,8 @@ def backtest(args):
 
     f = row("next bars", lambda: backtest.next_bars(model, tokenizer, t))
     row("paths, from 64 origins' time", lambda: sample.simulate(model, tokenizer, histories, 10, 100), origins / len(histories))
-    rivals = row("baselines", lambda: backtest.baselines(t, 100))
-    row("scores and intervals", lambda: [backtest.bootstrap(backtest.block_sums(g, t), t) for g in (f, *rivals.values())])
+    rivals = row("baselines", lambda: baselines(t, 100))
+    row("scores and intervals", lambda: [bootstrap(block_sums(g, t), t) for g in (f, *rivals.values())])
     print(f"{'all':34}{total[0]:>8.0f}{total[1]:>8.0f}")
 
 
@@ -404,17 +409,17 @@ SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
 
 def trained(script, path, *flags):
     """Runs a stage in this process, silently -> its checkpoint's reports of that stage, and the least seconds of an update."""
-    ends, update, argv = [], pretrain.Run.update, sys.argv
+    ends, update, argv = [], Run.update, sys.argv
 
     def timed(*a):
         ends.append(time.perf_counter())
         return update(*a)
-    pretrain.Run.update, sys.argv = timed, [script.__name__, "--out", path, *flags]
+    Run.update, sys.argv = timed, [script.__name__, "--out", path, *flags]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             script.main()
     finally:
-        pretrain.Run.update, sys.argv = update, argv
+        Run.update, sys.argv = update, argv
     return [m for m in read_checkpoint(path)["metrics"] if m["stage"] == script.__name__], min(np.diff(ends[1:]))
 
 
@@ -427,7 +432,7 @@ def training(args):
     tokens = torch.randint(0, 1024, (2, B, T + 1))
     stamp = (1_500_000_000 + 86400 * torch.arange(T)).expand(B, -1)
     model = Model(ModelConfig(n_embd=128))
-    optimizer = pretrain.Optimizer(model, 0.02, 3e-3, 0.1)
+    optimizer = Optimizer(model, 0.02, 3e-3, 0.1)
 
     def step():
         began = time.perf_counter()
@@ -441,7 +446,7 @@ def training(args):
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as folder:
-        data.write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
+        write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
         flags = ["--data", os.path.join(folder, "bars"), *SIZES, "--dtype=bf16"]
         bare, loop = [], []
         for k in range(args.rounds):    # in turns, since the machine's speed drifts
@@ -486,7 +491,7 @@ def tuning(args):
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         base, out = os.path.join(folder, "base.pt"), os.path.join(folder, "out.pt")
-        data.write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
+        write_folder(data.synthetic(n_symbols=4, n_bars=20_000)[0], os.path.join(folder, "bars"))
         n = args.steps or 20
         _, plain = trained(pretrain, base, "--data", os.path.join(folder, "bars"), *SIZES, f"--steps={n}", f"--eval_every={n}")
         print(f"{'pretrain.py':40}{plain:>8.2f} s an update")

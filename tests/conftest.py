@@ -12,6 +12,7 @@ import pytest
 
 import data
 import pretrain
+from backstage.script import run as run_script
 
 TINY = "--steps 6 --tok_steps 40 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 32 --coarse_bits 6 --fine_bits 5 --eval_every 3".split()
 
@@ -52,7 +53,7 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [name + ".py", *map(str, argv)])
         capfd.readouterr()
         try:
-            data.run(module.main)
+            run_script(module.main)
             status = 0
         except SystemExit as e:
             status = e.code

@@ -21,6 +21,7 @@ sys.path.insert(0, ROOT)
 
 import torch
 
+from backstage.reader import write_folder
 import data
 
 SIZES = "--batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 64 --coarse_bits 7 --fine_bits 6 --tok_steps 200".split()
@@ -77,7 +78,7 @@ def main():
     chance, all_equal = random.Random(args.seed), True
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        data.write_folder(data.synthetic(n_symbols=3, n_bars=1500)[0], "bars")
+        write_folder(data.synthetic(n_symbols=3, n_bars=1500)[0], "bars")
         subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *FLAGS["pretrain"], "--steps", "20", "--out", "base.pt"],
                        check=True, stdout=subprocess.DEVNULL)
         for script in args.stages or FLAGS:

@@ -38,10 +38,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from backstage.checkpoint import read_checkpoint
+from backstage.files import load_safe, save_atomic
+from backstage.loop import Optimizer
+from backstage.markets import KINDS, best_accuracy, reverting_path
+from backstage.opponents import volatility_paths
+from backstage.pictures import Panel, grid_line, label, line, write_svg
+from backstage.reader import write_folder
+from backstage.scores import RATIOS, against, at_step, block_sums, bootstrap, direction_sums, judge_draws, scored, versus
+from backstage.script import run
+from backstage.series import decayed_sum
 import backtest
 import data
 import pretrain
-from model import Model, load_checkpoint, norm, read_checkpoint, save_checkpoint
+from model import Model, load_checkpoint, norm, save_checkpoint
 from tokenizer import TokenizerConfig, report, train_tokenizer
 
 SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=64"]
@@ -94,7 +104,7 @@ def blind(*hidden):
     return type("Blind", (Blind,), dict(hidden=hidden))
 
 
-class AdamWAlone(pretrain.Optimizer):
+class AdamWAlone(Optimizer):
     """AdamW for all weights; --lr is its rate for the matrices that are Muon's by default."""
 
     def __init__(self, model, lr, adam_lr, weight_decay):
@@ -174,7 +184,7 @@ def market_folder(args):
         args.data = [os.path.join(args.out, args.market)]
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             series, best_da = data.synthetic(seed=0, n_symbols=8, n_bars=32_000, kind=args.market)
-            data.write_folder(series, args.data[0])
+            write_folder(series, args.data[0])
             print(f"{args.market}: at best {best_da:.2%} of directions can be called right")
     elif not args.data:
         raise data.UserError("give --data or --market")
@@ -310,11 +320,10 @@ def places(v):
 
 def plot_tokenizers(path, names, result):
     """Direction accuracy, with its interval, over each number of codes, on a log scale."""
-    import sample
     score = [{k: v and 100 * v for k, v in entry["da"].items()} for entry in result["checkpoints"]]
     values = [v for s in score for v in s.values() if v is not None]
     low, high = min(values) - 0.2, max(values) + 0.2
-    parts, w, h = [sample.label(10, 16, "right calls of direction, %, with 95 % intervals", css="t")], 250, 200
+    parts, w, h = [label(10, 16, "right calls of direction, %, with 95 % intervals", css="t")], 250, 200
     for panel, (key, title) in enumerate(CODES):
         x = [math.log(max(entry["tokens"][key], 1e-9)) for entry in result["checkpoints"]]
         x0, left, wide = 50 + panel * (w + 50), min(x), max(max(x) - min(x), 1e-9)
@@ -322,19 +331,19 @@ def plot_tokenizers(path, names, result):
         def X(v):
             return x0 + 10 + (v - left) / wide * (w - 20)
 
-        scale = sample.Panel(x0, 40, w, h, 1, low, high)
+        scale = Panel(x0, 40, w, h, 1, low, high)
         parts += scale.grid(x0 - 5, "end")
         for name, v, s in zip(names, x, score):
             css = "dn" if "signs" in name else "up"
             if s["lo"] is not None:
-                parts.append(sample.line([(X(v), scale.y(s["lo"])), (X(v), scale.y(s["hi"]))], "p"))
+                parts.append(line([(X(v), scale.y(s["lo"])), (X(v), scale.y(s["hi"]))], "p"))
             parts.append(f'<circle class="{css}" cx="{X(v):.1f}" cy="{scale.y(s["value"]):.1f}" r="4"><title>{name}</title></circle>')
         for v, anchor in ((min(x), "start"), (max(x), "end")):
             text = f"{math.exp(v):,.0f}" if v > math.log(10) else f"{math.exp(v):.3g}"
-            parts.append(sample.label(X(v), h + 58, text, anchor))
-        parts.append(sample.label(x0 + w / 2, h + 74, title + ", log scale", "middle"))
-    parts.append(sample.label(3 * (w + 50) + 40, 16, "green: nearest candle, red: signs alone", "end"))
-    sample.write_svg(path, 3 * (w + 50) + 50, h + 86, parts)
+            parts.append(label(X(v), h + 58, text, anchor))
+        parts.append(label(x0 + w / 2, h + 74, title + ", log scale", "middle"))
+    parts.append(label(3 * (w + 50) + 40, 16, "green: nearest candle, red: signs alone", "end"))
+    write_svg(path, 3 * (w + 50) + 50, h + 86, parts)
 
 
 def closes_study(argv):
@@ -344,7 +353,7 @@ def closes_study(argv):
     args = parser.parse_args(argv)
     series, best = data.synthetic(n_symbols=8, n_bars=args.bars, kind="reverting")
     phi, first = 0.5 ** (1 / 8), args.bars * 4 // 5
-    k = data.KINDS["reverting"] * (1 - phi)
+    k = KINDS["reverting"] * (1 - phi)
     x = [data.features(bars)[0] for bars in series]
 
     def right_calls(close):
@@ -352,7 +361,7 @@ def closes_study(argv):
         hits = []
         for bars, own in zip(series, close):
             r = np.sinh(own.astype(np.float64)) * data.scales(bars)
-            m = data.decayed_sum(-k * r, decay=phi + k)
+            m = decayed_sum(-k * r, decay=phi + k)
             came = np.diff(np.log(bars.ohlcva[:, 3]))[first:]
             hits.append((m[first:-1] > 0) == (came > 0))
         return np.mean(hits)
@@ -409,25 +418,24 @@ def codes_study(argv):
 
 def plot_codes(path, curves, steps):
     """curves: {(name, seed): [(update, share of codes in use)]}, a line each."""
-    import sample
     x0, y0, w, h = 50, 40, 480, 220
 
     def at(step, share):
         return x0 + step / steps * w, y0 + (1 - share) * h
 
-    parts = [sample.label(x0, 20, "coarse codes in use on bars not trained on, % of 1,024", css="t")]
+    parts = [label(x0, 20, "coarse codes in use on bars not trained on, % of 1,024", css="t")]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = at(0, share)[1]
-        parts += [sample.grid_line(x0, x0 + w, y), sample.label(x0 - 6, y + 4, f"{share:.0%}", "end")]
+        parts += [grid_line(x0, x0 + w, y), label(x0 - 6, y + 4, f"{share:.0%}", "end")]
     for step in (0, steps // 2, steps):
-        parts.append(sample.label(at(step, 0)[0], y0 + h + 18, f"{step:,}", "middle"))
-    parts.append(sample.label(x0 + w / 2, y0 + h + 36, "updates", "middle"))
+        parts.append(label(at(step, 0)[0], y0 + h + 18, f"{step:,}", "middle"))
+    parts.append(label(x0 + w / 2, y0 + h + 36, "updates", "middle"))
     for (name, seed), curve in curves.items():
-        parts.append(sample.line([at(*point) for point in curve], "m" if name == "BSQ" else "m2"))
+        parts.append(line([at(*point) for point in curve], "m" if name == "BSQ" else "m2"))
         if seed == 0:
             text = "BSQ: corners of the sphere" if name == "BSQ" else "VQ: learned codes"
-            parts.append(sample.label(x0 + w + 8, at(*curve[-1])[1] + 4, text))
-    sample.write_svg(path, x0 + w + 170, y0 + h + 46, parts)
+            parts.append(label(x0 + w + 8, at(*curve[-1])[1] + 4, text))
+    write_svg(path, x0 + w + 170, y0 + h + 46, parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,21 +475,20 @@ def sees_study(argv):
 
 def plot_sees(path, names, rows, left=190, width=2.9):
     """A strip a kind of attention: the older a bar the further left, the more it counts the darker."""
-    import sample
     n = len(rows[0])
-    parts = [sample.label(left, 20, "how much the newest bar takes from each bar before it", css="t")]
+    parts = [label(left, 20, "how much the newest bar takes from each bar before it", css="t")]
     for row, (name, size) in enumerate(zip(names, rows)):
         y = 36 + 34 * row
-        parts.append(sample.label(left - 10, y + 16, name, "end"))
+        parts.append(label(left - 10, y + 16, name, "end"))
         for k, share in enumerate(size.tolist()):
             if share > 1e-6:
                 shade = max(0.08, 1 + math.log10(share) / 3)
                 parts.append(f'<rect class="up" x="{left + width * k:.1f}" y="{y}" width="{width:.1f}" height="24" '
                              f'fill-opacity="{shade:.2f}" stroke="none"/>')
     for back in (200, 150, 100, 50, 0):
-        parts.append(sample.label(left + width * (n - 1 - back + 0.5), 36 + 34 * len(rows) + 8, f"{back}", "middle"))
-    parts.append(sample.label(left + width * n / 2, 36 + 34 * len(rows) + 26, "bars back", "middle"))
-    sample.write_svg(path, left + width * n + 20, 36 + 34 * len(rows) + 36, parts)
+        parts.append(label(left + width * (n - 1 - back + 0.5), 36 + 34 * len(rows) + 8, f"{back}", "middle"))
+    parts.append(label(left + width * n / 2, 36 + 34 * len(rows) + 26, "bars back", "middle"))
+    write_svg(path, left + width * n + 20, 36 + 34 * len(rows) + 36, parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,7 +541,7 @@ def stages_study(argv):
         args.data = [os.path.join(args.out, "market")]
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             market = data.synthetic(n_symbols=4, n_bars=args.bars, kind=args.market, half_life=args.half_life)[0]
-            data.write_folder(market, args.data[0])
+            write_folder(market, args.data[0])
     scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
@@ -593,7 +600,7 @@ class StageTest:
         self.t = backtest.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.test_bars)
         self.val = backtest.some_targets(series, "val", meta["splits"], most=args.test_bars)
         if args.market == "reverting":
-            true = [data.reverting_path(bars, HORIZON, args.half_life)[o] for bars, o in zip(self.t.series, self.t.origins)]
+            true = [reverting_path(bars, HORIZON, args.half_life)[o] for bars, o in zip(self.t.series, self.t.origins)]
             self.true = np.concatenate(true)
 
     def scores(self, path, weights, shifted=False, tempered=False):
@@ -619,8 +626,8 @@ class StageTest:
                 drawn = backtest.drawn_scores(model, tokenizer, self.t, self.args.paths)
             finally:
                 backtest.judge_paths, backtest.next_bars = judge, next_bars
-            data.save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
-        return {k: (v.numpy(), r.numpy()) for k, (v, r) in data.load_safe(kept).items()}
+            save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
+        return {k: (v.numpy(), r.numpy()) for k, (v, r) in load_safe(kept).items()}
 
     def best_factor(self, p_up):
         """The factor of logit P(up) with the least log loss on val, of bars that moved."""
@@ -653,23 +660,23 @@ def print_stages(args, scores, t, kept):
     def over_seeds(metric, of_seed, scale, digits):
         """The mean over seeds of of_seed(seed) -> (value, replicates), as text."""
         values, replicates = zip(*(of_seed(seed) for seed in range(args.seeds)))
-        return backtest.show(backtest.scored(sum(values) / args.seeds, sum(replicates) / args.seeds, t.blocks_of(metric)),
+        return backtest.show(scored(sum(values) / args.seeds, sum(replicates) / args.seeds, t.blocks_of(metric)),
                              scale, digits, "+")
 
     def change(arm, metric, seed):
-        (a, a_drawn), (b, b_drawn) = (backtest.at_step(scores[name, seed], metric, None) for name in (arm, "base"))
-        if metric in backtest.RATIOS:
+        (a, a_drawn), (b, b_drawn) = (at_step(scores[name, seed], metric, None) for name in (arm, "base"))
+        if metric in RATIOS:
             return a / b - 1, a_drawn / b_drawn - 1
         return a - b, a_drawn - b_drawn
 
     def share(arm, metric, seed):
         """Of the room between the base and the best."""
-        (a, a_drawn), (b, b_drawn) = (backtest.at_step(scores[name, seed], metric, None) for name in (arm, "base"))
+        (a, a_drawn), (b, b_drawn) = (at_step(scores[name, seed], metric, None) for name in (arm, "base"))
         if args.market == "edge":
-            p = data.best_accuracy()
+            p = best_accuracy()
             best = best_drawn = -p * math.log(p) - (1 - p) * math.log(1 - p)
         else:
-            best, best_drawn = backtest.at_step(scores["best", seed], metric, None)
+            best, best_drawn = at_step(scores["best", seed], metric, None)
         return (b - a) / (b - best), (b_drawn - a_drawn) / (b_drawn - best_drawn)
 
     columns = [("da", "right calls, points", 100, 2), ("logloss", "log loss x 1000", 1000, 2), ("ece", "calibration, points", 100, 2),
@@ -686,7 +693,7 @@ def print_stages(args, scores, t, kept):
             cells.append(over_seeds(room, lambda seed: share(arm, room, seed), 100, 1))
         print("| " + " | ".join(cells) + " |", flush=True)
     for metric, label, scale, digits in columns:
-        each = [float(backtest.at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
+        each = [float(at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
         print(f"base, {label.split(',')[0]}: " + ", ".join(f"{v:.{digits + 1}f}" for v in each))
 
 
@@ -710,7 +717,7 @@ def null_study(argv):
     for seed in range(args.seeds):
         market, base, tuned = (os.path.join(args.out, f"{seed}{end}") for end in ("", ".pt", "-expo.pt"))
         if not os.path.exists(os.path.join(market, "symbols.json")):
-            data.write_folder(null_market(seed), market)
+            write_folder(null_market(seed), market)
         sizes = ["--tok_steps=200", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=64"]
         for script, path, flags in (("pretrain.py", base, ["--data", market, f"--steps={args.steps}", *sizes]),
                                     ("expo.py", tuned, ["--ckpt", base, f"--steps={args.steps * 2 // 5}", "--no-backtest"])):
@@ -744,8 +751,8 @@ def null_rules(n_markets, lengths=(1, 4, 16, 64, 256)):
         closes = [np.log(bars.ohlcva[:, 3]) for bars in series]
         for n in lengths:
             rise = t.flat([np.append(np.nan, (c - np.roll(c, n))[:-1]) for c in closes])
-            calls = backtest.direction_sums(np.where(rise > 0, 0.6, 0.4), t)
-            da = backtest.scored(*backtest.bootstrap(dict(da=calls["da"]), t)["da"], t.n_blocks)
+            calls = direction_sums(np.where(rise > 0, 0.6, 0.4), t)
+            da = scored(*bootstrap(dict(da=calls["da"]), t)["da"], t.n_blocks)
             held[n] += da["lo"] <= 0.5 <= da["hi"]
     shares = ", ".join(f"{n} {k / n_markets:.1%}" for n, k in held.items())
     print(f"intervals of the last moves' sign that hold one half, {n_markets:,} markets, by the number of moves: {shares}", flush=True)
@@ -795,14 +802,14 @@ def leak_study(argv):
 # Weights that come along, on bars that they have not seen
 
 # score, opponent, label
-RATIOS = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_crps", "har", "volume"),
-          ("path_crps", "har", "close, bar 10"), ("crps", "fhs", "close to FHS"))
+HEADLINES = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_crps", "har", "volume"),
+             ("path_crps", "har", "close, bar 10"), ("crps", "fhs", "close to FHS"))
 
 
 def print_heads():
     print("CRPS as a ratio to HAR's, of the close also to that of FHS; 95 % intervals\n")
-    print_row("market", "weights", *(head for _, _, head in RATIOS), "90 % band holds")
-    print_row(*["---"] * (3 + len(RATIOS)))
+    print_row("market", "weights", *(head for _, _, head in HEADLINES), "90 % band holds")
+    print_row(*["---"] * (3 + len(HEADLINES)))
 
 
 def print_row(*cells):
@@ -812,12 +819,12 @@ def print_row(*cells):
 def print_to_opponents(label, arm, ckpts, result):
     """A row: CRPS as ratios to an opponent's, the mean of checkpoints that differ by their seed. Returns the values."""
     drawn, t, cells, values = result["drawn"], result["targets"], [label, arm], []
-    for metric, rival, _ in RATIOS:
+    for metric, rival, _ in HEADLINES:
         if metric in drawn[rival] and all(metric in drawn[ckpt] for ckpt in ckpts):
-            theirs = backtest.at_step(drawn[rival], metric, -1)
-            ours = [backtest.at_step(drawn[ckpt], metric, -1) for ckpt in ckpts]
+            theirs = at_step(drawn[rival], metric, -1)
+            ours = [at_step(drawn[ckpt], metric, -1) for ckpt in ckpts]
             mean = tuple(sum(parts) / len(ckpts) for parts in zip(*ours))
-            score = backtest.versus(mean, theirs, t.blocks_of(metric), as_ratio=True)
+            score = versus(mean, theirs, t.blocks_of(metric), as_ratio=True)
             cells.append(backtest.show(score, 1, 4))
             values.append(score["value"])
         else:
@@ -905,8 +912,8 @@ def parallel_study(argv):
             began = time.process_time()
             paths = backtest.simulated(model, tokenizer, t, args.paths, parallel)
             took[parallel] = time.process_time() - began
-            drawn[parallel] = backtest.bootstrap(backtest.block_sums(paths, t), t)
-        ratios = [backtest.against(drawn[True], drawn[False], "path_crps", t, k) for k in steps]
+            drawn[parallel] = bootstrap(block_sums(paths, t), t)
+        ratios = [against(drawn[True], drawn[False], "path_crps", t, k) for k in steps]
         cells = [backtest.show(ratio, 1, 4) for ratio in ratios]
         print_row(market, f"{len(t.path_r):,}", *cells, f"x {took[True] / took[False]:.2f}")
 
@@ -931,7 +938,7 @@ def few_study(argv):
         if not os.path.exists(os.path.join(stem, "symbols.json")):
             series = sorted(data.load(path), key=lambda bars: bars.symbol)
             long = [bars for bars in series if len(bars) >= min(2000, max(map(len, series)))]
-            data.write_folder([long[len(long) // 2][-args.bars:]], stem)
+            write_folder([long[len(long) // 2][-args.bars:]], stem)
         ckpts = {"as it is": [args.base]} if args.base else {}
         for arm, flags in arms.items():
             ckpts[arm] = [f"{stem}-{arm}-{seed}.pt" for seed in range(args.seeds)]
@@ -974,7 +981,7 @@ def budgets_study(argv):
         cut = [bars for bars in cut if len(bars) > 600][::args.every]
         folder = os.path.join(args.out, f"{test}-{args.every}")
         if not os.path.exists(os.path.join(folder, "symbols.json")):
-            data.write_folder(cut, folder)
+            write_folder(cut, folder)
         stamps = [bars.time[slice(*data.targets_of(bars, "train", (val, start)))] for bars in cut]
         count = math.sqrt(sum(map(len, stamps)) * len(np.unique(np.concatenate(stamps))))
         ckpts = [f"{folder}-{row}.pt" for row in args.rows]
@@ -1006,10 +1013,10 @@ def room_study(argv):
     borders = data.split_borders(series, args.val_start, args.test_start)
     t = backtest.some_targets(series, args.split, borders, HORIZON, args.origins)
     random = np.random.default_rng(0)
-    moves = [backtest.volatility_paths(har, at, args.paths, HORIZON, random) for har, at in zip(t.volatility, t.origins)]
+    moves = [volatility_paths(har, at, args.paths, HORIZON, random) for har, at in zip(t.volatility, t.origins)]
     r, came = np.concatenate(moves).sum(-1), t.path_r[:, -1]            # [n, paths], [n]
     factors = np.exp(np.linspace(-0.7, 0.7, 29))
-    crps = np.stack([backtest.judge_draws(f * r, came)["crps"] for f in factors])       # [factors, n]
+    crps = np.stack([judge_draws(f * r, came)["crps"] for f in factors])       # [factors, n]
     as_it_is = crps[len(factors) // 2].mean()
     width = r.std(1)
     groups = {"one factor for all": np.zeros(len(r)),
@@ -1028,4 +1035,4 @@ SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model":
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
         raise SystemExit(f"usage: python tests/study.py {'|'.join(SECTIONS)} --data FILE ...")
-    data.run(lambda: SECTIONS[sys.argv[1]](sys.argv[2:]))
+    run(lambda: SECTIONS[sys.argv[1]](sys.argv[2:]))

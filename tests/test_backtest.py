@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from backstage.opponents import TimeOfDay, baselines, fit_har, give_residuals, har, historical, range_volatility, slow_scale, volatility_paths
+from backstage.scores import MIN_BLOCKS, NORMAL, RARE, at_step, block_sums, bootstrap, groups_of, judge, judge_draws, judge_normal, judge_paths, judge_residuals, ordered_bins, path_sums, score_of, scored, sums_by_bin, trading_sums, within
+from backstage.series import DAY
 import data
 import backtest
 import sample
 import study
-from data import DAY, UserError
+from data import UserError
 from model import Model, ModelConfig, save_checkpoint
 from tokenizer import TokenizerConfig, train_tokenizer
 
@@ -83,7 +86,7 @@ def test_judge_is_the_double_sum(draws):
     p = np.full((7, 13), 1 / 13) if draws else rng.dirichlet(np.ones(13), 7)
     y = rng.normal(size=7)
     y[2] = r[2, 5]
-    got = backtest.judge_draws(r, y) if draws else backtest.judge(r, p, y)
+    got = judge_draws(r, y) if draws else judge(r, p, y)
     for i in range(7):
         assert got["crps"][i] == pytest.approx(naive_crps(r[i], p[i], y[i], draws), abs=1e-12)
         assert got["mean"][i] == pytest.approx((p[i] * r[i]).sum())
@@ -100,7 +103,7 @@ def law(K, width, n=20_000, horizon=2, seed=0):
     y = 0.01 * width * rng.normal(size=(n, horizon))
     t = SimpleNamespace(path_r=y.cumsum(1), path_rv=np.sqrt((y**2).sum(1)), usual=np.full(n, 0.006), horizon=horizon,
                         path_block=np.arange(n) % 20, n_path_blocks=20)
-    return t, backtest.judge_paths(0.01 * rng.normal(size=(n, K, horizon)), t, slice(0, n))
+    return t, judge_paths(0.01 * rng.normal(size=(n, K, horizon)), t, slice(0, n))
 
 
 @pytest.mark.parametrize("K", [3, 16, 64])
@@ -108,7 +111,7 @@ def test_a_right_forecast_covers_what_it_says_whatever_the_number_of_paths(K):
     """A share of ranks alone cannot be 90 %: of 64 draws it is 87.7 or 90.8 %."""
     for width, right in ((1, True), (2, False)):
         t, f = law(K, width)
-        inside = backtest.within(f["path_pit"], f["path_width"], 0.05, 0.95)[:, 0]
+        inside = within(f["path_pit"], f["path_width"], 0.05, 0.95)[:, 0]
         assert (inside.mean() == pytest.approx(0.9, abs=4 * inside.std() / len(inside)**0.5)) == right
 
 
@@ -116,26 +119,26 @@ def test_risk_of_a_right_law_is_what_it_says_and_of_a_wrong_one_is_not():
     """Of a normal law: 5 % of the losses are beyond VaR and together as large as said; the warning comes true as often as said."""
     def scores(K, width):
         t, f = law(K, width)
-        return {name: backtest.score_of(name, s.sum(0)) for name, s in backtest.path_sums(f, t).items()}
+        return {name: score_of(name, s.sum(0)) for name, s in path_sums(f, t).items()}
     for K in (20, 100):
         right = scores(K, 1)
         assert right["var95_hits"] == pytest.approx(0.05, abs=0.004) and right["es95_ratio"] == pytest.approx(1, abs=0.08)
-    chance = 2 * backtest.NORMAL.cdf(-3 * 0.006 / 0.01)  # of a move beyond 3 usual sigmas, whatever the horizon
+    chance = 2 * NORMAL.cdf(-3 * 0.006 / 0.01)  # of a move beyond 3 usual sigmas, whatever the horizon
     assert right["extreme_flagged"] == pytest.approx(0.73, abs=0.03) and right["extreme_came"] == pytest.approx(chance, abs=0.005)
     assert right["extreme_said"] == pytest.approx(chance, rel=0.2)
     wide = scores(100, 2)  # twice the losses that were forecast: z = -1.645 is now -0.822
-    assert wide["var95_hits"] == pytest.approx(backtest.NORMAL.cdf(-0.8224), abs=0.01)
+    assert wide["var95_hits"] == pytest.approx(NORMAL.cdf(-0.8224), abs=0.01)
     assert wide["es95_ratio"] > 3 and wide["extreme_came"] > 4 * wide["extreme_said"]
     calm, _ = law(100, 1)
     calm.usual = np.full(len(calm.usual), 0.02)
-    f = backtest.judge_paths(0.01 * np.random.default_rng(1).normal(size=(20_000, 100, 2)), calm, slice(None))
-    assert backtest.path_sums(f, calm)["extreme_flagged"][:, 0].sum() == 0      # a calm market raises no flag
+    f = judge_paths(0.01 * np.random.default_rng(1).normal(size=(20_000, 100, 2)), calm, slice(None))
+    assert path_sums(f, calm)["extreme_flagged"][:, 0].sum() == 0      # a calm market raises no flag
 
 
 def test_realized_volatility_is_scored_over_the_whole_horizon():
     t, f = law(5, 1, n=50)
     moves = 0.01 * np.random.default_rng(0).normal(size=(50, 5, 2))
-    f = backtest.judge_paths(moves, t, slice(0, 50))
+    f = judge_paths(moves, t, slice(0, 50))
     for i in (0, 31):
         drawn = [math.sqrt(a * a + b * b) for a, b in moves[i]]
         came = math.hypot(t.path_r[i, 0], t.path_r[i, 1] - t.path_r[i, 0])
@@ -146,9 +149,9 @@ def test_path_intervals_count_the_blocks_that_hold_paths():
     """Ten origins of one symbol among thousands of bars are ten blocks at most, too few for an interval."""
     bars = data.synthetic(seed=1, n_symbols=1, n_bars=3000)[0]
     t = backtest.Targets(bars, int(bars[0].time[40]), 2**62, 5, 290, 0)
-    assert t.n_path_blocks > backtest.MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
-    scores = backtest.bootstrap(backtest.block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
-    assert backtest.scored(*backtest.at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
+    assert t.n_path_blocks > MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
+    scores = bootstrap(block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
+    assert scored(*at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
 
 
 @pytest.mark.parametrize("symbols, n_bars, horizon, stride", [(1, 1032, 10, 10), (1, 3032, 1, 3), (3, 532, 7, 7), (120, 232, 10, 19), (1, 20032, 10, 19)])
@@ -162,10 +165,10 @@ def test_paths_start_every_horizon_or_a_thousand_times(symbols, n_bars, horizon,
 def test_one_symbol_of_a_thousand_bars_has_intervals():
     t = targets(daily(1032, 1), 32, horizon=10)
     assert t.blocks_of("path_crps") in (99, 100) and t.n_blocks == 100
-    f = backtest.baselines(t, 20)["har"]
-    scores = backtest.bootstrap(backtest.block_sums(f, t), t)
+    f = baselines(t, 20)["har"]
+    scores = bootstrap(block_sums(f, t), t)
     for metric in ("crps", "range_crps", "volume_crps", "path_rv_crps", "var95_hits", "es95_ratio"):
-        assert backtest.scored(*scores[metric], t.blocks_of(metric))["lo"] is not None, metric
+        assert scored(*scores[metric], t.blocks_of(metric))["lo"] is not None, metric
 
 
 def test_judge_residuals_is_judge():
@@ -174,8 +177,8 @@ def test_judge_residuals_is_judge():
     z[5:8] = z[5]
     y[:9] = scale[:9] * z[:9]     # on a step, up to rounding
     place = rng.normal(size=30)
-    got = backtest.judge_residuals(z, y + place, scale, place)
-    want = backtest.judge(place[:, None] + scale[:, None] * z, np.full((30, 40), 1 / 40), y + place)
+    got = judge_residuals(z, y + place, scale, place)
+    want = judge(place[:, None] + scale[:, None] * z, np.full((30, 40), 1 / 40), y + place)
     for key in want:
         np.testing.assert_allclose(got[key][9:], want[key][9:], rtol=1e-9, err_msg=key)
         np.testing.assert_allclose(got[key][:9], want[key][:9], atol=0.05, err_msg=key)
@@ -186,18 +189,18 @@ def test_crps_of_a_gaussian_is_its_closed_form():
     mu, sigma, y = 0.3, 2.0, np.array([-3.0, 0.2, 1.0, 6.0])
     z = (y - mu) / sigma
     want = np.array([sigma * (v * math.erf(v / math.sqrt(2)) + 2 * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) - 1 / math.sqrt(math.pi)) for v in z])
-    np.testing.assert_allclose(backtest.judge_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
+    np.testing.assert_allclose(judge_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
     grid = np.linspace(-30, 30, 60_001)
     cdf = np.array([0.5 * (1 + math.erf((x - mu) / sigma / math.sqrt(2))) for x in grid])
     np.testing.assert_allclose([((cdf - (grid >= v))**2).sum() * 0.001 for v in y], want, rtol=2e-3)
-    r = mu + sigma * np.array([backtest.NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
-    np.testing.assert_allclose(backtest.judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
+    r = mu + sigma * np.array([NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
+    np.testing.assert_allclose(judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
     # five or six draws each, independent or stratified: only pairs across the halves give the right spread
     rng = np.random.default_rng(0)
-    inverse = np.vectorize(backtest.NORMAL.inv_cdf)
+    inverse = np.vectorize(NORMAL.inv_cdf)
     for draws in (rng.normal(mu, sigma, (40_000, 5)),
                   mu + sigma * inverse(np.stack([sample.stratified(rng, 6, 1)[:, 0, 0] for _ in range(20_000)]).astype(float).clip(1e-9, 1 - 1e-9))):
-        few = [backtest.judge_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
+        few = [judge_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
         np.testing.assert_allclose(few, want, rtol=0.02)
 
 
@@ -267,13 +270,13 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     """A replicate is, by definition, the score of all bars of the blocks drawn, each as often as it was drawn."""
     t = stub()
     f = random_forecaster(t)
-    sums = backtest.block_sums(f, t)
+    sums = block_sums(f, t)
     assert sorted(sums) == sorted(SCORES + EXTRA)
     want = naive_scores(f, t.r, t.stamp, t.path_r, t.usual)
-    got = backtest.bootstrap(sums, t)
+    got = bootstrap(sums, t)
     for name in SCORES + EXTRA:
         np.testing.assert_allclose(got[name][0], want[name], rtol=1e-9, err_msg=name)
-    drawn = {name: backtest.score_of(name, np.tensordot(t.weights, s, 1)) for name, s in sums.items()}
+    drawn = {name: score_of(name, np.tensordot(t.weights, s, 1)) for name, s in sums.items()}
     for k in range(3):
         bars, stamps, origins = [], [], []
         for copy_, b in enumerate(np.repeat(np.arange(20), t.weights[k].astype(int))):
@@ -287,7 +290,7 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
         for name in SCORES + EXTRA:
             np.testing.assert_allclose(drawn[name][k], want[name], rtol=1e-9, err_msg=name)
     for name in SCORES:  # replicates are centred on the score
-        if name.startswith(backtest.RARE) and (sums[name][:, 0] != 0).sum() < 5:
+        if name.startswith(RARE) and (sums[name][:, 0] != 0).sum() < 5:
             continue  # too few cases for any
         np.testing.assert_allclose(got[name][1].mean(0), got[name][0], rtol=1e-9, err_msg=name)
 
@@ -296,9 +299,9 @@ def test_auc_of_many_distinct_values_is_binned_closely():
     rng = np.random.default_rng(0)
     p, up = rng.random(6000), rng.random(6000)
     up = up < 0.3 + 0.4 * p
-    bins = backtest.ordered_bins(p)
+    bins = ordered_bins(p)
     assert bins.max() < 2048
-    area = backtest.score_of("auc", backtest.sums_by_bin([up, ~up], bins, np.zeros(6000, int), 1)[0])
+    area = score_of("auc", sums_by_bin([up, ~up], bins, np.zeros(6000, int), 1)[0])
     place = np.argsort(np.argsort(p)) + 1
     exact = (place[up].sum() - up.sum() * (up.sum() + 1) / 2) / (up.sum() * (~up).sum())
     assert area == pytest.approx(exact, abs=1e-5)
@@ -307,12 +310,12 @@ def test_auc_of_many_distinct_values_is_binned_closely():
 def test_what_a_forecaster_does_not_say_has_no_score():
     t = stub()
     f = random_forecaster(t)
-    assert set(backtest.block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
+    assert set(block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
     t.stamp = np.arange(len(t.r))  # one symbol a date: no rank IC
     t.block = t.stamp * 20 // len(t.r)
-    got = backtest.bootstrap(backtest.block_sums(f, t), t)
-    assert backtest.scored(*got["rank_ic"], 20) is None
-    assert backtest.scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
+    got = bootstrap(block_sums(f, t), t)
+    assert scored(*got["rank_ic"], 20) is None
+    assert scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
 
 
 @pytest.mark.parametrize("n_symbols", [6, 12])     # of six often fewer than five are there
@@ -320,7 +323,7 @@ def test_long_short_is_the_naive_one(n_symbols):
     t = stub(n_symbols=n_symbols)
     f = random_forecaster(t)
     f["p_up"] = np.random.default_rng(4).random(len(t.r))
-    sums = backtest.trading_sums(f["p_up"], t, 7.0)     # by blocks of two stamps
+    sums = trading_sums(f["p_up"], t, 7.0)     # by blocks of two stamps
     want, held = np.zeros((2, 20, 2)), {}
     for s in np.unique(t.stamp):
         rows = np.flatnonzero(t.stamp == s)
@@ -349,8 +352,8 @@ def covered(t, blocks, weights, runs=300):
         rng = np.random.default_rng(seed)
         coin = 0.8 * rng.normal(size=t.stamp.max() + 1)[t.stamp] + 0.6 * rng.normal(size=len(t.r))
         t.r = np.where(coin > 0, 0.01, -0.01)
-        sums = {"da": backtest.block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
-        s = backtest.scored(*backtest.bootstrap(sums, t)["da"], t.n_blocks)
+        sums = {"da": block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
+        s = scored(*bootstrap(sums, t)["da"], t.n_blocks)
         hits += s["lo"] <= 0.5 <= s["hi"]
     return hits / runs
 
@@ -361,15 +364,15 @@ def test_too_few_rare_cases_make_no_interval():
     for cases in (0, 4, 5, 40):
         sums = np.zeros((t.n_path_blocks, 2))
         sums[:, 1], sums[:cases, 0] = 3, 1
-        found = backtest.bootstrap(dict(extreme_came=sums), t)["extreme_came"]
-        score = backtest.scored(*found, t.n_path_blocks)
+        found = bootstrap(dict(extreme_came=sums), t)["extreme_came"]
+        score = scored(*found, t.n_path_blocks)
         assert score["value"] == pytest.approx(cases / sums[:, 1].sum()) and (score["lo"] is None) == (cases < 5)
 
 
 @pytest.mark.parametrize("n, t975", [(20, 2.093), (40, 2.023), (300, 1.968)])
 def test_intervals_of_few_blocks_are_as_wide_as_students(n, t975):
-    drawn = np.array([backtest.NORMAL.inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
-    s = backtest.scored(0.0, drawn, n)
+    drawn = np.array([NORMAL.inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
+    s = scored(0.0, drawn, n)
     assert s["hi"] == pytest.approx(t975 * math.sqrt(n / (n - 1)), rel=2e-3) and s["lo"] == pytest.approx(-s["hi"])
 
 
@@ -414,7 +417,7 @@ def test_on_null_markets_the_interval_covers_one_half(tokenizer):
     for seed in range(20):
         series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
         t = targets(series, 500, horizon=2, stride=500)
-        da = backtest.scored(*backtest.drawn_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
+        da = scored(*backtest.drawn_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
         assert t.n_blocks >= 20 and da["hi"] - da["lo"] < 0.1
         missed += not da["lo"] <= 0.5 <= da["hi"]
     assert missed <= 4
@@ -434,7 +437,7 @@ def test_no_forecast_sees_the_future(triple):
     assert done.any() and not known.all()
     for name, f, g in [("model", backtest.next_bars(model, tokenizer, t) | backtest.simulated(model, tokenizer, t, 3),
                         backtest.next_bars(model, tokenizer, u) | backtest.simulated(model, tokenizer, u, 3))] + \
-                      [(name, f, backtest.baselines(u, 3)[name]) for name, f in backtest.baselines(t, 3).items()]:
+                      [(name, f, baselines(u, 3)[name]) for name, f in baselines(t, 3).items()]:
         for key in f:
             outcome = key.endswith(("crps", "pit"))     # what came is in it
             rows = (done if outcome else known) if key.startswith("path") else row < cut if outcome else row <= cut
@@ -470,7 +473,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
         for name, value, came in (("close", tables["close"] * s, t.r[k]), ("range", tables["range"] * s, math.log(high / low)),
                                   ("volume", (m + d * tables["volume"]).clamp(0, 80), math.log1p(v))):
             r, order = value.flatten().sort()
-            exact = backtest.judge(r.numpy()[None], p.flatten()[order].numpy()[None], np.array([came]))
+            exact = judge(r.numpy()[None], p.flatten()[order].numpy()[None], np.array([came]))
             prefix = "" if name == "close" else f"{name}_"
             crps[name].append((f[f"{prefix}crps"][k], exact["crps"][0]))
             off.append(f[f"{prefix}pit"][k] - exact["pit"][0])  # 512 pairs only: one of them may hold much of the probability
@@ -537,10 +540,10 @@ def test_path_scores_are_those_of_the_forecasts(triple):
 def test_baselines_are_the_naive_ones(triple):
     _, series = triple
     t = targets(series, 250, horizon=3, stride=10)
-    f = backtest.baselines(t, 4000)
+    f = baselines(t, 4000)
     r = np.diff(np.log(series[2].ohlcva[:, 3]), prepend=np.log(series[2].ohlcva[0, 3]))
     k, row = 2 * 50 + 17, 250 + 17
-    normal = lambda mu, sigma, y: backtest.judge_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
+    normal = lambda mu, sigma, y: judge_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
     assert f["gaussian20"]["crps"][k] == pytest.approx(normal(0.0, math.sqrt((r[row - 20:row]**2).mean()), r[row]))
     (b, a), *_ = np.linalg.lstsq(np.stack([r[1:249], np.ones(248)], 1), r[2:250], rcond=None)
     assert f["ar1"]["point"][k] == pytest.approx(a + b * r[row - 1])
@@ -569,7 +572,7 @@ def test_fhs_paths_follow_the_volatility_drawn(monkeypatch):
     series, kept = daily(300, 1), []
     monkeypatch.setattr(backtest, "judge_paths", lambda moves, t, rows: kept.append(moves) or {})
     t = targets(series, 250, horizon=3, stride=40)
-    backtest.historical(t, 0, slice(0, len(t.origins[0])), 20_000)
+    historical(t, 0, slice(0, len(t.origins[0])), 20_000)
     moves, r = kept[0][0], t.returns[0]
     o = int(t.origins[0][0])
     volatility = [math.sqrt(sum(0.94**(i - j) * r[j]**2 for j in range(1, i + 1)) / sum(0.94**(i - j) for j in range(1, i + 1))) for i in range(1, o + 1)]
@@ -602,8 +605,8 @@ def test_har_finds_the_weights_of_its_own_law():
             u.append((root * (1 + 0.25 * rng.normal()))**2)
         series.append(ranging(0.01 * (1 + seed) * np.array(u), seed))
     t = backtest.Targets(series, int(series[0].time[4000]), 2**62, 2, 20, 0)
-    values = [backtest.range_volatility(bars) for bars in series]
-    har = backtest.fit_har(t, values)[3]
+    values = [range_volatility(bars) for bars in series]
+    har = fit_har(t, values)[3]
     np.testing.assert_allclose(har.weights[1:], true[1:], atol=0.05)
     assert np.mean(har.ratio) == pytest.approx(1 + 0.25**2, abs=0.02)
 
@@ -638,12 +641,12 @@ def test_har_is_the_naive_loop():
     y = np.array([math.sqrt(u[k]) for u in v for k in range(66, 200)])
     w = np.array([1 / np.mean(row[1:]) for row in X])
     beta = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]
-    hars = backtest.fit_har(t, [backtest.range_volatility(bars) for bars in series])
+    hars = fit_har(t, [range_volatility(bars) for bars in series])
     np.testing.assert_allclose(hars[0].weights, beta, rtol=1e-6)
     for k in (200, 277):
         want = np.dot(beta, lagged(v[1], k))**2 * units[1][k]
         assert hars[1].forecast[k] == pytest.approx(want)
-    f = backtest.har(t, 4000)
+    f = har(t, 4000)
     first = sum(map(len, t.origins[:1]))
     for j, origin in enumerate(t.origins[1]):       # the paths' first step is the next bar's forecast, up to the draws
         assert f["path_crps"][first + j, 0] == pytest.approx(f["crps"][100 + origin + 1 - 200], rel=0.05, abs=1e-4)
@@ -652,7 +655,7 @@ def test_har_is_the_naive_loop():
 def test_residuals_are_half_a_series_own_and_half_of_all():
     rng, hars = np.random.default_rng(0), [SimpleNamespace(early=np.arange(400), fitted=np.arange(400)) for _ in range(2)]
     first = [k + rng.random(400) for k in range(2)]
-    backtest.give_residuals(hars, [np.stack([v, 2 * v]) for v in first])
+    give_residuals(hars, [np.stack([v, 2 * v]) for v in first])
     for k, har in enumerate(hars):
         z, other = har.residuals
         assert len(z) == 500 and (np.diff(z) >= 0).all() and np.array_equal(other, 2 * z)
@@ -663,7 +666,7 @@ def test_residuals_are_half_a_series_own_and_half_of_all():
 def test_the_scale_of_residuals_follows_slowly():
     size = np.random.default_rng(0).random(60)
     size[45] = 100.0        # counts as six usual ones
-    got = backtest.slow_scale(size, np.arange(10, 40), 0.8)
+    got = slow_scale(size, np.arange(10, 40), 0.8)
     usual = (size[10:40].sum() + 30 * 0.8) / 60
     a = 0.5 ** (1 / 500)
     for k in (0, 10, 11, 30, 46, 60):       # known before bar k
@@ -678,7 +681,7 @@ def test_har_paths_follow_the_volatility_drawn():
     t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
     har = t.volatility[0]
     har.weights[:] = 0.1, 0.9, 0, 0, 0
-    moves = backtest.volatility_paths(har, np.array([1100]), 20_000, 5, rng)[0]
+    moves = volatility_paths(har, np.array([1100]), 20_000, 5, rng)[0]
     size = np.log(np.abs(moves) + 1e-9)
     assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
     z, ratio = har.residuals
@@ -692,7 +695,7 @@ def test_har_learns_from_no_bar_after_the_first_target_of_any_symbol():
     series = daily(300, 4)
     late = [data.Bars("LATE", bars.time[190:], bars.ohlcva[190:].copy()) for bars in daily(300, 1, seed=9) for _ in range(2)]
     late[1].ohlcva[15:, :4] *= np.exp(np.cumsum(0.2 * np.random.default_rng(1).normal(size=95)))[:, None]
-    found = [backtest.har(targets([*series, one], 200), 3) for one in late]
+    found = [har(targets([*series, one], 200), 3) for one in late]
     assert all(np.array_equal(found[0][key][:400], found[1][key][:400]) for key in ("point", "range_crps", "volume_crps"))
     assert not np.array_equal(found[0]["crps"][400:], found[1]["crps"][400:])
 
@@ -702,7 +705,7 @@ def test_har_knows_the_time_of_day_of_the_bars_to_come():
     hour = np.arange(3000) % 24
     series = [ranging(0.001 * np.where(hour < 6, 4, 1) * np.exp(0.2 * np.random.default_rng(s).normal(size=3000)), s, step=3600) for s in range(2)]
     t = backtest.Targets(series, int(series[0].time[2800]), 2**62, 2, 13, 0)
-    f = backtest.har(t, 4000)
+    f = har(t, 4000)
     at = np.concatenate([o + 1 - first + i * 200 for i, (o, (first, _)) in enumerate(zip(t.origins, t.ranges))])
     np.testing.assert_allclose(f["path_crps"][:, 0], f["crps"][at], rtol=0.08, atol=1e-5)
     busy = hour[2800:] < 6
@@ -716,14 +719,14 @@ def test_time_of_day_factors_are_found(step, hours):
     time = time[np.isin(time // 3600 % 24, hours)]
     usual, half = 1 + 0.5 * np.sin(time % DAY / DAY * 2 * math.pi), len(time) // 2
     u = 0.01 * usual * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
-    factor = backtest.TimeOfDay(time, u, half)
+    factor = TimeOfDay(time, u, half)
     found = factor(time)
     within = np.corrcoef(np.log(found[half:]), np.log(usual[half:]))[0, 1]
     assert within > 0.98 and np.std(np.log(found[half:])) == pytest.approx(np.std(np.log(usual)), rel=0.15)
     weekly = 7 * DAY * np.arange(40)
-    assert (backtest.TimeOfDay(weekly, u[:40], 20)(weekly) == 1).all()      # none
+    assert (TimeOfDay(weekly, u[:40], 20)(weekly) == 1).all()      # none
     u[half:] = u[half:][::-1]       # a day's factors, and those foreseen from there, know the days before alone
-    other, day = backtest.TimeOfDay(time, u, half), time // DAY
+    other, day = TimeOfDay(time, u, half), time // DAY
     np.testing.assert_array_equal(other(time)[day <= day[half]], found[day <= day[half]])
     np.testing.assert_array_equal(other(time[half:], time[half]), factor(time[half:], time[half]))
     assert not np.array_equal(other(time), found)
@@ -735,12 +738,12 @@ def test_weekday_factors_of_daily_bars_are_found():
     time = time[(time // DAY + 4) % 7 != 6]         # no Saturdays
     sunday, half = (time // DAY + 4) % 7 == 0, 6 * 150
     u = 0.01 * np.where(sunday, 0.2, 1.0) * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
-    found = backtest.TimeOfDay(time, u, half)(time)[half:]
+    found = TimeOfDay(time, u, half)(time)[half:]
     assert found[~sunday[half:]].mean() / found[sunday[half:]].mean() == pytest.approx(5 ** (21.6 / 24.6), rel=0.1)
     assert np.std(np.log(found[~sunday[half:]])) < 0.1
     u[half:] *= np.where(sunday[half:], 3, 1)
     week = time // (7 * DAY)
-    np.testing.assert_array_equal(backtest.TimeOfDay(time, u, half)(time)[half:][week[half:] == week[half]], found[week[half:] == week[half]])
+    np.testing.assert_array_equal(TimeOfDay(time, u, half)(time)[half:][week[half:] == week[half]], found[week[half:] == week[half]])
 
 
 def test_har_follows_a_time_of_day_that_changes():
@@ -798,7 +801,7 @@ def test_the_best_opponent_is_the_one_shown():
 
 def test_groups_by_volatility_are_thirds_of_where_it_is_to_go():
     t = targets(daily(400, 3), 150)
-    groups = dict(backtest.groups_of(t, "volatility"))
+    groups = dict(groups_of(t, "volatility"))
     rising = np.concatenate([har.sigma[150:] for har in t.volatility]) / t.s
     assert rising[groups["falling"]].max() <= rising[groups["steady"]].min() and rising[groups["steady"]].max() <= rising[groups["rising"]].min()
     assert [mask.sum() for mask in groups.values()] == [250, 250, 250]
@@ -809,7 +812,7 @@ def test_paired_differences_use_the_same_blocks(triple):
     pairs = backtest.backtest([(model, tokenizer, meta)] * 2, series, horizon=2, paths=3, stride=10)["paired"]
     for pair in (p for p in pairs if p["b"] == "checkpoint 2"):  # a model against itself
         for s in pair["difference"] if isinstance(pair["difference"], list) else [pair["difference"]]:
-            assert s["value"] == 0 and (s["lo"] == s["hi"] == 0 or pair["metric"].startswith(backtest.RARE))
+            assert s["value"] == 0 and (s["lo"] == s["hi"] == 0 or pair["metric"].startswith(RARE))
         if pair["metric"] in ("mae", "crps"):
             assert pair["ratio"]["value"] == pair["ratio"]["hi"] == 1
 

@@ -4,6 +4,8 @@ import os
 import numpy as np
 import pytest
 
+from backstage.scores import against
+from backstage.series import DAY
 import backtest
 import data
 import sample
@@ -30,11 +32,11 @@ def test_they_say_where_they_come_from(base):
     assert os.path.getsize(BASE) <= 8e6
     assert len(meta["data"]["sources"]) > 10 and not any("/" in name for name in meta["data"]["sources"])
     assert meta["splits"][1] <= data.parse_time("2021-12-31")
-    assert min(meta["data"]["intervals"]) <= 60 and max(meta["data"]["intervals"]) >= 7 * data.DAY
+    assert min(meta["data"]["intervals"]) <= 60 and max(meta["data"]["intervals"]) >= 7 * DAY
     assert 0 < min(row["score"] for row in meta["metrics"] if row["stage"] == "pretrain") < 1
 
 
-@pytest.mark.parametrize("interval", [60, 3600, data.DAY])
+@pytest.mark.parametrize("interval", [60, 3600, DAY])
 def test_they_forecast_any_interval(base, interval):
     model, tokenizer, _ = base
     bars = market(interval)
@@ -50,8 +52,8 @@ def test_they_forecast_any_interval(base, interval):
 
 def test_they_beat_a_gaussian_on_clusters_of_volatility():
     """CRPS of the close and its 95 % interval, on a simulated market that is none of those they were trained on."""
-    series = [market(data.DAY, 2500, seed) for seed in (3, 4)]
+    series = [market(DAY, 2500, seed) for seed in (3, 4)]
     start = data.iso(series[0].time[1500])
     result = backtest.backtest([BASE], series, start=start, horizon=1, paths=2, stride=10**6)
-    ratio = backtest.against(result["drawn"][BASE], result["drawn"]["gaussian20"], "crps", result["targets"])
+    ratio = against(result["drawn"][BASE], result["drawn"]["gaussian20"], "crps", result["targets"])
     assert ratio["hi"] < 1, ratio

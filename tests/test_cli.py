@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from backstage.checkpoint import SEEN_DATES
+from backstage.files import load_safe, save_atomic, sole_writer
+from backstage.loop import Run
+from backstage.script import cli
 import data
 import pretrain
 from conftest import ROOT, TINY, complaint, script, write_csv
-from model import SEEN_DATES, load_checkpoint
+from model import load_checkpoint
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -46,7 +50,7 @@ def test_training_reports_and_writes_one_file(market, tmp_path, call):
     assert set("format_version stage config optimizer scaler step bad_steps seed data splits metrics features".split()) <= set(meta)
     stages = [m["stage"] for m in meta["metrics"]]
     assert stages == ["tokenizer", "pretrain", "pretrain"] and 0 < model.config.unmoved < 0.05
-    entry = data.load_safe(tmp_path / "a.pt")
+    entry = load_safe(tmp_path / "a.pt")
     assert not same(entry["average"], entry["model"]) and all(row["score"] > 0 for row in meta["metrics"][1:])
     borders = data.split_borders(data.load(str(market)))
     assert tuple(meta["splits"]) == borders
@@ -91,7 +95,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(market, tmp_p
 def until(out, holds):
     """Wait for a checkpoint of which holds(entry) is true."""
     for _ in range(3000):
-        if out.exists() and holds(data.load_safe(out)):
+        if out.exists() and holds(load_safe(out)):
             return
         time.sleep(0.02)
     raise AssertionError("too slow, or never")
@@ -104,7 +108,7 @@ def whole(market, tmp_path_factory):
     flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1",
              "--shift_hours", "3"]
     pretrain.main([*flags, "--out", str(out)])
-    return flags, data.load_safe(out)
+    return flags, load_safe(out)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
@@ -119,10 +123,10 @@ def test_g6_ended_by_a_signal_and_resumed_a_run_ends_with_the_same_weights(whole
     said, err = run.communicate(timeout=60)
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum], "finished before the signal"
     assert signum == signal.SIGKILL or "saved in" in said and not err
-    assert 5 <= data.load_safe(out)["step"] < 30 and os.path.exists(f"{out}.lock") == (signum == signal.SIGKILL)
+    assert 5 <= load_safe(out)["step"] < 30 and os.path.exists(f"{out}.lock") == (signum == signal.SIGKILL)
     assert call("pretrain", *flags, "--out", out, "--resume")[0] == 0  # a lock that nobody holds is in nobody's way
     assert os.listdir(tmp_path) == ["a.pt"]     # nor what a kill in the middle of a save left
-    got = data.load_safe(out)
+    got = load_safe(out)
     for name in ("model", "best", "average"):
         assert same(got[name], want[name]), name
     assert [row["score"] for row in got["metrics"][1:]] == [row["score"] for row in want["metrics"][1:]]
@@ -134,7 +138,7 @@ def test_the_only_writer_clears_what_a_killed_one_left(tmp_path):
     left, other = tmp_path / "a.pt.1-2.tmp", tmp_path / "b.pt.1-2.tmp"
     for path in (left, other):
         path.write_text("x")
-    with data.sole_writer(str(tmp_path / "a.pt")):
+    with sole_writer(str(tmp_path / "a.pt")):
         assert not left.exists() and other.exists()
 
 
@@ -154,14 +158,14 @@ def test_of_two_runs_on_one_file_the_later_is_refused_and_the_first_is_whole(who
     finally:
         first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=120) == 0 and os.listdir(tmp_path) == ["a.pt"]
-    got = data.load_safe(out)
+    got = load_safe(out)
     assert all(same(got[name], want[name]) for name in ("model", "best", "average"))
 
 
 def test_of_two_conversions_into_one_folder_the_later_is_refused(market, tmp_path, call):
     argv = ["data", "--data", market, "--out", tmp_path / "bars"]
     (tmp_path / "bars").mkdir()
-    with data.sole_writer(tmp_path / "bars" / "symbols.json"):
+    with sole_writer(tmp_path / "bars" / "symbols.json"):
         assert "another run is writing it" in complaint(call(*argv))
     (tmp_path / "bars" / "symbols.json.lock").touch()  # as one that was killed leaves it
     assert call(*argv)[0] == 0 and len(data.load(str(tmp_path / "bars"))) == 3
@@ -181,17 +185,17 @@ def test_a_run_that_no_longer_gains_ends_early_also_where_it_was_stopped_meanwhi
     assert "no better than the frequencies" not in out and "best weights of step 2" in out
     assert "finished at step 6" in call("pretrain", *flags, "--out", tmp_path / "a.pt", "--resume")[1]
     scores = iter([0.9, 0.8, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86])
-    update = pretrain.Run.update
+    update = Run.update
 
     def stop_after_four(run, *args):
         norm = update(run, *args)
         if run.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return norm
-    monkeypatch.setattr(pretrain.Run, "update", stop_after_four)
+    monkeypatch.setattr(Run, "update", stop_after_four)
     assert call("pretrain", *flags, "--out", tmp_path / "b.pt")[0] == 130
     assert "stopped at step 6" in call("pretrain", "--out", tmp_path / "b.pt", "--resume")[1]
-    assert same(data.load_safe(tmp_path / "a.pt")["best"], data.load_safe(tmp_path / "b.pt")["best"])
+    assert same(load_safe(tmp_path / "a.pt")["best"], load_safe(tmp_path / "b.pt")["best"])
 
 
 def test_resume_is_refused_where_something_differs_and_leaves_a_finished_run_alone(market, tmp_path, checkpoint, call):
@@ -232,8 +236,8 @@ def test_resume_with_other_bars_is_refused(tmp_path, call):
     path = write_csv(tmp_path / "bars.csv", data.synthetic(n_symbols=1, n_bars=400)[0][0])
     stopped = [*TINY, "--steps", "5"]
     call("pretrain", "--data", path, "--out", tmp_path / "a.pt", *stopped)
-    entry = data.load_safe(tmp_path / "a.pt")
-    data.save_atomic(entry | dict(step=3), tmp_path / "a.pt")
+    entry = load_safe(tmp_path / "a.pt")
+    save_atomic(entry | dict(step=3), tmp_path / "a.pt")
     write_csv(tmp_path / "bars.csv", data.synthetic(seed=1, n_symbols=1, n_bars=400)[0][0])
     assert "fingerprint" in complaint(call("pretrain", "--data", path, "--out", tmp_path / "a.pt", "--resume"))
 
@@ -246,7 +250,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(market, tmp_pa
     done = subprocess.run([*TORCHRUN, os.path.join(ROOT, "pretrain.py"), *args, "--out", str(tmp_path / "two.pt")],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("M parameters") == 1, done.stderr
-    one, parts, two = (data.load_safe(tmp_path / f"{name}.pt") for name in ("one", "parts", "two"))
+    one, parts, two = (load_safe(tmp_path / f"{name}.pt") for name in ("one", "parts", "two"))
     for other in (parts, two):
         assert other["metrics"][-1]["train"] == pytest.approx(one["metrics"][-1]["train"], rel=1e-6)
         assert other["metrics"][-1]["score"] == pytest.approx(one["metrics"][-1]["score"], rel=1e-3)
@@ -301,10 +305,10 @@ def test_stopped_and_resumed_two_processes_end_with_the_weights_of_two_that_neve
     pair[1].send_signal(signal.SIGTERM)
     said = [run.communicate(timeout=120) for run in pair]
     assert "saved in" in said[0][0] and pair[1].returncode == 143, said
-    assert 4 <= data.load_safe(out)["step"] < 12
+    assert 4 <= load_safe(out)["step"] < 12
     for run in two_processes("--out", str(out), "--resume"):
         assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
-    got, want = data.load_safe(out), data.load_safe(tmp_path / "whole.pt")
+    got, want = load_safe(out), load_safe(tmp_path / "whole.pt")
     assert got["world"] == 2 and got["step"] == want["step"] == 12
     for name in ("model", "best", "average"):
         assert same(got[name], want[name]), name
@@ -502,7 +506,7 @@ def test_a_flipped_bit_is_noticed(checkpoint, tmp_path):
     raw[len(raw) // 2] ^= 1
     (tmp_path / "a.pt").write_bytes(raw)
     with pytest.raises(data.UserError, match="a.pt"):
-        data.load_safe(str(tmp_path / "a.pt"))
+        load_safe(str(tmp_path / "a.pt"))
 
 
 def test_a_terminal_without_the_letter_and_a_full_one(checkpoint):
@@ -555,7 +559,7 @@ def test_a_script_says_what_it_is_for_and_has_the_flags_that_are_written_down(na
     module = __import__(name)
     for words in (words for script, words in commands() if script == name):
         try:
-            config = module.Config(**data.cli(module.Config, "", shlex.split(words)))
+            config = module.Config(**cli(module.Config, "", shlex.split(words)))
             if name == "pretrain":
                 module.check(config)
         except data.UserError as e:

@@ -5,14 +5,15 @@ import random
 import signal
 
 import numpy as np
-import pytest
 import torch
 
+from backstage.checkpoint import read_checkpoint
+from backstage.files import load_safe
 import data
 import pretrain
 import sample
 from conftest import TINY
-from model import read_checkpoint
+
 
 WRONG = {    # what takes the place of a field; of a tensor, what is made of it
     "gone": None, "none": lambda old: None, "minus one": lambda old: -1, "huge": lambda old: 10**30, "nan": lambda old: math.nan,
@@ -82,7 +83,7 @@ def test_an_edited_checkpoint_forecasts_and_resumes_rightly_or_is_refused(market
     chance, path = random.Random(0), tmp_path / "a.pt"
     bars = str(market / "SYN0.csv")
     pretrain.main(["--data", bars, "--out", str(path), *TINY, "--steps", "1", "--tok_steps", "5", "--n_layer", "1"])
-    whole = data.load_safe(path)
+    whole = load_safe(path)
     whole["run"]["steps"] = 2                                       # as if stopped before its end
     series = data.load([bars])
     monkeypatch.setattr(data, "load", lambda sources: series)      # read once

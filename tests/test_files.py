@@ -2,7 +2,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import re
@@ -12,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from backstage.reader import read_files, write_folder
 import data
 from conftest import write_csv
 from data import Bars, UserError
@@ -535,7 +535,7 @@ def test_intervals_are_not_mixed(tmp_path):
     with pytest.raises(UserError, match="A: bars every 3,600 s in one file and every 86,400 s in another"):
         data.load(str(tmp_path))
     with pytest.raises(UserError, match="one interval"):
-        data.write_folder(data.read_files(str(tmp_path)), tmp_path / "out")
+        write_folder(read_files(str(tmp_path)), tmp_path / "out")
     (tmp_path / "d.csv").write_text(hours.replace("01-02", "01-03").replace("03:00", "03:30"))  # an odd bar is no interval
     assert len(data.load(str(tmp_path))[0]) == 40
 
@@ -592,7 +592,7 @@ def test_a_spoiled_folder_is_refused_in_one_line(tmp_path):
     n = 70_001  # the last bar in a second piece
     bars = np.tile([1.0, 3.0, 0.5, 2.0, 7.0, np.nan], (n, 1))
     series = [Bars("A", np.arange(9), bars[:9]), Bars("B", np.arange(n), bars)]
-    data.write_folder(series, tmp_path / "set")
+    write_folder(series, tmp_path / "set")
     whole = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
     for what, spoil in list(edits(tmp_path / "set")):
         spoil()

@@ -12,6 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backstage.clock import calendar
+from backstage.files import load_safe
+from backstage.loop import Optimizer, Run
+from backstage.series import DAY
 import data
 import model as M
 import pretrain
@@ -437,7 +441,7 @@ def test_memory_of_generation_does_not_grow():
 
 def test_calendar_is_the_civil_date():
     time = torch.cat((torch.arange(-40, 60_000, 7) * 86400 + 4_000, torch.randint(0, 4_000_000_000, (2000,))))
-    for row, t in zip(data.calendar(time).tolist(), time.tolist()):
+    for row, t in zip(calendar(time).tolist(), time.tolist()):
         d = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=t)
         assert row == [d.hour, d.minute, d.weekday(), d.day - 1, d.month - 1]
 
@@ -495,15 +499,15 @@ def test_past_means_go_on_where_they_stopped():
 def test_same_hour_means_what_followed_it_on_the_days_before():
     """Beside a plain search, on half-hour bars of sessions with gaps."""
     model, rng = make(), np.random.default_rng(0)
-    days = np.arange(60)[:, None] * data.DAY + np.arange(15, 29) * 1800             # 14 bars a day
+    days = np.arange(60)[:, None] * DAY + np.arange(15, 29) * 1800             # 14 bars a day
     time = torch.from_numpy(np.stack([np.sort(rng.choice(days.ravel(), 700, replace=False)) for _ in range(2)]))
     values = torch.from_numpy(rng.standard_normal((2, 700, 2)).astype(np.float32))
     got = model.same_hour(values, *model.clock(time, torch.arange(700), 700)[2:])
     for b in range(2):
         place = {stamp: t for t, stamp in enumerate(time[b].tolist())}
         for t in range(0, 700, 9):
-            found = [(d, place[time[b, t].item() - d * data.DAY] + 1) for d in range(1, 29)
-                     if time[b, t].item() - d * data.DAY in place]
+            found = [(d, place[time[b, t].item() - d * DAY] + 1) for d in range(1, 29)
+                     if time[b, t].item() - d * DAY in place]
             found = [(d, at) for d, at in found if t - at < M.REACH]
             for column, last in enumerate((7, 28)):
                 rows = [values[b, at] for d, at in found if d <= last]
@@ -595,11 +599,11 @@ def test_kept_code_vectors_are_never_stale():
 
     def train():
         with torch.enable_grad():
-            optimizer = pretrain.Optimizer(model, 0.1, 0.1, 0.0)    # AdamW is fused
+            optimizer = Optimizer(model, 0.1, 0.1, 0.0)    # AdamW is fused
             loss = model.coarse_logits(h).square().sum() + model.fine_logits(h, torch.arange(4)).square().sum()
             loss.backward()
         model.coarse_logits(h)                                      # kept before the update
-        pretrain.Run().update(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), loss.item(), 1.0)
+        Run().update(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), loss.item(), 1.0)
 
     changes = (halve, train, lambda: model.load_state_dict(other), lambda: model.read_codes(tokenizer), lambda: model.half().float(),
                lambda: model.load_state_dict(make(seed=2).state_dict(), assign=True), lambda: model.to(torch.float64).float())
@@ -751,7 +755,7 @@ def test_lean_is_the_slope_of_what_came_as_far_as_it_is_known(truth):
     for _ in range(50):
         mean = torch.randn(4000, generator=random)
         common = torch.randn(400, generator=random)[day]    # symbols of one day move together
-        found.append(pretrain.fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day * data.DAY))
+        found.append(pretrain.fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day * DAY))
     found = torch.tensor(found)
     assert ((0 <= found) & (found <= 1)).all()
     assert abs(found.mean().item() - min(1.0, max(0.0, truth))) < 0.02
@@ -808,11 +812,11 @@ def test_checkpoint_gives_back_what_it_took(saved):
     save_checkpoint(path, model, tokenizer, stage="pretrain")
     none, _, meta = load_checkpoint(path, weights="best")       # without a best the last weights serve
     assert torch.equal(none.candle_linear.weight, model.candle_linear.weight)
-    assert M.Checkpoint.__annotations__.keys() | {"format_version"} == data.load_safe(path).keys()
+    assert M.Checkpoint.__annotations__.keys() | {"format_version"} == load_safe(path).keys()
 
 
 def damage(path, change):
-    entry = data.load_safe(path)
+    entry = load_safe(path)
     change(entry)
     torch.save(entry, path)
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from backstage.pictures import QUANTILES
+from backstage.scores import usual_sigma
+from backstage.series import DAY, YEAR
 import data
 import sample
 from conftest import ROOT, complaint, write_csv
@@ -126,10 +129,10 @@ def test_stamps_of_the_future_can_be_given(loaded, series):
     clock = np.stack([data.future_times(b.time, 4) for b in bars])
     own = sample.simulate(model, tokenizer, bars, 4, 6)[0]
     np.testing.assert_array_equal(sample.simulate(model, tokenizer, bars, 4, 6, times=clock)[0], own)
-    later = clock + 3 * data.DAY + 3600     # other hours, other weekdays: the model reads them from the second bar on
+    later = clock + 3 * DAY + 3600     # other hours, other weekdays: the model reads them from the second bar on
     moved = sample.simulate(model, tokenizer, bars, 4, 6, times=later)[0]
     assert (moved[:, :, 0] == own[:, :, 0]).all() and (moved[:, :, 2] != own[:, :, 2]).any()
-    for wrong in (clock[0, :3], clock - 10 * data.YEAR, clock[:, ::-1], 5):
+    for wrong in (clock[0, :3], clock - 10 * YEAR, clock[:, ::-1], 5):
         with pytest.raises(UserError, match="times"):
             sample.simulate(model, tokenizer, bars, 4, 6, times=wrong)
 
@@ -148,7 +151,7 @@ def test_report_row_against_naive_numbers():
     assert row["var95"] == pytest.approx(-r[49], abs=2e-4) and row["es95"] == pytest.approx(-r[:50].mean(), abs=1e-4)
     sigma = np.diff(np.log(bars.ohlcva[-251:, 3])).std() * 2 ** 0.5      # long-run, over the horizon: not that of the last days
     assert row["p_extreme"] == (np.abs(np.log1p(r)) > 3 * sigma).mean()
-    assert math.isnan(sample.usual_sigma(np.full(300, 7.0)))             # never moved: no chance can be stated
+    assert math.isnan(usual_sigma(np.full(300, 7.0)))             # never moved: no chance can be stated
 
 
 def test_options_agree_with_black_scholes_on_gaussian_paths():
@@ -173,7 +176,7 @@ def test_a_symbol_that_ended_is_shown_with_its_date_and_has_no_rank(series, caps
     """Its next bar is another time's: it takes no part in rank and breadth."""
     histories = [renamed(series[0], "BTC/USDT-PERP"), renamed(series[1], "OLD", 200), renamed(series[2], "\x1b[31mRED")]
     old = histories[1].time
-    old -= 60 * data.DAY
+    old -= 60 * DAY
     paths = np.tile(histories[0].ohlcva[-1], (4, 3, 1))
     rows = [sample.describe(bars, paths, p) for bars, p in zip(histories, (0.4, 0.9, 0.6))]
     ranked = sample.give_ranks(rows, histories, 3)
@@ -228,7 +231,7 @@ def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
     assert rows[0] == "time,symbol,step,p_up,q05,q25,q50,q75,q95,mean,open,high,low,close,volume,amount".split(",") and len(rows) == 1 + 3 * 4
     for row, paths in zip(rows[1:], found["ohlcva"].transpose(0, 2, 1, 3).reshape(12, 30, 6)):
         np.testing.assert_allclose([float(v) for v in row[10:]], np.median(paths, 0), rtol=1e-6)
-        np.testing.assert_allclose([float(v) for v in row[4:9]], np.quantile(paths[:, 3], sample.QUANTILES), rtol=1e-6)
+        np.testing.assert_allclose([float(v) for v in row[4:9]], np.quantile(paths[:, 3], QUANTILES), rtol=1e-6)
     status, out, _ = call("sample", *argv, "--json", "--strike", "1.01x")
     report = json.loads(out)
     assert set(report) == {"horizon", "paths", "breadth", "mean_p_up", "symbols"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from backstage.files import load_safe, save_atomic
 import data
 import tokenizer as tok
 from data import CONTEXT, UserError
@@ -332,8 +333,8 @@ def test_training_is_a_function_of_the_seed(bars, small):
 
 
 def test_a_tokenizer_survives_save_and_load(bars, small, tmp_path):
-    data.save_atomic(small.dump(), tmp_path / "t.pt")
-    loaded = Tokenizer.load(data.load_safe(tmp_path / "t.pt"))
+    save_atomic(small.dump(), tmp_path / "t.pt")
+    loaded = Tokenizer.load(load_safe(tmp_path / "t.pt"))
     for a, b in zip(loaded.encode(bars), small.encode(bars)):
         assert torch.equal(a, b)
     assert torch.equal(loaded.decode(torch.arange(64)), small.decode(torch.arange(64)))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import backtest
+from backstage.checkpoint import read_checkpoint
 import data
 import expo
 import rollout
 from conftest import ROOT, complaint, script
-from model import Model, close_table, load_checkpoint, norm, read_checkpoint
+from model import Model, close_table, load_checkpoint, norm
 
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
 
@@ -371,7 +371,7 @@ def test_the_base_is_kept_unless_an_interval_says_better(checkpoint, tmp_path, c
     def kept(half, others, out, *flags):
         score = dict(value=gain, lo=gain - half, hi=gain + half)
         other = dict(value=others, lo=others, hi=others)
-        monkeypatch.setattr(backtest, "against", lambda a, b, metric, *rest: other if metric in ("mae", "crps") else score)
+        monkeypatch.setattr(f"{name}.against", lambda a, b, metric, *rest: other if metric in ("mae", "crps") else score)
         flags = flags or ("--ckpt", checkpoint, "--steps", 2, "--batch_size", 2, "--eval_every", 2)
         status, text, err = call(name, "--out", tmp_path / out, "--no-backtest", *flags)
         assert status == 0, err

@@ -1,0 +1,337 @@
+"""The opponents of a forecast, each fitted on the bars before the first target, or on those before each origin."""
+import math
+import zlib
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+import data
+from backstage.clock import future_times
+from backstage.scores import joined, judge_normal, judge_paths, judge_residuals, named, normal_cdf, sums_of
+from backstage.series import DAY, HOUR, WEEK, decayed_sum
+
+
+def log_range(bars):
+    """log(H / L) of each bar."""
+    return np.log(bars.ohlcva[:, 1] / bars.ohlcva[:, 2])
+
+
+def log_volume(bars):
+    """log(1 + V) of each bar, NaN where nothing was traded or nothing is known."""
+    volume = bars.ohlcva[:, 4]
+    return np.log1p(np.where(volume > 0, volume, np.nan))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Its opponents, each fitted on the bars before the first target, or on those before each origin
+
+RESIDUALS = 500   # that filtered historical simulation (the newest) and HAR draw from
+LAMBDA = 0.94     # decay of the former's volatility (as RiskMetrics, 1996)
+LAGS = 5          # bars that the logistic regression looks at
+
+
+def baselines(t, paths):
+    """{name: forecaster} of all of them."""
+    return dict(persistence=persistence(t), always_up=dict(p_up=np.ones(len(t.r))), ar1=each_series(t, ar1),
+                logistic=logistic(t), gaussian20=each_series(t, gaussian), fhs=each_series(t, historical, paths),
+                har=har(t, paths))
+
+
+def each_series(t, forecaster, *options):
+    """forecaster(t, series, rows of its paths, *options) of every series, as one."""
+    return joined([forecaster(t, i, rows, *options) for i, rows in enumerate(t.path_rows)])
+
+
+def persistence(t):
+    """All stays as it is: no return, the range and volume of the bar before. A point's CRPS is its error."""
+    zero = np.zeros(len(t.r))
+    ranges = [np.abs(np.diff(log_range(bars), prepend=np.nan)) for bars in t.series]
+    volumes = [np.abs(np.diff(log_volume(bars), prepend=np.nan)) for bars in t.series]
+    return dict(mean=zero, point=zero, crps=np.abs(t.r), range_crps=t.flat(ranges), volume_crps=t.flat(volumes),
+                path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
+
+
+def ar1(t, i, rows):
+    """Each log return from the one before."""
+    r, (first, last) = t.returns[i], t.ranges[i]
+    x, y = r[1:first - 1], r[2:first]
+    b = np.cov(x, y)[0, 1] / max(x.var(ddof=1), 1e-18)
+    a = y.mean() - b * x.mean()
+    sigma = max((y - a - b * x).std(), 1e-9)
+    one = judge_normal(a + b * r[first - 1:last - 1], sigma, r[first:last])
+    psi = np.cumsum(b ** np.arange(t.horizon))  # (H,): weight of a shock k bars on in the return since the origin
+    mean = a * psi.cumsum() + b * psi * r[t.origins[i], None]  # (n, H)
+    many = judge_normal(mean, np.sqrt((psi**2).cumsum()) * sigma, t.path_r[rows])
+    return one | dict(p_up=normal_cdf(one["mean"] / sigma)) | named("path", many)
+
+
+def gaussian(t, i, rows):
+    """No drift, the volatility of the last 20 bars."""
+    r, (first, last) = t.returns[i], t.ranges[i]
+    rms = np.sqrt(sliding_window_view(r**2, 20).mean(-1)).clip(1e-9)  # of bars k .. k + 19
+    one = judge_normal(np.zeros(last - first), rms[first - 20:last - 20], r[first:last])
+    sigma = rms[t.origins[i] - 19, None] * np.sqrt(np.arange(1, t.horizon + 1))  # (n, H)
+    return one | named("path", judge_normal(np.zeros(sigma.shape), sigma, t.path_r[rows]))
+
+
+def historical(t, i, rows, paths):
+    """Filtered historical simulation: residuals of a decayed volatility, which along a path follows what is drawn
+    (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999)."""
+    r, (first, last), origins = t.returns[i], t.ranges[i], t.origins[i]
+    begun = (np.arange(len(r)) > 0).astype(float)
+    squares, weight = decayed_sum(r**2, decay=LAMBDA), decayed_sum(begun, decay=LAMBDA)
+    vol = np.sqrt(squares / np.maximum(weight, 1e-9)).clip(1e-9)  # known after each bar
+    n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
+    z = sliding_window_view(np.append(0.0, r[1:] / vol[:-1]), n)  # row k: bars k .. k + n - 1
+    known = z[first - n:last - n]  # (targets, n)
+    one = judge_residuals(known, r[first:last], vol[first - 1:last - 1])
+    p_up = ((known > 0).sum(-1) + 0.5) / ((known != 0).sum(-1) + 1)
+
+    random = np.random.default_rng([t.seed, zlib.crc32(t.series[i].symbol.encode()), 2])
+    pick = random.integers(n, size=(len(origins), paths, t.horizon))
+    variance, moves = np.repeat(vol[origins, None]**2, paths, 1), np.empty(pick.shape)
+    for k in range(t.horizon):
+        moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
+        variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
+    return one | dict(p_up=p_up) | judge_paths(moves, t, rows)
+
+
+def logistic(t):
+    """Logistic regression of the direction on the last bars' features, all symbols together; {} under 1,000 bars."""
+    x = [data.features(bars)[0] for bars in t.series]
+    known = []  # of each symbol the bars before its first target that moved
+    for r, (first, _) in zip(t.returns, t.ranges):
+        rows = np.arange(data.CONTEXT, first)
+        known.append(rows[r[rows] != 0])
+    total = sum(map(len, known))
+    if total < 1000:
+        return {}
+    known = [rows[::math.ceil(total / 300_000)] for rows in known]  # about 300,000 are enough
+    X = np.concatenate([lagged(x[i], rows) for i, rows in enumerate(known)])  # (bars, 1 + 6 LAGS)
+    up = np.concatenate([r[rows] > 0 for r, rows in zip(t.returns, known)])
+    w = np.zeros(X.shape[1])
+    for _ in range(8):  # Newton's method, with a ridge of 1
+        p = 1 / (1 + np.exp(-X @ w))
+        w += np.linalg.solve((X.T * (p * (1 - p))) @ X + np.eye(len(w)), X.T @ (up - p) - w)
+    X = np.concatenate([lagged(x[i], np.arange(*span)) for i, span in enumerate(t.ranges)])
+    return dict(p_up=1 / (1 + np.exp(-X @ w)))
+
+
+def lagged(x, rows):
+    """1 and the features x [T, 6] of the LAGS bars before each of the rows."""
+    return np.concatenate([np.ones((len(rows), 1)), *(x[rows - k] for k in range(1, LAGS + 1))], axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HAR on ranges, the strongest opponent
+
+WINDOWS = (1, 5, 22, 66)   # bars over which HAR takes means
+HAR_FLOOR = 0.05           # least range in HAR, as a share of the mean
+LEVEL = 500                # half-life, in bars, of the scale of HAR's residuals
+FORGET = 15                # half-life, in days, of what a time of day shows (in weeks, of the week's)
+SEEN = 3                   # days that it counts as usual, beside
+
+
+def har(t, paths):
+    """Volatility, range and volume each by a HAR of its own; a path draws residuals of return and range jointly."""
+    random = np.random.default_rng([t.seed, 3])
+    ranges = fit_har(t, [log_range(bars) for bars in t.series])
+    volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
+    parts = []
+    for i, (first, last) in enumerate(t.ranges):
+        bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
+        scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
+        scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
+        if volumes:
+            z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
+            scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
+        moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
+        parts.append(scores | judge_paths(moves, t, t.path_rows[i]))
+    return joined(parts)
+
+
+class Har:
+    """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
+
+    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
+    means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
+    times its TimeOfDay. What fit_har adds: weights; forecast [T] of each bar; ratio [T], u over that; residuals
+    [1, RESIDUALS], ratios in order.
+    """
+
+    def __init__(self, bars, u, first, start, logs):
+        self.bars, self.logs = bars, logs
+        known = np.isfinite(u)
+        self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
+        u = np.where(known, u, self.mean)
+        if not logs:
+            u = np.maximum(u, HAR_FLOOR * self.mean)
+        self.factor = TimeOfDay(bars.time, u, first)
+        self.unit = self.mean * self.factor(bars.time)
+        self.u = u / self.unit
+        settled = np.arange(min(WINDOWS[-1], first // 2), first)
+        self.fitted = settled[known[settled]]                           # bars to learn from, whose means are settled
+        self.early = self.fitted[bars.time[self.fitted] < start]        # those before any symbol's first target
+        usual, self.y = (0.0, np.log(self.u)) if logs else (1.0, self.u)
+        self.x = np.stack([np.append(usual, trailing_mean(self.y, n)[:-1]) for n in WINDOWS], 1)
+        if not logs:
+            self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)           # (T, 4), known before each bar; (T,)
+
+    def predict(self, x):
+        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS: a list of [...]."""
+        y = self.weights[0]
+        for weight, column in zip(self.weights[1:], x):
+            y = y + weight * column
+        return np.exp(y) if self.logs else np.maximum(y, HAR_FLOOR**0.5)**2
+
+
+def fit_har(t, values, logs=False):
+    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from."""
+    start = t.time.min()
+    hars = [Har(bars, u, first, start, logs) for bars, u, (first, _) in zip(t.series, values, t.ranges)]
+    X = np.concatenate([har.x[har.early] for har in hars])
+    y = np.concatenate([har.y[har.early] for har in hars])
+    if not len(y):
+        return None
+    precision = np.ones(len(y)) if logs else 1 / X.mean(1)  # a root's error grows with the root
+    X = np.concatenate([np.ones((len(y), 1)), X], axis=1)
+    weights = np.linalg.lstsq(X * precision[:, None], y * precision, rcond=None)[0]
+    for har in hars:
+        har.weights = weights
+        forecast = har.predict(har.x.T)
+        har.forecast, har.ratio = forecast * har.unit, har.u / forecast
+    give_residuals(hars, [har.ratio[None] for har in hars])
+    return hars
+
+
+def trailing_mean(u, n):
+    """Mean of the last n values up to each, of fewer at the beginning: [T]."""
+    total = np.cumsum(u)
+    total[n:] -= total[:-n]
+    return total / np.minimum(np.arange(1, len(u) + 1), n)
+
+
+def give_residuals(hars, values):
+    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of the first row."""
+    shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
+    shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
+    for v, har in zip(values, hars):
+        own = v[:, har.fitted]
+        own = evenly(own, RESIDUALS // 2) if own.shape[1] else own
+        har.residuals = evenly(np.concatenate([own, shared], axis=1), RESIDUALS)
+
+
+def evenly(values, n):
+    """n of the columns of values [k, N], evenly chosen in the order of the first row: [k, n]."""
+    order = np.argsort(values[0], kind="stable")
+    return values[:, order[((np.arange(n) + 0.5) / n * len(order)).astype(int)]]
+
+
+class TimeOfDay:
+    """How much larger u > 0 [T] usually is at each time of day, or of daily bars on each weekday: a factor known before.
+
+    Its log is the mean of log(u / mean of u over the last day) at that time on the days before. A day counts half after
+    FORGET days, since habits change (summer time, another source of the bars); SEEN days of factor 1 are added. In a
+    market that never closes there are two levels: each hour of the day, then each hour of the week relative to it, over
+    the weeks before; of daily bars the weekday is the one level. Which market it is, and the mean of all factors, is
+    learned before bar `first`.
+    """
+
+    def __init__(self, time, u, first):
+        self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
+        past = time[:first]
+        step = np.median(np.diff(past))
+        if step >= 2 * DAY:
+            return
+        if step >= DAY:
+            levels = [(WEEK, DAY)]
+        elif len(np.unique(past // HOUR % 24)) >= 23:       # round the clock
+            levels = [(DAY, HOUR), (WEEK, HOUR)]
+        else:
+            levels = [(DAY, int(step))]
+        n_bars = int(np.median(np.unique(past // levels[0][0], return_counts=True)[1]))
+        x = np.log(u / trailing_mean(u, n_bars))
+        x -= x[:first].mean()
+        for period, width in levels:
+            periods, column = np.unique(time // period, return_inverse=True)
+            row, shape = time % period // width, (period // width + 1, len(periods))
+            total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
+            means = np.stack([total / np.maximum(count, 1), count > 0])
+            total, weight = decayed_sum(means, decay=0.5 ** (1 / FORGET))  # up to each period
+            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)            # before it
+            log_factor[:, 0] = 0.0
+            self.levels.append((period, width, periods, log_factor))
+            x = x - log_factor[row, column]
+
+    def __call__(self, time, now=None):
+        """Factors of stamps [...], as known when the day (week) of each began; of bars to come, when that of `now` did."""
+        log_factor = np.zeros(np.shape(time))
+        for period, width, periods, levels in self.levels:
+            column = np.searchsorted(periods, (time if now is None else now) // period)
+            log_factor = log_factor + levels[time % period // width, column]
+        return np.exp(log_factor)
+
+
+def fit_volatility(t):
+    """A Har of each series' range volatility, and from it sigma [T], the volatility of each bar's return.
+
+    It is forecast * scale [T + 1], the slow scale of |return| / forecast. residuals [2, RESIDUALS]: return / sigma, in
+    order, and the ratio of the same bar.
+    """
+    hars = fit_har(t, [range_volatility(bars) for bars in t.series])
+    size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
+    common = np.concatenate([s[har.early] for s, har in zip(size, hars)]).mean()
+    pairs = []
+    for har, s, r in zip(hars, size, t.returns):
+        har.scale = slow_scale(s, har.fitted, common)
+        har.sigma = har.forecast * har.scale[:-1]
+        pairs.append(np.stack([r / har.sigma, har.ratio]))
+    give_residuals(hars, pairs)
+    return hars
+
+
+def volatility_paths(har, origins, paths, horizon, random):
+    """Log returns after each origin of a series, [n, paths, H], by a Har of fit_volatility.
+
+    A path draws a residual of its return and, of the same bar, one of its range, on which the next forecasts look back.
+    """
+    (z, ratio), n = har.residuals, len(origins)
+    usual = np.ones((n, horizon))
+    if har.factor.levels:
+        for row, o in zip(usual, origins):
+            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon), har.bars.time[o])
+    scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
+    past = np.append(0.0, har.u.cumsum())
+    drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
+    pick = random.integers(len(z), size=moves.shape)
+    for k in range(horizon):
+        x = []
+        for window in WINDOWS:
+            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]   # up to the origin
+            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]             # and after it
+            x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
+        forecast = har.predict(x)                                                               # (n, paths)
+        drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
+        moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
+    return moves
+
+
+def range_volatility(bars):
+    """Of each bar sqrt(Parkinson variance + gap^2), in log price [T] (Parkinson, Journal of Business 1980)."""
+    open_, close = bars.ohlcva[:, 0], bars.ohlcva[:, 3]
+    gap = np.log(open_ / np.append(open_[0], close[:-1]))
+    return np.sqrt(log_range(bars)**2 / (4 * math.log(2)) + gap**2)
+
+
+def slow_scale(size, fitted, common):
+    """Decayed mean of sizes [T] before each bar and after the last, [T + 1], from the first fitted bar on.
+
+    It begins with the mean over the fitted bars and 30 more of `common`, that of all symbols. A size counts as 6 usual
+    ones at most: one wild bar is not a new level.
+    """
+    usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
+    seen = np.arange(len(size)) >= fitted[0]
+    decay = 0.5 ** (1 / LEVEL)
+    total = decayed_sum(np.minimum(size, 6 * usual) * seen, decay=decay)
+    weight = decayed_sum(seen.astype(float), decay=decay)
+    return np.append(usual, (total + LEVEL / 2 * usual) / (weight + LEVEL / 2))

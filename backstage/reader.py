@@ -1,0 +1,731 @@
+"""Files in: CSV as people have it -> Bars, and the folder of arrays that is mapped into memory.
+
+One way for every file: bytes -> text -> delimiter and header -> columns -> numbers and dates, each in the one format
+that fits the whole file -> bars -> faults. What cannot be told for certain is refused, never guessed.
+"""
+import bz2
+import contextlib
+import csv
+import functools
+import glob
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import sys
+import warnings
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from backstage.dates import _ahead, _clock, _dates, _is_number, iso
+from backstage.files import sole_writer, write_atomic
+from backstage.script import UserError, printable, progress
+from backstage.series import COLUMNS, DAY, YEAR, Bars
+
+HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
+    "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
+            "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
+            "bardate tradingdate tradingday periodstart start day trddt gmttime localtime utctime utc dtyyyymmdd unix "
+            "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
+    "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
+             "hora время 时间",
+    "open": "open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen 24hopen opnprc apertura "
+            "abertura ouv ouvert otwarcie açılış откр открытие 开盘 开盘价 開盤價 始値 시가 o",
+    "high": "high bidhigh hoch máximo máxima tageshoch midh pxhigh hghpric askhi highest dayhigh dayshigh 24hhigh "
+            "hiprc maximum max massimo plushaut haut najwyzszy najwyższy yüksek макс максимум 最高 最高价 最高價 高値 고가 h",
+    "low": "low bidlow tief mínimo mínima tagestief midl pxlow lwpric bidlo lowest daylow dayslow 24hlow loprc "
+           "minimum min minimo plusbas bas najnizszy najniższy düşük мин минимум 最低 最低价 最低價 安値 저가 l",
+    "close": "close bidclose closelast adjclose last settle price midc pxlast clspric prc trade closing clsprc "
+             "schlusskurs schluss zuletzt letzter último ultimo cierre dernier clot zamkniecie zamknięcie şimdi "
+             "kapanış цена закрытие 收盘 收盘价 收盤價 終値 종가 c",
+    "volume": "volume tickvol vol volumecoin tickvolume totalvolume volumetraded tradedvolume sharestraded noofshares "
+              "totaltradedquantity tottrdqty ttltradgvol pxvolume numberofshares tickqty basevolume baseassetvolume "
+              "tradevolume tradingvolume totaltradequantity tradedquantity candleacctradevolume adjvolume shares "
+              "contracts lots dnshrtrd quantity qty stuecke stücke volumen wolumen hac hacim объём объем 成交量 成交股數 总手 "
+              "出来高 거래량 v volumemoney",
+    "amount": "amount turnover quotevolume quoteassetvolume value volumemoney money totalturnover tottrdval ttltrfval "
+              "candleacctrade tradingmoney dnvaltrd umsatz volumen 成交额 成交金额 成交金額 거래대금 金额",
+    "symbol": "symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair asset secid stock "
+              "stockcode stockid stocksymbol tradingsymbol security contract coin ric isin stkcd orderbookid 股票代码 代码 "
+              "名称",
+    "interval": "timeframe interval resolution per granularity freq frequency",
+}.items()}
+PRICES = COLUMNS[:4]
+MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount
+INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
+FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
+BETWEEN = r"[\s_:.,'\"()|/-]+"  # between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
+FIELD_FIRST = re.compile(f"{FIELD}{BETWEEN}(?P<ticker>.+)", re.I)
+TICKER_FIRST = re.compile(f"(?P<ticker>.+?){BETWEEN}{FIELD}", re.I)
+BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+DELIMITERS = ",;\t| "
+FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
+NO_BAR = "there is no bar to read: check the columns"
+MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a", "nat", r"\n"}
+MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
+ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
+SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
+FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
+FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON",
+           b"\xd0\xcf\x11\xe0": "Excel"}
+
+
+class _NoBars(UserError):
+    """A file that is empty, or holds nothing but a header."""
+
+
+def load(paths) -> list[Bars]:
+    """Read bars from CSV files, folders or globs (also in gzip, xz, bz2, zip), or what `python data.py --out` wrote.
+
+    paths: a string or a list of them. Columns are found by name; a time without a zone means UTC. Rows of one symbol in
+    several files become one series; of equal times the last read wins. UserError where nothing usable is there.
+    """
+    found = {}
+    for bars in read_files(paths):
+        found.setdefault(bars.symbol, []).append(bars)
+    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
+
+
+def _joined(parts):
+    """Stretches of one symbol as one series; of equal times the last wins. UserError where their intervals differ."""
+    gaps = [np.sort(np.diff(part.time)) for part in parts if len(part) > 2]
+    gaps = [int(gap[len(gap) // 10]) for gap in gaps]  # as they come close: holes make gaps longer
+    symbol = parts[0].symbol
+    if gaps and max(gaps) >= 2 * min(gaps):
+        raise UserError(f"{symbol}: bars every {min(gaps):,} s in one file and every {max(gaps):,} s in another; "
+                        f"give --data the files of one interval")
+    time, ohlcva = np.concatenate([p.time for p in parts]), np.concatenate([p.ohlcva for p in parts])
+    order = np.argsort(time, kind="stable")
+    time, ohlcva = time[order], ohlcva[order]
+    last = np.append(np.diff(time) != 0, True)
+    changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
+    if changed:
+        print(f"{symbol}: {changed} of {last.sum()} bars differ between files; the last read counts", file=sys.stderr)
+    return Bars(symbol, time[last], ohlcva[last])
+
+
+def _differ(left, right):
+    """Which of two rows of bars, [6, T], differ; NaN equals NaN."""
+    return ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
+
+
+def read_files(paths):
+    """Yield Bars file by file, so that a corpus larger than memory can be converted.
+
+    A file that was named must be good. Of others the useless ones are skipped, unless more are bad than good.
+    """
+    files = list(_files(paths))
+    symbols = _symbols([path for path, _ in files])
+    skipped = []
+    for path, named in files:
+        try:
+            yield from _open_folder(path) if os.path.isdir(path) else _read_csv(path, symbols[path])
+        except UserError as e:
+            if named:
+                raise
+            skipped.append(e)
+    bad = [e for e in skipped if not isinstance(e, _NoBars)]
+    if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
+        raise (bad or skipped)[0]
+    if skipped:
+        print(f"{len(skipped)} of {len(files)} files skipped: {'; '.join(map(str, skipped[:3]))}", file=sys.stderr)
+
+
+def _files(paths):
+    """Yield (path, whether it must be good) of each CSV file and each folder of arrays."""
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        path = os.fspath(path)
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if not matches:
+            raise UserError(f"{path}: no such file; give --data a CSV file, a folder of them, or a quoted glob")
+        for match in matches:
+            is_folder = os.path.isdir(match)
+            if not is_folder or os.path.exists(os.path.join(match, "symbols.json")):
+                yield match, is_folder or match == path
+                continue
+            names = sorted(n for n in os.listdir(match) if FILES.search(n)[0] and not n.startswith((".", "~$")))
+            if not names:
+                raise UserError(f"{match}: no CSV file in this folder; put *.csv or *.csv.gz there")
+            yield from ((os.path.join(match, name), False) for name in names)
+
+
+def _symbols(paths):
+    """{path: symbol of a file that names none}: its stem, without date and interval if files differ by date alone."""
+    date = r"([-_. ](19|20)\d\d([-_.]?[01]\d([-_.]?[0-3]\d)?)?)+$"
+    interval = r"[-_. ](\d+(s|m|min|h|d|w|mo)|[mhdw]\d+|mn1|daily|hourly)$"
+    stems = {path: FILES.sub("", os.path.basename(path)) or os.path.basename(path) for path in paths}
+    undated = {path: re.sub(date, "", stem) for path, stem in stems.items()}
+    count = Counter(undated.values())
+    for path, name in undated.items():
+        if count[name] > 1:
+            stems[path] = re.sub(interval, "", name, flags=re.I)
+    return {path: printable(stem.strip()) for path, stem in stems.items()}
+
+
+# -- one file
+
+def _read_csv(path, symbol):
+    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
+    table = _table(path)
+    tickers = list(dict.fromkeys(filter(None, table.tickers))) or [""]
+    parts = {ticker: _columns(table, ticker) for ticker in tickers}
+    numbers = {i for columns in parts.values() for column, i in columns.items() if column in COLUMNS}
+    words = {i for columns in parts.values() for column, i in columns.items() if column not in COLUMNS}
+    free = [i for i, ticker in enumerate(table.tickers) if not ticker and i not in numbers | words]
+    dates = [i for name in HEADERS["time"] for i in free if table.fields[i] == name]
+    clocks = [i for name in HEADERS["clock"] for i in free if table.fields[i] == name]
+    if 0 in free and table.fields[0] == "":
+        dates.append(0)  # pandas writes its index without a name
+    if not dates:
+        raise table.error(table.first, "no column 'time' in the header; give that name to the one it is")
+
+    cells, reasons = _cells(table, numbers, words | {*dates, *clocks})
+    if not len(cells[dates[0]]):
+        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; {NO_BAR}")
+    if len(reasons) == len(cells[dates[0]]):
+        raise table.error(table.line(0), f"{reasons[0]}; {NO_BAR}")
+    time, at = _times(table, cells, dates, clocks)
+    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    for row in np.flatnonzero(np.isnan(time)).tolist():
+        prices = [values[columns[c]][row] for columns in parts.values() for c in PRICES]
+        if not np.isnan(prices).all():
+            reasons.setdefault(row, f"{table.names[at] or 'time'} {cells[at][row]!r} is no date")
+    series = []
+    for ticker, columns in parts.items():
+        nothing = np.full(len(time), np.nan)
+        ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])         # (6, rows)
+        _check_columns(table, columns, cells, ohlcva)
+        symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
+        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
+    if not series:
+        raise table.error(table.line(0), f"no row has a price; {NO_BAR}")
+    return series
+
+
+# -- bytes -> text
+
+def _text(path):
+    """What a text file holds, in whatever encoding and container; UserError if it is none."""
+    try:
+        with open(path, "rb") as f:
+            raw = f.read()
+        for magic, unpack in CONTAINERS.items():
+            if raw.startswith(magic):
+                raw = unpack(raw)
+        for magic, kind in FOREIGN.items():
+            if raw[:100].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(magic):
+                raise ValueError(f"it is {kind}")
+        text = _decoded(raw)
+        if "\0" in text:
+            raise ValueError("it is binary")
+    except Exception as e:  # a damaged archive raises many kinds
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise UserError(f"{path}: cannot be read ({why}); give a CSV file, or an archive of one")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _unzipped(raw):
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        names = [name for name in file.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
+        if "[Content_Types].xml" in names:
+            raise ValueError("it is Excel")
+        if len(names) != 1:
+            raise ValueError(f"it holds {len(names)} files")
+        return file.read(names[0])
+
+
+CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ": lzma.decompress, b"BZh": bz2.decompress}
+
+
+def _decoded(raw):
+    """UTF-16 by its mark, UTF-8, else the one of a few encodings in which most names of columns are known."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16", "replace").rstrip("\0")
+    raw = raw.rstrip(b"\0")  # the machine died while it wrote
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8-sig")
+
+    def known(text):
+        return max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
+
+    return max((raw.decode(name, "replace") for name in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
+
+
+# -- text -> delimiter, header, columns
+
+@dataclass
+class Table:
+    """The lines of a file and its columns."""
+    path: str
+    lines: list[str]
+    delimiter: str
+    first: int          # index of the first line below the header
+    names: list[str]    # of each column, as in the file
+    fields: list[str]   # the same folded
+    tickers: list[str]  # whose the column is, "" where the header names no symbols
+    has_header: bool = True
+    line_of: list[int] | None = None  # line of each row, from 1; None: rows are the lines that are not empty
+
+    def say(self, text):
+        print(f"{self.path}: {text}", file=sys.stderr)
+
+    def error(self, line, text):
+        return UserError(f"{self.path}:{line}: {text}")
+
+    def line(self, row):
+        """The line of a row, from 1, for messages."""
+        if self.line_of is None:
+            self.line_of = [k for k, line in enumerate(self.lines[self.first:], self.first + 1) if line]
+        return self.line_of[row]
+
+
+@functools.lru_cache(10_000)
+def _fold(name):
+    """A column's name in lower case, letters and digits only, without "1. ", "(USD)", "Price" and a time's "_utc"."""
+    name = re.sub(r"(?<=Volume)(?=[A-Z])", " ", name.strip()).lower()
+    name = re.sub(r"^\d+[a-z]?\.\s+", "", name)
+    if re.match(r"turnover \((pcs|shares)", name):
+        return "volume"
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
+    unit = what and (what[1] or what[2])
+    if unit and unit not in INDICATORS:
+        return "volumemoney" if unit in MONEY else "volumecoin"
+    folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
+    when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
+    if when in HEADERS["time"]:
+        return when
+    in_money = re.fullmatch(rf"(\w+)price({'|'.join(MONEY)})", folded)      # openPriceUsd
+    return in_money[1] if in_money else folded.removeprefix("price").removesuffix("price") or folded
+
+
+def _n_known(fields):
+    """How many of time, open, high, low, close and volume have a column."""
+    fields = set(fields)
+    return sum(not fields.isdisjoint(HEADERS[column]) for column in ("time", *PRICES, "volume"))
+
+
+def _split(line, delimiter):
+    if delimiter == " ":  # or runs of them
+        return line.replace('"', "").split()
+    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+
+
+def _table(path):
+    """The lines and columns of a file: its header is what makes most names of columns known, and more than one."""
+    lines = _text(path).split("\n")
+    filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
+    if not filled:
+        raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
+    most, found = 1, None
+    for delimiter, k in itertools.product(DELIMITERS, filled):
+        named = _names(_split(lines[k], delimiter))
+        known = _n_known(field for field, _ in named) if len(named) > 4 else 0
+        if known > most:
+            most, found = known, (delimiter, k, named)
+        if known > 4:
+            break
+    if not found:
+        return _without_header(path, lines, filled)
+    delimiter, at, named = found
+    if delimiter == " ":
+        lines, delimiter = ["\t".join(_split(line, " ")) for line in lines], "\t"
+    cells = [printable(cell.strip()) for cell in _split(lines[at], delimiter)]
+    fields, tickers = [field for field, _ in named], [ticker for _, ticker in named]
+    table = Table(path, lines, delimiter, at + 1, cells, fields, tickers)
+    if not any(tickers):
+        above, below = [k for k in filled if k < at], [k for k in filled if k > at]
+        _find_tickers(table, at, below[:1] + above[-1:])
+    return table
+
+
+def _names(cells):
+    """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
+    fields = [_fold(cell) for cell in cells]
+    named = [(field, "") for field in fields]
+    if _n_known(fields) > 2:
+        return named
+    texts = [cell.strip(" '\"()") for cell in cells]
+    parts = [FIELD_FIRST.fullmatch(text) or TICKER_FIRST.fullmatch(text) for text in texts]
+    if _n_known(_fold(part["field"]) for part in parts if part) < 4:
+        return named
+    tickers = {part["ticker"] for part in parts if part}
+    for i, (part, field) in enumerate(zip(parts, fields)):
+        if part:
+            named[i] = (_fold(part["field"]), part["ticker"])
+        elif len(tickers) == 1 and field in HEADERS["volume"]:  # A.Open,A.High,A.Low,A.Close,Volume
+            named[i] = (field, *tickers)
+    return named
+
+
+def _find_tickers(table, at, nearby):
+    """Where one of the lines nearby is a second row of the header, with symbols, as yfinance writes it: note them."""
+    for k in nearby:
+        corner, *tickers = [cell.strip() for cell in _split(table.lines[k], table.delimiter)]
+        if len(tickers) != len(table.names) - 1 or _fold(corner) not in ("", "ticker", "price", "symbol"):
+            continue
+        of_each = [[f for f, t in zip(table.fields[1:], tickers) if t == ticker] for ticker in set(tickers)]
+        if min(map(_n_known, of_each)) < 4:
+            continue  # a row of units
+        table.tickers, table.first = ["", *tickers], max(at, k) + 1
+        table.fields[0] = ""  # the dates, below a name that is none
+        third = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
+        if third and not any(third[1:]):
+            table.first += 1  # it names the column of dates
+        return
+
+
+def _without_header(path, lines, filled):
+    """Time, open, high, low, close, volume and perhaps one column more, or Binance's twelve; the candles must hold."""
+    for delimiter in DELIMITERS:
+        first = filled[0]
+        if len(filled) > 1 and _split(lines[first], delimiter)[:5] == ["0", "1", "2", "3", "4"]:
+            first = filled[1]  # pandas numbered the columns
+        cells = [cell.strip() for cell in _split(lines[first], delimiter)]
+        fields = ["symbol"] if len(cells) > 6 and re.fullmatch(r"[A-Za-z][\w.=-]*", cells[0]) else []
+        at = len(fields)
+        fields += ["date", "time"] if len(cells) > at + 6 and ":" in cells[at + 1] else ["time"]
+        rest = [cell if delimiter == "," else cell.replace(",", ".") for cell in cells[len(fields):]]
+        fields += [*PRICES, "volume", ""][:len(rest)]
+        if len(cells) == len(BINANCE):
+            fields = list(BINANCE)
+        if len(fields) == len(cells) and len(rest) >= 5 and all(map(_is_number, rest)):
+            tickers = [""] * len(fields)
+            return Table(path, lines, delimiter, first, list(fields), fields, tickers, has_header=False)
+    raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
+
+
+def _columns(table, ticker):
+    """{column: its index} of one symbol; UserError if a price is missing, or a name is there twice."""
+    own = [i for i, t in enumerate(table.tickers) if t == ticker]
+    fields = [table.fields[i] for i in own]
+    columns = {}
+    for column in (*COLUMNS, "symbol", "interval"):
+        found = [(name, own[fields.index(name)]) for name in HEADERS[column] if name in fields]
+        found = [(name, i) for name, i in found if i not in columns.values()]
+        if found:
+            name, columns[column] = found[0]
+            if fields.count(name) > 1:
+                raise table.error(table.first, f"two columns {name!r} in the header; keep one of them")
+        elif column in PRICES:
+            raise table.error(table.first, f"no column {column!r} in the header; give that name to the one it is")
+    return columns
+
+
+# -- columns -> numbers
+
+def _cells(table, numbers, texts):
+    """({index: column}, {row: why it is bad}): columns are float64 where that is quick, else lists of text.
+
+    Without blanks, comments, notes at the end, and headers again where files were put one behind the other.
+    """
+    kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
+    lines = table.lines[table.first:]
+    with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
+        warnings.simplefilter("error")  # of no rows
+        got = np.loadtxt(lines, kinds, comments=None, delimiter=table.delimiter, quotechar='"', ndmin=1)
+        if len(got) == sum(map(bool, lines)):  # else a quote that was not closed
+            return {i: got[str(i)] for i in numbers | texts}, {}
+    rows, table.line_of, reasons, n_columns, price = [], [], {}, len(table.names), min(numbers)
+    reader = csv.reader(lines, delimiter=table.delimiter, skipinitialspace=True)
+    try:
+        for line, row in enumerate(reader, 1):
+            if reader.line_num > line:
+                raise csv.Error("a quote is opened and not closed")
+            if len(row) == n_columns + 1 and not row[-1]:
+                row.pop()  # a comma behind the last cell
+            elif len(row) == n_columns - 1 and not table.names[-1]:
+                row.append("")  # or behind the last name
+            fits = len(row) == n_columns
+            if not fits or not row[price][:1].isdecimal():  # perhaps no row of a bar
+                filled = [cell for cell in row if cell.strip()]
+                is_note = len(filled) == 1 and not fits and not _is_number(filled[0])
+                if not filled or is_note or filled[0].startswith(("#", "//")):
+                    continue
+                if fits and _fold(row[price]) == table.fields[price]:
+                    continue  # the header again
+            if not fits:
+                reasons[len(rows)] = f"{len(row)} cells where the header has {n_columns}"
+                row = [""] * n_columns
+            rows.append(row)
+            table.line_of.append(table.first + line)
+    except csv.Error as e:
+        line = table.line_of[-1] if table.line_of else table.first
+        raise table.error(line + 1, f"not a CSV row ({e}); mend or remove it")
+    return {i: [row[i] for row in rows] for i in numbers | texts}, reasons
+
+
+NOISE = str.maketrans("\u2019", "'", "$€£¥₹ \u00a0\u202f\u2009\t")
+APOSTROPHE = re.compile(r"(?<!\d)'|'(?=\d{3}(?!\d))")  # 1'234.50; in 123'16 it stands before 32nds
+NUMBER = [re.compile(rf"([-+]?(?:\d{{1,3}}(?:{comma}\d{{2,3}})*{comma}\d{{3}}|\d*)(?:{point}\d*)?(?:e[-+]?\d+)?)"
+                     r"([a-z]+\.?|万|亿|)")
+          for comma, point in ((",", "\\."), ("\\.", ","))]  # 1,234.50 and 1.234,50
+SUFFIX = {"": "", "k": "e3", "m": "e6", "mn": "e6", "mln": "e6", "mio": "e6", "b": "e9", "bn": "e9", "mrd": "e9",
+          "t": "e12", "万": "e4", "亿": "e8"}
+
+
+def _numbers(table, cells, reasons):
+    """{index: float64}, NaN where a number is missing, or is none: then a reason is added. One format for the file."""
+    with contextlib.suppress(ValueError):
+        return {i: np.asarray(column, np.float64) for i, column in cells.items()}
+    cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
+    with contextlib.suppress(ValueError):
+        return {i: np.array(column, np.float64) for i, column in cells.items()}
+    plain = {i: APOSTROPHE.sub("", "\0".join(c).lower().translate(NOISE)).split("\0") for i, c in cells.items()}
+    distinct = {c for column in plain.values() for c in column}
+    by_point, by_comma = (sum(form.fullmatch(c) is not None for c in distinct) for form in NUMBER)
+    few = 0.02 * len(distinct)  # a mistyped cell or two decide nothing
+    if table.delimiter != "," and any("," in c for c in distinct):
+        few = -few  # "14,300" beside semicolons is 14.3
+    comma = by_comma - by_point > few
+    values = {"nan": np.nan}
+    for text in distinct:
+        found = NUMBER[comma].fullmatch(text)
+        power = SUFFIX.get(found[2].rstrip(".")) if found else None
+        if power is None or not any(map(str.isdigit, text)) or (power and "e" in found[1]):
+            continue
+        digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
+        values[text] = float(digits + power)
+    for i, column in plain.items():
+        for row, text in enumerate(column):
+            if text not in values:
+                reasons.setdefault(row, f"{table.fields[i]} {cells[i][row]!r} is not a number")
+    return {i: np.array([values.get(c, np.nan) for c in column], np.float64) for i, column in plain.items()}
+
+
+def _times(table, cells, dates, clocks):
+    """(UTC seconds of each row, index of the column): of the columns `dates` the most distinct that holds dates.
+
+    Dates without a clock take it from one of the columns `clocks`.
+    """
+    most, why = 0, ""
+    for i in dates:
+        seconds, reason = _dates(cells[i])
+        good = np.isfinite(seconds)
+        distinct = len(np.unique(seconds[good])) if len(dates) > 1 else 1
+        if good.mean() < 0.5:
+            if not why or "may be" in reason:
+                cell = next(filter(None, cells[i]), "")
+                why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
+        elif distinct > most:
+            best, most, at = seconds, distinct, i
+    if not most:
+        raise table.error(table.line(0), f"{why}; give dates with their clock, best as 2024-03-04 14:30")
+    if (best[np.isfinite(best)] % DAY == 0).all():
+        found = (_clock(cells[i]) for i in clocks if i != at)
+        best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
+    zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
+    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
+
+
+# -- columns -> bars
+
+def _check_columns(table, columns, cells, ohlcva):
+    """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
+    names = table.names
+    _, high, low, close, volume, amount = ohlcva
+    intervals = sorted({printable(cell.strip()) for cell in cells.get(columns.get("interval"), ())})
+    if len(intervals) > 1:
+        column = names[columns["interval"]]
+        raise table.error(table.first, f"bars of several intervals ({', '.join(intervals[:4])}) in the column "
+                                       f"{column!r}; keep one of them a file")
+    like_price = ((volume > 0.5 * low) & (volume < 2 * high)).mean() > 0.9
+    if like_price and not table.has_header and len(names) != len(BINANCE):
+        raise table.error(table.first + 1, f"no header, and the column behind the close looks like a price; {FIRST_LINE}")
+    base, least = (volume * close, 1e-4) if "volume" in columns else (np.ones(len(amount)), 1)
+    traded = (amount > 0) & (base > 0)
+    ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
+    if not least <= ratio <= 1e6:  # lots of 100, money in thousands
+        amount[:] = np.nan
+        table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
+    if "volume" not in columns:
+        known = {name for names in HEADERS.values() for name in names}
+        others = [repr(name) for name, field in zip(names, table.fields) if name.strip() and field not in known]
+        if others:
+            table.say(f"no volume is read, for none of {', '.join(others[:6])} is known to be one; name it volume")
+
+
+def _symbol_of_rows(table, columns, cells, time, reasons):
+    """Array of each row's symbol; None where the column holds none, or a code of the row and not of a symbol."""
+    symbols = np.array([cell.strip() for cell in cells[columns["symbol"]]])
+    distinct, which = np.unique(symbols, return_inverse=True)
+    changes = np.count_nonzero(np.diff(which)) > len(time) // 2 and len(np.unique(time)) == len(time)  # from row to row
+    bad = np.array([not symbol or not symbol.isprintable() for symbol in distinct])
+    if bad.all() or (changes and table.fields[columns["symbol"]] in ("code", "name")):
+        return None
+    for row in np.flatnonzero(bad[which]).tolist():
+        reasons.setdefault(row, "no symbol, or one with control characters")
+    return symbols
+
+
+def _bars(table, symbols, time, ohlcva, reasons):
+    """Bars of each symbol, sorted, without faults. symbols: of each row, or of all.  reasons: {row: what is wrong}."""
+    names, code = np.unique(symbols, return_inverse=True)
+    code = np.broadcast_to(code, len(time))
+    step, same = np.diff(time), code[1:] == code[:-1]
+    far = same & (np.abs(step) > 360 * DAY)
+    there_and_back = far[:-1] & far[1:] & (np.abs(step[:-1] + step[1:]) < 360 * DAY)  # a mistyped year
+    for row in (np.flatnonzero(there_and_back) + 1).tolist():
+        reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
+    empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
+    empty[list(reasons)] = False
+    if empty.all():
+        return []
+    if empty.any() and not any(table.tickers):
+        table.say(f"{empty.sum()} of {len(empty)} rows have no price: no bars")
+    row = np.arange(len(time))
+    in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
+    if empty.any() or not in_order:
+        row = np.lexsort((time, code))  # stable: of equal times the last stays last
+        row = row[~empty[row]]
+    time, code, ohlcva = time[row], code[row], ohlcva[:, row]
+    _mend(table, ohlcva, code)
+    good = _good(table, row, ohlcva, reasons)
+    row, time, code, ohlcva = row[good], time[good], code[good], ohlcva[:, good]
+    last = _latest(table, names, row, time, code, ohlcva)
+    time, code, ohlcva = time[last], code[last], ohlcva[:, last]
+    _look_for_jumps(table, names, time, code, ohlcva[3])
+    time, ohlcva = time.astype(np.int64), ohlcva.T
+    starts = np.flatnonzero(np.append(True, np.diff(code) != 0))
+    return [Bars(str(names[code[a]]), time[a:b], ohlcva[a:b]) for a, b in zip(starts, [*starts[1:], len(code)])]
+
+
+# -- faults
+
+def _mend(table, ohlcva, code):
+    """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before."""
+    open_, high, low, close = ohlcva[:4]
+    lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
+    if lacks.any():
+        before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
+        open_[lacks] = np.clip(np.where(before > 0, before, close), low, high)[lacks]
+        table.say(f"{lacks.sum()} of {len(lacks)} rows have no open; the close before stands for it")
+    top, bottom = np.maximum(open_, close), np.minimum(open_, close)
+    np.copyto(high, top, where=(high < top) & (high >= top * (1 - ROUNDING)))
+    np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
+
+
+def _faults(ohlcva):
+    """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
+    o, h, l, c, v, a = ohlcva
+    bottom, top = np.minimum(o, c), np.maximum(o, c)
+    least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
+    yield np.isnan(least), "a price is missing"
+    yield least <= 0, "a price is zero or negative"
+    yield (least < 1e-30) | (most > 1e30), "a price is not a finite number, or outside of 1e-30 to 1e30"
+    yield h < l, "high below low"
+    yield h < top, "high below open or close"
+    yield l > bottom, "low above open or close"
+    yield (v < 0) | (a < 0), "negative volume or amount"
+    yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
+
+
+def _good(table, row, ohlcva, reasons):
+    """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
+    bad = np.isin(row, list(reasons))
+    for failed, why in _faults(ohlcva):
+        reasons |= {k: why for k in row[failed & ~bad].tolist()}
+        bad |= failed
+    n_bad = int(bad.sum())
+    if n_bad:
+        examples = [f"{table.path}:{table.line(k)}: {reasons[k]}" for k in sorted(row[bad].tolist())[:3]]
+        if n_bad > MAX_BAD * len(row):
+            remedy = "check the columns" if table.has_header else FIRST_LINE
+            raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
+        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
+    return ~bad
+
+
+def _latest(table, names, row, time, code, ohlcva):
+    """Which bars are the last of their time and symbol, bool; UserError if that drops many that differ from it."""
+    again = np.append((np.diff(time) == 0) & (np.diff(code) == 0), False)
+    unlike = again[:-1] & _differ(ohlcva[:, :-1], ohlcva[:, 1:])
+    lost, rows = np.bincount(code[:-1][unlike], minlength=len(names)), np.bincount(code, minlength=len(names))
+    worst = int(np.argmax(lost / np.maximum(rows, 1)))
+    if lost[worst] > MAX_BAD * rows[worst]:
+        k = int(np.flatnonzero(unlike & (code[:-1] == worst))[0])
+        raise table.error(table.line(row[k + 1]),
+                          f"{lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of another, as "
+                          f"{iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or "
+                          f"intervals in one file? Keep one a file, or name their column symbol. Times rounded by a "
+                          f"spreadsheet? Export them in full")
+    if lost.any():
+        table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
+    return ~again
+
+
+def _look_for_jumps(table, names, time, code, close):
+    """A word on closes that move as splits and mixed-up units do."""
+    ratio = close[1:] / close[:-1]
+    at = np.flatnonzero(((ratio > SPLIT) | (ratio < 1 / SPLIT)) & (np.diff(code) == 0))
+    if len(at):
+        k = int(at[0])
+        factor = max(ratio[k], 1 / ratio[k])
+        back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
+        why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
+        more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
+        table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
+
+
+# -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
+
+def write_folder(series, out):
+    """Write Bars as a folder that `load` maps into memory; symbols.json, the seal, comes last. -> (symbols, bars)."""
+    seal, names, n_bars = os.path.join(out, "symbols.json"), {}, 0
+    try:
+        os.makedirs(out, exist_ok=True)
+        with sole_writer(seal):
+            if os.path.exists(seal):
+                raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
+            for bars in series:
+                n_bars += len(bars)
+                seen = bars.symbol in names
+                stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
+                if seen:  # the symbol goes on in another file
+                    bars = _joined([_open_series(stem, bars.symbol), bars])
+                np.save(stem + ".time.npy", bars.time)
+                np.save(stem + ".ohlcva.npy", bars.ohlcva)
+                progress(f"{len(names)} symbols, {n_bars:,} bars")
+            with write_atomic(seal, text=True) as f:
+                json.dump(list(names), f)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
+    progress("")
+    return len(names), n_bars
+
+
+def _open_folder(folder):
+    """The series of a folder, mapped into memory and checked whole: who reads on may trust them."""
+    try:
+        with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
+            names = json.load(f)
+        listed = names if isinstance(names, list) else []
+        good = {name for name in listed if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()}
+        if not good or len(good) < len(names):
+            raise ValueError("symbols.json is no list of different symbols")
+        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
+    except Exception as e:  # numpy and json raise many kinds for a damaged file
+        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
+
+
+def _open_series(stem, symbol):
+    """Bars of a folder; ValueError for arrays that are none. Reads them once, piece by piece."""
+    time, ohlcva = np.load(stem + ".time.npy", mmap_mode="r"), np.load(stem + ".ohlcva.npy", mmap_mode="r")
+    fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
+    if not fits or not len(time):
+        raise ValueError(f"{symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+    piece = 1 << 16
+    for i in range(0, len(time), piece):
+        stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
+        if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
+            raise ValueError(f"{symbol}: its times do not rise")
+        for failed, why in _faults(np.asarray(ohlcva[i:i + piece]).T):
+            if failed.any():
+                raise ValueError(f"{symbol}: bar {i + int(np.argmax(failed))}: {why}")
+    return Bars(symbol, time, ohlcva)
