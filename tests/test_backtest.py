@@ -570,7 +570,7 @@ def test_baselines_are_the_naive_ones(triple):
 def test_fhs_paths_follow_the_volatility_drawn(monkeypatch):
     """After a large step a larger one: the second step is the naive recursion's of the first."""
     series, kept = daily(300, 1), []
-    monkeypatch.setattr(backtest, "judge_paths", lambda moves, t, rows: kept.append(moves) or {})
+    monkeypatch.setattr("backstage.opponents.judge_paths", lambda moves, t, rows: kept.append(moves) or {})
     t = targets(series, 250, horizon=3, stride=40)
     historical(t, 0, slice(0, len(t.origins[0])), 20_000)
     moves, r = kept[0][0], t.returns[0]
