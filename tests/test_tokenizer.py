@@ -300,7 +300,7 @@ def test_tokens_do_not_depend_on_the_batch(bars, full, form, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "standardize", standardize)
     coarse, fine = full.encode(bars)
-    for n in (1, 3, 100, tok.BLOCK + 1):
+    for n in (1, 3, 100, tok.ROWS + 1):
         for at in range(0, 20 * n, n):
             c, f = full.encode(bars[at:at + n])
             assert torch.equal(c, coarse[at:at + n]) and torch.equal(f, fine[at:at + n])
@@ -308,7 +308,7 @@ def test_tokens_do_not_depend_on_the_batch(bars, full, form, monkeypatch):
     assert torch.equal(shape[0].flatten(), coarse[:24]) and shape[1].shape == (2, 3, 4) and shape[0].dtype == torch.int64
     assert torch.equal(full.encode(bars[:24].numpy())[0], coarse[:24])
     assert full.encode(bars[:0])[0].shape == (0,)
-    assert set(rows) == {tok.BLOCK}     # products of one shape: their last bits are the same for every batch
+    assert set(rows) == {tok.ROWS}     # products of one shape: their last bits are the same for every batch
 
 
 def test_a_channel_that_is_never_there_changes_nothing_and_decodes_to_zero(bars):
