@@ -35,7 +35,7 @@ from backstage.scores import (
     judge, judge_paths, named, of_paths, paired, resampled, scored, trading_sums, usual_sigma)
 from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars, decayed_sum
-from model import load_checkpoint, norm
+from model import load_checkpoint
 from sample import (
     Origin, base_weights, by_close, jsonable, load_series, simulate, unmoved_share, warn_of_intervals)
 from tokenizer import code_use
@@ -52,7 +52,7 @@ class Config:
     horizon: int = 10                  # bars ahead, of the paths
     paths: int = 100                   # sampled futures of each origin
     stride: int | None = None          # bars between the origins of paths (default: the horizon, or a thousand origins)
-    parallel: bool = False             # also the latent slots' forecast of all bars at once (at most 16)
+    parallel: bool = False             # also the latent reasoner's forecast of all bars at once (at most 16)
     by: str | None = None              # scores by symbol, quarter or volatility (falling or rising, as HAR has it) too
     cost_bps: float = 0.0              # cost of trading, in 1/10000 of the value traded
     seed: int = 0                      # of the sampling
@@ -277,8 +277,8 @@ def contexts(model, tokenizer, t, windows):
             times.append(t.series[i].time[rows])
             wanted.append(slice(j - 1 - begin, end - 1 - begin))
         coarse, fine = torch.from_numpy(np.stack(pairs)).to(device).unbind(-1)  # (B, n)
-        hidden, _ = model.trunk(coarse, fine, torch.from_numpy(np.stack(times)).to(device))
-        yield from torch.cat([row[places] for row, places in zip(norm(hidden), wanted)]).split(64)
+        hidden = model.hidden(coarse, fine, torch.from_numpy(np.stack(times)).to(device))
+        yield from torch.cat([row[places] for row, places in zip(hidden, wanted)]).split(64)
 
 
 def volume_scales(bars):

@@ -36,7 +36,7 @@ from backstage.loop import (
 from backstage.scores import against
 from backstage.script import StopSignal, UserError, check_numbers, cli, pick_device, progress, run
 from backstage.series import DAY
-from model import close_table, draw, kl, load_checkpoint, norm, save_checkpoint
+from model import close_table, draw, kl, load_checkpoint, save_checkpoint
 
 
 @dataclass
@@ -144,16 +144,16 @@ def log_odds(model, h, log_coarse, pair):
     return both[:, 0] - both[:, 1]
 
 
-def said(model, batch, phase):
+def said(model, batch):
     """What a model says of the targets that count: h [N, C], coarse and fine log-probabilities [N, 2^k1], [N, 2^k2]."""
     coarse, fine, when, *target = batch
     counts = target[0] >= 0
-    h = norm(model.trunk(coarse, fine, when, phase)[0])[counts]
+    h = model.hidden(coarse, fine, when)[counts]
     log_coarse = model.coarse_logits(h).float().log_softmax(-1)
     return h, log_coarse, model.fine_logits(h, target[0][counts]).float().log_softmax(-1)
 
 
-def loss_of(model, reference, table, batch, phase, chance, config):
+def loss_of(model, reference, table, batch, chance, config):
     """The loss of a batch, and what the report shows of it, a dict of floats.
 
     batch: coarse, fine, time, target_coarse, target_fine, as data.get_batch gives; chance: a numpy generator. Shown: the
@@ -162,9 +162,9 @@ def loss_of(model, reference, table, batch, phase, chance, config):
     target = batch[3:]
     counts = target[0] >= 0
     came = torch.stack((target[0][counts], target[1][counts]), 1)                                   # [N, 2]
-    h, log_coarse, log_fine = said(model, batch, phase)
+    h, log_coarse, log_fine = said(model, batch)
     with torch.no_grad():
-        h_ref, ref_coarse, ref_fine = said(reference, batch, phase)
+        h_ref, ref_coarse, ref_fine = said(reference, batch)
     away = (kl(log_coarse, ref_coarse) + kl(log_fine, ref_fine)).mean()
     move = table[came[:, 0], came[:, 1]].sinh()                                                     # log return / s_t
     rows = (move.abs() > config.noise).nonzero()[:, 0]                                              # that carry a label
@@ -239,12 +239,11 @@ def training(given):
     while run.step < config.steps:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step)
         chance = np.random.default_rng([config.seed, run.step, 1])
-        phase = int(chance.integers(model.config.border))
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
         batch = [a.to(device) for a in (coarse, fine, when + torch.from_numpy(weeks * 7 * DAY), *target)]
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
         with autocast():
-            loss, shown = loss_of(model, reference, table, batch, phase, chance, config)
+            loss, shown = loss_of(model, reference, table, batch, chance, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
         seen.append(shown)

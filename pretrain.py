@@ -8,8 +8,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --data bars.csv
 
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the model learns the next
-token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's small auxiliary loss, in nats per bar. The global batch of
-a step, the masks of dropout, the place of the reasoner's borders and all other chance come from (seed, step) alone, so
+token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's own, in nats per bar. The global batch of
+a step, the masks of dropout, the reasoner's origins and all other chance come from (seed, step) alone, so
 that a resumed run, or one on another number of processes, sees the same. It writes one checkpoint.
 
 Few bars are soon learned by heart. So the size of the model, the number of updates and dropout follow the number of bars
@@ -34,7 +34,7 @@ from backstage.loop import (
 from backstage.script import StopSignal, UserError, check_numbers, cli, peak_memory, pick_device, progress, run
 from backstage.series import DAY
 from data import iso
-from model import Model, ModelConfig, load_checkpoint, norm, save_checkpoint
+from model import Model, ModelConfig, load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 
@@ -71,7 +71,7 @@ class Config:
     n_embd: int = 0                   # width; 0: by the number of bars
     windows: tuple[int, ...] = ModelConfig.windows  # bars that the local heads see
     pos: str = ModelConfig.pos        # position: rope, alibi or both
-    reasoner: bool = True             # latent slots at mid depth
+    reasoner: bool = True             # a head to the side that names the next 16 bars at once: sample.py --parallel
     coarse_bits: int = 10             # bits of the coarse token
     fine_bits: int = 10               # bits of the fine token
     direction_bit: bool = True        # the top coarse bit says whether close rose
@@ -91,6 +91,7 @@ FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_e
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 LEAN_BLOCKS = 40     # of time on val, at least, by which the error of the lean is told
+ORIGIN_BARS = 256    # bars of a window for each origin of the reasoner
 PATIENCE = 4         # reports without a better score that end it
 
 
@@ -261,8 +262,7 @@ def new_model(config, tokenizer, series, train, block_size):
 def compile_layers(model, shape, device, autocast, say):
     """torch.compile for each layer, or not at all, with a line that says why. shape: of the tokens in a forward pass.
 
-    Layers alone: they are alike, so one compilation serves all, while the whole model would be compiled anew for each
-    border phase, which changes its shapes.
+    Layers alone: they are alike, so one compilation serves all.
     """
     try:
         for layer in model.layers:
@@ -289,6 +289,13 @@ def moved_in_time(when, chance, config, rank, world):
     half = (chance.random(shape) < 0.5)[rank::world]
     within_day = when.diff().median(1, keepdim=True).values < DAY
     return when + torch.from_numpy(7 * DAY * weeks) + 900 * torch.from_numpy(quarters * half) * within_day
+
+
+def reasoner_origins(chance, config, sizes, rank, world):
+    """Bars of each window [B, M] after which the reasoner learns: one for each ORIGIN_BARS bars, by chance."""
+    last = max(1, sizes.block_size - sizes.latents)
+    shape = config.batch_size, max(1, sizes.block_size // ORIGIN_BARS)
+    return torch.from_numpy(chance.integers(1, last + 1, shape)[rank::world])
 
 
 def dropout_masks(chance, config, rank, world, device):
@@ -352,7 +359,7 @@ def evaluate(model, val, tiles, series, autocast, rank, world):
         *inputs, targets = data.gather(val, which, ends)
         change = np.stack([np.diff(series[s].ohlcva[e - n:e + 1, 3]) for s, e in zip(which, ends)])  # (B, T)
         with autocast(), torch.compiler.set_stance("force_eager"):  # not worth compilations of its own
-            h = norm(model.trunk(*(a.to(device) for a in inputs))[0]).float()
+            h = model.hidden(*(a.to(device) for a in inputs)).float()
         is_target = targets[0] >= 0
         kept = [a[is_target].to(device) for a in (*targets, torch.from_numpy(change), inputs[2])]
         found.append((h[is_target.to(device)], *kept))
@@ -542,7 +549,7 @@ def training(given):
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
-        phase = int(chance.integers(model.config.border))
+        origins = reasoner_origins(chance, config, model.config, rank, world)
         when = moved_in_time(when, chance, config, rank, world)
         drop = dropout_masks(chance, config, rank, world, device)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
@@ -552,7 +559,7 @@ def training(given):
             part = [a[i:i + micro].to(device, non_blocking=True) for a in (coarse, fine, when, *target)]
             masks = None if drop is None else drop[:, :, i:i + micro]
             with autocast():
-                loss = model(*part[:3], targets=part[3:], phase=phase, drop=masks)[2]
+                loss = model(*part[:3], part[3:], masks, origins[i:i + micro].to(device))[2]
             weight = len(part[0]) * world / config.batch_size
             scaler.scale(loss * weight).backward()
             loss_sum += loss.item() * weight / world

@@ -34,7 +34,7 @@ from backstage.loop import (
 from backstage.scores import against, at_step, block_sums, bootstrap
 from backstage.script import StopSignal, UserError, check_numbers, cli, pick_device, progress, run
 from backstage.series import DAY
-from model import kl, load_checkpoint, mean_nats, norm, save_checkpoint
+from model import kl, load_checkpoint, mean_nats, save_checkpoint
 
 
 @dataclass
@@ -149,26 +149,22 @@ def guided_walk(model, tokenizer, state, origins, uniform, temperature):
     return torch.stack(chosen, 1)
 
 
-def walk_loss(model, base, origins, walk, target, phase, config):
+def walk_loss(model, base, origins, walk, target, config):
     """The loss of walks [B, H, 2], which enter the context, with targets [B, H, 2]; and its parts, as floats."""
     coarse, fine, when, real = origins.context
     n, H = coarse.shape[1], walk.shape[1]
     inputs = (torch.cat((coarse, walk[:, :-1, 0]), 1), torch.cat((fine, walk[:, :-1, 1]), 1),
               torch.cat((when, origins.times[:, :-1]), 1))                      # [B, n + H - 1]
-    x, slots = model.trunk(*inputs, phase)
-    h = norm(x)
+    h = model.hidden(*inputs)
     given = torch.cat((real[0][:, :-1].clamp(min=0), target[..., 0]), 1)
     coarse_logits, fine_logits = model.coarse_logits(h), model.fine_logits(h, given)
     plain = mean_nats(coarse_logits[:, :n], real[0]) + mean_nats(fine_logits[:, :n], real[1])
-    if slots is not None:
-        padded = [torch.nn.functional.pad(a, (0, H - 1), value=-1) for a in real]
-        plain = plain + model.config.aux_weight * model.slot_loss(slots, padded, phase)
     log_coarse, log_fine = (a[:, n - 1:].float().log_softmax(-1) for a in (coarse_logits, fine_logits))  # [B, H, 2^k]
     log_p = log_coarse.gather(-1, target[..., :1]) + log_fine.gather(-1, target[..., 1:])           # [B, H, 1]
-    weight = 1 + LATER * torch.arange(H, device=x.device) / max(1, H - 1)
+    weight = 1 + LATER * torch.arange(H, device=h.device) / max(1, H - 1)
     own = -(log_p[..., 0] * weight).mean()
     with torch.no_grad():
-        h_base = norm(base.trunk(*inputs, phase)[0])[:, n - 1:]
+        h_base = base.hidden(*inputs)[:, n - 1:]
         base_coarse = base.coarse_logits(h_base).float().log_softmax(-1)
         base_fine = base.fine_logits(h_base, target[..., 0]).float().log_softmax(-1)
     away = (kl(log_coarse, base_coarse) + kl(log_fine, base_fine)).mean()
@@ -225,7 +221,6 @@ def training(given):
     clock, seen = Clock(run.step, config.steps, config.save_every), []
     while run.step < config.steps:
         chance = np.random.default_rng([config.seed, run.step, 1])
-        phase = int(chance.integers(model.config.border))
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
         later = torch.from_numpy(weeks * 7 * DAY)
         windows = data.draw_windows(train, config.seed, run.step)
@@ -234,12 +229,12 @@ def training(given):
         origins = origins_of(train, series, *windows, horizon, longest).moved(later, device)
         uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
         with torch.no_grad(), autocast():
-            state = model.prefill(*origins.context[:3], phase)
+            state = model.prefill(*origins.context[:3])
         uniform = torch.from_numpy(uniform).to(device)
         walk = guided_walk(model, tokenizer, state, origins, uniform, config.temperature)
         target = origins.tokens if config.target == "true" else walk
         with autocast():
-            loss, shown = walk_loss(model, base, origins, walk, target, phase, config)
+            loss, shown = walk_loss(model, base, origins, walk, target, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
         seen.append(shown)

@@ -42,7 +42,7 @@ class Config:
     times: str | None = None           # file with the stamps of the bars to come, one a line, where the clock would err
     temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
     top_p: float = 1.0                 # of the paths: sample among the likeliest tokens of this total probability
-    parallel: bool = False             # one pass of the latent slots for all bars (at most 16) instead of step by step
+    parallel: bool = False             # one pass of the latent reasoner for all bars (at most 16) instead of step by step
     seed: int = 0                      # of the sampling
     strike: list[str] | None = None    # strikes of European options: a price, or a share of spot such as 1.05x
     rate: float = 0.0                  # annual, continuous, for the options
@@ -95,8 +95,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
         raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
-    if parallel and model.config.reasoner and horizon > model.config.slots:
-        raise UserError(f"--parallel reaches {model.config.slots} bars, not {horizon}; "
+    if parallel and model.config.reasoner and horizon > model.config.latents:
+        raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
     origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
     times = times_ahead(origins, horizon, times)  # (n, H)
@@ -134,9 +134,14 @@ def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
     device, (n, horizon) = model.up_mask.device, times.shape
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
     seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)
-    state = model.prefill(coarse, fine, seen)
+    times = torch.from_numpy(times).to(device)
+    if parallel:
+        h, ahead = model.parallel(coarse, fine, seen, times)
+    else:
+        state = model.prefill(coarse, fine, seen)
+        h = state.h
     unmoved = torch.tensor([o.unmoved for o in origins], device=device)
-    p_up = model.p_up(state.h, unmoved).cpu().numpy()
+    p_up = model.p_up(h, unmoved).cpu().numpy()
 
     uniform = []
     for o in origins:
@@ -144,9 +149,8 @@ def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
         uniform.append(stratified(random, paths, horizon))
     uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
     if parallel:
-        _, h = model.parallel(coarse, fine, seen)
-        return draw(h[:, :horizon].repeat_interleave(paths, 0), uniform), p_up
-    times = torch.from_numpy(np.repeat(times, paths, axis=0)).to(device)  # (n * paths, H)
+        return draw(ahead.repeat_interleave(paths, 0), uniform), p_up
+    times = times.repeat_interleave(paths, 0)  # (n * paths, H)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
     pieces = []
     for when, u in zip(times.split(size), uniform.split(size)):

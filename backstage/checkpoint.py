@@ -122,7 +122,7 @@ def fits(value, kind):
 def check_sizes(config):
     """ValueError for a ModelConfig whose sizes do not fit one another, or are absurd."""
     limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(1, 16384),
-                  linear_heads=(0, config.n_head), border=(1, 4096), slots=(1, 1024), rounds=(1, 64), span=(1, 2**16),
+                  linear_heads=(0, config.n_head), latents=(1, 1024), rounds=(1, 64), span=(1, 2**16),
                   block_size=(1, 2**31), aux_weight=(0.0, 100.0), unmoved=(0.0, 0.999))
     for name, (low, high) in limits.items():
         value = getattr(config, name)
@@ -135,8 +135,6 @@ def check_sizes(config):
         raise ValueError(f"windows must be 1 to 65536 bars, not {config.windows!r}")
     if n_local and (not n_windows or n_local % n_windows):
         raise ValueError(f"{n_local} local heads cannot be shared among {n_windows} windows")
-    if config.span % config.border or config.slots > config.border:
-        raise ValueError("span must be a multiple of border, and slots at most border")
     if config.pos not in ("rope", "alibi", "both"):
         raise ValueError(f"pos must be rope, alibi or both, not {config.pos!r}")
 

@@ -296,7 +296,7 @@ class Plain(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(PlainBlock(C, H, hidden) for _ in range(n_layer))
         self.norm, self.heads = torch.nn.RMSNorm(C), torch.nn.Linear(C, 2 * V, bias=False)
 
-    def forward(self, coarse, fine, time, targets=None, phase=0):
+    def forward(self, coarse, fine, time, targets=None):
         x = self.coarse(coarse) + self.fine(fine) + self.pos.weight[:coarse.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -346,7 +346,7 @@ def model_(args):
 
         def step():
             with torch.autocast(device, torch.bfloat16):
-                loss = model(*batch, phase=7)[2]
+                loss = model(*batch)[2]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -9,7 +9,7 @@
     python tests/study.py room --data bars.csv.gz       # what knowing the volatility to come would win ten bars ahead
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
     python tests/study.py base --data market/*.csv      # the weights that come along, on markets that they have not seen
-    python tests/study.py parallel --data market/*.csv  # the slots' forecast of 16 bars at once, beside that bar by bar
+    python tests/study.py parallel --data market/*.csv  # the reasoner's forecast of 16 bars at once, beside that bar by bar
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
     python tests/study.py budgets --data stocks.csv.gz  # rows of pretrain.BUDGETS on half-years of daily bars
     python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
@@ -69,6 +69,7 @@ class Tables(Model):
         self.rows = torch.nn.Embedding(V1 + V2, C)
         self.heads = torch.nn.ParameterList(torch.nn.Parameter(0.02 * torch.randn(n, C)) for n in (V1, V1, V2))
         torch.nn.init.normal_(self.rows.weight, std=0.02)
+        self.embedding.read = self.read
 
     def coarse_vectors(self):
         return [self.heads[0]]
@@ -76,28 +77,28 @@ class Tables(Model):
     def fine_vectors(self):
         return [*self.heads[1:]]
 
-    def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
-        _, *after = super().embedding(coarse, fine, pos, waves, stamp, *hour, state=state)
+    def candles(self, coarse, fine):
+        self.tokens = coarse, fine
+        return super().candles(coarse, fine)
+
+    def read(self, z, means, hour, waves, stamp):
+        coarse, fine = self.tokens
         x = self.rows(coarse) + self.rows(fine + len(self.D1)) + stamp
-        return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x), *after
+        return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x)
 
 
 class Blind(Model):
     """Does not see the columns `hidden` of what a bar shows: means of ranges, of moves, of the same hour, waves of the day."""
 
-    def embedding(self, coarse, fine, pos, waves, stamp, *hour, state=None):
-        if "waves" in self.hidden:
-            waves = torch.zeros_like(waves)
-        return super().embedding(coarse, fine, pos, waves, stamp, *hour, state=state)
+    def __init__(self, config):
+        super().__init__(config)
+        self.read_all, self.embedding.read = self.embedding.read, self.read
 
-    def same_hour(self, recent, *hour):
-        return super().same_hour(recent, *hour) * ("hour" not in self.hidden)
-
-    def past_means(self, k, move, before=None):
-        means, after = super().past_means(k, move, before)
+    def read(self, z, means, hour, waves, stamp):
         ranges, moves = means.chunk(2, dim=-1)
-        ranges, moves = ranges * ("ranges" not in self.hidden), moves * ("moves" not in self.hidden)
-        return torch.cat((ranges, moves), dim=-1), after
+        seen = dict(ranges=ranges, moves=moves, hour=hour, waves=waves)
+        ranges, moves, hour, waves = (a * (name not in self.hidden) for name, a in seen.items())
+        return self.read_all(z, torch.cat((ranges, moves), dim=-1), hour, waves, stamp)
 
 
 def blind(*hidden):
@@ -450,16 +451,17 @@ def sees_study(argv):
     series = data.synthetic(n_symbols=8, n_bars=500)[0]
     tokens = torch.from_numpy(np.stack([data.tokenize(bars, tokenizer)[-201:] for bars in series]).astype(np.int64))
     time = torch.from_numpy(np.stack([bars.time[-201:] for bars in series]))
-    pos, t = torch.arange(201), 200
+    t = 200
     with torch.no_grad():
-        x = model.embedding(*tokens.unbind(-1), pos, *model.clock(time, pos, 201))[0]      # [B, 201, C]
+        x = model.embedding(*model.candles(*tokens.unbind(-1)), time)[0]     # [B, 201, C]
     x.requires_grad_(True)
     seen = []
     for kind in model.layers[0].kinds:
         kind.register_forward_hook(lambda kind, given, out: seen.append(out[0][:, :, t]))  # [H, B, D]
-    model.layers[0](x, model.rotation(pos))
-    seen.append(model.reasoner(x, phase=32 - t % 32 + 12)[0][:, t] - x[:, t])               # 12 bars after a border
-    names = ["all the past, linear", *(f"the last {window} bars" for window in model.config.windows), "slots of the last border"]
+    model.layers[0](x, model.rotation(torch.arange(201), x.dtype))
+    origins = torch.full((len(time), 1), t + 1)
+    seen.append(model.reasoner(x, model.stamps(time), origins, 1)[:, 0, 0])                 # the next bar's latent
+    names = ["all the past, linear", *(f"the last {window} bars" for window in model.config.windows), "the reasoner"]
     rows = []
     for name, y in zip(names, seen):
         grad = torch.zeros(t + 1)
@@ -899,7 +901,7 @@ def base_study(argv):
 
 
 def parallel_study(argv):
-    """One row a file: path CRPS of the slots' forecast, as a ratio to that bar by bar, and its processor time."""
+    """One row a file: path CRPS of the reasoner's forecast, as a ratio to that bar by bar, and its processor time."""
     args = of_files("parallel").parse_args(argv)
     model, tokenizer, _ = load_checkpoint(args.ckpt[0])
     steps = (0, 3, 7, 15, None)

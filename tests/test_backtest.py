@@ -50,7 +50,7 @@ def tokenizer():
 def make(seed=0, **options):
     """An untrained model with weights so large that its forecasts differ from bar to bar."""
     torch.manual_seed(seed)
-    model = Model(ModelConfig(**BITS, **dict(n_layer=2, n_head=2, n_embd=16, windows=(8,), block_size=64, span=32, slots=12) | options)).eval()
+    model = Model(ModelConfig(**BITS, **dict(n_layer=2, n_head=2, n_embd=16, windows=(8,), block_size=64, span=32, latents=12) | options)).eval()
     for name, p in model.named_parameters():
         with torch.no_grad():
             p.copy_(torch.randn_like(p) * (0.5 if "embed" in name else 1.5 * p.shape[-1] ** -0.5))

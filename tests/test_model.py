@@ -1,4 +1,4 @@
-"""The model against naive forms written here: attention as quadratic sums, the reasoner border by border, range means bar by bar, no
+"""The model against naive forms written here: attention as quadratic sums, the reasoner origin by origin, range means bar by bar, no
 look-ahead bit for bit, the recurrence against the parallel form, heads that know candles alone, CRPS, and the checkpoint's refusals."""
 
 import copy
@@ -31,7 +31,7 @@ MIXES = {       # every option that changes the computation
     "local only": dict(linear_heads=0, pos="rope"),
     "local only, alibi": dict(linear_heads=0, pos="alibi"),
     "no reasoner": dict(reasoner=False),
-    "one window, short span": dict(windows=(24,), span=32, slots=4, rounds=1),
+    "one window, short span": dict(windows=(24,), span=32, latents=4, rounds=1),
 }
 
 
@@ -41,10 +41,8 @@ def make(seed=0, **options):
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            size = 1.0 if name.endswith(("latent", "offset")) or "calendar" in name else p.shape[-1] ** -0.5
+            size = 1.0 if name.endswith("latent") or "calendar" in name else p.shape[-1] ** -0.5
             p.copy_(size * torch.randn(p.shape, generator=random))
-            if name.endswith("gate"):
-                p.fill_(1.0)
         for share in (model.coarse_share, model.fine_share):
             share.copy_(torch.randn(share.shape, generator=random))
         model.mean.copy_(0.1 * torch.randn(6, generator=random))
@@ -142,7 +140,8 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
     close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()).flatten(0, 1), 1e-5)
     state = torch.zeros_like(S)
-    steps = [heads.step(*one_bar(q, k, v, t), state, None) for t in range(T)]
+    [per_bar] = M.places_of(heads, torch.zeros(1))
+    steps = [M.linear_step(*one_bar(q, k, v, t), state, per_bar) for t in range(T)]
     close(torch.cat(steps, dim=1), normed(want).flatten(0, 1), 1e-4)
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,10 +168,11 @@ def test_local_attention_is_softmax_with_a_band_mask(T, window):
         heads, (q, k, v) = M.LocalAttention(window, slope), random_qkv(T)
         want, q = naive_local(q, k, v, window, slope), q / 4
         close(heads(q, k, v)[0], want, 1e-5)
-        n, places = T // 2, heads.places(torch.arange(T))
-        ring = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 6, window, 16)
+        n, places = T // 2, M.places_of(heads, torch.arange(T))
+        last = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 3, 2, 0, 16)
+        ring = [M.ring(a.flatten(0, 1), window, n) for a in last]
         for t in range(n, T):
-            close(heads.step(*one_bar(q, k, v, t), ring, places[t]), want[:, :, t].flatten(0, 1)[:, None], 1e-5)
+            close(M.local_step(*one_bar(q, k, v, t), ring, places[t]), want[:, :, t].flatten(0, 1)[:, None], 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             q, k, v = half(T)
             close_half(heads(q / 4, k, v)[0], naive_local(q, k, v, window, slope))
@@ -186,7 +186,7 @@ def test_layer_is_its_naive_form(T, pos):
     x = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T))
     drop = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = layer(x, M.rotation(torch.arange(T), 8, turns=pos != "alibi"), drop=drop)
+        got = layer(x, M.rotation(torch.arange(T), 8, turns=pos != "alibi"), drop=drop)[0]
     weight = {name: p.detach().double() for name, p in layer.named_parameters()}
     qkv = normed(x.double()) @ weight["qkv.weight"].T
     q, k, v = qkv.view(2, T, 3, 4, 8).permute(2, 3, 0, 1, 4)         # [3, H, B, T, D]
@@ -216,58 +216,83 @@ def test_slopes_differ_among_the_heads_of_a_kind():
 
 # --- The reasoner ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T, phase", [(1, 0), (31, 0), (32, 0), (33, 0), (33, 31), (200, 5), (200, 31), (400, 17)])
-def test_reasoner_border_by_border(T, phase):
-    """Slots of each border from its span alone, one border after another, read by the bars up to the next one. In float64, both."""
-    r, slope = make().reasoner.double(), 0.5 ** (1 + 2 * torch.arange(4).double())
-    x = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T)).double()
+@pytest.mark.parametrize("span", [128, 24])
+def test_reasoner_origin_by_origin(span):
+    """Latents of each origin from the bars of its span alone, written out. In float64, both."""
+    model, T, origins = make(span=span), 200, torch.tensor([[1, 77, 150], [20, 128, 184]])
+    r, slope = model.reasoner.double(), 0.5 ** (1 + 2 * torch.arange(4).double())
+    random = torch.Generator().manual_seed(T)
+    h = torch.randn(2, T, 32, generator=random).double()
+    stamps = torch.randn(2, T, 32 + 2 * M.HARMONICS, generator=random).double()
     with torch.no_grad():
-        got, slots = r(x, phase)
-        want, seen = x.clone(), 0
-        for p in range(1, T):
-            if (p + phase) % 32:
-                continue
-            past = x[:, max(0, p - 128):p]
-            kv = r.look_kv(unit(past)).view(2, -1, 2, 4, 8)
-            s = r.latent.expand(2, -1, -1)
+        got = r(h, stamps, origins)
+        for b, m in np.ndindex(2, 3):
+            n = int(origins[b, m])
+            past = slice(max(0, n - span), n)
+            k, v = r.look_kv(h[b, past] + r.stamp(stamps[b, past])).view(-1, 2, 4, 8).permute(1, 2, 0, 3)
+            s = r.latent + r.stamp(stamps[b, n:n + 16])
+            bias = -slope[:, None, None] * torch.arange(k.shape[1], 0, -1)          # bars before the origin
+            later = torch.full((16, 16), -math.inf).triu(1)
             for _ in range(2):
-                q = r.look_q(unit(s)).view(2, 16, 4, 8)
-                score = torch.einsum("bshd,bthd->bhst", q, kv[:, :, 0]) / math.sqrt(8)
-                score = score - slope[:, None, None] * torch.arange(past.shape[1], 0, -1)    # bars before the border
-                s = s + r.look_out(torch.einsum("bhst,bthd->bshd", score.softmax(-1), kv[:, :, 1]).reshape(2, 16, 32))
-                q, k, v = r.self_qkv(unit(s)).view(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)
-                s = s + r.self_out(naive_softmax(q, k, v).transpose(1, 2).reshape(2, 16, 32))
-                s = s + r.down(F.silu(r.up(unit(s))))
-            close(slots[:, seen], s, 1e-6)
-            here = x[:, p:p + 32]
-            q = (r.read_q(unit(here)) + r.offset[:here.shape[1]]).view(2, -1, 4, 8).transpose(1, 2)
-            k, v = r.read_kv(unit(s)).view(2, 16, 2, 4, 8).permute(2, 0, 3, 1, 4)
-            want[:, p:p + 32] += r.gate * r.read_out(naive_softmax(q, k, v).transpose(1, 2).reshape(2, -1, 32))
-            seen += 1
-    assert slots.shape[1] == seen
-    close(got, want, 1e-6)
+                q = r.look_q(normed(s)).view(16, 4, 8).transpose(0, 1)
+                s = s + r.look_out(naive_softmax(q, k, v, bias).transpose(0, 1).reshape(16, 32))
+                q, own_k, own_v = r.self_qkv(normed(s)).view(16, 3, 4, 8).permute(1, 2, 0, 3)
+                s = s + r.self_out(naive_softmax(q, own_k, own_v, later).transpose(0, 1).reshape(16, 32))
+                s = s + r.down(F.silu(r.up(normed(s))))
+            close(got[b, m], normed(s), 1e-6)
 
 
-def unit(x):
-    return x / (x.square().mean(-1, keepdim=True) + M.EPS).sqrt()
+def naive_softmax(q, k, v, bias):
+    return (q @ k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1) @ v
 
 
-def naive_softmax(q, k, v):
-    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
-
-
-@pytest.mark.parametrize("T", [1, 31, 32, 33, 100, 300])
-def test_parallel_forecast_comes_from_a_border_at_the_origin(T):
-    """Its slots are those that forward computes at a border at T, once there is a bar T; that bar changes nothing."""
+@pytest.mark.parametrize("T", [1, 31, 100])
+def test_parallel_forecast_is_the_reasoner_at_the_last_bar(T):
+    """As it was trained at an origin T, within more bars; of fewer bars ahead it is the beginning."""
     model = make()
-    coarse, fine, time = bars(2, T + 1)
+    coarse, fine, time = bars(2, T + 16)
+    past, ahead = (coarse[:, :T], fine[:, :T], time[:, :T]), time[:, T:]
     with torch.no_grad():
-        logits, h = model.parallel(coarse[:, :T], fine[:, :T], time[:, :T])
-        _, slots = model.trunk(coarse, fine, time, phase=-T % 32)
-    assert logits.shape == (2, 16, 64) and model.fine_logits(h, coarse[:, :1].expand(-1, 16)).shape == (2, 16, 32)
-    close(logits, model.coarse_logits(F.rms_norm(slots[:, -1], (32,))), 1e-5)
+        last, h = model.parallel(*past, ahead)
+        hidden = model.hidden(coarse, fine, time)
+        close(last, hidden[:, T - 1], 1e-5)
+        close(h, model.reasoner(hidden, model.stamps(time), torch.full((2, 1), T))[:, 0], 1e-5)
+        close(model.parallel(*past, ahead[:, :5])[1], h[:, :5], 1e-5)
+        later = model.parallel(*past, ahead + 3600)[1]
+        assert (later - h).abs().max() > 0.1            # it knows the stamps to come
     with pytest.raises(data.UserError, match="reasoner"):
-        make(reasoner=False).parallel(coarse, fine, time)
+        make(reasoner=False).parallel(*past, ahead)
+
+
+def test_reasoner_sees_only_bars_before_its_origin():
+    """G3: a changed bar changes no latent of an origin at or before it, in one bit; and those after it."""
+    model, rows = make(), bars(1, 150)
+    origins = torch.arange(1, 135)[None]
+
+    def latents(coarse, fine, time):
+        return model.reasoner(model.hidden(coarse, fine, time), model.stamps(rows[2]), origins)[0]
+
+    with torch.no_grad():
+        before = latents(*rows)
+        for t in (0, 1, 50, 100, 133):
+            after = latents(*changed(rows, t))
+            assert torch.equal(after[:t], before[:t]) and not (after[t:] == before[t:]).flatten(1).all(1).any(), t
+
+
+def test_reasoner_learns_alone():
+    """Its loss has no gradient with respect to the layers and what the bars are read as."""
+    model, (coarse, fine, time) = make(aux_weight=1.0), bars(2, 101)
+    inputs, targets = (coarse[:, :-1], fine[:, :-1], time[:, :-1]), (coarse[:, 1:], fine[:, 1:])
+    grads = []
+    for origins in (None, torch.tensor([[40], [84]])):
+        model.zero_grad()
+        model(*inputs, targets, origins=origins)[2].backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, with_it in grads[1].items():
+        if name.startswith("reasoner"):
+            assert grads[0][name] is None and with_it.abs().max() > 0, name
+        elif "head" not in name and "fine" not in name:
+            assert torch.equal(with_it, grads[0][name]), name
 
 
 # --- No look-ahead ---------------------------------------------------------------------------------------------------
@@ -282,15 +307,14 @@ def changed(bars, t):
 
 
 @pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("phase", [0, 5, 31])
-def test_no_lookahead_bit_for_bit(name, phase):
-    """G1, G3: changing bar t (tokens and stamp) changes no logit before t, in one bit; and it does change the one at t."""
+def test_no_lookahead_bit_for_bit(name):
+    """G1: changing bar t (tokens and stamp) changes no logit before t, in one bit; and it does change the one at t."""
     model, T = make(**MIXES[name]), 203
     rows = bars(1, T)
     with torch.no_grad():
-        before = model(*rows, phase=phase)[:2]
+        before = model(*rows)[:2]
         for t in [0, 1, 16, 26, 27, 28, 31, 32, 33, 64, 95, 96, 97, 128, 160, 187, 191, 192, 202]:
-            for a, b in zip(model(*changed(rows, t), phase=phase)[:2], before):
+            for a, b in zip(model(*changed(rows, t))[:2], before):
                 assert torch.equal(a[:, :t], b[:, :t]), t
                 assert not torch.equal(a[:, t], b[:, t]), t
 
@@ -306,7 +330,7 @@ def test_no_lookahead_in_training_with_activation_checkpointing(pos, half):
 
     def logits(c, f, s):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(c[:, :-1], f[:, :-1], s[:, :-1], (c[:, 1:], f[:, 1:]), phase=9, drop=drop)[:2]
+            return model(c[:, :-1], f[:, :-1], s[:, :-1], (c[:, 1:], f[:, 1:]), drop=drop)[:2]
 
     before = logits(*rows)
     for t in (1, 22, 23, 24, 55, 64, 87, 118, 119, 120, 140):
@@ -320,14 +344,8 @@ def test_gradients_of_a_logit_stay_behind_it():
     model, t = make(), 90
     coarse, fine, time = bars(1, 150)
     embedded = []
-    embedding = model.embedding
-
-    def kept(*args, **kw):
-        x, *rest = embedding(*args, **kw)
-        embedded.append(x.retain_grad() or x)
-        return x, *rest
-    model.embedding = kept
-    model(coarse, fine, time, phase=3)[0][0, t].square().sum().backward()
+    model.embedding.register_forward_hook(lambda _, inputs, outputs: embedded.append(outputs[0].retain_grad() or outputs[0]))
+    model(coarse, fine, time)[0][0, t].square().sum().backward()
     size = embedded[0].grad[0].abs().sum(-1)
     assert (size[t + 1:] == 0).all() and (size[:t + 1] > 0).all()
 
@@ -339,7 +357,8 @@ def test_activation_checkpointing_changes_no_gradient():
     for save in (False, True):
         model = make().train()
         model.grad_ckpt = save
-        model(coarse[:, :-1], fine[:, :-1], time[:, :-1], (coarse[:, 1:], fine[:, 1:]), phase=3, drop=drop)[2].backward()
+        origins = torch.tensor([[30], [84]])
+        model(coarse[:, :-1], fine[:, :-1], time[:, :-1], (coarse[:, 1:], fine[:, 1:]), drop, origins)[2].backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(a is not None and torch.equal(a, b) for a, b in zip(*gradients))
 
@@ -355,28 +374,28 @@ def step_through(model, rows, start, state):
     return torch.stack(found, dim=1)
 
 
-def prefilled(model, rows, start, phase):
-    return model.prefill(*(a[:, :start] for a in rows), phase=phase)
+def prefilled(model, rows, start):
+    return model.prefill(*(a[:, :start] for a in rows))
 
 
 @pytest.mark.parametrize("name", MIXES)
 def test_recurrence_is_the_parallel_form_over_a_long_context(name):
-    """G4: from a prefill on, every step's logits are the parallel forward's, across many borders."""
+    """G4: from a prefill on, every step's logits are the parallel forward's."""
     model, rows = make(**MIXES[name]), mixed_bars(2100)
     with torch.inference_mode():
-        want = model(*rows, phase=11)[0]
-        got = model.coarse_logits(step_through(model, rows, 1800, prefilled(model, rows, 1800, 11)))
+        want = model(*rows)[0]
+        got = model.coarse_logits(step_through(model, rows, 1800, prefilled(model, rows, 1800)))
     assert (got - want[:, 1799:]).abs().max() <= 1e-4
     assert want.std() > 0.3
 
 
 @pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("start, phase", [(1, 0), (1, 31), (2, 30), (20, 12), (31, 0), (32, 0), (33, 0), (64, 7), (140, 31), (200, 0)])
-def test_recurrence_from_any_start_and_phase(name, start, phase):
+@pytest.mark.parametrize("start", [1, 2, 20, 63, 64, 65, 140])
+def test_recurrence_from_any_start(name, start):
     model, rows = make(**MIXES[name]), mixed_bars(start + 70)
     with torch.inference_mode():
-        want, want_fine, _ = model(*rows, phase=phase)
-        h = step_through(model, rows, start, prefilled(model, rows, start, phase))
+        want, want_fine, _ = model(*rows)
+        h = step_through(model, rows, start, prefilled(model, rows, start))
         assert (model.coarse_logits(h) - want[:, start - 1:]).abs().max() <= 1e-4
         given = want[:, start - 1:].argmax(-1)
         assert (model.fine_logits(h, given) - want_fine[:, start - 1:]).abs().max() <= 1e-4
@@ -407,16 +426,16 @@ def test_stamps_told_ahead_change_nothing():
 
 
 @pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("start", [90, 96])
+@pytest.mark.parametrize("start", [90])
 def test_recurrence_in_half_precision(name, start):
-    """Prefilled under autocast (also up to a border, whose slots are made then), steps stay near the float32 forward; states stay float32."""
+    """Prefilled under autocast, steps stay near the float32 forward; states stay float32."""
     model, rows = make(**MIXES[name]), bars(3, 200)
     with torch.inference_mode():
         want = model(*rows)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            state = prefilled(model, rows, start, 0)
+            state = prefilled(model, rows, start)
         h = step_through(model, rows, start, state)
-        tensors = tensors_in([state.h, state.layers, *state.reasoner.values()])
+        tensors = tensors_in([state.h, state.layers])
         assert all(a.dtype == torch.float32 for a in tensors) and h.dtype == torch.float32
         error = (model.coarse_logits(h) - want[:, start - 1:]).square().mean().sqrt() / want.std()
     assert error < 0.05, error
@@ -468,7 +487,7 @@ def test_past_means_are_those_of_the_bars_themselves():
     model.mean.zero_()
     x = torch.from_numpy(data.features(series)[0])
     with torch.no_grad():
-        got, _ = model.past_means(*range_and_move(model, x[None]))
+        got, _ = model.embedding.past_means(*range_and_move(model, x[None]))
     _, high, low, c = series.ohlcva[:, :4].T
     true_range = np.log(np.maximum(high[1:], c[:-1]) / np.minimum(low[1:], c[:-1]))
     decays = np.array([0.5 ** (1 / half_life) for half_life in (*M.HALF_LIVES, data.HALF_LIFE)])
@@ -486,23 +505,23 @@ def test_past_means_go_on_where_they_stopped():
     model = make()
     z = torch.randn(2, 77, 6, generator=torch.Generator().manual_seed(0))
     k, move = range_and_move(model, z)
-    whole, after = model.past_means(k, move)
-    first, between = model.past_means(k[:, :30], move[:, :30])
-    second, last = model.past_means(k[:, 30:], move[:, 30:], between)
+    whole, after = model.embedding.past_means(k, move)
+    first, between = model.embedding.past_means(k[:, :30], move[:, :30])
+    second, last = model.embedding.past_means(k[:, 30:], move[:, 30:], between)
     close(torch.cat((first, second), 1), whole, 1e-6)
     close(last, after, 1e-12)
     # bounded, whatever a candle claims
-    wild, _ = model.past_means(*range_and_move(model, 1e6 * z))
+    wild, _ = model.embedding.past_means(*range_and_move(model, 1e6 * z))
     assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_MOVE
 
 
 def test_same_hour_means_what_followed_it_on_the_days_before():
     """Beside a plain search, on half-hour bars of sessions with gaps."""
-    model, rng = make(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     days = np.arange(60)[:, None] * DAY + np.arange(15, 29) * 1800             # 14 bars a day
     time = torch.from_numpy(np.stack([np.sort(rng.choice(days.ravel(), 700, replace=False)) for _ in range(2)]))
     values = torch.from_numpy(rng.standard_normal((2, 700, 2)).astype(np.float32))
-    got = model.same_hour(values, *model.clock(time, torch.arange(700), 700)[2:])
+    got = M.same_hour(values, *M.hours_before(time))
     for b in range(2):
         place = {stamp: t for t, stamp in enumerate(time[b].tolist())}
         for t in range(0, 700, 9):
@@ -551,7 +570,7 @@ def test_what_all_codes_share_costs_bf16_no_digits():
         for head in (model.coarse_head, model.fine_head):
             head[2].bias.add_(100)
     for a, b in zip(in_bf16(), before):
-        torch.testing.assert_close(a, b, atol=0.02, rtol=0)
+        torch.testing.assert_close(a, b, atol=0.1, rtol=0)
 
 
 def test_a_head_knows_a_code_by_its_candle_alone():
@@ -661,23 +680,23 @@ def test_loss_is_the_cross_entropy_of_what_counts():
     targets = coarse[:, 1:].clone(), fine[:, 1:].clone()
     targets[0][:, :40] = targets[1][:, :40] = -1
     with torch.no_grad():
-        coarse_logits, fine_logits, loss = model(coarse[:, :-1], fine[:, :-1], time[:, :-1], targets, phase=4)
-        close(fine_logits[:, 40:], model.fine_logits(M.norm(model.trunk(coarse[:, :-1], fine[:, :-1], time[:, :-1], 4)[0]),
-                                                     coarse[:, 1:])[:, 40:], 1e-6)
+        inputs, origins = (coarse[:, :-1], fine[:, :-1], time[:, :-1]), torch.tensor([[30, 60], [84, 95]])
+        coarse_logits, fine_logits, loss = model(*inputs, targets, origins=origins)
+        h = model.hidden(*inputs)
+        close(fine_logits[:, 40:], model.fine_logits(h, coarse[:, 1:])[:, 40:], 1e-6)
         want = 0.0
         for logits, target in ((coarse_logits, targets[0]), (fine_logits, targets[1])):
             want += -logits.log_softmax(-1)[:, 40:].gather(-1, target[:, 40:, None]).mean()
-        _, slots = model.trunk(coarse[:, :-1], fine[:, :-1], time[:, :-1], 4)
-        nats = []
-        for m, p in enumerate((28, 60, 92)):                        # slot n at border p predicts bar p + n
-            for n in range(16):
-                if 40 < p + n <= 100:
-                    h = F.rms_norm(slots[:, m, n], (32,))
-                    c, f = coarse[:, p + n], fine[:, p + n]
-                    nats.append(F.cross_entropy(model.coarse_logits(h), c) + F.cross_entropy(model.fine_logits(h, c), f))
+        latents, nats = model.reasoner(h, model.stamps(inputs[2]), origins), []
+        for b, m, n in np.ndindex(2, 2, 16):            # latent n after p bars names bar p + n
+            at = int(origins[b, m]) + n
+            if 40 < at < 100:                           # the stamp of bar 100 is not known
+                c, f = coarse[b, at], fine[b, at]
+                one = latents[b, m, n]
+                nats.append(F.cross_entropy(model.coarse_logits(one), c) + F.cross_entropy(model.fine_logits(one, c), f))
         torch.testing.assert_close(loss, want + 0.1 * torch.stack(nats).mean())
         nothing = [torch.full_like(a, -1) for a in targets]
-        assert model(coarse[:, :-1], fine[:, :-1], time[:, :-1], nothing)[2] == 0
+        assert model(*inputs, nothing, origins=origins)[2] == 0
 
 
 def test_an_order_of_the_codes_changes_which_number_draws_which_and_nothing_else():
@@ -793,7 +812,7 @@ def test_close_table_is_what_the_tokenizer_decodes():
 def saved(tmp_path):
     model, tokenizer = make(), Tokenizer(TokenizerConfig(**BITS)).eval()
     model.read_codes(tokenizer)
-    best = {name: p + 1 if name.startswith("candle") else p for name, p in model.state_dict().items()}
+    best = {name: p + 1 if "candle" in name else p for name, p in model.state_dict().items()}
     path = str(tmp_path / "out.pt")
     save_checkpoint(path, model, tokenizer, stage="pretrain", best=best, step=7, metrics=[{"val": 1.5}], splits=(1, 2))
     return path, model, tokenizer
@@ -808,10 +827,10 @@ def test_checkpoint_gives_back_what_it_took(saved):
     assert all(torch.equal(a, b) for a, b in zip(again.encode(x), tokenizer.encode(x)))
     assert meta["step"] == 7 and meta["stage"] == "pretrain" and meta["metrics"] == [{"val": 1.5}] and "model" not in meta and "best" not in meta
     best, _, _ = load_checkpoint(path)
-    assert torch.equal(best.candle_linear.weight, model.candle_linear.weight + 1)
+    assert torch.equal(best.embedding.candle_linear.weight, model.embedding.candle_linear.weight + 1)
     save_checkpoint(path, model, tokenizer, stage="pretrain")
     none, _, meta = load_checkpoint(path, weights="best")       # without a best the last weights serve
-    assert torch.equal(none.candle_linear.weight, model.candle_linear.weight)
+    assert torch.equal(none.embedding.candle_linear.weight, model.embedding.candle_linear.weight)
     assert M.Checkpoint.__annotations__.keys() | {"format_version"} == load_safe(path).keys()
 
 
@@ -838,15 +857,15 @@ BROKEN = {
     "absurd width": lambda path: damage(path, lambda e: e["config"].update(n_embd=16384)),
     "absurd windows": lambda path: damage(path, lambda e: e["config"].update(windows=(10**12,))),
     "windows no list": lambda path: damage(path, lambda e: e["config"].update(windows=16)),
-    "weight missing": lambda path: damage(path, lambda e: e["best"].pop("calendar.weight")),
-    "weight of another shape": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": torch.ones(2, 2)})),
-    "weight is text": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": "x"})),
-    "weight of integers": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": e["best"]["calendar.weight"].long()})),
-    "weight of complex numbers": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": e["best"]["calendar.weight"] + 0j})),
-    "weight is NaN": lambda path: damage(path, lambda e: e["best"]["calendar.weight"].fill_(math.nan)),
-    "a last weight is infinite": lambda path: damage(path, lambda e: e["model"]["calendar.weight"].fill_(math.inf)),
-    "one number claims to be many": lambda path: damage(path, lambda e: e["best"].update({"calendar.weight": torch.ones(()).expand(165, 32)})),
-    "a last weight of another shape": lambda path: damage(path, lambda e: e["model"].update({"calendar.weight": torch.ones(2, 2)})),
+    "weight missing": lambda path: damage(path, lambda e: e["best"].pop("embedding.calendar.weight")),
+    "weight of another shape": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": torch.ones(2, 2)})),
+    "weight is text": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": "x"})),
+    "weight of integers": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": e["best"]["embedding.calendar.weight"].long()})),
+    "weight of complex numbers": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": e["best"]["embedding.calendar.weight"] + 0j})),
+    "weight is NaN": lambda path: damage(path, lambda e: e["best"]["embedding.calendar.weight"].fill_(math.nan)),
+    "a last weight is infinite": lambda path: damage(path, lambda e: e["model"]["embedding.calendar.weight"].fill_(math.inf)),
+    "one number claims to be many": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": torch.ones(()).expand(165, 32)})),
+    "a last weight of another shape": lambda path: damage(path, lambda e: e["model"].update({"embedding.calendar.weight": torch.ones(2, 2)})),
     "mask of numbers": lambda path: damage(path, lambda e: e["model"].update(up_mask=e["model"]["up_mask"].float())),
     "a code turned upside down": lambda path: damage(path, lambda e: e["model"]["up_mask"].logical_not_()),
     "candles of another tokenizer": lambda path: damage(path, lambda e: e["model"]["D1"].add_(1)),
@@ -882,7 +901,7 @@ def test_weights_in_half_precision_are_given_away_and_read(saved, tmp_path):
         assert a.dtype == torch.float32 and torch.equal(a, b.half().float())
 
 
-@pytest.mark.parametrize("wrong", [dict(n_head=3), dict(n_embd=33), dict(pos="none"), dict(span=100), dict(slots=64), dict(linear_heads=5),
+@pytest.mark.parametrize("wrong", [dict(n_head=3), dict(n_embd=33), dict(pos="none"), dict(span=0), dict(latents=0), dict(linear_heads=5),
                                    dict(linear_heads=1), dict(windows=(0,)), dict(n_layer=0), dict(n_layer=True), dict(unmoved=1.0)])
 def test_config_out_of_bounds(wrong):
     with pytest.raises(ValueError):

@@ -105,7 +105,7 @@ def test_paths_go_in_pieces_of_bounded_bytes(loaded, series, monkeypatch):
     assert sizes[-3:] == [64, 64, 22]
 
 
-def test_parallel_forecast_samples_the_slots(loaded, series):
+def test_parallel_forecast_samples_the_latents(loaded, series):
     out, _ = sample.simulate(*loaded, series, 16, 5, parallel=True)
     assert out.shape == (3, 5, 16, 6) and np.isfinite(out).all()
 
