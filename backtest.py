@@ -152,7 +152,9 @@ class Targets:
         self.r = self.flat(self.returns)                                # log returns
         self.range = self.flat(map(log_range, self.series))
         self.volume = self.flat(map(log_volume, self.series))
-        self.s = self.flat(map(data.scales, self.series))               # the scale s_t, known before the bar
+        self.slots = [data.slots_of(bars) for bars in self.series]
+        factors = [slots.log_factors for slots in self.slots]
+        self.s = self.flat(map(data.scales, self.series, factors))      # the scale s_t, known before the bar
         self.time = self.flat([bars.time for bars in self.series])
         self.stamp = np.unique(self.time, return_inverse=True)[1]       # which of the distinct times
         self.symbol = np.repeat(np.arange(len(self.series)), lengths)
@@ -207,7 +209,7 @@ class Targets:
     @functools.cached_property
     def states(self):
         """Of each series the States at its origins."""
-        return [data.states_at(bars, origins) for bars, origins in zip(self.series, self.origins)]
+        return [data.states_at(*one, horizon=0) for one in zip(self.series, self.origins, self.slots)]
 
     @functools.cached_property
     def volatility(self):
@@ -232,7 +234,7 @@ def next_bars(model, tokenizer, t, probes=PROBES):
     """
     binned = bins_of(model, tokenizer, t)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
-    level, width = t.flat([volume_scales(bars) for bars in t.series]).T[:, :, None]  # (N, 1) each
+    level, width = t.flat(map(volume_scales, t.series, t.slots)).T[:, :, None]  # (N, 1) each
     came = dict(close=t.r, range=t.range, volume=t.volume)
     order = by_close(tokenizer).to(model.up_mask.device)
     shares = (torch.arange(probes, device=order.device) + 0.5) / probes
@@ -281,11 +283,11 @@ def contexts(model, tokenizer, t, windows):
         yield from torch.cat([row[places] for row, places in zip(hidden, wanted)]).split(64)
 
 
-def volume_scales(bars):
+def volume_scales(bars, slots):
     """Level and width of log volume before each bar, m_t and d_t of data.features: [T, 2]."""
-    volume = log_volume(bars)
+    volume, log_G = log_volume(bars), slots.log_factors[:, 1]
     volume[0] = np.nan  # bar 0 enters no mean
-    level = decayed_mean_before(volume)
+    level = log_G + decayed_mean_before(volume - log_G)
     width = decayed_mean_before(np.abs(volume - level))
     return np.stack([np.nan_to_num(level), np.fmax(width, data.D_FLOOR)], 1)
 
@@ -350,11 +352,11 @@ def candle_tables(tokenizer):
 def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
     """Forecast the log returns over the horizon from every origin."""
     n, origins = model.config.block_size, []
-    for bars, tokens, at, states in zip(t.series, t.tokens(tokenizer), t.origins, t.states):
+    for bars, tokens, at, states, slots in zip(t.series, t.tokens(tokenizer), t.origins, t.states, t.slots):
         unmoved = unmoved_share(bars, model.config.unmoved)
         for o, state in zip(at, states):
             context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
-            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, unmoved[o + 1]))
+            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, slots, unmoved[o + 1]))
     parts = []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]

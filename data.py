@@ -17,7 +17,7 @@ from backstage.dates import iso, parse_time
 from backstage.markets import best_accuracy, reverting_best, synthetic, synthetic_series
 from backstage.reader import load, read_files, write_folder
 from backstage.script import UserError, cli, progress, run
-from backstage.series import COLUMNS, CONTEXT, DECAY, HALF_LIFE, HOUR, Bars, decayed_sum
+from backstage.series import COLUMNS, CONTEXT, DAY, DECAY, HALF_LIFE, HOUR, WEEK, Bars, decayed_sum
 
 CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
 PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
@@ -25,6 +25,108 @@ S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
 FARTHEST = 10.0                # and in units of s_t in a generation, where history shows nothing wilder
 SETTLED = 16.0                 # weight of the bars from which on s_t is taken to be settled
+SLOT_HALF_LIFE = 15            # days (of a week's hours: weeks) after which what a day showed of its slots counts half
+SURE = 3                       # standard errors by which slots must differ more than by chance; else their factors are 1
+SLOT_FLOOR = 0.1               # a range is taken as at least this share of the mean before, for its slot
+COMING = 64                    # bars to come whose factors a State holds
+FEATURES = dict(channels=CHANNELS, half_life=HALF_LIFE, slots=SLOT_HALF_LIFE)  # what a checkpoint says of its features
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hours of the market
+#
+# An open is five times a lunch. Each bar has a slot in the day, its time of day in steps of the bar, and one in the
+# week, its hour (of daily bars the weekday alone). With y the log of a positive series, its factor in a slot is exp(L),
+#
+#     x_dk = y_dk - mean_k(y_dk - L_k)             what day d showed of slot k, less the level of that day
+#     L_k = S_k / (W_k + r),                       S_k = sum_d b^(age of d) x_dk,      W_k = sum_d b^(age of d)
+#
+# b = 0.5^(1/15). r is how many days of factor 1 a slot counts beside its own: the variance of x about L, over the
+# variance of L among the slots (James and Stein 1961). Where the clock says nothing all factors are 1. The level of the
+# week is made alike, of weeks in place of days, from what that of the day leaves.
+
+class Slots:
+    """How much larger than usual some series are at each time of the day and of the week, known before the bar.
+
+    time: int64 [T]; y: float64 [k, T], logs of k positive series, NaN where a bar has none. log_factors [T, k]: those
+    of each bar, from the days (weeks) before that of the bar before it. levels: how many of day and week are in use.
+    """
+
+    def __init__(self, time, y, levels=2):
+        self.levels, self.log_factors = [], np.zeros(y.T.shape)
+        step = int(np.median(np.diff(time[:CONTEXT]))) if len(time) >= CONTEXT else WEEK  # what later bars cannot change
+        spans = [(DAY, step), (WEEK, HOUR)] if step < DAY else [(WEEK, DAY)] if step < 2 * DAY else []
+        for period, width in spans[:levels]:
+            row = np.cumsum(np.diff(time // period, prepend=time[0] // period) != 0)      # (T,): which period
+            slot = time % period // width
+            used = np.bincount(slot) > 0
+            slots, column = np.flatnonzero(used), (np.cumsum(used) - 1)[slot]             # (K,), (T,)
+            table = _slot_table(y - self.log_factors.T, row * len(slots) + column, row[-1] + 1, len(slots))
+            self.levels.append((period, width, slots, row, table))
+            self.log_factors[CONTEXT:] += table[row[CONTEXT - 1:-1], :, column[CONTEXT:]]
+
+    def next(self, time, horizon):
+        """Log factors [horizon, k] of the bars after those at time [T], the first of the series, by their clock."""
+        row = len(time) - 1
+        if not any(table[rows[row]].any() for *_, rows, table in self.levels):
+            return np.zeros((horizon, self.log_factors.shape[1]))
+        return self.coming(row, future_times(time, horizon))
+
+    def coming(self, row, stamps):
+        """Log factors [H, k] of bars at stamps int64 [H], as known after bar `row`; 0 at a time that no day had."""
+        log_factors = np.zeros((len(stamps), self.log_factors.shape[1]))
+        for period, width, slots, rows, table in self.levels if row + 1 >= CONTEXT else ():
+            slot = stamps % period // width
+            column = np.searchsorted(slots, slot).clip(max=len(slots) - 1)
+            log_factors += table[rows[row], :, column] * (slots[column] == slot)[:, None]
+        return log_factors
+
+
+def _slot_table(y, cell, n_periods, n_slots):
+    """L of every slot as known before each period, [periods, k, slots], of y [k, T] in cells period * slots + slot."""
+    cells = np.empty((n_periods, 2, len(y), n_slots))  # mean of y (0 where there is none); 1 where there is one, else 0
+    for i, values in enumerate(y):
+        known = ~np.isnan(values)
+        counts = np.bincount(cell, known, n_periods * n_slots).reshape(n_periods, n_slots)
+        sums = np.bincount(cell, np.where(known, values, 0.0), n_periods * n_slots).reshape(counts.shape)
+        cells[:, 0, i], cells[:, 1, i] = sums / np.maximum(counts, 1), counts > 0
+    n_seen = cells[:, 1].sum(-1)                                                          # (periods, k)
+    n_ever = np.maximum.accumulate(cells[:, 1]).sum(-1)                                   # slots seen so far
+    # sums over slots go one after the other: a slot that only later bars have, a 0 more, changes no bit
+    mean, n = cells[:, 0].cumsum(-1)[..., -1] / np.maximum(n_seen, 1), np.maximum(n_seen, 1)
+
+    by_chance_up_to = n_ever + SURE * np.sqrt(2 * n_ever)      # sum of S^2 / W, in units of the error, of alike slots
+    table, b = np.zeros((n_periods, len(y), n_slots)), 0.5 ** (1 / SLOT_HALF_LIFE)
+    sums = np.stack([np.zeros(table.shape[1:]), np.full(table.shape[1:], 1e-9)])          # S, W
+    squares, (S, W) = np.empty(sums.shape), sums
+    noise, age, total = np.zeros(len(y)), 0.0, 1e-9                         # decayed sums of the variance, of 1, of W
+    for d in range(n_periods - 1):
+        x, seen = cells[d]
+        known = table[d] * seen
+        level = mean[d] - known.cumsum(-1)[:, -1] / n[d]                                  # (k,)
+        x -= level[:, None] * seen
+        sums *= b
+        sums += cells[d]
+        np.square(x - known, out=squares[0])
+        np.divide(S * S, W, out=squares[1])
+        error, signal = squares.cumsum(-1)[..., -1]                                       # (k,) each
+        noise, age, total = b * noise + error / n[d], b * age + 1, b * total + n_seen[d]
+        error = noise / age
+        variance = np.maximum((signal - error * n_ever[d]) / total, 1e-9)
+        by_chance = signal <= error * by_chance_up_to[d]
+        r = np.where(by_chance, np.inf, np.maximum(error / variance, 0.5))
+        np.divide(S, W + r[:, None], out=table[d + 1])
+    return table
+
+
+def slots_of(bars, levels=2):
+    """The Slots of a series' true range and volume."""
+    _, h, l, c, v, _ = np.asarray(bars.ohlcva, np.float64).T
+    true_range = _true_range(h, l, np.append(c[0], c[:-1]))
+    usual = np.cumsum(true_range) / np.arange(1, len(c) + 1)
+    y = np.stack([np.log(true_range + SLOT_FLOOR * np.maximum(usual, S_FLOOR)), np.log1p(np.where(v > 0, v, np.nan))])
+    y[0, 0] = np.nan  # bar 0 has no previous close
+    return Slots(bars.time, y, levels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,23 +138,26 @@ SETTLED = 16.0                 # weight of the bars from which on s_t is taken t
 #     open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
 #     volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
 #
-# then asinh, which shrinks tails and clips nothing. The scales are decayed means
+# then asinh, which shrinks tails and clips nothing. With the factors F of range and G of volume in a bar's slot, and
+# the decayed means
 #
 #     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
 #
-#     s of the true range log(max(H, previous C) / min(L, previous C))      m of log(1 + V)
-#     d of |log(1 + V) - m|                                                 g of log(A / (V C))
+# where the weight w is 0 for a bar that has no u, and for bar 0, which has no previous close,
 #
-# where the weight w is 0 for a bar that has no u, and for bar 0, which has no previous close.
+#     s_t = F_t mean_t(TR / F),   TR = log(max(H, previous C) / min(L, previous C)) the true range
+#     m_t = log G_t + mean_t(log(1 + V) - log G)
+#     d_t = mean_t(|log(1 + V) - m|),      g_t = mean_t(log(A / (V C)))
 
 @dataclass
 class State:
     """What the features of the next bar need of the past: float64, of any batch shape [...]."""
     close: np.ndarray    # [...]: the last close; NaN before the first bar
-    total: np.ndarray    # [..., 4]: the numerators of s, m, g, d
+    total: np.ndarray    # [..., 4]: the numerators of s / F, m - log G, g, d
     weight: np.ndarray   # [..., 4]: their denominators
     widest: np.ndarray   # [...]: the largest true range so far, in units of its bar's s
-    origin: np.ndarray   # [..., 3]: where a generation began: s and d there, the most that a bar may move, in s; else NaN
+    origin: np.ndarray   # [..., 3]: where a generation began: s / F and d there, the most that a bar may move, in s; else NaN
+    coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; of those behind them they are taken as 0
 
     @classmethod
     def stack(cls, states):
@@ -60,48 +165,61 @@ class State:
         return cls(*(np.array([getattr(s, k.name) for s in states])[:, None] for k in fields(cls)))
 
     def scales(self):
-        """(s, m, d, g), [...] each."""
+        """(s, m, d, g) of the next bar, [...] each."""
         mean = _mean(self.total, self.weight)
         low, high = _bounds(self.origin)
         s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::3], low), high), -1, 0)
-        return s, mean[..., 1], d, mean[..., 2]
+        log_F, log_G = np.moveaxis(self.coming[..., 0, :], -1, 0) if self.coming.shape[-2] else (0.0, 0.0)
+        return np.maximum(np.exp(log_F) * s, S_FLOOR), log_G + mean[..., 1], d, mean[..., 2]
 
-    def anchored(self):
-        """The same state as the origin of a generation, in which s and d stay within [1/8, 8] of now.
+    def anchored(self, log_factors=None):
+        """The same state as the origin of a generation, in which s / F and d stay within [1/8, 8] of now.
 
         And no bar moves by more than twice the widest so far: a code of wild days, which a model of many markets gives a
-        chance of 1 in 10,000, would else multiply a calm stock's price by ten now and then.
+        chance of 1 in 10,000, would else multiply a calm stock's price by ten now and then. log_factors [..., H, 2]:
+        those of the bars to come, in place of the state's own.
         """
-        s, _, d, _ = self.scales()
-        return replace(self, origin=np.stack([s, d, np.maximum(2 * self.widest, FARTHEST)], axis=-1))
+        s, d = np.moveaxis(_mean(self.total, self.weight)[..., ::3], -1, 0)
+        s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
+        return replace(self, origin=np.stack([s, d, np.maximum(2 * self.widest, FARTHEST)], axis=-1),
+                       coming=self.coming if log_factors is None else log_factors)
 
     def map(self, f):
         """f on every field: to index, repeat or stack states. The axes of the batch lead."""
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
 
 
-START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan))  # before the first bar
+START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan), np.zeros((0, 2)))
 SMG, D = slice(3), slice(3, 4)                                                   # places of the means in a State
 
 
 def _bounds(origin):
-    """The least and the greatest s and d, [..., 2] each. A NaN does not bind."""
+    """The least and the greatest s / F and d, [..., 2] each. A NaN does not bind."""
     scales = origin[..., :2]
     return np.fmax(scales / 8, (S_FLOOR, D_FLOOR)), np.fmin(scales * 8, np.inf)
 
 
-def features(bars) -> tuple[np.ndarray, State]:
+def features(bars, slots=None) -> tuple[np.ndarray, State]:
     """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it.
 
-    Row 0 is zero; a channel without data is exactly 0. ValueError for no bars.
+    Row 0 is zero; a channel without data is exactly 0. The State holds the factors of the next bars, at the stamps that
+    `future_times` gives them. slots: those of the bars, where at hand. ValueError for no bars.
     """
-    pieces = list(feature_pieces(bars))
-    return np.concatenate([x for x, _ in pieces]), pieces[-1][1]
+    slots = slots_of(bars) if slots is None else slots
+    pieces = list(feature_pieces(bars, log_factors=slots.log_factors))
+    x, state = np.concatenate([x for x, _ in pieces]), pieces[-1][1]
+    return x, replace(state, coming=slots.next(bars.time, COMING))
 
 
-def feature_pieces(bars, state=START):
-    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory."""
+def feature_pieces(bars, state=START, log_factors=None):
+    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no memory.
+
+    log_factors [T, 2]: log F, log G of the bars; None: those of their own Slots.
+    """
+    log_factors = slots_of(bars).log_factors if log_factors is None else log_factors
     for i in range(0, len(bars), PIECE):
+        log_F, log_G = log_factors[i:i + PIECE].T                                         # (n,) each
+        F = np.exp(log_F)
         o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T             # (n,) each
         first = np.isnan(state.close)
         previous = np.append(c[0] if first else state.close, c[:-1])
@@ -113,8 +231,9 @@ def feature_pieces(bars, state=START):
         vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
 
         true_range = _true_range(h, l, previous)
-        total, weight = _sums(state, SMG, [true_range, volume, vwap], [begun, has_v, has_a])
+        total, weight = _sums(state, SMG, [true_range / F, volume - log_G, vwap], [begun, has_v, has_a])
         s, m, g = _mean(total, weight)[:, :-1]                                            # (n,) each
+        s, m = F * np.maximum(s, S_FLOOR), log_G + m
         deviates = has_v * (weight[1, :-1] > 0)  # a deviation needs a level to deviate from
         total_d, weight_d = _sums(state, D, [np.abs(volume - m)], [deviates])
         [d] = _mean(total_d, weight_d)[:, :-1]
@@ -126,7 +245,7 @@ def feature_pieces(bars, state=START):
         x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])   # (6, n)
         widest = (true_range / s).max(where=weight[0, :-1] > SETTLED, initial=state.widest)
         total, weight = np.append(total[:, -1], total_d[:, -1]), np.append(weight[:, -1], weight_d[:, -1])
-        state = State(c[-1], total, weight, widest, state.origin)
+        state = State(c[-1], total, weight, widest, state.origin, START.coming)
         yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
 
@@ -145,10 +264,24 @@ def _mean(total, weight):
     return total / np.where(weight > 0, weight, 1.0)
 
 
-def inverse(x, state) -> tuple[np.ndarray, State]:
+def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
+    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T) elementwise passes.
+
+    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no later bar, to the bit.
+    """
+    y = u.copy()
+    n, shift = y.shape[-1], 1
+    while shift < n and decay ** shift > 1e-18:  # weights below the last bit add nothing
+        y[..., shift:] += decay ** shift * y[..., :-shift]
+        shift *= 2
+    return y + carry[..., None] * decay ** np.arange(1, n + 1)
+
+
+def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     """Bars from features: the inverse of `features` to float32's rounding, from a State that has seen a bar.
 
     x: [..., T, 6], finite (ValueError if not), state: of shape [...] -> ohlcva float64 [..., T, 6], the State after.
+    log_factors [..., T, 2]: log F, log G of these bars; None: what the state holds of the bars to come, and then 0.
     Whatever x holds, each bar is a valid candle: negative wicks become 0, a move at most a factor of 10, volume >= 0.
     Without volume in the history, volume is 0; without amounts, amount is volume times close. A volume or vwap feature
     of exactly 0 says "no data".
@@ -159,6 +292,12 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     batch, n = x.shape[:-2], x.shape[-2]
     close, widest = np.broadcast_to(state.close, batch), np.broadcast_to(state.widest, batch)
     origin = np.broadcast_to(state.origin, (*batch, 3))
+    coming = state.coming if log_factors is None else np.asarray(log_factors, np.float64)
+    coming = np.broadcast_to(coming, (*batch, *coming.shape[-2:]))
+    log_F, log_G = np.zeros((2, n) + batch)
+    known = np.moveaxis(coming[..., :n, :], (-1, -2), (0, 1))                             # (2, T or fewer, ...)
+    log_F[:known.shape[1]], log_G[:known.shape[1]] = known
+    F = np.exp(log_F)
     total = np.moveaxis(np.broadcast_to(state.total, (*batch, 4)), -1, 0)                 # (4, ...)
     weight = np.moveaxis(np.broadcast_to(state.weight, (*batch, 4)), -1, 0)
     low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))                  # (2, ...) each
@@ -171,7 +310,7 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
     for t in range(n):
         mean = _mean(total, weight)
         s, d = np.minimum(np.maximum(mean[::3], low), high)
-        m, g = mean[1], mean[2]
+        s, m, g = np.maximum(F[t] * s, S_FLOOR), log_G[t] + mean[1], mean[2]
         farthest = np.fmin(origin[..., 2] * s, MAX_MOVE)
         factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, down * farthest), up * farthest))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
@@ -185,27 +324,35 @@ def inverse(x, state) -> tuple[np.ndarray, State]:
         out[t] = o, h, l, c, v, v * c * np.exp(vwap)
         true_range = _true_range(h, l, close)
         widest = np.where(weight[0] > SETTLED, np.maximum(widest, true_range / s), widest)
-        u[...] = true_range, volume, vwap, np.abs(volume - m)
+        u[...] = true_range / F[t], volume - log_G[t], vwap, np.abs(volume - m)
         w[1:] = has_v, has_a, has_v & (weight[1] > 0)
         close, total, weight = c, DECAY * total + u * w, DECAY * weight + w
     total, weight = np.moveaxis([total, weight], 1, -1)
-    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, widest, origin)
+    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, widest, origin, coming[..., n:, :])
 
 
-def scales(bars):
-    """s_t of every bar, [T]: log return = sinh(close feature) * s_t."""
+def scales(bars, log_factors=None):
+    """s_t of every bar, [T]: log return = sinh(close feature) * s_t. log_factors: see feature_pieces."""
     _, h, l, c = bars.ohlcva[:, :4].T
+    F = np.exp((slots_of(bars).log_factors if log_factors is None else log_factors)[:, 0])
     begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    total, weight = _sums(START, slice(1), [_true_range(h, l, np.append(c[0], c[:-1]))], [begun])
-    return np.maximum(_mean(total, weight)[0, :-1], S_FLOOR)
+    total, weight = _sums(START, slice(1), [_true_range(h, l, np.append(c[0], c[:-1])) / F], [begun])
+    return np.maximum(F * np.maximum(_mean(total, weight)[0, :-1], S_FLOOR), S_FLOOR)
 
 
-def states_at(bars, origins):
-    """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to each gives them."""
+def states_at(bars, origins, slots=None, horizon=COMING):
+    """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to each gives them.
+
+    slots: those of the bars, where at hand; horizon: of how many bars to come the States hold factors.
+    """
+    slots = slots_of(bars) if slots is None else slots
     state, found = START, []
     for i in range(0, max(origins, default=-1) + 1, PIECE):
-        found += [next(feature_pieces(bars[i:o + 1], state))[1] for o in origins if i <= o < i + PIECE]
-        state = next(feature_pieces(bars[i:i + PIECE], state))[1]
+        for o in origins:
+            if i <= o < i + PIECE:
+                _, after = next(feature_pieces(bars[i:o + 1], state, slots.log_factors[i:o + 1]))
+                found.append(replace(after, coming=slots.next(bars.time[:o + 1], horizon)) if horizon else after)
+        state = next(feature_pieces(bars[i:i + PIECE], state, slots.log_factors[i:i + PIECE]))[1]
     return found
 
 

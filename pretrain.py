@@ -517,7 +517,7 @@ def training(given):
     say(f"{sum(n_params) / 1e6:.2f} M parameters, {config.batch_size} windows of {block_size} bars a step, {config.steps} steps; "
         f"{device}, {config.dtype} ({why}), {world} process{'es' * (world > 1)} of {threads} threads")
     meta = dict(data=source, splits=borders, seed=config.seed, run=asdict(config), world=world, threads=threads,
-                features=dict(channels=data.CHANNELS, half_life=data.HALF_LIFE))
+                features=data.FEATURES)
 
     def save(ended=False):
         if rank == 0:

@@ -109,8 +109,11 @@ class Origins:
         return replace(self, context=context, times=(self.times + later).to(device), tokens=self.tokens.to(device))
 
 
-def origins_of(streams, series, which, ends, horizon, longest):
-    """Origins in the windows (symbol, last target) of `streams`, which have room for `longest` bars after the origin."""
+def origins_of(streams, series, slots, which, ends, horizon, longest):
+    """Origins in the windows (symbol, last target) of `streams`, which have room for `longest` bars after the origin.
+
+    slots: the data.Slots of each series.
+    """
     coarse, fine, when, target = data.gather(streams, which, ends)
     n = coarse.shape[1] - longest + 1  # real bars of a window up to the origin
     tokens = torch.stack(target, -1)[:, n - 1:n - 1 + horizon]
@@ -121,7 +124,9 @@ def origins_of(streams, series, which, ends, horizon, longest):
     for i, e in zip(which, ends):
         bars, o = series[i], e - longest  # o: row of the origin
         times.append(future_times(bars.time[:o + 1], horizon))
-        states.append(data.features(bars[max(0, o + 1 - HISTORY):o + 1])[1].anchored())
+        rows = slice(max(0, o + 1 - HISTORY), o + 1)
+        *_, (_, state) = data.feature_pieces(bars[rows], log_factors=slots[i].log_factors[rows])
+        states.append(state.anchored(slots[i].coming(o, times[-1])))
         moves.append(np.diff(np.log(bars.ohlcva[o:o + 1 + horizon, 3])))
     context = coarse[:, :n], fine[:, :n], when[:, :n], target
     return Origins(context, torch.from_numpy(np.stack(times)), tokens, data.State.stack(states), np.stack(moves))
@@ -210,6 +215,7 @@ def training(given):
         return backtest.drawn_scores(model, tokenizer, t, VAL_PATHS, probes=0)
 
     base_scores = scores(base)
+    slots = [data.slots_of(bars) for bars in series]
     print(f"{config.target}: {len(series)} symbols, {int(train.windows[-1]):,} windows of "
           f"{train.block_size - room} bars, {config.batch_size} a step, {config.steps} steps; {device}, {dtype} ({why})")
     print(f"checked on {len(t.path_r):,} origins of val; the base: path CRPS "
@@ -226,7 +232,7 @@ def training(given):
         windows = data.draw_windows(train, config.seed, run.step)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
         horizon = min(longest, (3, 6, longest)[3 * run.step // config.steps])   # short walks first
-        origins = origins_of(train, series, *windows, horizon, longest).moved(later, device)
+        origins = origins_of(train, series, slots, *windows, horizon, longest).moved(later, device)
         uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
         with torch.no_grad(), autocast():
             state = model.prefill(*origins.context[:3])

@@ -74,7 +74,12 @@ class Origin:
     tokens: torch.Tensor   # int64 [L, 2]: coarse, fine of the last bars, the context
     time: np.ndarray       # int64 [T]: stamps of all bars up to there
     state: data.State      # decodes the next bar
+    slots: data.Slots      # factors of the bars to come, of a series whose bars begin with these
     unmoved: float         # share of bars that do not move, see unmoved_share
+
+    def anchored(self, times):
+        """The state with the factors of bars at the stamps times int64 [H], as known here."""
+        return self.state.anchored(self.slots.coming(len(self.time) - 1, times))
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
@@ -116,7 +121,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
             part = [origins[i] for i in rows]
             tokens, p_up[rows] = draw_tokens(model, part, times[rows], paths, draw, seed, parallel, at_once)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
-            ohlcva[rows], _ = data.inverse(x, data.State.stack([o.state.anchored() for o in part]))
+            ohlcva[rows], _ = data.inverse(x, data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])]))
     return ohlcva, p_up
 
 
@@ -124,9 +129,10 @@ def origin_of(model, tokenizer, bars):
     """The Origin after all of the bars."""
     if len(bars) < 2:
         raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
-    x, state = data.features(bars)
+    slots = data.slots_of(bars)
+    x, state = data.features(bars, slots)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-    return Origin(bars.symbol, tokens, bars.time, state, unmoved_share(bars, model.config.unmoved)[-1])
+    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved_share(bars, model.config.unmoved)[-1])
 
 
 def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):

@@ -44,7 +44,7 @@ class Checkpoint(typing.TypedDict):
     best: dict[str, torch.Tensor] | None    # those of the best score on val
     average: dict[str, torch.Tensor] | None  # those averaged over the last updates
     tokenizer: Dump
-    features: dict[str, object] | None      # channels and half-life of data.features
+    features: dict[str, object] | None      # data.FEATURES
     optimizer: list | None
     scaler: dict[str, float] | None         # of fp16
     dtype: str | None                       # of the matmuls
@@ -62,7 +62,7 @@ class Checkpoint(typing.TypedDict):
     metrics: list[Report]
 
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SCORES = "step", "val", "coarse", "fine", "da", "close", "range", "volume", "score"     # a report has all or no score
 
 
@@ -83,7 +83,7 @@ def read_checkpoint(path):
     for report in entry["metrics"]:
         if "score" in report and not all(fits(report.get(name), float) for name in SCORES):
             raise damaged(path, "a report lacks scores")
-    splits, made = entry["splits"], dict(channels=tuple(data.CHANNELS), half_life=data.HALF_LIFE)
+    splits, made = entry["splits"], data.FEATURES
     if splits is not None and not (len(splits) == 2 and -2**62 < splits[0] <= splits[1] < 2**62):
         raise damaged(path, "'splits' are not two dates")
     if entry["dtype"] not in (None, "bf16", "fp16", "fp32"):

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 import data
-from backstage.clock import future_times
-from backstage.scores import joined, judge_normal, judge_paths, judge_residuals, named, normal_cdf, sums_of
-from backstage.series import DAY, HOUR, WEEK, decayed_sum
+from backstage.scores import joined, judge_normal, judge_paths, judge_residuals, named, normal_cdf
+from backstage.series import decayed_sum
 
 
 def log_range(bars):
@@ -98,7 +97,7 @@ def historical(t, i, rows, paths):
 
 def logistic(t):
     """Logistic regression of the direction on the last bars' features, all symbols together; {} under 1,000 bars."""
-    x = [data.features(bars)[0] for bars in t.series]
+    x = [data.features(*one)[0] for one in zip(t.series, t.slots)]
     known = []  # of each symbol the bars before its first target that moved
     for r, (first, _) in zip(t.returns, t.ranges):
         rows = np.arange(data.CONTEXT, first)
@@ -128,8 +127,7 @@ def lagged(x, rows):
 WINDOWS = (1, 5, 22, 66)   # bars over which HAR takes means
 HAR_FLOOR = 0.05           # least range in HAR, as a share of the mean
 LEVEL = 500                # half-life, in bars, of the scale of HAR's residuals
-FORGET = 15                # half-life, in days, of what a time of day shows (in weeks, of the week's)
-SEEN = 3                   # days that it counts as usual, beside
+REFIT = 500                # stamps of targets after which HAR's weights are fitted anew
 
 
 def har(t, paths):
@@ -155,50 +153,76 @@ class Har:
 
     Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
     means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
-    times its TimeOfDay. What fit_har adds: weights; forecast [T] of each bar; ratio [T], u over that; residuals
+    times its factors in the Slots of the day and of the week, or fewer `levels` of these. What fit_har adds: weights
+    [fits, 5], and fit [T], which of them are each bar's; forecast [T] of each bar; ratio [T], u over that; residuals
     [1, RESIDUALS], ratios in order.
     """
 
-    def __init__(self, bars, u, first, start, logs):
+    def __init__(self, bars, u, first, start, logs, levels):
         self.bars, self.logs = bars, logs
         known = np.isfinite(u)
         self.mean = max(u[:first].mean(where=known[:first]) if known[:first].any() else 1.0, 1e-9)
         u = np.where(known, u, self.mean)
         if not logs:
             u = np.maximum(u, HAR_FLOOR * self.mean)
-        self.factor = TimeOfDay(bars.time, u, first)
-        self.unit = self.mean * self.factor(bars.time)
+        self.slots = data.Slots(bars.time, np.where(known, np.log(u), np.nan)[None], levels)
+        self.unit = self.mean * np.exp(self.slots.log_factors[:, 0])
         self.u = u / self.unit
-        settled = np.arange(min(WINDOWS[-1], first // 2), first)
-        self.fitted = settled[known[settled]]                           # bars to learn from, whose means are settled
+        self.known = known & (np.arange(len(u)) >= min(WINDOWS[-1], first // 2))    # bars whose means are settled
+        self.fitted = np.flatnonzero(self.known[:first])                # those to learn from before the first target
         self.early = self.fitted[bars.time[self.fitted] < start]        # those before any symbol's first target
         usual, self.y = (0.0, np.log(self.u)) if logs else (1.0, self.u)
         self.x = np.stack([np.append(usual, trailing_mean(self.y, n)[:-1]) for n in WINDOWS], 1)
         if not logs:
             self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)           # (T, 4), known before each bar; (T,)
 
-    def predict(self, x):
-        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS: a list of [...]."""
-        y = self.weights[0]
-        for weight, column in zip(self.weights[1:], x):
-            y = y + weight * column
+    def predict(self, x, rows):
+        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS, a list of [n, ...].
+
+        rows [n]: the next bars, of which the weights are.
+        """
+        weights = self.weights[self.fit[rows]].T                        # (5, n)
+        constant, *weights = weights.reshape(*weights.shape, *[1] * (np.ndim(x[0]) - 1))
+        y = constant + sum(weight * column for weight, column in zip(weights, x))
         return np.exp(y) if self.logs else np.maximum(y, HAR_FLOOR**0.5)**2
 
 
 def fit_har(t, values, logs=False):
-    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from."""
-    start = t.time.min()
-    hars = [Har(bars, u, first, start, logs) for bars, u, (first, _) in zip(t.series, values, t.ranges)]
-    X = np.concatenate([har.x[har.early] for har in hars])
-    y = np.concatenate([har.y[har.early] for har in hars])
-    if not len(y):
+    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from.
+
+    With factors of day and week, of the day alone or none: what was the best before the first target.
+    """
+    forms = [fit_form(t, values, logs, levels) for levels in range(3)]
+    return forms[0] and min(forms, key=early_error)
+
+
+def early_error(hars):
+    """Mean size of log u / forecast about its median, before any symbol's first target."""
+    error = np.log(np.concatenate([har.ratio[har.early] for har in hars]))
+    return np.abs(error - np.median(error)).mean()
+
+
+def fit_form(t, values, logs, levels):
+    """fit_har with so many levels of Slots. After every REFIT stamps of targets it is fitted anew, to all bars before."""
+    edges = np.unique(t.time)[::REFIT]                                  # the first of each fit's bars
+    hars = [Har(*one, edges[0], logs, levels) for one in zip(t.series, values, (first for first, _ in t.ranges))]
+    if not sum(len(har.early) for har in hars):
         return None
-    precision = np.ones(len(y)) if logs else 1 / X.mean(1)  # a root's error grows with the root
-    X = np.concatenate([np.ones((len(y), 1)), X], axis=1)
-    weights = np.linalg.lstsq(X * precision[:, None], y * precision, rcond=None)[0]
+    moments = np.zeros((len(edges), 5, 6))
+    for har in hars:
+        later = np.searchsorted(edges, har.bars.time, side="right")     # the first fit that may know the bar
+        har.fit = np.maximum(later - 1, 0)
+        X = np.concatenate([np.ones((len(later), 1)), har.x, har.y[:, None]], axis=1)   # (T, 6)
+        if not logs:
+            X /= har.x.mean(1, keepdims=True)                           # a root's error grows with the root
+        for k in range(later[0], min(later[-1] + 1, len(edges))):
+            rows = X[(later == k) & har.known]
+            moments[k] += rows[:, :5].T @ rows
+    moments = moments.cumsum(0)
+    weights = np.stack([np.linalg.lstsq(m[:, :5], m[:, 5], rcond=None)[0] for m in moments])
     for har in hars:
         har.weights = weights
-        forecast = har.predict(har.x.T)
+        forecast = har.predict(har.x.T, np.arange(len(har.u)))
         har.forecast, har.ratio = forecast * har.unit, har.u / forecast
     give_residuals(hars, [har.ratio[None] for har in hars])
     return hars
@@ -227,51 +251,6 @@ def evenly(values, n):
     return values[:, order[((np.arange(n) + 0.5) / n * len(order)).astype(int)]]
 
 
-class TimeOfDay:
-    """How much larger u > 0 [T] usually is at each time of day, or of daily bars on each weekday: a factor known before.
-
-    Its log is the mean of log(u / mean of u over the last day) at that time on the days before. A day counts half after
-    FORGET days, since habits change (summer time, another source of the bars); SEEN days of factor 1 are added. In a
-    market that never closes there are two levels: each hour of the day, then each hour of the week relative to it, over
-    the weeks before; of daily bars the weekday is the one level. Which market it is, and the mean of all factors, is
-    learned before bar `first`.
-    """
-
-    def __init__(self, time, u, first):
-        self.levels = []  # (period, width, periods that have bars, log factors [times of the period, periods])
-        past = time[:first]
-        step = np.median(np.diff(past))
-        if step >= 2 * DAY:
-            return
-        if step >= DAY:
-            levels = [(WEEK, DAY)]
-        elif len(np.unique(past // HOUR % 24)) >= 23:       # round the clock
-            levels = [(DAY, HOUR), (WEEK, HOUR)]
-        else:
-            levels = [(DAY, int(step))]
-        n_bars = int(np.median(np.unique(past // levels[0][0], return_counts=True)[1]))
-        x = np.log(u / trailing_mean(u, n_bars))
-        x -= x[:first].mean()
-        for period, width in levels:
-            periods, column = np.unique(time // period, return_inverse=True)
-            row, shape = time % period // width, (period // width + 1, len(periods))
-            total, count = sums_of(x, row * len(periods) + column, math.prod(shape)).T.reshape(2, *shape)
-            means = np.stack([total / np.maximum(count, 1), count > 0])
-            total, weight = decayed_sum(means, decay=0.5 ** (1 / FORGET))  # up to each period
-            log_factor = np.roll(total / (weight + SEEN), 1, axis=1)            # before it
-            log_factor[:, 0] = 0.0
-            self.levels.append((period, width, periods, log_factor))
-            x = x - log_factor[row, column]
-
-    def __call__(self, time, now=None):
-        """Factors of stamps [...], as known when the day (week) of each began; of bars to come, when that of `now` did."""
-        log_factor = np.zeros(np.shape(time))
-        for period, width, periods, levels in self.levels:
-            column = np.searchsorted(periods, (time if now is None else now) // period)
-            log_factor = log_factor + levels[time % period // width, column]
-        return np.exp(log_factor)
-
-
 def fit_volatility(t):
     """A Har of each series' range volatility, and from it sigma [T], the volatility of each bar's return.
 
@@ -296,10 +275,9 @@ def volatility_paths(har, origins, paths, horizon, random):
     A path draws a residual of its return and, of the same bar, one of its range, on which the next forecasts look back.
     """
     (z, ratio), n = har.residuals, len(origins)
-    usual = np.ones((n, horizon))
-    if har.factor.levels:
-        for row, o in zip(usual, origins):
-            row[:] = har.factor(future_times(har.bars.time[:o + 1], horizon), har.bars.time[o])
+    usual = np.ones((n, horizon))  # the factors of the bars to come
+    for row, o in zip(usual, origins):
+        row[:] = np.exp(har.slots.next(har.bars.time[:o + 1], horizon)[:, 0])
     scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
     past = np.append(0.0, har.u.cumsum())
     drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
@@ -310,7 +288,7 @@ def volatility_paths(har, origins, paths, horizon, random):
             known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]   # up to the origin
             total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]             # and after it
             x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
-        forecast = har.predict(x)                                                               # (n, paths)
+        forecast = har.predict(x, origins + 1)                                                  # (n, paths)
         drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
         moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
     return moves

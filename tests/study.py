@@ -12,6 +12,7 @@
     python tests/study.py parallel --data market/*.csv  # the reasoner's forecast of 16 bars at once, beside that bar by bar
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
     python tests/study.py budgets --data stocks.csv.gz  # rows of pretrain.BUDGETS on half-years of daily bars
+    python tests/study.py clock --train corpus/*.csv --data market/*.csv lunch  # with and without hours in the scale
     python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
@@ -47,7 +48,7 @@ from backstage.pictures import Panel, grid_line, label, line, write_svg
 from backstage.reader import write_folder
 from backstage.scores import RATIOS, against, at_step, block_sums, bootstrap, direction_sums, judge_draws, scored, versus
 from backstage.script import run
-from backstage.series import decayed_sum
+from backstage.series import DAY, decayed_sum
 import backtest
 import data
 import pretrain
@@ -957,6 +958,69 @@ def few_study(argv):
     print_means(rows)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Hours in the scale, or not
+
+@contextlib.contextmanager
+def levels_of_the_clock(levels):
+    """Features whose scale knows the hours of day and week (2) or nothing of the clock (0). HAR has its own."""
+    known = data.slots_of
+    data.slots_of = functools.partial(known, levels=levels)
+    try:
+        yield
+    finally:
+        data.slots_of = known
+
+
+def lunch_market(seed=0, n_days=250, bars_a_day=48):
+    """Five-minute bars of an exchange whose open and close are five times as wide as its lunch; no direction."""
+    random, n = np.random.default_rng(seed), n_days * bars_a_day
+    day, k = np.divmod(np.arange(n), bars_a_day)
+    hour = np.log(5) * (2 * k / (bars_a_day - 1) - 1) ** 2
+    slow = decayed_sum(random.normal(0, 0.06, n), decay=0.98) + decayed_sum(random.normal(0, 0.1, n), decay=0.95)
+    steps = np.exp(slow + hour)[:, None] * random.standard_normal((n, 12)) * 2e-4
+    path = np.log(50) + steps.cumsum().reshape(n, 12)
+    open_ = np.append(path[0, 0], path[:-1, -1])
+    high, low = np.maximum(open_, path.max(1)), np.minimum(open_, path.min(1))
+    volume = np.exp(9 + 0.7 * slow + 0.8 * hour + random.normal(0, 0.4, n)).round()
+    price = np.exp(np.stack([open_, high, low, path[:, -1]], axis=1))
+    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 5400 + k * 300
+    return data.Bars(f"LUNCH{seed}", time, np.column_stack([price, volume, volume * price[:, 1:].mean(1)]))
+
+
+def clock_study(argv):
+    """One row a file and arm: CRPS beside HAR of models trained on --train with and without hours in the scale.
+
+    In place of a file, `lunch` is a market of its own making.
+    """
+    parser = of_files("clock")
+    parser.add_argument("--train", nargs="+", required=True, help="CSV files to train on")
+    parser.add_argument("--out", default="study_clock", help="folder of bars and checkpoints; what is there is not made again")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--flags", nargs="*", default=[], help="of pretrain.py, as --flags=--steps=600")
+    args = parser.parse_args(argv)
+    os.makedirs(args.out, exist_ok=True)
+    lunch = os.path.join(args.out, "lunch")
+    if "lunch" in args.data and not os.path.exists(os.path.join(lunch, "symbols.json")):
+        write_folder(map(lunch_market, range(4)), lunch)
+    args.data = [lunch if path == "lunch" else path for path in args.data]
+    arms = {"hours in the scale": 2, "without": 0}
+    ckpts = {arm: [os.path.join(args.out, f"{levels}-{seed}.pt") for seed in range(args.seeds)] for arm, levels in arms.items()}
+    for arm, levels in arms.items():
+        for seed, path in enumerate(ckpts[arm]):
+            if not os.path.exists(path):
+                with levels_of_the_clock(levels), contextlib.redirect_stdout(io.StringIO()):
+                    pretrain.main(["--data", *args.train, "--out", path, f"--seed={seed}", *args.flags])
+    print_heads()
+    rows = {arm: [] for arm in arms}
+    for market, series, start, stride in markets_of(args):
+        for arm, levels in arms.items():
+            with levels_of_the_clock(levels):
+                result = backtest.backtest(ckpts[arm], series, start=data.iso(start), paths=args.paths, stride=stride)
+            rows[arm].append(print_to_opponents(market, arm, ckpts[arm], result))
+    print_means(rows)
+
+
 def row_flags(row):
     return [f"--{name}={value}" for name, value in pretrain.BUDGETS[row][1].items()]
 
@@ -1032,7 +1096,7 @@ def room_study(argv):
 
 SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
-            "parallel": parallel_study, "few": few_study, "budgets": budgets_study}
+            "parallel": parallel_study, "few": few_study, "budgets": budgets_study, "clock": clock_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:

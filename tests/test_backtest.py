@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from backstage.opponents import TimeOfDay, baselines, fit_har, give_residuals, har, historical, range_volatility, slow_scale, volatility_paths
+from backstage import opponents
+from backstage.opponents import baselines, early_error, fit_form, fit_har, give_residuals, har, historical, range_volatility, slow_scale, volatility_paths
 from backstage.scores import MIN_BLOCKS, NORMAL, RARE, at_step, block_sums, bootstrap, groups_of, judge, judge_draws, judge_normal, judge_paths, judge_residuals, ordered_bins, path_sums, score_of, scored, sums_by_bin, trading_sums, within
 from backstage.series import DAY
 import data
@@ -163,7 +164,7 @@ def test_paths_start_every_horizon_or_a_thousand_times(symbols, n_bars, horizon,
 
 
 def test_one_symbol_of_a_thousand_bars_has_intervals():
-    t = targets(daily(1032, 1), 32, horizon=10)
+    t = targets(daily(1332, 1), 332, horizon=10)
     assert t.blocks_of("path_crps") in (99, 100) and t.n_blocks == 100
     f = baselines(t, 20)["har"]
     scores = bootstrap(block_sums(f, t), t)
@@ -498,7 +499,7 @@ def test_tables_are_what_the_inverse_makes_of_the_tokens(tokenizer):
 def test_scales_of_volume_are_those_of_the_features():
     bars = data.synthetic(seed=5, n_symbols=1, n_bars=300)[0][0]
     bars.ohlcva[40:44, 4] = 0
-    level, width = backtest.volume_scales(bars).T
+    level, width = backtest.volume_scales(bars, data.slots_of(bars)).T
     for k in (1, 2, 3, 42, 45, 299):
         _, m, d, _ = data.features(bars[:k])[1].scales()
         assert level[k] == pytest.approx(float(m)) and width[k] == pytest.approx(float(d))
@@ -607,22 +608,8 @@ def test_har_finds_the_weights_of_its_own_law():
     t = backtest.Targets(series, int(series[0].time[4000]), 2**62, 2, 20, 0)
     values = [range_volatility(bars) for bars in series]
     har = fit_har(t, values)[3]
-    np.testing.assert_allclose(har.weights[1:], true[1:], atol=0.05)
+    np.testing.assert_allclose(har.weights[0, 1:], true[1:], atol=0.05)
     assert np.mean(har.ratio) == pytest.approx(1 + 0.25**2, abs=0.02)
-
-
-def naive_weekday_factor(time, u, first):
-    """Of each daily bar: the decayed mean, over the weeks before, of log(u / its mean over a week) on this weekday."""
-    week = time // (7 * 86400)
-    n = int(np.median(np.unique(week[:first], return_counts=True)[1]))
-    x = np.array([math.log(u[k] / np.mean(u[max(0, k - n + 1):k + 1])) for k in range(len(u))])
-    x -= x[:first].mean()
-    weeks, weekday, factor = list(np.unique(week)), time % (7 * 86400) // 86400, []
-    for k in range(len(u)):
-        now = weeks.index(week[k])
-        past = [(0.5 ** ((now - 1 - weeks.index(week[j])) / 15), x[j]) for j in range(k) if weekday[j] == weekday[k] and week[j] < week[k]]
-        factor.append(math.exp(sum(w * v for w, v in past) / (3 + sum(w for w, _ in past))))
-    return np.array(factor)
 
 
 def test_har_is_the_naive_loop():
@@ -633,18 +620,17 @@ def test_har_is_the_naive_loop():
         o, h, l, c = bars.ohlcva[:, :4].T
         v.append([math.sqrt(math.log(h[k] / l[k])**2 / (4 * math.log(2)) + (math.log(o[k] / c[k - 1])**2 if k else 0)) for k in range(300)])
     v = [np.maximum(u, 0.05 * np.mean(u[:200])) for u in v]
-    units = [np.mean(u[:200]) * naive_weekday_factor(bars.time, u, 200) for u, bars in zip(v, series)]
+    units = [np.mean(u[:200]) for u in v]      # no weekday differs more than by chance
     v = [u / unit for u, unit in zip(v, units)]
-    assert np.std(units[1]) > 0.02 * np.mean(units[1])
     lagged = lambda u, k: [1.0] + [math.sqrt(np.mean(u[max(0, k - n):k])) for n in (1, 5, 22, 66)]       # known before bar k
     X = np.array([lagged(u, k) for u in v for k in range(66, 200)])
     y = np.array([math.sqrt(u[k]) for u in v for k in range(66, 200)])
     w = np.array([1 / np.mean(row[1:]) for row in X])
     beta = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]
     hars = fit_har(t, [range_volatility(bars) for bars in series])
-    np.testing.assert_allclose(hars[0].weights, beta, rtol=1e-6)
+    np.testing.assert_allclose(hars[0].weights, [beta], rtol=1e-6)
     for k in (200, 277):
-        want = np.dot(beta, lagged(v[1], k))**2 * units[1][k]
+        want = np.dot(beta, lagged(v[1], k))**2 * units[1]
         assert hars[1].forecast[k] == pytest.approx(want)
     f = har(t, 4000)
     first = sum(map(len, t.origins[:1]))
@@ -680,7 +666,7 @@ def test_har_paths_follow_the_volatility_drawn():
     series = [ranging(0.01 * np.exp(0.5 * rng.normal(size=1500)), seed) for seed in range(2)]
     t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
     har = t.volatility[0]
-    har.weights[:] = 0.1, 0.9, 0, 0, 0
+    har.weights[:] = 0.1, 0.9, 0, 0, 0  # in each fit
     moves = volatility_paths(har, np.array([1100]), 20_000, 5, rng)[0]
     size = np.log(np.abs(moves) + 1e-9)
     assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
@@ -713,37 +699,28 @@ def test_har_knows_the_time_of_day_of_the_bars_to_come():
     assert sigma[busy].mean() / sigma[~busy].mean() == pytest.approx(4, rel=0.1)
 
 
-@pytest.mark.parametrize("step, hours", [(300, range(24)), (900, range(9, 17))])
-def test_time_of_day_factors_are_found(step, hours):
-    time = np.arange(0, 60 * DAY, step)
-    time = time[np.isin(time // 3600 % 24, hours)]
-    usual, half = 1 + 0.5 * np.sin(time % DAY / DAY * 2 * math.pi), len(time) // 2
-    u = 0.01 * usual * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
-    factor = TimeOfDay(time, u, half)
-    found = factor(time)
-    within = np.corrcoef(np.log(found[half:]), np.log(usual[half:]))[0, 1]
-    assert within > 0.98 and np.std(np.log(found[half:])) == pytest.approx(np.std(np.log(usual)), rel=0.15)
-    weekly = 7 * DAY * np.arange(40)
-    assert (TimeOfDay(weekly, u[:40], 20)(weekly) == 1).all()      # none
-    u[half:] = u[half:][::-1]       # a day's factors, and those foreseen from there, know the days before alone
-    other, day = TimeOfDay(time, u, half), time // DAY
-    np.testing.assert_array_equal(other(time)[day <= day[half]], found[day <= day[half]])
-    np.testing.assert_array_equal(other(time[half:], time[half]), factor(time[half:], time[half]))
-    assert not np.array_equal(other(time), found)
+def test_har_is_fitted_anew_to_all_bars_before(monkeypatch):
+    """Weights of targets behind the k-th edge: least squares over the settled bars of all symbols before it."""
+    monkeypatch.setattr(opponents, "REFIT", 40)
+    t = targets(daily(300, 2), 200)
+    hars = fit_har(t, [range_volatility(bars) for bars in t.series])
+    edge = np.unique(t.time)[80]
+    before = [har.bars.time < edge for har in hars]
+    X = np.concatenate([har.x[b & har.known] for har, b in zip(hars, before)])
+    y = np.concatenate([har.y[b & har.known] for har, b in zip(hars, before)])
+    w = 1 / X.mean(1)
+    want = np.linalg.lstsq(np.column_stack([w, X * w[:, None]]), y * w, rcond=None)[0]
+    np.testing.assert_allclose(hars[0].weights[2], want, rtol=1e-6)
+    assert hars[0].weights.shape == (3, 5) and hars[0].fit[[0, 199, 239, 240, 280, 299]].tolist() == [0, 0, 0, 1, 2, 2]
 
 
-def test_weekday_factors_of_daily_bars_are_found():
-    """Sundays a fifth as wide, as of metals and currencies: known before each week begins, less what the usual weeks draw."""
-    time = DAY * np.arange(7 * 200)
-    time = time[(time // DAY + 4) % 7 != 6]         # no Saturdays
-    sunday, half = (time // DAY + 4) % 7 == 0, 6 * 150
-    u = 0.01 * np.where(sunday, 0.2, 1.0) * np.exp(0.2 * np.random.default_rng(0).normal(size=len(time)))
-    found = TimeOfDay(time, u, half)(time)[half:]
-    assert found[~sunday[half:]].mean() / found[sunday[half:]].mean() == pytest.approx(5 ** (21.6 / 24.6), rel=0.1)
-    assert np.std(np.log(found[~sunday[half:]])) < 0.1
-    u[half:] *= np.where(sunday[half:], 3, 1)
-    week = time // (7 * DAY)
-    np.testing.assert_array_equal(TimeOfDay(time, u, half)(time)[half:][week[half:] == week[half]], found[week[half:] == week[half]])
+def test_har_takes_no_hours_where_they_only_disturb():
+    """Weekends in a market that keeps none: of the forms the best before the first target is in use."""
+    t = targets(daily(300, 2), 200)
+    forms = [fit_form(t, [range_volatility(bars) for bars in t.series], False, k) for k in range(3)]
+    got = fit_har(t, [range_volatility(bars) for bars in t.series])
+    errors = [early_error(hars) for hars in forms]
+    np.testing.assert_array_equal(got[0].forecast, forms[int(np.argmin(errors))][0].forecast)
 
 
 def test_har_follows_a_time_of_day_that_changes():

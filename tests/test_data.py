@@ -1,5 +1,6 @@
 """Bars, features, splits and batches, against naive forms and against what users feed in."""
 import datetime
+import functools
 import inspect
 import os
 import pickle
@@ -19,7 +20,8 @@ from backstage.files import check_out, csv_text, fingerprint, load_safe, save_at
 from backstage.markets import KINDS, _student4, reverting_best, reverting_path
 from backstage.reader import write_folder
 from backstage.script import StopSignal, bf16_gain, cli, peak_memory, pick_dtype, printable, run
-from backstage.series import DAY, decayed_sum
+from backstage.opponents import log_range
+from backstage.series import DAY, HOUR, WEEK, decayed_sum
 import data
 from conftest import ROOT
 from data import Bars, UserError
@@ -88,6 +90,118 @@ def test_g1_no_feature_sees_a_later_bar(t):
     np.testing.assert_array_equal(x[:max(t, 1)].view(np.uint32), z.view(np.uint32))
     if 0 < t:
         assert (x[t] != y[t]).any()
+
+
+@functools.cache
+def hourly(kind):
+    """Bars whose hours differ: an exchange, a market that never closes, weekdays of daily bars, an exchange with gaps."""
+    step, n = dict(daily=(DAY, 400)).get(kind, (1800, 4000))
+    time = 1_600_000_200 // step * step + step * np.arange(3 * n)
+    hour, weekday = time // 3600 % 24, (time // DAY + 3) % 7
+    opens = dict(session=(hour >= 8) & (hour < 14) & (weekday < 5), always=hour >= 0, daily=weekday != 5)
+    opens["gappy"] = opens["session"] & (np.random.default_rng(1).random(len(time)) < 0.7)
+    time = time[opens[kind]][:n]
+    hour, weekday = time // 3600 % 24, (time // DAY + 3) % 7
+    wide = np.where(weekday == 6, 0.2, 1.0) if kind == "daily" else np.where(hour % 8 == 0, 5.0, 1.0)
+    wide = wide * np.where((kind == "always") & (weekday >= 5), 0.4, 1.0)
+    rng = np.random.default_rng(0)
+    size, normal = 0.002 * wide * np.exp(0.3 * rng.normal(size=len(time))), rng.normal(size=(5, len(time)))
+    close = 50 * np.exp(np.cumsum(size * normal[0]))
+    open_ = np.append(close[0], close[:-1]) * np.exp(0.2 * size * normal[1])
+    high = np.maximum(open_, close) * np.exp(0.5 * size * np.abs(normal[2]))
+    low = np.minimum(open_, close) * np.exp(-0.5 * size * np.abs(normal[3]))
+    volume = np.exp(8 + 0.4 * normal[4]) * wide ** 1.5
+    return Bars("X", time, np.stack([open_, high, low, close, volume, volume * (high + low) / 2], axis=1)), wide
+
+
+HOURS = ("session", "always", "daily", "gappy")
+
+
+def naive_log_factors(time, y, levels):
+    """Slots from the definition, of one series y: period by period, slot by slot."""
+    a, L_of_bar = 0.5 ** (1 / 15), np.zeros(len(time))
+    for period, width in levels:
+        S, W, L, before = {}, {}, {}, {}       # before: L as known when each period began
+        noise = age = total = 0.0
+        left = y - L_of_bar
+        for d in np.unique(time // period):
+            before[d], x = dict(L), {}
+            for k in np.unique(time[time // period == d] % period // width):
+                values = left[(time // period == d) & (time % period // width == k)]
+                if np.isfinite(values).any():
+                    x[k] = np.nanmean(values)
+            level = np.mean([x[k] - L.get(k, 0) for k in x])
+            noise = a * noise + np.mean([(x[k] - level - L.get(k, 0)) ** 2 for k in x])
+            age, total = a * age + 1, a * total + len(x)
+            for k in {*S, *x}:
+                S[k] = a * S.get(k, 0) + (x[k] - level if k in x else 0)
+                W[k] = a * W.get(k, 0) + (k in x)
+            error, signal = noise / age, sum(S[k] ** 2 / W[k] for k in S)
+            r = max(0.5, error / max((signal - error * len(S)) / total, 1e-9))
+            by_chance = signal <= error * (len(S) + 3 * (2 * len(S)) ** 0.5)
+            L = {k: 0.0 if by_chance else S[k] / (W[k] + r) for k in S}
+        L_of_bar = L_of_bar + [before[time[t - 1] // period].get(time[t] % period // width, 0) if t >= 32 else 0
+                               for t in range(len(time))]
+    return L_of_bar
+
+
+@pytest.mark.parametrize("kind", HOURS)
+def test_factors_of_the_hours_equal_the_definition_and_are_found(kind):
+    bars, wide = hourly(kind)
+    slots = data.slots_of(bars)
+    y = np.log1p(bars.ohlcva[:, 4])
+    levels = [(WEEK, DAY)] if kind == "daily" else [(DAY, 1800), (WEEK, HOUR)]
+    np.testing.assert_allclose(slots.log_factors[:, 1], naive_log_factors(bars.time, y, levels), atol=1e-9)
+    late = slots.log_factors[len(bars) // 2:, 0]
+    assert np.corrcoef(late, np.log(wide[len(bars) // 2:]))[0, 1] > 0.9
+    assert (slots.log_factors[:32] == 0).all()
+    ratio = [np.log(log_range(bars) / data.scales(bars, f))[200:].std() for f in (slots.log_factors, 0 * slots.log_factors)]
+    assert ratio[0] < (1 if kind == "daily" else 0.8) * ratio[1]
+
+
+@pytest.mark.parametrize("kind", HOURS)
+def test_g1_and_g2_with_hours_in_the_scale(kind):
+    """No later bar, no later stamp changes a bit; any bars come back, and the next bar by what the State itself holds."""
+    bars, _ = hourly(kind)
+    x, end = data.features(bars)
+    slots = data.slots_of(bars)
+    back, state = data.inverse(x[1:], data.features(bars[:1])[1], slots.log_factors[1:])
+    np.testing.assert_allclose(back[:, :4], bars.ohlcva[1:, :4], rtol=1e-6)
+    np.testing.assert_allclose(back[:, 4:], bars.ohlcva[1:, 4:], rtol=1e-4)
+    np.testing.assert_allclose(state.total, end.total, rtol=1e-4)
+    wrong = 0
+    for t in (31, 32, 33, 200, len(bars) // 2, len(bars) - 1):
+        z, state = data.features(bars[:t])
+        np.testing.assert_array_equal(x[:t].view(np.uint32), z.view(np.uint32))
+        np.testing.assert_array_equal(slots.coming(t - 1, bars.time[t:t + 1])[0], slots.log_factors[t])
+        np.testing.assert_array_equal(state.coming, data.states_at(bars, [t - 1])[0].coming)
+        if data.future_times(bars.time[:t], 1) == bars.time[t]:
+            one, _ = data.inverse(x[t:t + 1], state)
+            np.testing.assert_allclose(one[0, :4], bars.ohlcva[t, :4], rtol=1e-6)
+        else:
+            wrong += 1
+    assert wrong <= (4 if kind == "gappy" else 1)
+
+
+def test_factors_of_stamps_to_come():
+    bars, _ = hourly("session")
+    slots, row = data.slots_of(bars), 2000
+    stamps = bars.time[row + 1:row + 40]
+    cut = data.slots_of(bars[:row + 1])
+    np.testing.assert_array_equal(slots.coming(row, stamps), cut.coming(row, stamps))
+    assert np.abs(slots.coming(row, stamps)[:, 0]).max() > 0.5
+    assert (slots.coming(row, bars.time[row:row + 1] // DAY * DAY + 3 * HOUR) == 0).all()  # no day had it
+    state = data.features(bars[:row + 1])[1].anchored(slots.coming(row, stamps))
+    s, _, d, _ = state.scales()
+    for size in (4.0, -4.0):        # s over its factor stays within [1/8, 8] of the origin
+        _, end = data.inverse(np.full((39, 6), size), state)
+        assert 0.12 < end.scales()[0] / np.exp(end.coming[:1, 0].sum()) / (s / np.exp(state.coming[0, 0])) < 8.01
+
+
+def test_without_hours_all_factors_are_one():
+    assert (data.slots_of(random_bars(20_000)).log_factors == 0).all()
+    weekly = Bars("X", 7 * DAY * np.arange(300), random_bars(300).ohlcva)
+    assert (data.slots_of(weekly).log_factors == 0).all()
 
 
 def test_the_sign_of_the_close_feature_is_the_sign_of_the_move():

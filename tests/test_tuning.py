@@ -215,7 +215,7 @@ def walks(loaded, market):
     series = data.load([str(market)])
     tokens = [data.tokenize(bars, tokenizer) for bars in series]
     streams = data.make_streams(series, tokens, "train", meta["splits"], 64 + 5 - 1, 3)
-    return series, streams, rollout.origins_of(streams, series, *data.draw_windows(streams, 0, 0), 4, 5)
+    return series, streams, rollout.origins_of(streams, series, list(map(data.slots_of, series)), *data.draw_windows(streams, 0, 0), 4, 5)
 
 
 def state_of(model, origins):
@@ -262,7 +262,7 @@ def test_the_future_shapes_the_choice_and_nothing_else(loaded, walks):
     fresh = data.Streams(streams.tokens, stamps, streams.targets, streams.block_size, streams.batch_size, streams.whole)
     # those without a changed bar in their context
     only = [k for k in range(3) if not any(which[k] == which[j] and ends[j] < ends[k] for j in range(3))]
-    after = rollout.origins_of(fresh, changed, which, ends, 4, 5)
+    after = rollout.origins_of(fresh, changed, list(map(data.slots_of, changed)), which, ends, 4, 5)
     assert not np.allclose(after.moves[only], before.moves[only])
     assert torch.equal(after.times[only], before.times[only])
     for a, b in zip(after.context[:3], before.context[:3]):
