@@ -461,22 +461,15 @@ class Reasoner(nn.Module):
         """[B, ..., n * C] -> n tensors [H, B, ..., D]."""
         return heads_first(x, x.shape[-1] // self.latent.shape[1], self.H).unbind()
 
-    def forward(self, h, stamps, origins, n=None):
-        """h [B, T, C]: hidden states of bars; stamps [B, >= T, C + 2 HARMONICS]: of these and of
-        those to come; origins int64 [B, M] -> the n next bars (None: all), [B, M, n, C].
-
-        An origin is a number of bars: the latents see those bars, at most the last `span`.
-        """
-        rows, n = torch.arange(len(h), device=h.device)[:, None, None], n or len(self.latent)
-        back = origins[..., None] - torch.arange(self.config.span, 0, -1, device=h.device)
-        past, ahead = back.clamp(min=0), origins[..., None] + torch.arange(n, device=h.device)
-        ahead = ahead.clamp(max=stamps.shape[1] - 1)
-        k, v = self.heads(self.look_kv(h[rows, past] + self.stamp(stamps[rows, past])))
-        bias = self.near[:, None, None].masked_fill(back < 0, -math.inf)    # [H, B, M, span]
-        bias = bias[:, :, :, None].to(k.dtype)
+    def forward(self, h, origins, stamps):
+        """h [B, T, C]: hidden states of bars; origins int64 [B, M]: numbers of bars, at most T;
+        stamps [B, M, n, C + 2 HARMONICS]: see Model.stamps, of the n bars that come next
+        -> latents of these, [B, M, n, C]. They see the last `span` bars before their origin."""
+        k, v, bias = self.memory(h, origins)
+        n = stamps.shape[2]
         later = torch.ones(n, n, device=h.device).triu(1).bool()
-        causal = torch.zeros(n, n, device=h.device, dtype=k.dtype).masked_fill(later, -math.inf)
-        s = (self.latent[:n] + self.stamp(stamps[rows, ahead])).to(k.dtype)     # [B, M, n, C]
+        causal = torch.zeros_like(later, dtype=k.dtype).masked_fill(later, -math.inf)   # [n, n]
+        s = (self.latent[:n] + self.stamp(stamps)).to(k.dtype)              # [B, M, n, C]
         for _ in range(self.config.rounds):
             q = self.heads(self.look_q(self.scale * norm(s)))[0]            # [H, B, M, n, D]
             s = s + self.look_out(heads_last(softmax_attention(q, k, v, bias)))
@@ -485,6 +478,15 @@ class Reasoner(nn.Module):
             s = s + self.self_out(heads_last(o))
             s = s + self.down(F.silu(self.up(norm(s))))
         return norm(s)
+
+    def memory(self, h, origins):
+        """Keys and values of the bars before each origin, 2 of [H, B, M, span, D], and the bias of
+        their scores: the older the less, and none that does not exist."""
+        rows = torch.arange(len(h), device=h.device)[:, None, None]
+        past = origins[..., None] - torch.arange(self.config.span, 0, -1, device=h.device)
+        k, v = self.heads(self.look_kv(h[rows, past.clamp(min=0)]))         # [H, B, M, span, D]
+        bias = self.near[:, None, None].masked_fill(past < 0, -math.inf)    # [H, B, M, span]
+        return k, v, bias[:, :, :, None].to(k.dtype)
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -703,13 +705,13 @@ class Model(nn.Module):
 
     def reasoner_loss(self, h, time, origins, targets):
         """The cross-entropy of the bars after the origins [B, M], nats per bar. The bar after n
-        bars is the target at n - 1. The reasoner learns alone: h [B, T, C] is not its to change."""
-        T, ahead = time.shape[1], torch.arange(self.config.latents, device=time.device)
-        ahead = origins[..., None] + ahead                                  # [B, M, 16]
-        at = (ahead - 1).clamp(max=T - 1)
-        target = (a.gather(1, at.flatten(1)).view_as(at) for a in targets)
-        coarse, fine = (a.masked_fill(ahead >= T, -1) for a in target)    # bar T has no stamp here
-        h = self.reasoner(h.detach(), self.stamps(time), origins)           # [B, M, 16, C]
+        bars is the target at n - 1; bar T has no stamp here. The reasoner learns alone: h [B, T, C]
+        is not its to change."""
+        T, rows = time.shape[1], torch.arange(len(time), device=time.device)[:, None, None]
+        ahead = origins[..., None] + torch.arange(self.config.latents, device=time.device)
+        at = ahead.clamp(max=T - 1)                                         # [B, M, 16]
+        coarse, fine = (a[rows, at - 1].masked_fill(ahead >= T, -1) for a in targets)
+        h = self.reasoner(h.detach(), origins, self.stamps(time)[rows, at])     # [B, M, 16, C]
         fine_logits = self.fine_logits(h, coarse.clamp(min=0))
         return mean_nats(self.coarse_logits(h), coarse) + mean_nats(fine_logits, fine)
 
@@ -723,9 +725,8 @@ class Model(nn.Module):
             raise UserError("the model has no latent reasoner: parallel forecasts need one; "
                             "train it with the reasoner, or forecast step by step")
         h, (B, T) = self.hidden(coarse, fine, time), time.shape
-        origins = torch.full((B, 1), T, device=time.device)
-        stamps = self.stamps(torch.cat((time, future_times), 1))
-        return h[:, -1], self.reasoner(h, stamps, origins, future_times.shape[1])[:, 0]
+        stamps = self.stamps(torch.cat((time, future_times), 1))[:, None, T:]   # [B, 1, n, C']
+        return h[:, -1], self.reasoner(h, torch.full((B, 1), T, device=h.device), stamps)[:, 0]
 
     @torch.no_grad()
     def stamps(self, time):

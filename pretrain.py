@@ -91,7 +91,7 @@ FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_e
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 LEAN_BLOCKS = 40     # of time on val, at least, by which the error of the lean is told
-ORIGIN_BARS = 256    # bars of a window for each origin of the reasoner
+ORIGIN_BARS = 512    # bars of training for each origin of the reasoner, which then takes 5 % of the time
 PATIENCE = 4         # reports without a better score that end it
 
 
@@ -291,8 +291,11 @@ def moved_in_time(when, chance, config, rank, world):
     return when + torch.from_numpy(7 * DAY * weeks) + 900 * torch.from_numpy(quarters * half) * within_day
 
 
-def reasoner_origins(chance, config, sizes, rank, world):
-    """Bars of each window [B, M] after which the reasoner learns: one for each ORIGIN_BARS bars, by chance."""
+def reasoner_origins(chance, config, sizes, step, rank, world):
+    """Bars of each window [B, M] after which the reasoner learns, by chance: one for each ORIGIN_BARS bars of training,
+    in all windows of a step alike; None in steps without any."""
+    if step % max(1, ORIGIN_BARS // sizes.block_size):
+        return None
     last = max(1, sizes.block_size - sizes.latents)
     shape = config.batch_size, max(1, sizes.block_size // ORIGIN_BARS)
     return torch.from_numpy(chance.integers(1, last + 1, shape)[rank::world])
@@ -549,7 +552,7 @@ def training(given):
     while run.step < config.steps and not ended:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step, rank, world)
         chance = np.random.default_rng([config.seed, run.step, 1])
-        origins = reasoner_origins(chance, config, model.config, rank, world)
+        origins = reasoner_origins(chance, config, model.config, run.step, rank, world)
         when = moved_in_time(when, chance, config, rank, world)
         drop = dropout_masks(chance, config, rank, world, device)
         optimizer.set_rate(rate(run.step, config.steps, config.warmup))
@@ -559,7 +562,8 @@ def training(given):
             part = [a[i:i + micro].to(device, non_blocking=True) for a in (coarse, fine, when, *target)]
             masks = None if drop is None else drop[:, :, i:i + micro]
             with autocast():
-                loss = model(*part[:3], part[3:], masks, origins[i:i + micro].to(device))[2]
+                at = None if origins is None else origins[i:i + micro].to(device)
+                loss = model(*part[:3], part[3:], masks, at)[2]
             weight = len(part[0]) * world / config.batch_size
             scaler.scale(loss * weight).backward()
             loss_sum += loss.item() * weight / world

@@ -199,7 +199,8 @@ def average_gradients(model, n_params, world):
     dist.all_reduce(flat)
     flat /= world
     for p, grad in zip(model.parameters(), flat.split(n_params)):
-        p.grad = grad.view_as(p)
+        if p.grad is not None:      # as on every other process
+            p.grad = grad.view_as(p)
 
 
 def load_tokenizer(path):

@@ -461,7 +461,7 @@ def sees_study(argv):
         kind.register_forward_hook(lambda kind, given, out: seen.append(out[0][:, :, t]))  # [H, B, D]
     model.layers[0](x, model.rotation(torch.arange(201), x.dtype))
     origins = torch.full((len(time), 1), t + 1)
-    seen.append(model.reasoner(x, model.stamps(time), origins, 1)[:, 0, 0])                 # the next bar's latent
+    seen.append(model.reasoner(x, origins, model.stamps(time)[:, None, -1:])[:, 0, 0])                 # the next bar's latent
     names = ["all the past, linear", *(f"the last {window} bars" for window in model.config.windows), "the reasoner"]
     rows = []
     for name, y in zip(names, seen):

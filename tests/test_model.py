@@ -223,14 +223,14 @@ def test_reasoner_origin_by_origin(span):
     r, slope = model.reasoner.double(), 0.5 ** (1 + 2 * torch.arange(4).double())
     random = torch.Generator().manual_seed(T)
     h = torch.randn(2, T, 32, generator=random).double()
-    stamps = torch.randn(2, T, 32 + 2 * M.HARMONICS, generator=random).double()
+    stamps = torch.randn(2, 3, 16, 32 + 2 * M.HARMONICS, generator=random).double()
     with torch.no_grad():
-        got = r(h, stamps, origins)
+        got = r(h, origins, stamps)
         for b, m in np.ndindex(2, 3):
             n = int(origins[b, m])
             past = slice(max(0, n - span), n)
-            k, v = r.look_kv(h[b, past] + r.stamp(stamps[b, past])).view(-1, 2, 4, 8).permute(1, 2, 0, 3)
-            s = r.latent + r.stamp(stamps[b, n:n + 16])
+            k, v = r.look_kv(h[b, past]).view(-1, 2, 4, 8).permute(1, 2, 0, 3)
+            s = r.latent + r.stamp(stamps[b, m])
             bias = -slope[:, None, None] * torch.arange(k.shape[1], 0, -1)          # bars before the origin
             later = torch.full((16, 16), -math.inf).triu(1)
             for _ in range(2):
@@ -256,7 +256,7 @@ def test_parallel_forecast_is_the_reasoner_at_the_last_bar(T):
         last, h = model.parallel(*past, ahead)
         hidden = model.hidden(coarse, fine, time)
         close(last, hidden[:, T - 1], 1e-5)
-        close(h, model.reasoner(hidden, model.stamps(time), torch.full((2, 1), T))[:, 0], 1e-5)
+        close(h, model.reasoner(hidden, torch.full((2, 1), T), model.stamps(time)[:, None, T:])[:, 0], 1e-5)
         close(model.parallel(*past, ahead[:, :5])[1], h[:, :5], 1e-5)
         later = model.parallel(*past, ahead + 3600)[1]
         assert (later - h).abs().max() > 0.1            # it knows the stamps to come
@@ -270,7 +270,8 @@ def test_reasoner_sees_only_bars_before_its_origin():
     origins = torch.arange(1, 135)[None]
 
     def latents(coarse, fine, time):
-        return model.reasoner(model.hidden(coarse, fine, time), model.stamps(rows[2]), origins)[0]
+        stamps = model.stamps(rows[2])[:, origins[0, :, None] + torch.arange(16)]
+        return model.reasoner(model.hidden(coarse, fine, time), origins, stamps)[0]
 
     with torch.no_grad():
         before = latents(*rows)
@@ -687,7 +688,8 @@ def test_loss_is_the_cross_entropy_of_what_counts():
         want = 0.0
         for logits, target in ((coarse_logits, targets[0]), (fine_logits, targets[1])):
             want += -logits.log_softmax(-1)[:, 40:].gather(-1, target[:, 40:, None]).mean()
-        latents, nats = model.reasoner(h, model.stamps(inputs[2]), origins), []
+        stamps = model.stamps(time)[torch.arange(2)[:, None, None], (origins[..., None] + torch.arange(16)).clamp(max=99)]
+        latents, nats = model.reasoner(h, origins, stamps), []
         for b, m, n in np.ndindex(2, 2, 16):            # latent n after p bars names bar p + n
             at = int(origins[b, m]) + n
             if 40 < at < 100:                           # the stamp of bar 100 is not known
