@@ -49,9 +49,6 @@ HARMONICS = 6       # of the day, waves that tell the time of day
 CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
 GAPS = 7            # spacings whose median tells the bars' interval
 AHEAD = 16          # bars of generation whose clock is read at once
-DAYS = 28           # days back at whose same time of day the model looks,
-LAST_DAYS = 7       # and again at the last of them alone
-REACH = 512         # bars back, at most, of what it sees there
 NO_BAR = -2**62     # stands for the stamp of a bar before the first one
 
 
@@ -108,7 +105,7 @@ class Embedding(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        n_read = N_CHANNELS + 2 * len(HALF_LIVES) + 5 + 2 * HARMONICS
+        n_read = N_CHANNELS + 2 * len(HALF_LIVES) + 2 * HARMONICS
         self.candle = mlp(n_read, C, C)
         self.candle_linear = linear(n_read, C)      # sums over past moves stay linear
         self.calendar = nn.Embedding(sum(CALENDAR), C)
@@ -121,17 +118,15 @@ class Embedding(nn.Module):
 
     def forward(self, z, values, time):
         """z [B, T, 6]: candles; values: see Model.values; time int64 [B, T] -> x [B, T, C], and
-        what generation goes on from: the past means and what same_hour reads."""
-        close, high, low, volume = values
+        what generation goes on from, the past means."""
+        close, high, low, _ = values
         k = true_range(high, low)                                       # [B, T], TR_t / s_t
         means, after = self.past_means(k, close)                        # [B, T, 2 n]
-        recent = range_and_volume(k, volume)                            # [B, T, 2]
-        hour = same_hour(recent, *hours_before(time))                   # [B, T, 5]
-        return self.read(z, means, hour, waves(time), self.stamp(time)), (after, recent)
+        return self.read(z, means, waves(time), self.stamp(time)), after
 
-    def read(self, z, means, hour, waves, stamp):
+    def read(self, z, means, waves, stamp):
         """The stream x [B, T, C] from all that is read: the sizes at the right of forward."""
-        read = torch.cat((z, means, hour, waves), -1)                   # [B, T, n_read]
+        read = torch.cat((z, means, waves), -1)                   # [B, T, n_read]
         x = self.candle(read) + self.candle_linear(read)
         return norm(x + stamp.to(x.dtype))                              # [B, T, C]
 
@@ -194,51 +189,6 @@ def true_range(high, low):
     """Of a bar whose high and low are told from the close before; bounded, for candles that no
     market shows."""
     return (high.clamp(min=0) - low.clamp(max=0)).clamp(1e-3, 1e3)
-
-
-def range_and_volume(k, volume):
-    """What same_hour takes means of: [B, T, 2]."""
-    return torch.stack((k.log(), volume), dim=-1).clamp(-MAX_LOG, MAX_LOG).float()
-
-
-def same_hour(recent, place, weights, share):
-    """Means of range and volume of what came after the same time of day, over LAST_DAYS and DAYS
-    days, and the share of days that had such a bar: [B, n, 5].
-
-    recent [B, size, 2]; the others: see hours_before.
-    """
-    values = recent.gather(1, place.flatten(1)[..., None].expand(-1, -1, 2))
-    values = values.unflatten(1, place.shape[1:])                       # [B, n, DAYS, 2]
-    with torch.autocast(recent.device.type, enabled=False):
-        return torch.cat(((weights @ values).flatten(2), share), -1)    # [B, n, 2 * 2 + 1]
-
-
-def hours_before(time, pos=None, size=None):
-    """For same_hour, of the last bars of time [B, T], those at pos [n]: the places [B, n, DAYS] of
-    the bars that it asks for, bar p in place p % size; their weights in two means
-    [B, n, 2, DAYS]; the share of days that have one [B, n, 1]."""
-    if pos is None:
-        pos, size = torch.arange(time.shape[1], device=time.device), time.shape[1]
-    back = days_before(time, len(pos))
-    there = back >= 0
-    lately = there & (torch.arange(DAYS, device=pos.device) < LAST_DAYS)
-    weights = torch.stack((lately, there), dim=2).float()
-    weights = weights / (1 + weights.sum(-1, keepdim=True))     # few days are drawn towards 0
-    return (pos[:, None] - back) % size, weights, there.float().mean(2, keepdim=True)
-
-
-def days_before(time, n):
-    """For each of the last n of the stamps [B, T], and each of the DAYS days before it: how many
-    bars back lies the bar that came after the same time of day. int64 [B, n, DAYS]; -1 where there
-    is none within REACH bars."""
-    T = time.shape[1]
-    days = DAY * torch.arange(1, DAYS + 1, device=time.device)
-    earlier = (time[:, T - n:, None] - days).flatten(1)                 # [B, n * DAYS]
-    at = torch.searchsorted(time.contiguous(), earlier)
-    there = time.gather(1, at.clamp(max=T - 1)) == earlier
-    own = torch.arange(T - n, T, device=time.device)[:, None]
-    back = own - at.unflatten(1, (n, DAYS)) - 1
-    return back.masked_fill(~there.view_as(back) | (back < 0) | (back >= REACH), -1)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -868,9 +818,8 @@ class State:
     """What generation carries from bar to bar, of B rows; it does not grow."""
     pos: int                # bars seen, the same of all rows
     h: torch.Tensor         # [B, C]: hidden state of the last bar, from which the heads read on
-    stamps: torch.Tensor    # int64 [B, REACH]: of the last bars, those ahead included
+    stamps: torch.Tensor    # int64 [B, GAPS]: of the last bars, those ahead included
     means: torch.Tensor     # float64 [B, 2, len(HALF_LIVES)]: see Embedding.past_means
-    recent: torch.Tensor    # [B, REACH, 2]: for same_hour, bar p in place p % REACH
     layers: list            # per layer and kind of attention its state, [H B, ...]
     steps: list             # of LayerStep
     ahead: list             # of each bar to come what hangs on its place and stamp alone
@@ -880,7 +829,7 @@ class State:
         def rows(a):
             return a.repeat_interleave(n, 0) if torch.is_tensor(a) else [rows(part) for part in a]
 
-        names = "h", "stamps", "means", "recent", "layers"
+        names = "h", "stamps", "means", "layers"
         own = {name: rows(getattr(self, name)) for name in names}
         ahead = [(place, rows(stamp)) for place, stamp in self.ahead]
         return replace(self, ahead=ahead, **own)
@@ -890,7 +839,7 @@ def prefill(model, coarse, fine, time):
     """Model.hidden, but that the states of all parts are kept, and of the last layer only the last
     bar is asked for."""
     T, last = time.shape[1], model.layers[-1]
-    x, (means, recent) = model.embedding(*model.candles(coarse, fine), time)
+    x, means = model.embedding(*model.candles(coarse, fine), time)
     rot = model.rotation(torch.arange(T, device=time.device), x.dtype)
     layers = []
     for layer in model.layers[:-1]:
@@ -899,19 +848,18 @@ def prefill(model, coarse, fine, time):
     o, states = last.attend(x, rot)
     h = norm(last.add(x[:, -1:], o[:, -1:]))[:, 0]
     layers = [rings(layer, states, T) for layer, states in zip(model.layers, [*layers, states])]
-    recent = F.pad(recent[:, -REACH:], (0, 0, 0, max(0, REACH - T)))
     steps = model.cache.get(("steps", x.dtype), list(model.layers.parameters()),
                             lambda: [LayerStep(layer, x.dtype) for layer in model.layers])
-    return State(T, h.float(), F.pad(time, (REACH, 0), value=NO_BAR)[:, -REACH:].clone(), means,
-                 recent.roll(max(0, T - REACH) % REACH, dims=1), layers, steps, ahead=[])
+    stamps = F.pad(time, (GAPS, 0), value=NO_BAR)[:, -GAPS:].clone()
+    return State(T, h.float(), stamps, means, layers, steps, ahead=[])
 
 
 def step(model, coarse, fine, time, state):
     """See Model.step."""
     if not state.ahead:
         look_ahead(model, time.view(len(time), -1)[:, :AHEAD], state)
-    (pos, cos, sin, places), stamp = state.ahead.pop(0)
-    x = embed(model.embedding, *model.candles(coarse[:, None], fine[:, None]), pos, *stamp, state)
+    (cos, sin, places), stamp = state.ahead.pop(0)
+    x = embed(model.embedding, *model.candles(coarse[:, None], fine[:, None]), *stamp, state)
     x = x[:, 0].to(state.steps[0].up.dtype)                                 # [B, C]
     for layer, states in zip(state.steps, state.layers):
         x = layer(x, (cos, sin), places, states)
@@ -925,19 +873,16 @@ def look_ahead(model, time, state):
     pos = torch.arange(state.pos, state.pos + n, device=time.device)
     rot = (a[:, 0].split(1, dim=-2) for a in model.rotation(pos, torch.float32))    # [2, 1, 1, D]
     places = zip(*(places_of(kind, pos) for kind in model.layers[0].kinds))
-    stamp = waves(time), model.embedding.stamp(stamps, n), *hours_before(stamps, pos, REACH)
-    state.ahead = list(zip(zip(pos.split(1), *rot, places), zip(*(a.split(1, 1) for a in stamp))))
-    state.stamps = stamps[:, -REACH:]
+    stamp = waves(time), model.embedding.stamp(stamps, n)
+    state.ahead = list(zip(zip(*rot, places), zip(*(a.split(1, 1) for a in stamp))))
+    state.stamps = stamps[:, -GAPS:]
 
 
-def embed(embedding, z, values, pos, waves, stamp, *hour_and_state):
-    """Embedding.forward of one bar more; updates what the state has of the bars before."""
-    *hours, state = hour_and_state
-    close, high, low, volume = values
-    k = true_range(high, low)
-    means, state.means = embedding.past_means(k, close, state.means)
-    state.recent.index_copy_(1, pos % REACH, range_and_volume(k, volume))
-    return embedding.read(z, means, same_hour(state.recent, *hours), waves, stamp)
+def embed(embedding, z, values, waves, stamp, state):
+    """Embedding.forward of one bar more; updates the state's means of the bars before."""
+    close, high, low, _ = values
+    means, state.means = embedding.past_means(true_range(high, low), close, state.means)
+    return embedding.read(z, means, waves, stamp)
 
 
 class LayerStep:

@@ -82,24 +82,24 @@ class Tables(Model):
         self.tokens = coarse, fine
         return super().candles(coarse, fine)
 
-    def read(self, z, means, hour, waves, stamp):
+    def read(self, z, means, waves, stamp):
         coarse, fine = self.tokens
         x = self.rows(coarse) + self.rows(fine + len(self.D1)) + stamp
         return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x)
 
 
 class Blind(Model):
-    """Does not see the columns `blind_to` of what a bar shows: means of ranges, of moves, of the same hour, waves of the day."""
+    """Does not see the columns `blind_to` of what a bar shows: means of ranges, of moves, waves of the day."""
 
     def __init__(self, config):
         super().__init__(config)
         self.read_all, self.embedding.read = self.embedding.read, self.read
 
-    def read(self, z, means, hour, waves, stamp):
+    def read(self, z, means, waves, stamp):
         ranges, moves = means.chunk(2, dim=-1)
-        seen = dict(ranges=ranges, moves=moves, hour=hour, waves=waves)
-        ranges, moves, hour, waves = (a * (name not in self.blind_to) for name, a in seen.items())
-        return self.read_all(z, torch.cat((ranges, moves), dim=-1), hour, waves, stamp)
+        seen = dict(ranges=ranges, moves=moves, waves=waves)
+        ranges, moves, waves = (a * (name not in self.blind_to) for name, a in seen.items())
+        return self.read_all(z, torch.cat((ranges, moves), dim=-1), waves, stamp)
 
 
 def blind(*columns):
@@ -122,7 +122,6 @@ VARIANTS = {
     "no means of ranges": (blind("ranges"), {}, []),
     "no means of moves": (blind("moves"), {}, []),
     "neither": (blind("ranges", "moves"), {}, []),
-    "no same hour": (blind("hour"), {}, []),
     "no waves of the day": (blind("waves"), {}, []),
     "rope": (Model, dict(pos="rope"), []),
     "alibi": (Model, dict(pos="alibi"), []),

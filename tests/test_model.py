@@ -516,26 +516,6 @@ def test_past_means_go_on_where_they_stopped():
     assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_MOVE
 
 
-def test_same_hour_means_what_followed_it_on_the_days_before():
-    """Beside a plain search, on half-hour bars of sessions with gaps."""
-    rng = np.random.default_rng(0)
-    days = np.arange(60)[:, None] * DAY + np.arange(15, 29) * 1800             # 14 bars a day
-    time = torch.from_numpy(np.stack([np.sort(rng.choice(days.ravel(), 700, replace=False)) for _ in range(2)]))
-    values = torch.from_numpy(rng.standard_normal((2, 700, 2)).astype(np.float32))
-    got = M.same_hour(values, *M.hours_before(time))
-    for b in range(2):
-        place = {stamp: t for t, stamp in enumerate(time[b].tolist())}
-        for t in range(0, 700, 9):
-            found = [(d, place[time[b, t].item() - d * DAY] + 1) for d in range(1, 29)
-                     if time[b, t].item() - d * DAY in place]
-            found = [(d, at) for d, at in found if t - at < M.REACH]
-            for column, last in enumerate((7, 28)):
-                rows = [values[b, at] for d, at in found if d <= last]
-                want = sum(rows, torch.zeros(2)) / (1 + len(rows))
-                torch.testing.assert_close(got[b, t, 2 * column:2 * column + 2], want)
-            assert got[b, t, 4] == pytest.approx(len(found) / 28)
-
-
 def test_read_codes_takes_the_candles_of_the_tokenizer():
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(**BITS)).eval()
