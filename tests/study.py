@@ -996,7 +996,7 @@ def clock_study(argv):
     parser.add_argument("--train", nargs="+", required=True, help="CSV files to train on")
     parser.add_argument("--out", default="study_clock", help="folder of bars and checkpoints; what is there is not made again")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--flags", nargs="*", default=[], help="of pretrain.py, as --flags=--steps=600")
+    parser.add_argument("--flags", nargs="+", action="extend", default=[], help="of pretrain.py, as --flags=--steps=600")
     args = parser.parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
     lunch = os.path.join(args.out, "lunch")
