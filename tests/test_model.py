@@ -442,6 +442,20 @@ def test_recurrence_in_half_precision(name, start):
     assert error < 0.05, error
 
 
+def test_kept_weights_of_steps_are_never_stale():
+    """A prefill makes copies of the layers' weights for steps: again, once a weight changes."""
+    model, rows = make(n_layer=1), bars(2, 40)
+    other = make(seed=1, n_layer=1).state_dict()
+    changes = (lambda: None, lambda: model.layers[0].up.weight.mul_(0.5), lambda: model.load_state_dict(other),
+               lambda: model.load_state_dict(make(seed=2, n_layer=1).state_dict(), assign=True))
+    with torch.no_grad():
+        for change in changes:
+            change()
+            h, _ = model.step(*(a[:, -1] for a in rows), prefilled(model, rows, 39))
+            assert (h - model.hidden(*rows)[:, -1]).abs().max() <= 1e-4
+        assert prefilled(model, rows, 39).steps is prefilled(model, rows, 20).steps
+
+
 def test_memory_of_generation_does_not_grow():
     """After 600 bars of a path there are as many numbers in tensors, anywhere, as after 100."""
     model, held = make(n_layer=1), []
