@@ -31,7 +31,7 @@ from backstage.checkpoint import SEEN_DATES
 from backstage.files import check_out, fingerprint, sole_writer
 from backstage.loop import (
     Clock, Optimizer, Run, average_gradients, load_optimizer, load_tokenizer, precision, rate, resumed, stop_here)
-from backstage.script import StopSignal, UserError, check_numbers, cli, peak_memory, pick_device, progress, run
+from backstage.script import StopSignal, UserError, check_numbers, cli, peak_memory, pick_device, processes, progress, run
 from backstage.series import DAY
 from data import iso
 from model import Model, ModelConfig, load_checkpoint, norm, save_checkpoint

@@ -27,8 +27,8 @@ import torch
 
 import backtest
 import data
-from backstage.clock import future_times
 from backstage.checkpoint import sources_of
+from backstage.clock import future_times
 from backstage.files import check_out, sole_writer
 from backstage.loop import (
     Clock, Optimizer, Run, begin, load_optimizer, precision, rate, resumed, stop_here)
