@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from backstage.checkpoint import SEEN_DATES
-from backstage.loop import resumed
 from backstage.files import _beside, load_safe, save_atomic, sole_writer
-from backstage.loop import Run
+from backstage.loop import Run, resumed
 from backstage.script import cli
 import data
 import pretrain
