@@ -822,6 +822,7 @@ def test_systems_without_these_names(monkeypatch, tmp_path):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(os, "open", no_folders)
     save_atomic({"a": 1}, tmp_path / "a.pt")
+    monkeypatch.undo()
     assert load_safe(tmp_path / "a.pt") == {"a": 1} and os.listdir(tmp_path) == ["a.pt"]
 
 
