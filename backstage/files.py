@@ -24,7 +24,7 @@ from backstage.script import UserError, printable, processes
 from backstage.series import HOUR
 
 FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)   # names of files of bars, what else is before
-GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {        # what a checkpoint may call
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"} | {        # what a checkpoint may call
     f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
 
 # -- what tells two data sets, or two sets of weights, apart
