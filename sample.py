@@ -10,7 +10,9 @@ A forecast is a set of sampled futures, called paths. A symbol's context is read
 each then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that
 every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
+import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -24,11 +26,11 @@ import torch
 import data
 from backstage.clock import future_times
 from backstage.dates import iso, parse_time
-from backstage.files import check_out, csv_text, write_atomic
+from backstage.files import check_out, csv_text, fingerprint, open_regular, write_atomic
 from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
 from backstage.scores import EXTREME, USUAL_BARS, WARN, chance_extreme, usual_sigma
 from backstage.script import UserError, cli, pick_device, printable, run
-from backstage.series import COLUMNS, DAY, HOUR, YEAR
+from backstage.series import COLUMNS, DAY, FORECAST, HOUR, YEAR
 from model import load_checkpoint
 
 
@@ -313,7 +315,7 @@ def print_report(rows, horizon, breadth, mean_p_up):
 
 def write_csv(path, histories, ohlcva, times):
     """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle)."""
-    head = ["time", "symbol", "step", "p_up", *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
+    head = [*FORECAST, *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
     with write_atomic(path, text=True) as f:
         writer = csv.writer(f)
         writer.writerow(head)
@@ -345,6 +347,7 @@ def main(argv=None):
     config = Config(**cli(Config, __doc__, argv))
     check(config)
     model, tokenizer, meta = load_checkpoint(config.ckpt, pick_device(config.device))
+    check_outputs(config, meta)
     if config.plot_loss:
         plot_loss(config.plot_loss, meta["metrics"])
     series = load_series(config.data, meta, config.symbols)
@@ -387,11 +390,11 @@ def load_series(sources, meta, symbols=None):
     trained = meta["data"] or {}
     if not sources and not trained:
         raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
-    sources = sources or trained["sources"]
+    named, sources = bool(sources), sources or trained["sources"]
     if sources == ["synthetic"]:
         series, _ = data.synthetic(seed=trained.get("seed", meta["seed"]))
     else:
-        series = data.load(sources)
+        series = data.load(sources) if named else trained_bars(trained)
     if not symbols:
         return series
     known = {bars.symbol: bars for bars in series}
@@ -400,6 +403,15 @@ def load_series(sources, meta, symbols=None):
             some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
             raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
     return [known[symbol] for symbol in dict.fromkeys(symbols)]
+
+
+def trained_bars(source):
+    """The bars that a checkpoint names. It may come from anyone: of other files than those not a word is shown."""
+    with contextlib.suppress(UserError, OSError), contextlib.redirect_stderr(io.StringIO()):
+        series = data.load(source["sources"])
+        if source["fingerprint"] == fingerprint(series):
+            return series
+    raise UserError(f"{', '.join(source['sources'][:3])}: not the bars that the checkpoint was trained on; name bars by --data")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,12 +435,15 @@ def check(config):
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
-    outputs = [config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss]
-    outputs = [path for path in outputs if path is not None]
-    if len(set(map(os.path.abspath, outputs))) < len(outputs):
-        raise UserError("two of --out, --paths_out and the plots have the same name; give each its own")
-    for path in outputs:
-        check_out(path, True, (config.ckpt, config.times, *(config.data or ())))
+
+
+def check_outputs(config, meta):
+    """Refuse outputs that are read, are another output, or exist already."""
+    reads = [config.ckpt, config.times, *(config.data or (meta["data"] or {}).get("sources", ()))]
+    outputs = config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss
+    for path in (path for path in outputs if path is not None):
+        check_out(path, True, reads)
+        reads.append(path)
         if os.path.exists(path) and not config.overwrite:
             raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
 
@@ -446,8 +461,8 @@ def base_weights(sources):
 def read_times(path, histories, horizon):
     """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
     try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
+        with open_regular(path) as f:
+            lines = f.read().decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
                         f"give a file of dates, one a line")

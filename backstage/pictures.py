@@ -144,7 +144,7 @@ def plot_loss(path, metrics):
     """The reports in a checkpoint's metrics, a panel for each stage that made any."""
     parts, n = [], 0
     for title, keys in LOSSES.items():
-        reports = [report for report in metrics if all(report.get(key) is not None for key in keys)]
+        reports = [report for report in metrics if all(abs(report.get(key) or np.inf) < 1e30 for key in keys)]
         if len(reports) < 2:
             continue
         values = np.array([[report[key] for key in keys] for report in reports])  # (reports, curves)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from backstage.dates import _ahead, _clock, _dates, _is_number, iso
-from backstage.files import sole_writer, write_atomic
+from backstage.files import FILES, open_regular, sole_writer, write_atomic
 from backstage.script import UserError, printable, progress
-from backstage.series import COLUMNS, DAY, YEAR, Bars
+from backstage.series import COLUMNS, DAY, FORECAST, YEAR, Bars
 
 HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
     "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
@@ -71,7 +71,7 @@ MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a
 MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
 SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
-FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
+UNPACKED, PACKED = 2**24, 30  # an archive may hold so many bytes, or so many times its own size
 FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON",
            b"\xd0\xcf\x11\xe0": "Excel"}
 
@@ -126,15 +126,17 @@ def read_files(paths):
     for path, named in files:
         try:
             yield from _open_folder(path) if os.path.isdir(path) else _read_csv(path, symbols[path])
-        except UserError as e:
+        except (UserError, csv.Error) as e:
+            if isinstance(e, csv.Error):
+                e = UserError(f"{path}: not CSV ({e}); look for a quote that is never closed")
             if named:
-                raise
+                raise e
             skipped.append(e)
     bad = [e for e in skipped if not isinstance(e, _NoBars)]
     if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
         raise (bad or skipped)[0]
     if skipped:
-        print(f"{len(skipped)} of {len(files)} files skipped: {'; '.join(map(str, skipped[:3]))}", file=sys.stderr)
+        print(f"{len(skipped)} of {len(files)} files skipped: {printable('; '.join(map(str, skipped[:3])))}", file=sys.stderr)
 
 
 def _files(paths):
@@ -213,11 +215,14 @@ def _read_csv(path, symbol):
 def _text(path):
     """What a text file holds, in whatever encoding and container; UserError if it is none."""
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             raw = f.read()
-        for magic, unpack in CONTAINERS.items():
+        most = max(UNPACKED, PACKED * len(raw))
+        for magic, opened in CONTAINERS.items():
             if raw.startswith(magic):
-                raw = unpack(raw)
+                raw = opened(io.BytesIO(raw)).read(most + 1)
+                if len(raw) > most:
+                    raise ValueError(f"it unpacks to more than {most:,} bytes; if you trust it, unpack it yourself")
         for magic, kind in FOREIGN.items():
             if raw[:100].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(magic):
                 raise ValueError(f"it is {kind}")
@@ -230,17 +235,17 @@ def _text(path):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _unzipped(raw):
-    with zipfile.ZipFile(io.BytesIO(raw)) as file:
-        names = [name for name in file.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
-        if "[Content_Types].xml" in names:
-            raise ValueError("it is Excel")
-        if len(names) != 1:
-            raise ValueError(f"it holds {len(names)} files")
-        return file.read(names[0])
+def _unzipped(packed):
+    file = zipfile.ZipFile(packed)
+    names = [name for name in file.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
+    if "[Content_Types].xml" in names:
+        raise ValueError("it is Excel")
+    if len(names) != 1:
+        raise ValueError(f"it holds {len(names)} files")
+    return file.open(names[0])
 
 
-CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ": lzma.decompress, b"BZh": bz2.decompress}
+CONTAINERS = {b"PK\3\4": _unzipped, b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 
 
 def _decoded(raw):
@@ -273,7 +278,7 @@ class Table:
     line_of: list[int] | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     def say(self, text):
-        print(f"{self.path}: {text}", file=sys.stderr)
+        print(printable(f"{self.path}: {text}"), file=sys.stderr)
 
     def error(self, line, text):
         return UserError(f"{self.path}:{line}: {text}")
@@ -311,9 +316,12 @@ def _n_known(fields):
 
 
 def _split(line, delimiter):
+    """The cells of a line, each cut to what a name may have before regular expressions see it."""
     if delimiter == " ":  # or runs of them
-        return line.replace('"', "").split()
-    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+        cells = line.replace('"', "").split()
+    else:
+        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    return [cell[:200] for cell in cells]
 
 
 def _table(path):
@@ -336,6 +344,8 @@ def _table(path):
     if delimiter == " ":
         lines, delimiter = ["\t".join(_split(line, " ")) for line in lines], "\t"
     cells = [printable(cell.strip()) for cell in _split(lines[at], delimiter)]
+    if tuple(cells[:len(FORECAST)]) == FORECAST:
+        raise _NoBars(f"{path}:{at + 1}: a forecast of sample.py, which is no history; name the bars")
     fields, tickers = [field for field, _ in named], [ticker for _, ticker in named]
     table = Table(path, lines, delimiter, at + 1, cells, fields, tickers)
     if not any(tickers):
@@ -672,60 +682,97 @@ def _look_for_jumps(table, names, time, code, close):
         table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at {iso(time[k + 1])}{why}{more}")
 
 
-# -- the memory-mapped form: symbols.json, and per symbol NNNNNN.time.npy, NNNNNN.ohlcva.npy
+# -- the memory-mapped form: all times and all bars in a file each, and symbols.json: [[symbol, first row, one past], ...]
+
+ARRAYS = ("bars.time", "<i8", 1), ("bars.ohlcva", "<f8", 6)     # name, type, numbers a bar
+
 
 def write_folder(series, out):
     """Write Bars as a folder that `load` maps into memory; symbols.json, the seal, comes last. -> (symbols, bars)."""
-    seal, names, n_bars = os.path.join(out, "symbols.json"), {}, 0
+    seal, rows = os.path.join(out, "symbols.json"), {}
     try:
         os.makedirs(out, exist_ok=True)
         with sole_writer(seal):
             if os.path.exists(seal):
                 raise UserError(f"{out}: holds a data set already; choose another --out or remove it")
-            for bars in series:
-                n_bars += len(bars)
-                seen = bars.symbol in names
-                stem = os.path.join(out, f"{names.setdefault(bars.symbol, len(names)):06d}")
-                if seen:  # the symbol goes on in another file
-                    bars = _joined([_open_series(stem, bars.symbol), bars])
-                np.save(stem + ".time.npy", bars.time)
-                np.save(stem + ".ohlcva.npy", bars.ohlcva)
-                progress(f"{len(names)} symbols, {n_bars:,} bars")
+            n_bars = _append(series, out, rows)
+            if any(len(parts) > 1 for parts in rows.values()):     # a symbol went on in another file: side by side
+                parts, rows = rows, {}
+                n_bars = _append(_whole(out, parts, n_bars), out, rows)
+            if not rows:
+                raise UserError(f"{out}: no bars to write")
             with write_atomic(seal, text=True) as f:
-                json.dump(list(names), f)
+                json.dump([[symbol, *parts[0]] for symbol, parts in rows.items()], f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
     progress("")
-    return len(names), n_bars
+    return len(rows), n_bars
+
+
+def _append(series, out, rows):
+    """Write Bars one behind another, and in `rows` {symbol: [(first, one past) of each part]}; returns how many."""
+    n_bars = 0
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(write_atomic(os.path.join(out, name))) for name, _, _ in ARRAYS]
+        for bars in series:
+            if not _is_symbol(bars.symbol):
+                raise UserError(f"{printable(bars.symbol)[:40]}...: a symbol of over 200 letters; give it a shorter name")
+            rows.setdefault(bars.symbol, []).append((n_bars, n_bars + len(bars)))
+            n_bars += len(bars)
+            for f, array, (_, kind, _) in zip(files, (bars.time, bars.ohlcva), ARRAYS):
+                f.write(np.ascontiguousarray(array, kind).data)
+            progress(f"{len(rows)} symbols, {n_bars:,} bars")
+    return n_bars
+
+
+def _whole(out, rows, n_bars):
+    """Yield each symbol's Bars, its parts put together."""
+    time, ohlcva = _mapped(out, n_bars)
+    for symbol, parts in rows.items():
+        yield _joined([Bars(symbol, time[a:b], ohlcva[a:b]) for a, b in parts])
+
+
+def _mapped(folder, n_bars):
+    """int64 [n_bars] and float64 [n_bars, 6], mapped; ValueError where the files have another length."""
+    for name, kind, width in ARRAYS:
+        with open_regular(os.path.join(folder, name)) as f:
+            if os.fstat(f.fileno()).st_size != 8 * width * n_bars:
+                raise ValueError(f"{name} has not the {n_bars:,} bars of symbols.json")
+            yield np.memmap(f, kind, "r", shape=(n_bars, width) if width > 1 else n_bars)
+
+
+def _is_symbol(name):
+    return isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()
 
 
 def _open_folder(folder):
     """The series of a folder, mapped into memory and checked whole: who reads on may trust them."""
     try:
-        with open(os.path.join(folder, "symbols.json"), encoding="utf-8") as f:
-            names = json.load(f)
-        listed = names if isinstance(names, list) else []
-        good = {name for name in listed if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()}
-        if not good or len(good) < len(names):
-            raise ValueError("symbols.json is no list of different symbols")
-        return [_open_series(os.path.join(folder, f"{i:06d}"), name) for i, name in enumerate(names)]
+        with open_regular(os.path.join(folder, "symbols.json")) as f:
+            listed = json.load(f)
+        names, first, end = zip(*listed)
+        good = all(map(_is_symbol, names)) and len(set(names)) == len(names) and all(type(b) is int for b in end)
+        if not good or [0, *end[:-1]] != list(first) or not all(a < b for a, b in zip(first, end)):
+            raise ValueError("symbols.json is no list of different symbols and their rows")
+        time, ohlcva = _mapped(folder, end[-1])
+        _check_arrays(time, ohlcva, names, np.array(first))
+        return [Bars(name, time[a:b], ohlcva[a:b]) for name, a, b in listed]
     except Exception as e:  # numpy and json raise many kinds for a damaged file
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(f"{folder}: not a whole data set ({why}); write it again with python data.py --out")
 
 
-def _open_series(stem, symbol):
-    """Bars of a folder; ValueError for arrays that are none. Reads them once, piece by piece."""
-    time, ohlcva = np.load(stem + ".time.npy", mmap_mode="r"), np.load(stem + ".ohlcva.npy", mmap_mode="r")
-    fits = time.dtype == np.int64 and ohlcva.dtype == np.float64 and time.ndim == 1 and ohlcva.shape == (len(time), 6)
-    if not fits or not len(time):
-        raise ValueError(f"{symbol}: times {time.dtype} {time.shape} and bars {ohlcva.dtype} {ohlcva.shape} do not fit")
+def _check_arrays(time, ohlcva, names, first):
+    """ValueError for rows that are no bars, or do not rise within a symbol. Reads them once, piece by piece."""
     piece = 1 << 16
     for i in range(0, len(time), piece):
         stamps = np.asarray(time[i:i + piece + 1])  # with the first of the next piece
-        if (np.diff(stamps) <= 0).any() or stamps[0] < -229 * YEAR or stamps[-1] > 229 * YEAR:
-            raise ValueError(f"{symbol}: its times do not rise")
-        for failed, why in _faults(np.asarray(ohlcva[i:i + piece]).T):
+        beyond = (stamps < -229 * YEAR) | (stamps > 229 * YEAR)
+        falls = np.diff(stamps) <= 0
+        begins = first[np.searchsorted(first, i + 1):np.searchsorted(first, i + len(falls), "right")]
+        falls[begins - i - 1] = False
+        for failed, why in ((beyond, "its times are none"), (falls, "its times do not rise"), *_faults(np.asarray(ohlcva[i:i + piece]).T)):
             if failed.any():
-                raise ValueError(f"{symbol}: bar {i + int(np.argmax(failed))}: {why}")
-    return Bars(symbol, time, ohlcva)
+                row = i + int(np.argmax(failed))
+                which = int(np.searchsorted(first, row, "right")) - 1
+                raise ValueError(f"{names[which]}: bar {row - first[which]}: {why}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of ohlcva
+FORECAST = ("time", "symbol", "step", "p_up")     # first columns of a file of forecasts, which is never read as bars
 CONTEXT = 32            # first bars of a series: context, never targets (the scales are still settling)
 HALF_LIFE = 32          # bars; of every exponentially weighted mean below
 DECAY = 0.5 ** (1 / HALF_LIFE)

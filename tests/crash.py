@@ -55,8 +55,8 @@ def killed_again_and_again(script, args, chance):
             run.send_signal(signal.SIGKILL)
             run.wait()
             kills += 1
-            in_write += bool(glob.glob("broken.pt.*.tmp"))
-            for path in glob.glob("broken.pt.*.tmp"):
+            in_write += bool(glob.glob(".kronos-r-*.tmp"))
+            for path in glob.glob(".kronos-r-*.tmp"):
                 os.unlink(path)
             continue
         if run.returncode:

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from backstage.checkpoint import SEEN_DATES
-from backstage.files import load_safe, save_atomic, sole_writer
-from backstage.loop import Run
+from backstage.files import _beside, load_safe, save_atomic, sole_writer
+from backstage.loop import Run, resumed
 from backstage.script import cli
 import data
 import pretrain
@@ -123,7 +123,7 @@ def test_g6_ended_by_a_signal_and_resumed_a_run_ends_with_the_same_weights(whole
     said, err = run.communicate(timeout=60)
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum], "finished before the signal"
     assert signum == signal.SIGKILL or "saved in" in said and not err
-    assert 5 <= load_safe(out)["step"] < 30 and os.path.exists(f"{out}.lock") == (signum == signal.SIGKILL)
+    assert 5 <= load_safe(out)["step"] < 30 and os.path.exists(_beside(str(out), "lock")) == (signum == signal.SIGKILL)
     assert call("pretrain", *flags, "--out", out, "--resume")[0] == 0  # a lock that nobody holds is in nobody's way
     assert os.listdir(tmp_path) == ["a.pt"]     # nor what a kill in the middle of a save left
     got = load_safe(out)
@@ -131,15 +131,6 @@ def test_g6_ended_by_a_signal_and_resumed_a_run_ends_with_the_same_weights(whole
         assert same(got[name], want[name]), name
     assert [row["score"] for row in got["metrics"][1:]] == [row["score"] for row in want["metrics"][1:]]
     assert got["since_best"] == want["since_best"] and got["best_val"] == want["best_val"]
-
-
-def test_the_only_writer_clears_what_a_killed_one_left(tmp_path):
-    """Temporary files of the same output, however young; those of other files stay."""
-    left, other = tmp_path / "a.pt.1-2.tmp", tmp_path / "b.pt.1-2.tmp"
-    for path in (left, other):
-        path.write_text("x")
-    with sole_writer(str(tmp_path / "a.pt")):
-        assert not left.exists() and other.exists()
 
 
 def test_of_two_runs_on_one_file_the_later_is_refused_and_the_first_is_whole(whole, checkpoint, tmp_path, call):
@@ -167,7 +158,7 @@ def test_of_two_conversions_into_one_folder_the_later_is_refused(market, tmp_pat
     (tmp_path / "bars").mkdir()
     with sole_writer(tmp_path / "bars" / "symbols.json"):
         assert "another run is writing it" in complaint(call(*argv))
-    (tmp_path / "bars" / "symbols.json.lock").touch()  # as one that was killed leaves it
+    open(_beside(str(tmp_path / "bars" / "symbols.json"), "lock"), "w").close()  # as one that was killed leaves it
     assert call(*argv)[0] == 0 and len(data.load(str(tmp_path / "bars"))) == 3
     assert not [name for name in os.listdir(tmp_path / "bars") if name.endswith(".lock")]
 
@@ -499,6 +490,34 @@ def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, cal
     before = [(tmp_path / name).read_bytes() for name in ("a.pt", "bars.csv")]
     assert "reads it" in complaint(call(*argv, "--overwrite"))
     assert [(tmp_path / name).read_bytes() for name in ("a.pt", "bars.csv")] == before
+
+
+def test_no_output_is_reached_by_a_glob_a_folder_a_link_or_the_checkpoints_own_bars(market, checkpoint, tmp_path, call):
+    bars, link = market / "SYN0.csv", tmp_path / "link.csv"
+    link.symlink_to(bars)
+    before = bars.read_bytes()
+    for argv in (["sample", "--data", market / "*.csv", "--out", bars], ["sample", "--data", market, "--plot", link], ["sample", "--out", bars],
+                 ["expo", "--out", link], ["sample", "--out", tmp_path / "a", "--plot", tmp_path / "b/../a"]):
+        assert "reads it" in complaint(call(*argv, "--ckpt", checkpoint, "--overwrite")) and bars.read_bytes() == before
+    assert "reads it" in complaint(call("pretrain", "--data", market, "--out", tmp_path / "a.pt", "--release", link, "--overwrite", *TINY))
+
+
+def test_a_file_of_others_names_nothing_that_is_read_or_written(checkpoint, tmp_path, call):
+    secret, path = tmp_path / "secret", tmp_path / "a.pt"
+    secret.write_text("a secret\n")
+    entry = load_safe(checkpoint)
+    entry["run"] |= dict(release=str(secret), steps=7)
+    entry["data"]["sources"] = [str(secret)]
+    torch.save(entry, path)
+    assert "a secret" not in complaint(call("sample", "--ckpt", path))
+    assert resumed(dict(out=str(path)), pretrain.Config, pretrain.FREE, ("pretrain",))[0].release is None
+
+
+@pytest.mark.parametrize("given", [dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2")])
+def test_half_an_environment_of_processes_gets_one_line(tmp_path, call, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun" in complaint(call("pretrain", "--out", tmp_path / "a.pt", *TINY))
 
 
 def test_a_flipped_bit_is_noticed(checkpoint, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from backstage.clock import calendar
-from backstage.files import check_out, csv_text, fingerprint, load_safe, save_atomic, write_atomic
+from backstage.files import _beside, check_out, csv_text, fingerprint, load_safe, save_atomic, write_atomic, sole_writer
 from backstage.markets import KINDS, _student4, reverting_best, reverting_path
 from backstage.reader import write_folder
 from backstage.script import StopSignal, bf16_gain, cli, peak_memory, pick_dtype, printable, run
@@ -760,12 +760,16 @@ def test_g5_killed_while_saving(tmp_path):
 
 
 def test_a_kill_leaves_no_litter_for_ever(tmp_path):
-    old, fresh = tmp_path / "a.pt.123-456.tmp", tmp_path / "a.pt.124-456.tmp"
-    for name in (old, fresh, tmp_path / "b.pt.1-2.tmp"):
-        name.write_bytes(b"half")
-    os.utime(old, (1e9, 1e9))
-    save_atomic({"a": 1}, tmp_path / "a.pt")
-    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.pt.124-456.tmp", "b.pt.1-2.tmp"]
+    """Temporary files of the same output, an hour old; the younger ones and those of the user stay."""
+    target = str(tmp_path / "a.pt")
+    kept = [_beside(target, "124-456.tmp"), target + ".keep-me.tmp", target + ".lock"]
+    for name in (_beside(target, "123-456.tmp"), *kept):
+        open(name, "wb").close()
+    os.utime(_beside(target, "123-456.tmp"), (1e9, 1e9))
+    save_atomic({"a": 1}, target)
+    with sole_writer(target):   # there is no other writer now: however young
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.pt.keep-me.tmp", "a.pt.lock"]
 
 
 def test_writing_leaves_an_old_file_until_all_is_written(tmp_path, monkeypatch):
@@ -833,7 +837,7 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, recwa
     path = tmp_path / "a.pt"
     for wrong in (torch.zeros(1).expand(10**9), torch.zeros(100).as_strided((50, 50), (1, 1)), torch.zeros(5).to_sparse(), torch.zeros(10**9, device="meta")):
         save_atomic({"a": [({"x": wrong},)]}, path)
-        with pytest.raises(UserError, match="a.pt: .*more numbers"):
+        with pytest.raises(UserError, match="a.pt: .*(more numbers|run code)"):
             load_safe(path)
     save_atomic({"a": [torch.zeros(100)[10:20], torch.zeros(3, 4).T, torch.tensor(1.0), torch.zeros(0), torch.nn.Parameter(torch.zeros(2))]}, path)
     assert len(load_safe(path)["a"]) == 5
@@ -932,6 +936,7 @@ def test_systems_without_these_names(monkeypatch, tmp_path):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(os, "open", no_folders)
     save_atomic({"a": 1}, tmp_path / "a.pt")
+    monkeypatch.undo()
     assert load_safe(tmp_path / "a.pt") == {"a": 1} and os.listdir(tmp_path) == ["a.pt"]
 
 

@@ -564,27 +564,25 @@ def test_parse_time():
 def edits(folder):
     """(what, function that spoils the folder) for each field of a folder, in a dozen ways."""
     names = folder / "symbols.json"
-    for text in ("", "5", "[]", "{", "{}", "null", "nan", '{"a": 1}', "[[[", "[1, 2]", '[""]',
-                 '["A", "A"]', '["A\\u001b[31m", "B"]', "[null, 2]", "[" * 5000, '["A", "B", "C"]'):
+    for text in ("", "5", "[]", "{", "{}", "null", "nan", '{"a": 1}', "[[[", "[1, 2]", '["A", "B"]', '[["A", 0, 9], ["A", 9, 70010]]',
+                 '[["A\\u001b[31m", 0, 70010]]', '[["A", 0, 9]]', '[["A", 0, 10], ["B", 9, 70010]]', '[["A", 0, 9], ["B", 9, 1e5]]', "[" * 5000):
         yield f"symbols.json {text[:20]}", lambda text=text: names.write_text(text)
-    for kind in ("time", "ohlcva"):
-        path = folder / f"000001.{kind}.npy"
-        array = np.load(path)
-        for k, raw in enumerate((b"", path.read_bytes()[:40], path.read_bytes()[:200], bytes(500), b"no array")):
-            yield f"{kind} cut {k}", lambda path=path, raw=raw: path.write_bytes(raw)
-        yield f"{kind} gone", path.unlink
-        backwards = [array[::-1]] if kind == "time" else []
-        for spoiled in (*backwards, array[:50], array[:0], 0 * array, -array, array * np.nan, array.reshape(-1, 1), array[None], np.float64(3),
-                        *map(array.astype, (np.float32, object, str, ">f8", complex, np.complex64))):
-            yield f"{kind} {spoiled.dtype} {spoiled.shape}", lambda path=path, spoiled=spoiled: np.save(path, spoiled, allow_pickle=True)
-    times = np.load(folder / "000001.time.npy")
-    times[1 << 16:] -= 9  # where the second piece begins
-    yield "times fall between pieces", lambda: np.save(folder / "000001.time.npy", times)
-    path = folder / "000001.ohlcva.npy"
+    for name in ("bars.time", "bars.ohlcva"):
+        path = folder / name
+        for raw in (b"", path.read_bytes()[:-8], bytes(500), path.read_bytes() + bytes(8), bytes(path.stat().st_size)):
+            yield f"{name} {len(raw)}", lambda path=path, raw=raw: path.write_bytes(raw)
+        yield f"{name} gone", path.unlink
+        yield f"{name} a pipe", lambda path=path: (path.unlink(), os.mkfifo(path))
+    times = np.fromfile(folder / "bars.time", "<i8")
+    for at in (5, 9 + (1 << 16), 70_009, 1 << 16):
+        spoiled = times.copy()
+        spoiled[at:] -= 9
+        yield f"times fall at {at}", lambda spoiled=spoiled: spoiled.tofile(folder / "bars.time")
+    bars = np.fromfile(folder / "bars.ohlcva", "<f8").reshape(-1, 6)
     for row, column, value in [(0, c, v) for c in range(4) for v in (0, -1, np.nan, np.inf, 1e40)] + [(70_000, 3, 0), (9, 4, -1), (9, 5, -1)]:
-        spoiled = np.load(path)
+        spoiled = bars.copy()
         spoiled[row, column] = value
-        yield f"bar {row} {column} {value}", lambda spoiled=spoiled: np.save(path, spoiled)
+        yield f"bar {row} {column} {value}", lambda spoiled=spoiled: spoiled.tofile(folder / "bars.ohlcva")
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -603,8 +601,32 @@ def test_a_spoiled_folder_is_refused_in_one_line(tmp_path):
             why = str(e)
         assert "not a whole data set" in why and "\n" not in why, (what, why)
         for path, raw in whole.items():
+            path.unlink(missing_ok=True)
             path.write_bytes(raw)
     assert [len(b) for b in data.load(str(tmp_path / "set"))] == [9, n]
+
+
+# ---- files of others
+
+def test_bombs_devices_forecasts_and_long_cells_are_refused_in_one_line(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(2**25)))
+    (tmp_path / "forecast.csv").write_text("time,symbol,step,p_up,q05,open,high,low,close,volume,amount\n2020-01-02,A,1,0.5,1,1,3,0.5,2,7,\n")
+    (tmp_path / "quote.csv").write_text("time,open,high,low,close\n2020-01-02,1,3,0.5,\"" + "2" * 200_000)
+    (tmp_path / "dots.csv").write_text("." * 20_000 + ",time,open,high,low\n2020-01-02,1,3,0.5,2\n")
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in (("a.gz", "unpacks to more"), ("forecast.csv", "a forecast"), ("quote.csv", "not CSV"), ("dots.csv", "no "),
+                      ("pipe", "not a regular file"), ("/dev/zero", "not a regular file")):
+        with pytest.raises(UserError, match=why) as e:
+            data.load(str(tmp_path / name))
+        assert "\n" not in str(e.value)
+
+
+def test_more_symbols_than_files_may_be_open(tmp_path):
+    one = np.tile([1.0, 3.0, 0.5, 2.0, 7.0, np.nan], (2, 1))
+    write_folder((Bars(f"S{i}", np.arange(2), one) for i in range(3000)), tmp_path / "set")
+    before = len(os.listdir("/dev/fd"))
+    series = data.load(str(tmp_path / "set"))
+    assert len(series) == 3000 and len(os.listdir("/dev/fd")) <= before + 2
 
 
 # ---- whatever the bytes
