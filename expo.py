@@ -30,6 +30,7 @@ import torch
 
 import backtest
 import data
+from backstage.checkpoint import sources_of
 from backstage.files import check_out, sole_writer
 from backstage.loop import (
     Clock, Optimizer, Run, begin, load_optimizer, precision, rate, resumed, stop_here)
@@ -201,7 +202,7 @@ def training(given):
     check(config)
     device = pick_device(config.device)
     if entry is None:
-        check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
+        check_out(config.out, config.overwrite, (config.ckpt, *(config.data or sources_of(config.ckpt))))
     elif entry["step"] >= config.steps:
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = StopSignal()
@@ -235,7 +236,7 @@ def training(given):
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
     print(f"{'step':>5}{'loss':>8}{'KL':>7}{'odds':>7}   log loss to the reference, val{'right':>7}{'MAE':>8}{'CRPS':>8}{'left':>9}")
-    clock, seen = Clock(run.step, config.steps, config.save_every), []
+    clock = Clock(run.step, config.steps, config.save_every)
     while run.step < config.steps:
         coarse, fine, when, target = data.get_batch(train, config.seed, run.step)
         chance = np.random.default_rng([config.seed, run.step, 1])
@@ -246,7 +247,7 @@ def training(given):
             loss, shown = loss_of(model, reference, table, batch, chance, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
-        seen.append(shown)
+        run.losses.append(shown)
 
         if run.step % eval_every == 0 or run.step == config.steps:
             now = scores(model)
@@ -255,11 +256,11 @@ def training(given):
             logloss, da, up_share = (float(now[m][0]) for m in ("logloss", "da", "up_share"))
             if fair and gain["hi"] is not None and gain["hi"] < 0:
                 run.keep_if_best(model, logloss)
-            mean = {k: float(np.mean([s[k] for s in seen if math.isfinite(s[k])] or [math.nan])) for k in shown}
+            mean = {k: float(np.mean([s[k] for s in run.losses if math.isfinite(s[k])] or [math.nan])) for k in shown}
             run.metrics.append(dict(stage="expo", step=run.step, train=mean["loss"], kl=mean["kl"], ref_odds=mean["odds"],
                                     grad_norm=norm_now, val_logloss=logloss, gain=gain, da=da, up_share=up_share,
                                     mae_ratio=mae, crps_ratio=crps))
-            seen = []
+            run.losses = []
             progress("")
             print(f"{run.step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['odds']:>7.2f}"
                   f"   {backtest.show(gain, 1, 4, '+'):<31}{da:>7.2%}{mae['value']:>8.4f}{crps['value']:>8.4f}"

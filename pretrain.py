@@ -87,7 +87,7 @@ class Config:
 
 
 # flags that may differ on --resume; every other must be as the run began
-FREE = {"out", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
+FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 LEAN_BLOCKS = 40     # of time on val, at least, by which the error of the lean is told
@@ -201,7 +201,7 @@ def fit_window(config, series, borders, sources, say):
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer, and the codes' shares
 
-def tokenizer_stage(config, features, spans, metrics, device):
+def tokenizer_stage(config, features, spans, metrics, device, stop):
     """Train the tokenizer on the train bars; the report is on val bars. spans: {split: [(first, last)] of each series}."""
     rows = {name: [x[first:last] for x, (first, last) in zip(features, spans[name])] for name in ("train", "val")}
     x = np.concatenate(rows["train"])
@@ -214,6 +214,9 @@ def tokenizer_stage(config, features, spans, metrics, device):
 
     def after(step, loss):
         progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}  {clock.left(step)} left")
+        if stop.signum:
+            print(f"stopped at step {step} of the tokenizer; nothing is saved yet")
+            raise SystemExit(stop.status)
 
     sizes = TokenizerConfig(coarse_bits=k1, fine_bits=k2, direction_bit=config.direction_bit)
     tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device, progress=after)
@@ -414,20 +417,21 @@ def training(given):
     if config.resume:
         config, entry = resumed(given, Config, FREE, ("pretrain",))
     check(config)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world, local_rank = processes()
+    device = pick_device(config.device, local_rank)
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # broadcasts and barriers use the current device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     say = print if rank == 0 else lambda *a, **k: None
+    reads = config.init_from, config.tokenizer, *(config.data or ())
     if entry is None and rank == 0:
-        check_out(config.out, config.overwrite, (config.init_from, config.tokenizer, *(config.data or ())))
-        if config.release:
-            check_out(config.release, config.overwrite, (config.out, config.init_from, *(config.data or ())))
+        check_out(config.out, config.overwrite, reads)
     run = Run.of(entry) if entry else Run()
     if entry and (run.step >= config.steps or entry["ended"]):
         return say(f"{config.out}: finished at step {run.step}; nothing to do")
+    if config.release and rank == 0:
+        check_out(config.release, config.overwrite, (config.out, *reads))
     stop = StopSignal()
 
     # ---- bars, splits, sizes
@@ -471,7 +475,7 @@ def training(given):
     elif config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
     elif rank == 0:
-        tokenizer = tokenizer_stage(config, features, spans, run.metrics, device)
+        tokenizer = tokenizer_stage(config, features, spans, run.metrics, device, stop)
     if world > 1:
         shared = [tokenizer.dump() if rank == 0 else None]
         dist.broadcast_object_list(shared, src=0)
@@ -529,7 +533,7 @@ def training(given):
     say(f"{'':>6}{'nats per bar':^34}{'CRPS to unigram, val':^24}")
     say(f"{'step':>6}{'train':>9}{'val':>9}{'coarse':>8}{'fine':>8}{'close':>8}{'range':>8}{'volume':>8}"
         f"{'right':>8}{'lean':>6}{'left':>8}")
-    clock, train_losses, ended = Clock(run.step, config.steps, config.save_every), [], False
+    clock, ended = Clock(run.step, config.steps, config.save_every), False
 
     def report_on(losses, norm):
         scores = evaluate(average, val, tiles, series, autocast, rank, world)
@@ -569,15 +573,15 @@ def training(given):
             dist.all_reduce(told)  # the loss of the whole batch, and an agreement to stop
         loss_sum, stopping = told[0].item(), told[1].item() > 0
         norm = run.update(model, optimizer, scaler, loss_sum, config.clip, say)
-        train_losses.append(loss_sum)
+        run.losses.append(loss_sum)
         if run.bad_steps == 0:
             with torch.no_grad():  # young averages are short
                 keep = min(config.average, run.step / (run.step + 10))
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
 
         if run.step % eval_every == 0 or run.step == config.steps:
-            report_on(train_losses, norm)
-            train_losses = []
+            report_on(run.losses, norm)
+            run.losses = []
             ended = run.since_best >= PATIENCE and run.step < config.steps
         elif rank == 0:
             progress(f"step {run.step}/{config.steps}  loss {loss_sum:.4f}")

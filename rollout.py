@@ -28,6 +28,7 @@ import torch
 import backtest
 import data
 from backstage.clock import future_times
+from backstage.checkpoint import sources_of
 from backstage.files import check_out, sole_writer
 from backstage.loop import (
     Clock, Optimizer, Run, begin, load_optimizer, precision, rate, resumed, stop_here)
@@ -191,7 +192,7 @@ def training(given):
     check(config)
     device = pick_device(config.device)
     if entry is None:
-        check_out(config.out, config.overwrite, (config.ckpt, *(config.data or ())))
+        check_out(config.out, config.overwrite, (config.ckpt, *(config.data or sources_of(config.ckpt))))
     elif entry["step"] >= config.steps:
         return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
     stop = StopSignal()
@@ -224,7 +225,7 @@ def training(given):
     # ---- the loop
     eval_every = config.eval_every or max(1, config.steps // 6)
     print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>8}   path CRPS to the base, val {'in 90 %':>10}{'left':>9}")
-    clock, seen = Clock(run.step, config.steps, config.save_every), []
+    clock = Clock(run.step, config.steps, config.save_every)
     while run.step < config.steps:
         chance = np.random.default_rng([config.seed, run.step, 1])
         weeks = chance.integers(-config.shift_weeks, config.shift_weeks + 1, (config.batch_size, 1))
@@ -243,7 +244,7 @@ def training(given):
             loss, shown = walk_loss(model, base, origins, walk, target, config)
         scaler.scale(loss).backward()
         norm_now = run.update(model, optimizer, scaler, loss.item(), config.clip)
-        seen.append(shown)
+        run.losses.append(shown)
 
         if run.step % eval_every == 0 or run.step == config.steps:
             now = scores(model)
@@ -251,11 +252,11 @@ def training(given):
             path_crps, inside = (float(at_step(now, m, None)[0]) for m in ("path_crps", "path_coverage90"))
             if ratio["hi"] is not None and ratio["hi"] < 1:
                 run.keep_if_best(model, path_crps)
-            mean = {k: float(np.mean([s[k] for s in seen if math.isfinite(s[k])] or [math.nan])) for k in shown}
+            mean = {k: float(np.mean([s[k] for s in run.losses if math.isfinite(s[k])] or [math.nan])) for k in shown}
             run.metrics.append(dict(stage="rollout", step=run.step, train=mean["loss"], plain=mean["plain"],
                                     kl=mean["kl"], grad_norm=norm_now, path_crps=path_crps, path_crps_ratio=ratio,
                                     path_coverage90=inside))
-            seen = []
+            run.losses = []
             progress("")
             print(f"{run.step:>5}{mean['loss']:>9.4f}{mean['plain']:>9.4f}{mean['kl']:>8.4f}"
                   f"   {backtest.show(ratio, 1, 4):<27}{inside:>10.1%}{clock.left(run.step)!s:>9}", flush=True)

@@ -63,6 +63,7 @@ class Checkpoint(typing.TypedDict):
 
 
 FORMAT_VERSION = 5
+RANGES = {"step": (0, 2**63 - 1), "bad_steps": (0, 2**63 - 1), "since_best": (0, 2**63 - 1), "seed": (0, 2**63 - 1)}
 SCORES = "step", "val", "coarse", "fine", "da", "close", "range", "volume", "score"     # a report has all or no score
 
 
@@ -77,9 +78,17 @@ def read_checkpoint(path):
     for name, kind in typing.get_type_hints(Checkpoint).items():
         if name not in entry or not fits(entry[name], kind):
             raise damaged(path, f"{name!r} is {'of a wrong kind' if name in entry else 'missing'}")
-    for name in ("step", "bad_steps", "since_best", "seed"):
-        if not 0 <= (entry[name] or 0) < 2**63:
-            raise damaged(path, f"{name!r} is {entry[name]}")
+    source = entry["data"] or {}
+    for holder in (entry, source, *entry["metrics"]):
+        for name, (low, high) in RANGES.items():
+            if holder.get(name) is not None and not low <= holder[name] <= high:
+                raise damaged(path, f"{name!r} is {holder[name]}")
+    if source and not (source["sources"] and all(source["sources"]) and all(k > 0 for k in source.get("intervals") or ())):
+        raise damaged(path, "its bars have no name, or an interval that is none")
+    if any(report.get("step") is None for report in entry["metrics"]):
+        raise damaged(path, "a report has no step")
+    if not fits(entry.get("losses", []), list[float | dict[str, float]]):
+        raise damaged(path, "'losses' are no numbers")
     for report in entry["metrics"]:
         if "score" in report and not all(fits(report.get(name), float) for name in SCORES):
             raise damaged(path, "a report lacks scores")
@@ -93,6 +102,11 @@ def read_checkpoint(path):
     if entry["features"] not in (None, made):
         raise damaged(path, "it reads other features than this version makes")
     return entry
+
+
+def sources_of(path):
+    """The names of the bars that a checkpoint was trained on, which a run that names none reads."""
+    return (read_checkpoint(path)["data"] or {}).get("sources", []) if path else []
 
 
 def damaged(path, reason):

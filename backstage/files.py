@@ -4,8 +4,10 @@ import glob
 import hashlib
 import io
 import os
+import pickletools
+import re
+import stat
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -18,8 +20,12 @@ except ImportError:  # Windows: there the last writer wins
 import numpy as np
 import torch
 
-from backstage.script import UserError, printable
+from backstage.script import UserError, printable, processes
 from backstage.series import HOUR
+
+FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)   # names of files of bars, what else is before
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {        # what a checkpoint may call
+    f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
 
 # -- what tells two data sets, or two sets of weights, apart
 
@@ -61,7 +67,7 @@ def write_atomic(path, text=False):
     """
     how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
     target = os.path.realpath(path)
-    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
+    temporary = _temporary(target)
     try:
         stream = _own_stream(path)
         if stream is not None or (os.path.exists(path) and not os.path.isfile(path)):
@@ -69,7 +75,7 @@ def write_atomic(path, text=False):
                 yield f
             return
         _remove_temporaries(target, older_than=HOUR)
-        with open(temporary, **how) as f:
+        with open(temporary, **how | dict(mode=how["mode"].replace("w", "x"))) as f:     # never through a link
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -90,9 +96,28 @@ def write_atomic(path, text=False):
             os.unlink(temporary)  # there only if something went wrong
 
 
+def _beside(target, end):
+    """A name in the folder of target that nobody else gives, however long the target's own: .kronos-r-HASH.end"""
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".kronos-r-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.{end}")
+
+
+def _temporary(target):
+    return _beside(target, f"{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+def open_regular(path):
+    """Open a file to read its bytes. OSError for what is no regular file: a pipe or a device might never end."""
+    f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        f.close()
+        raise OSError(0, "not a regular file")
+    return f
+
+
 def _remove_temporaries(target, older_than):
     """Remove what writers of `target` left that were killed, if it is so many seconds old."""
-    for name in glob.glob(glob.escape(target) + ".*-*.tmp"):
+    for name in glob.glob(glob.escape(_beside(target, "")) + "*-*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(name) > older_than:
                 os.unlink(name)
@@ -113,13 +138,12 @@ def load_safe(path):
     A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
     """
     try:
-        with zipfile.ZipFile(path) as file:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
-                raise zipfile.BadZipFile  # torch neither compresses nor looks at checksums
-        with warnings.catch_warnings():
+        with open_regular(path) as f, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        for tensor in _tensors_in(found):
+            n_bytes = _check_pickle(f)
+            f.seek(0)
+            found = torch.load(f, map_location="cpu", weights_only=True)
+        for tensor in _tensors_in(found, at_most=1000 + 10 * n_bytes):
             plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
             if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError("a tensor claims more numbers than the file holds")
@@ -130,32 +154,51 @@ def load_safe(path):
         why = f"cannot be read ({e.strerror})"
     except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
         hostile = "weights_only" in str(e) and "global" in str(e).lower()
-        why = e if "more numbers" in str(e) else "it asks to run code" if hostile else "truncated or foreign"
+        why = e if isinstance(e, ValueError) and ("more numbers" in str(e) or "without end" in str(e)) else "it asks to run code" if hostile else "truncated or foreign"
         why = f"not a checkpoint that can be loaded safely ({why})"
     raise UserError(f"{path}: {why}; name a checkpoint, or train one with python pretrain.py")
 
 
-def _tensors_in(obj):
-    """Every tensor in dicts, lists and tuples inside one another."""
-    if isinstance(obj, torch.Tensor):
-        yield obj
-    elif isinstance(obj, (dict, list, tuple)):
-        for part in obj.values() if isinstance(obj, dict) else obj:
-            yield from _tensors_in(part)
+def _check_pickle(f):
+    """Look at a file of torch.save before it is loaded: bytes of its pickle; an error unless it makes tensors alone."""
+    with zipfile.ZipFile(f) as file:
+        entries = file.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > os.fstat(f.fileno()).st_size or file.testzip():
+            raise zipfile.BadZipFile  # torch neither compresses nor looks at checksums
+        pickle = file.read(next(entry for entry in entries if entry.filename.endswith("data.pkl")))
+    for op, argument, _ in pickletools.genops(pickle):
+        if op.name in ("STACK_GLOBAL", "INST", "OBJ") or (op.name == "GLOBAL" and argument not in GLOBALS):
+            raise ValueError("weights_only: a global")
+    return len(pickle)
+
+
+def _tensors_in(obj, at_most):
+    """Every tensor in dicts, lists and tuples inside one another. ValueError where these hold one another without end."""
+    left = [(obj, 0)]
+    while left:
+        obj, depth = left.pop()
+        at_most -= 1
+        if at_most < 0 or depth > 20:
+            raise ValueError("lists inside one another without end")
+        if isinstance(obj, torch.Tensor):
+            yield obj
+        elif isinstance(obj, (dict, list, tuple)):
+            left += ((part, depth + 1) for part in (obj.values() if isinstance(obj, dict) else obj))
 
 
 @contextlib.contextmanager
 def sole_writer(path):
     """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
 
-    By a lock on `path.lock`, removed at the end. A run that was killed leaves the file, but no lock: the next takes it.
+    By a lock on a file beside it, removed at the end. A run that was killed leaves the file, but no lock: the next takes it.
     """
     target, lock = os.path.realpath(path), None
-    name = target + ".lock"
-    asks = fcntl and int(os.environ.get("RANK", 0)) == 0 and (os.path.isfile(target) or not os.path.exists(target))
+    name = _beside(target, "lock")
+    asks = fcntl and processes()[0] == 0 and (os.path.isfile(target) or not os.path.exists(target))
     while asks:
         try:
-            lock = open(name, "a")
+            lock = open(name, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: another run is writing it; wait for its end, or choose another --out")
@@ -174,9 +217,13 @@ def sole_writer(path):
             lock.close()
 
 
-def check_out(path, overwrite=False, inputs=()):
-    """Refuse, before any work, an output that exists, is an input, or could not be written at the end."""
-    folder, exists = os.path.dirname(os.path.realpath(path)), os.path.exists(path)
+def check_out(path, overwrite=False, reads=()):
+    """Refuse, before any work, an output that exists, is read or written otherwise, or could not be written at the end.
+
+    reads: what the run reads, and its other outputs: files, folders and globs of bars, None. Links are followed.
+    """
+    target, exists = os.path.realpath(path), os.path.exists(path)
+    folder = os.path.dirname(target)
     if not path or os.path.isdir(path):
         raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
     if exists and (_own_stream(path) or not os.path.isfile(path)):
@@ -184,16 +231,40 @@ def check_out(path, overwrite=False, inputs=()):
     if not os.path.isdir(folder):
         raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
     try:
-        tempfile.TemporaryFile(dir=folder).close()
-        if exists:
-            open(path, "r+b").close()
+        open(_temporary(target), "x").close()
+        os.unlink(_temporary(target))
+        with contextlib.suppress(FileNotFoundError):
+            open(target, "r+b").close()     # too long a name fails here
     except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
-    if exists and any(name and os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
-        raise UserError(f"{path}: this run reads it; choose another --out")
+    if _identity(target) in map(_identity, _files_in(reads)):
+        raise UserError(f"{path}: this run reads it, or writes something else to it; choose another --out")
+    if any(source and os.path.isdir(source) and os.path.samefile(source, folder) for source in reads) and FILES.search(path)[0]:
+        print(f"{printable(path)}: lies in a folder that is read for bars; better choose another place", file=sys.stderr)
     if exists and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")
+
+
+def _identity(path):
+    """What two names of one file have in common."""
+    try:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    except OSError:
+        return os.path.realpath(path)
+
+
+def _files_in(sources):
+    """Yield every file of files, folders and globs of bars."""
+    for source in filter(None, sources):
+        for path in [source] if os.path.lexists(source) else glob.glob(source) or [source]:
+            if not os.path.isdir(path):
+                yield path
+                continue
+            names = os.listdir(path)
+            of_arrays = "symbols.json" in names
+            yield from (os.path.join(path, name) for name in names if of_arrays or FILES.search(name)[0])
 
 
 def csv_text(text):

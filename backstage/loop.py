@@ -19,6 +19,7 @@ from model import load_checkpoint
 from tokenizer import Tokenizer
 
 RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val", "since_best", "data", "splits")
+OUTPUTS = "out", "release"  # flags that name files to write
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
@@ -50,7 +51,8 @@ def resumed(given, config_class, free, stages):
     wrong += entry["run"].keys() - kinds.keys()
     if wrong:
         raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
-    return config_class(**entry["run"] | dict(overwrite=False, out=path) | given), entry
+    own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}  # no file names what is written
+    return config_class(**own | dict(overwrite=False, out=path) | given), entry
 
 
 class Optimizer:
@@ -119,10 +121,11 @@ class Run:
     best_val: float = math.inf    # that score, lower is better
     since_best: int = 0           # reports since then
     metrics: list = field(default_factory=list)
+    losses: list = field(default_factory=list)     # of the updates since the last report
 
     @classmethod
     def of(cls, entry):
-        return cls(**{f.name: entry[f.name] for f in fields(cls)})
+        return cls(**{f.name: entry[f.name] for f in fields(cls) if f.name in entry})
 
     def update(self, model, optimizer, scaler, loss, clip, say=print):
         """One update from the gradients of the model, or none where loss or gradient is not finite; the gradient's norm.
@@ -187,6 +190,8 @@ def precision(config, device, entry=None):
     name, dtype, why = pick_dtype(name, device)
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     if entry:
+        if scaler.is_enabled() and entry["scaler"].keys() != scaler.state_dict().keys():
+            raise damaged(config.out, "the scaler of fp16 is not whole")
         scaler.load_state_dict(entry["scaler"])
         why = "as it began"
     autocast = lambda: torch.autocast(device.type, dtype, enabled=name != "fp32")

@@ -142,7 +142,28 @@ def cli(config_class, doc, argv=None) -> dict:
             how, default = dict(type=_integers, metavar="N,N"), ",".join(map(str, default))
         told = comments.get(field.name, "") + ("" if default is None else f" (default {default})")
         parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text):    # it would reach the terminal
+                raise UserError(f"--{name} {text}: holds control characters; rename the file")
+    return given
+
+
+def processes():
+    """(rank, world, local rank) of this process, as torchrun has set them; UserError for what it never sets."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    given = [os.environ.get(name) for name in names]
+    if not any(given[:2]):
+        return 0, 1, 0
+    try:
+        rank, world, local_rank = (int(text or 0) for text in given)
+    except ValueError:
+        rank, world, local_rank = -1, 0, 0
+    if not (0 <= rank < world <= 2**16 and 0 <= local_rank < world and (world == 1 or os.environ.get("MASTER_ADDR"))):
+        raise UserError(f"{' '.join(f'{name}={text}' for name, text in zip(names, given) if text)}: no processes of one run; "
+                        f"unset these variables of the environment, or start with torchrun")
+    return rank, world, local_rank
 
 
 class StopSignal:
@@ -192,6 +213,10 @@ def run(main):
     except (MemoryError, torch.OutOfMemoryError) as e:
         what = str(e).splitlines()[0][:80] if str(e) else "none left"
         why = f"out of memory ({what}); lower --batch_size, --n_embd or --paths"
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):
+            raise
+        why = "out of memory; lower --batch_size, --n_embd, --horizon or --paths"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
