@@ -25,55 +25,57 @@ S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
 MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
 FARTHEST = 10.0                # and in units of s_t in a generation, where history shows nothing wilder
 SETTLED = 16.0                 # weight of the bars from which on s_t is taken to be settled
-SLOT_HALF_LIFE = 15            # days (of a week's hours: weeks) after which what a day showed of its slots counts half
-SURE = 3                       # standard errors by which slots must differ more than by chance; else their factors are 1
-SLOT_FLOOR = 0.1               # a range is taken as at least this share of the mean before, for its slot
-COMING = 64                    # bars to come whose factors a State holds
-FEATURES = dict(channels=CHANNELS, half_life=HALF_LIFE, slots=SLOT_HALF_LIFE)  # what a checkpoint says of its features
+SLOT_HALF_LIFE = 15     # days (weeks) after which what a day (a week) showed of its slots counts half
+SLOT_SECONDS = 60       # least width of a slot
+SURE = 3                # slots differ by so many standard errors more than by chance, or have factor 1
+SLOT_FLOOR = 0.1        # a range counts for its slot as at least this share of the mean before
+COMING = 64             # bars to come whose factors a State holds
+FEATURES = dict(channels=CHANNELS, half_life=HALF_LIFE, slots=SLOT_HALF_LIFE)  # for checkpoints
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The hours of the market
 #
-# An open is five times a lunch. Each bar has a slot in the day, its time of day in steps of the bar, and one in the
-# week, its hour (of daily bars the weekday alone). With y the log of a positive series, its factor in a slot is exp(L),
+# An open is five times a lunch. Each bar has a slot in the day, its time of day in steps of the
+# bar, and one in the week, its hour; of daily bars the weekday is the only one. With y_dk the log of
+# a positive series on day d in slot k, or its mean there, the factor of the slot is exp(L_k),
 #
-#     x_dk = y_dk - mean_k(y_dk - L_k)             what day d showed of slot k, less the level of that day
-#     L_k = S_k / (W_k + r),                       S_k = sum_d b^(age of d) x_dk,      W_k = sum_d b^(age of d)
+#     x_dk = y_dk - mean_k(y_dk - L_k)      what day d showed of slot k, less the level of the day
+#     S_k = sum_d b^(age of d) x_dk,        W_k = sum_d b^(age of d),           b = 0.5^(1/15)
+#     L_k = S_k / (W_k + r)                 over the days before that of the last bar
 #
-# b = 0.5^(1/15). r is how many days of factor 1 a slot counts beside its own: the variance of x about L, over the
-# variance of L among the slots (James and Stein 1961). Where the clock says nothing all factors are 1. The level of the
-# week is made alike, of weeks in place of days, from what that of the day leaves.
+# r is how many days of factor 1 count beside: the variance of x_k about L_k, over that of L among
+# the slots (James and Stein 1961); infinite where the slots differ no more than by chance. Factors of
+# the week are made alike, of weeks in place of days, from what those of the day leave.
 
 class Slots:
-    """How much larger than usual some series are at each time of the day and of the week, known before the bar.
+    """How much larger than usual series are at a time of the day and of the week, known before.
 
-    time: int64 [T]; y: float64 [k, T], logs of k positive series, NaN where a bar has none. log_factors [T, k]: those
-    of each bar, from the days (weeks) before that of the bar before it. levels: how many of day and week are in use.
+    time: int64 [T]; y: float64 [k, T], logs of k positive series, NaN where a bar has none;
+    levels: 0: no factors, 1: of the day (of daily bars the week), 2: also of the week.
+    log_factors [T, k]: of each bar, 0 for the first CONTEXT bars.
     """
 
     def __init__(self, time, y, levels=2):
         self.levels, self.log_factors = [], np.zeros(y.T.shape)
-        step = int(np.median(np.diff(time[:CONTEXT]))) if len(time) >= CONTEXT else WEEK  # what later bars cannot change
-        spans = [(DAY, step), (WEEK, HOUR)] if step < DAY else [(WEEK, DAY)] if step < 2 * DAY else []
-        for period, width in spans[:levels]:
-            row = np.cumsum(np.diff(time // period, prepend=time[0] // period) != 0)      # (T,): which period
+        # of the first bars alone: no later bar may change it
+        step = int(np.median(np.diff(time[:CONTEXT]))) if len(time) >= CONTEXT else WEEK
+        spans = [(DAY, max(step, SLOT_SECONDS)), (WEEK, HOUR)] if step < DAY else [(WEEK, DAY)]
+        for period, width in spans[:levels] if step < 2 * DAY else ():
+            row = np.cumsum(np.diff(time // period, prepend=time[0] // period) != 0)  # [T], day
             slot = time % period // width
             used = np.bincount(slot) > 0
-            slots, column = np.flatnonzero(used), (np.cumsum(used) - 1)[slot]             # (K,), (T,)
-            table = _slot_table(y - self.log_factors.T, row * len(slots) + column, row[-1] + 1, len(slots))
+            slots, column = np.flatnonzero(used), (np.cumsum(used) - 1)[slot]         # [K], [T]
+            cell = row * len(slots) + column
+            table = _slot_table(y - self.log_factors.T, cell, row[-1] + 1, len(slots))
             self.levels.append((period, width, slots, row, table))
             self.log_factors[CONTEXT:] += table[row[CONTEXT - 1:-1], :, column[CONTEXT:]]
 
-    def next(self, time, horizon):
-        """Log factors [horizon, k] of the bars after those at time [T], the first of the series, by their clock."""
-        row = len(time) - 1
-        if not any(table[rows[row]].any() for *_, rows, table in self.levels):
-            return np.zeros((horizon, self.log_factors.shape[1]))
-        return self.coming(row, future_times(time, horizon))
-
     def coming(self, row, stamps):
-        """Log factors [H, k] of bars at stamps int64 [H], as known after bar `row`; 0 at a time that no day had."""
+        """Log factors [H, k] of bars at stamps int64 [H], as known after bar `row`.
+
+        They are 0 at a time that the bars have never had.
+        """
         log_factors = np.zeros((len(stamps), self.log_factors.shape[1]))
         for period, width, slots, rows, table in self.levels if row + 1 >= CONTEXT else ():
             slot = stamps % period // width
@@ -81,51 +83,56 @@ class Slots:
             log_factors += table[rows[row], :, column] * (slots[column] == slot)[:, None]
         return log_factors
 
+    def next(self, time, horizon):
+        """`coming` for the bars after those at time [T], the first of the series, by their clock."""
+        row = len(time) - 1
+        if not any(table[rows[row]].any() for *_, rows, table in self.levels):
+            return np.zeros((horizon, self.log_factors.shape[1]))
+        return self.coming(row, future_times(time, horizon))
 
-def _slot_table(y, cell, n_periods, n_slots):
-    """L of every slot as known before each period, [periods, k, slots], of y [k, T] in cells period * slots + slot."""
-    cells = np.empty((n_periods, 2, len(y), n_slots))  # mean of y (0 where there is none); 1 where there is one, else 0
+
+def _slot_table(y, cell, n_days, n_slots):
+    """L as known before each day, [days, k, slots], of y [k, T], bar t in cell day * slots + slot."""
+    cells = np.empty((n_days, 2, len(y), n_slots))      # the mean of y, 0 if it has none; 1, 0 if none
     for i, values in enumerate(y):
         known = ~np.isnan(values)
-        counts = np.bincount(cell, known, n_periods * n_slots).reshape(n_periods, n_slots)
-        sums = np.bincount(cell, np.where(known, values, 0.0), n_periods * n_slots).reshape(counts.shape)
+        counts = np.bincount(cell, known, n_days * n_slots).reshape(n_days, n_slots)
+        sums = np.bincount(cell, np.where(known, values, 0.0), counts.size).reshape(counts.shape)
         cells[:, 0, i], cells[:, 1, i] = sums / np.maximum(counts, 1), counts > 0
-    n_seen = cells[:, 1].sum(-1)                                                          # (periods, k)
-    n_ever = np.maximum.accumulate(cells[:, 1]).sum(-1)                                   # slots seen so far
-    # sums over slots go one after the other: a slot that only later bars have, a 0 more, changes no bit
-    mean, n = cells[:, 0].cumsum(-1)[..., -1] / np.maximum(n_seen, 1), np.maximum(n_seen, 1)
+    n_seen = cells[:, 1].sum(-1)                                                # [days, k]
+    n_ever = np.maximum.accumulate(cells[:, 1]).sum(-1)
+    by_chance = n_ever + SURE * np.sqrt(2 * n_ever)     # most of sum_k S^2 / W, in units of the error
+    # Sums over slots by cumsum, in turn: the 0 of a slot that only later bars have changes no bit
+    n, mean = np.maximum(n_seen, 1), cells[:, 0].cumsum(-1)[..., -1]
+    mean /= n
 
-    by_chance_up_to = n_ever + SURE * np.sqrt(2 * n_ever)      # sum of S^2 / W, in units of the error, of alike slots
-    table, b = np.zeros((n_periods, len(y), n_slots)), 0.5 ** (1 / SLOT_HALF_LIFE)
-    sums = np.stack([np.zeros(table.shape[1:]), np.full(table.shape[1:], 1e-9)])          # S, W
-    squares, (S, W) = np.empty(sums.shape), sums
-    noise, age, total = np.zeros(len(y)), 0.0, 1e-9                         # decayed sums of the variance, of 1, of W
-    for d in range(n_periods - 1):
+    table, b = np.zeros((n_days, len(y), n_slots)), 0.5 ** (1 / SLOT_HALF_LIFE)
+    sums, squares = np.zeros((2, 2, len(y), n_slots))
+    S, W = sums
+    error, age, weight = np.zeros(len(y)), 0.0, 1e-9
+    for d in range(n_days - 1):
         x, seen = cells[d]
-        known = table[d] * seen
-        level = mean[d] - known.cumsum(-1)[:, -1] / n[d]                                  # (k,)
-        x -= level[:, None] * seen
+        L = table[d] * seen
+        x -= (mean[d] - L.cumsum(-1)[:, -1] / n[d])[:, None] * seen
         sums *= b
         sums += cells[d]
-        np.square(x - known, out=squares[0])
-        np.divide(S * S, W, out=squares[1])
-        error, signal = squares.cumsum(-1)[..., -1]                                       # (k,) each
-        noise, age, total = b * noise + error / n[d], b * age + 1, b * total + n_seen[d]
-        error = noise / age
-        variance = np.maximum((signal - error * n_ever[d]) / total, 1e-9)
-        by_chance = signal <= error * by_chance_up_to[d]
-        r = np.where(by_chance, np.inf, np.maximum(error / variance, 0.5))
+        squares[:] = np.square(x - L), S * S / np.maximum(W, 1e-9)
+        missed, signal = squares.cumsum(-1)[..., -1]                            # [k] each
+        error, age, weight = b * error + missed / n[d], b * age + 1, b * weight + n_seen[d]
+        noise = error / age
+        variance = np.maximum((signal - noise * n_ever[d]) / weight, 1e-9)
+        r = np.where(signal > noise * by_chance[d], np.maximum(noise / variance, 0.5), np.inf)
         np.divide(S, W + r[:, None], out=table[d + 1])
     return table
 
 
 def slots_of(bars, levels=2):
-    """The Slots of a series' true range and volume."""
+    """The Slots of a series' true range and volume: log_factors are log F, log G."""
     _, h, l, c, v, _ = np.asarray(bars.ohlcva, np.float64).T
-    true_range = _true_range(h, l, np.append(c[0], c[:-1]))
-    usual = np.cumsum(true_range) / np.arange(1, len(c) + 1)
-    y = np.stack([np.log(true_range + SLOT_FLOOR * np.maximum(usual, S_FLOOR)), np.log1p(np.where(v > 0, v, np.nan))])
-    y[0, 0] = np.nan  # bar 0 has no previous close
+    true_range = _true_range(h, l, np.append(c[:1], c[:-1]))
+    usual = np.maximum(np.cumsum(true_range) / np.arange(1, len(c) + 1), S_FLOOR)
+    y = np.stack([np.log(true_range + SLOT_FLOOR * usual), np.log1p(np.where(v > 0, v, np.nan))])
+    y[0, :1] = np.nan  # bar 0 has no previous close
     return Slots(bars.time, y, levels)
 
 
@@ -138,8 +145,8 @@ def slots_of(bars, levels=2):
 #     open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
 #     volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
 #
-# then asinh, which shrinks tails and clips nothing. With the factors F of range and G of volume in a bar's slot, and
-# the decayed means
+# then asinh, which shrinks tails and clips nothing. With F and G, the factors of range and volume in
+# the slots of bar t, and the decayed means
 #
 #     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
 #
@@ -156,8 +163,9 @@ class State:
     total: np.ndarray    # [..., 4]: the numerators of s / F, m - log G, g, d
     weight: np.ndarray   # [..., 4]: their denominators
     widest: np.ndarray   # [...]: the largest true range so far, in units of its bar's s
-    origin: np.ndarray   # [..., 3]: where a generation began: s / F and d there, the most that a bar may move, in s; else NaN
-    coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; of those behind them they are taken as 0
+    origin: np.ndarray   # [..., 3]: s / F and d where a generation began, and the most that a bar may
+    #                      move in it, in s; NaN outside of one
+    coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; of those after them 0
 
     @classmethod
     def stack(cls, states):
@@ -175,9 +183,9 @@ class State:
     def anchored(self, log_factors=None):
         """The same state as the origin of a generation, in which s / F and d stay within [1/8, 8] of now.
 
-        And no bar moves by more than twice the widest so far: a code of wild days, which a model of many markets gives a
-        chance of 1 in 10,000, would else multiply a calm stock's price by ten now and then. log_factors [..., H, 2]:
-        those of the bars to come, in place of the state's own.
+        And no bar moves by more than twice the widest so far: a code of wild days, which a model of
+        many markets gives a chance of 1 in 10,000, would else multiply a calm stock's price by ten
+        now and then. log_factors [..., H, 2]: of the bars to come, in place of the state's own.
         """
         s, d = np.moveaxis(_mean(self.total, self.weight)[..., ::3], -1, 0)
         s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
@@ -202,8 +210,8 @@ def _bounds(origin):
 def features(bars, slots=None) -> tuple[np.ndarray, State]:
     """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after it.
 
-    Row 0 is zero; a channel without data is exactly 0. The State holds the factors of the next bars, at the stamps that
-    `future_times` gives them. slots: those of the bars, where at hand. ValueError for no bars.
+    Row 0 is zero; a channel without data is exactly 0. The State holds the factors of the bars to
+    come, by the clock. slots: those of the bars, where at hand. ValueError for no bars.
     """
     slots = slots_of(bars) if slots is None else slots
     pieces = list(feature_pieces(bars, log_factors=slots.log_factors))
@@ -281,7 +289,7 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     """Bars from features: the inverse of `features` to float32's rounding, from a State that has seen a bar.
 
     x: [..., T, 6], finite (ValueError if not), state: of shape [...] -> ohlcva float64 [..., T, 6], the State after.
-    log_factors [..., T, 2]: log F, log G of these bars; None: what the state holds of the bars to come, and then 0.
+    log_factors [..., T, 2]: log F, log G of these bars; None: those that the state holds, then 0.
     Whatever x holds, each bar is a valid candle: negative wicks become 0, a move at most a factor of 10, volume >= 0.
     Without volume in the history, volume is 0; without amounts, amount is volume times close. A volume or vwap feature
     of exactly 0 says "no data".

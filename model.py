@@ -682,19 +682,21 @@ class Model(nn.Module):
     def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
         """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
 
-        temperature, top_p: see draw. u [..., 2]: uniform numbers to draw by, else from `generator`.
-        order int64 [2^k1]: the coarse tokens as u runs through them; by rising close, models that
-        hardly differ draw bars that hardly do.
+        temperature, top_p: see draw. u [..., 2]: uniform numbers to draw by, else from `generator`;
+        u [..., K, 2]: K draws from each h, [..., K]. order int64 [2^k1]: the coarse tokens as u
+        runs through them; by rising close, models that hardly differ draw bars that hardly do.
         """
         if u is None:
             u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator)
+        one = u.dim() == h.dim()
+        u = u[..., None, :] if one else u                                   # [..., K, 2]
         logits = self.coarse_logits(h)
-        if order is not None:
-            logits = logits[..., order]
-        coarse = draw(logits, temperature, top_p, u[..., :1]).squeeze(-1)
-        if order is not None:
-            coarse = order[coarse]
-        return coarse, draw(self.fine_logits(h, coarse), temperature, top_p, u[..., 1:]).squeeze(-1)
+        logits = logits if order is None else logits[..., order]
+        coarse = draw(logits, temperature, top_p, u[..., 0])                # [..., K]
+        coarse = coarse if order is None else order[coarse]
+        logits = self.fine_logits(h[..., None, :].expand(*coarse.shape, -1), coarse)
+        fine = draw(logits, temperature, top_p, u[..., 1:]).squeeze(-1)
+        return (coarse.squeeze(-1), fine.squeeze(-1)) if one else (coarse, fine)
 
     # ---- the next 16 bars at once
 
@@ -800,7 +802,8 @@ def draw(logits, temperature, top_p, u):
         value = value.masked_fill(value.cumsum(-1) - value >= top_p, 0)
         p = torch.zeros_like(p).scatter(-1, order, value)
     c = p.cumsum(-1)
-    return torch.searchsorted(c, u * c[..., -1:], right=True).clamp(max=p.shape[-1] - 1)
+    at = torch.searchsorted(c, (u * c[..., -1:]).contiguous(), right=True)
+    return at.clamp(max=p.shape[-1] - 1)
 
 
 @torch.no_grad()

@@ -155,7 +155,8 @@ def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
         uniform.append(stratified(random, paths, horizon))
     uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
     if parallel:
-        return draw(ahead.repeat_interleave(paths, 0), uniform), p_up
+        uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)  # (n, H, paths, 2)
+        return [token.transpose(1, 2).flatten(0, 1) for token in draw(ahead, uniform)], p_up
     times = times.repeat_interleave(paths, 0)  # (n * paths, H)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
     pieces = []

@@ -89,7 +89,7 @@ class Tables(Model):
 
 
 class Blind(Model):
-    """Does not see the columns `hidden` of what a bar shows: means of ranges, of moves, of the same hour, waves of the day."""
+    """Does not see the columns `blind_to` of what a bar shows: means of ranges, of moves, of the same hour, waves of the day."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -98,12 +98,12 @@ class Blind(Model):
     def read(self, z, means, hour, waves, stamp):
         ranges, moves = means.chunk(2, dim=-1)
         seen = dict(ranges=ranges, moves=moves, hour=hour, waves=waves)
-        ranges, moves, hour, waves = (a * (name not in self.hidden) for name, a in seen.items())
+        ranges, moves, hour, waves = (a * (name not in self.blind_to) for name, a in seen.items())
         return self.read_all(z, torch.cat((ranges, moves), dim=-1), hour, waves, stamp)
 
 
-def blind(*hidden):
-    return type("Blind", (Blind,), dict(hidden=hidden))
+def blind(*columns):
+    return type("Blind", (Blind,), dict(blind_to=columns))
 
 
 class AdamWAlone(Optimizer):

@@ -717,6 +717,14 @@ def test_an_order_of_the_codes_changes_which_number_draws_which_and_nothing_else
         assert torch.equal(fine[rows], given)
 
 
+def test_many_draws_from_one_hidden_state_are_those_from_its_copies():
+    model, random = make(), torch.Generator().manual_seed(1)
+    h, u = torch.randn(3, 5, 32, generator=random), torch.rand(3, 5, 7, 2, generator=random)
+    with torch.no_grad():
+        many, copies = model.sample(h, u=u), model.sample(h[:, :, None].expand(-1, -1, 7, -1), u=u)
+    assert all(torch.equal(a, b) for a, b in zip(many, copies))
+
+
 def test_a_uniform_number_rounded_up_to_one_draws_a_token_that_can_be():
     logits = torch.tensor([[3.0, 2.0, -50.0, -200.0]])
     for temperature, top_p, allowed in ((1.0, 0.9, (0, 1)), (1e-6, 1.0, (0,))):
