@@ -39,14 +39,14 @@ from tokenizer import Tokenizer
 
 N_CHANNELS = len(data.CHANNELS)
 EPS = 1e-6          # of the RMS norm
-CHUNK = 64          # bars in a chunk of linear attention: about as much work within chunks as on states
+CHUNK = 64          # bars in a chunk of linear attention: as much work within as between them
 GROUP = 32          # chunks whose states are made in one product
 # what the model reads of bars, beside their candles
 HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of true range and of moves
 MAX_LOG = 4.0       # bound of the logs of ranges
 MAX_MOVE = 10.0     # and of moves
 HARMONICS = 6       # of the day, waves that tell the time of day
-CALENDAR = (24, 60, 7, 31, 12, 32)  # rows for hour, minute, weekday, day, month, log2 of the spacing
+CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
 GAPS = 7            # spacings whose median tells the bars' interval
 AHEAD = 16          # bars of generation whose clock is read at once
 DAYS = 28           # days back at whose same time of day the model looks,
@@ -139,16 +139,17 @@ class Embedding(nn.Module):
         """The sum of the calendar's rows of the last n stamps (None: all), [B, n, C]."""
         n = n or time.shape[1]
         gaps = F.pad(time, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:].unfold(1, GAPS, 1)
-        rows = torch.cat((calendar(time[:, -n:]), gap_bucket(gaps)), -1) + self.offsets     # [B, n, 6]
+        rows = torch.cat((calendar(time[:, -n:]), gap_bucket(gaps)), -1)    # [B, n, 6]
+        rows = rows + self.offsets
         rows = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
         return rows.view(len(time), n, -1)
 
     def past_means(self, k, move, before=None):
-        """Decayed means of bars over the n half-lives HALF_LIVES, relative to s_t: [B, T, 2 n], logs of
-        those of the true range, then those of the close's moves. Also the means after the last bar,
-        float64 [B, 2, n].
+        """Decayed means of bars over the n half-lives HALF_LIVES, relative to s_t: [B, T, 2 n],
+        logs of those of the true range, then those of the close's moves. Also the means after the
+        last bar, float64 [B, 2, n].
 
-        before: the means before the first bar, else 1 and 0. All follows from k_t = TR_t / s_t, [B, T]:
+        before: the means before the first bar, else 1 and 0. All follows from k_t = TR_t / s_t:
             s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
         with the decays a of s and b of e. The means e_{t+1} / s_{t+1} are known once bar t is. For
         moves alike, with move [B, T], close / s_t, in place of k_t.
@@ -158,7 +159,7 @@ class Embedding(nn.Module):
         terms = torch.stack((k, move.clamp(-1e3, 1e3)), dim=1)              # [B, 2, T]
         if T > 1:
             growth = growth.log().cumsum(-1).exp()                          # [B, T], s_{t+1} / s_0
-            terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)  # [B, 2, T], relative to s_0
+            terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)  # relative to s_0
         e = (1 - b)[:, None] * terms[:, :, None]                            # [B, 2, n, T]
         shift = 1
         while shift < T:            # after each pass a term is the sum of twice as many bars
@@ -222,7 +223,7 @@ def hours_before(time, pos=None, size=None):
     there = back >= 0
     lately = there & (torch.arange(DAYS, device=pos.device) < LAST_DAYS)
     weights = torch.stack((lately, there), dim=2).float()
-    weights = weights / (1 + weights.sum(-1, keepdim=True))             # few days are drawn towards 0
+    weights = weights / (1 + weights.sum(-1, keepdim=True))     # few days are drawn towards 0
     return (pos[:, None] - back) % size, weights, there.float().mean(2, keepdim=True)
 
 
@@ -333,7 +334,7 @@ class LinearAttention(nn.Module):
         """
         H, B, T, D = q.shape
         L, m, dtype = CHUNK, self.slope, q.dtype
-        if T % L:   # zeros in front add nothing to any sum, and the last chunk ends with the last bar
+        if T % L:   # zeros in front add nothing, and the last chunk ends with the last bar
             q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
         q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))            # [H, B, N, L, D]
         i, per_bar = torch.arange(L, device=q.device), (H, 1, 1, L, 1)
@@ -349,7 +350,7 @@ class LinearAttention(nn.Module):
                 s = W[:, None] @ u + decay(m * L, n)[:, None, :, None] * S  # [H, B, n + 1, D * D]
                 S = s[:, :, -1:]
                 before.append(s[:, :, :-1].to(dtype))
-        before = torch.cat(before, dim=2).unflatten(-1, (D, D))             # S_{n-1} for each chunk n
+        before = torch.cat(before, dim=2).unflatten(-1, (D, D))             # S_{n-1} of chunk n
         Q = q * decay(m, i + 1).to(dtype).view(per_bar)
         o = (A @ v).add_(Q @ before)                                        # [H, B, N, L, D]
         return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H * B, D, D)
@@ -500,7 +501,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
         C = config.n_embd
-        self.candle_buffers()
+        self.register_codes()
         self.embedding = Embedding(C)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.reasoner = Reasoner(config) if config.reasoner else None
@@ -514,7 +515,7 @@ class Model(nn.Module):
         self.cache = Cache()                         # see kept
         self.initialize()
 
-    def candle_buffers(self):
+    def register_codes(self):
         """Candles of the codes, as Tokenizer.decode_tables: z = D1[coarse] + M[coarse] g[fine], in
         standardized channels; and what else is known of the codes."""
         V1, V2, n = 2**self.config.coarse_bits, 2**self.config.fine_bits, N_CHANNELS
@@ -524,7 +525,7 @@ class Model(nn.Module):
         self.register_buffer("g", torch.randn(V2, n, generator=random))
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
-        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens that say "up"
+        self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens for "up"
         self.register_buffer("lean", torch.ones(()))                    # see shrunk
         # log shares of the codes in the training data, centred: what the heads say untrained
         self.register_buffer("coarse_share", torch.zeros(V1))
@@ -706,8 +707,8 @@ class Model(nn.Module):
         T, ahead = time.shape[1], torch.arange(self.config.latents, device=time.device)
         ahead = origins[..., None] + ahead                                  # [B, M, 16]
         at = (ahead - 1).clamp(max=T - 1)
-        coarse, fine = (a.gather(1, at.flatten(1)).view_as(at).masked_fill(ahead >= T, -1)
-                        for a in targets)                                   # bar T has no stamp here
+        target = (a.gather(1, at.flatten(1)).view_as(at) for a in targets)
+        coarse, fine = (a.masked_fill(ahead >= T, -1) for a in target)    # bar T has no stamp here
         h = self.reasoner(h.detach(), self.stamps(time), origins)           # [B, M, 16, C]
         fine_logits = self.fine_logits(h, coarse.clamp(min=0))
         return mean_nats(self.coarse_logits(h), coarse) + mean_nats(fine_logits, fine)
@@ -816,9 +817,11 @@ def close_table(tokenizer):
 
 
 def save_checkpoint(path, model, tokenizer, **meta):
-    """Writes one self-contained file. model may be None while the tokenizer is in training, and tokenizer a plain dict.
+    """Writes one self-contained file. model may be None while the tokenizer is in training, and
+    tokenizer a plain dict.
 
-    meta: of the fields of Checkpoint what there is, and what else a stage needs. UserError when the disk refuses.
+    meta: of the fields of Checkpoint what there is, and what else a stage needs. UserError when the
+    disk refuses.
     """
     entry = dict.fromkeys(typing.get_type_hints(Checkpoint)) | dict(metrics=[]) | meta
     if model is not None:
@@ -829,13 +832,16 @@ def save_checkpoint(path, model, tokenizer, **meta):
 
 
 def load_checkpoint(path, device="cpu", weights="best"):
-    """-> model (in eval mode), tokenizer, meta (all else in the file). Raises UserError for a file that is none.
+    """-> model (in eval mode), tokenizer, meta (all else in the file). UserError for a file that is
+    none.
 
-    weights: "best" on val, "last", or "average" of the last updates; the last where there are no such ones.
+    weights: "best" on val, "last", or "average" of the last updates; the last where there are no
+    such ones.
     """
     entry = read_checkpoint(path)
     if entry["model"] is None:
-        raise UserError(f"{path}: its training has not reached the model yet; go on with pretrain.py --resume")
+        raise UserError(f"{path}: its training has not reached the model yet; go on with "
+                        f"pretrain.py --resume")
     states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
     chosen = entry["model"] if states[weights] is None else states[weights]
     try:
@@ -846,8 +852,10 @@ def load_checkpoint(path, device="cpu", weights="best"):
                 check_weights(state, model.state_dict())
         model.load_state_dict(chosen)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, UserError) as error:
-        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-    meta = {key: value for key, value in entry.items() if key not in ("model", "best", "average", "tokenizer")}
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise damaged(path, reason) from None
+    rest = entry.keys() - {"model", "best", "average", "tokenizer"}
+    meta = {key: value for key, value in entry.items() if key in rest}
     return model.to(device).eval(), tokenizer, meta
 
 
@@ -859,7 +867,7 @@ class State:
     """What generation carries from bar to bar, of B rows; it does not grow."""
     pos: int                # bars seen, the same of all rows
     h: torch.Tensor         # [B, C]: hidden state of the last bar, from which the heads read on
-    stamps: torch.Tensor    # int64 [B, REACH]: of the last bars that were looked ahead to, or NO_BAR
+    stamps: torch.Tensor    # int64 [B, REACH]: of the last bars, those ahead included
     means: torch.Tensor     # float64 [B, 2, len(HALF_LIVES)]: see Embedding.past_means
     recent: torch.Tensor    # [B, REACH, 2]: for same_hour, bar p in place p % REACH
     layers: list            # per layer and kind of attention its state, [H B, ...]
@@ -871,7 +879,8 @@ class State:
         def rows(a):
             return a.repeat_interleave(n, 0) if torch.is_tensor(a) else [rows(part) for part in a]
 
-        own = {name: rows(getattr(self, name)) for name in ("h", "stamps", "means", "recent", "layers")}
+        names = "h", "stamps", "means", "recent", "layers"
+        own = {name: rows(getattr(self, name)) for name in names}
         ahead = [(place, rows(stamp)) for place, stamp in self.ahead]
         return replace(self, ahead=ahead, **own)
 
@@ -949,8 +958,8 @@ class LayerStep:
         around it.
         """
         B, H = len(x), self.H
-        qkv = F.linear(unit(x), self.qkv).float().view(B, 3 * H, -1).transpose(0, 1)    # [3 H, B, D]
-        qk, v = qkv.reshape(3, H * B, 1, -1).split((2, 1))                  # [2 or 1, H B, 1, D]
+        qkv = F.linear(unit(x), self.qkv).float().view(B, 3 * H, -1)        # [B, 3 H, D]
+        qk, v = qkv.transpose(0, 1).reshape(3, H * B, 1, -1).split((2, 1))  # [2 or 1, H B, 1, D]
         shares = [B * n for n in self.shares]
         q, k = rotate(qk, rot)
         parts = zip(*(a.split(shares) for a in (q, k, v[0])))

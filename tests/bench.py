@@ -7,6 +7,7 @@ without --data it runs on the synthetic market.
 """
 import argparse
 import contextlib
+import copy
 import io
 import math
 import os
@@ -27,7 +28,7 @@ from backstage.reader import write_folder
 from backstage.scores import block_sums, bootstrap
 import data
 import pretrain
-
+from model import Model, draw
 from tokenizer import TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
 
 SECTIONS = {}
@@ -273,18 +274,27 @@ class PlainBlock(torch.nn.Module):
         super().__init__()
         linear = lambda n, m: torch.nn.Linear(n, m, bias=False)
         self.H, self.norm1, self.norm2 = H, torch.nn.RMSNorm(C), torch.nn.RMSNorm(C)
-        self.qkv, self.out, self.up, self.down = linear(C, 3 * C), linear(C, C), linear(C, hidden), linear(hidden, C)
+        self.qkv, self.out = linear(C, 3 * C), linear(C, C)
+        self.up, self.down = linear(C, hidden), linear(hidden, C)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, pos=0):
+        """cache: keys and values [B, H, room, D] of the bars before `pos`, to which those of x are
+        added."""
         B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.H, -1).permute(2, 0, 3, 1, 4)      # [B, H, T, D]
-        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.H, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # [B, H, T, D]
+        if cache is not None:
+            for held, new in zip(cache, (k, v)):
+                held[:, :, pos:pos + T] = new
+            k, v = (held[:, :, :pos + T] for held in cache)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        o = attention(q, k, v, is_causal=T > 1)
         x = x + self.out(o.transpose(1, 2).reshape(B, T, C))
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm2(x))))
 
 
 class Plain(torch.nn.Module):
-    """Causal softmax attention, learned positions, the same heads, width and vocabulary.
+    """A GPT: causal softmax attention, learned positions, the same heads, width and vocabulary.
 
     The MLPs' width makes the parameters equal.
     """
@@ -293,114 +303,163 @@ class Plain(torch.nn.Module):
         super().__init__()
         self.coarse, self.fine, self.pos = (torch.nn.Embedding(n, C) for n in (V, V, block_size))
         hidden = (n_parameters - 4 * V * C - 4 * n_layer * C * C) // (2 * n_layer * C) // 8 * 8
-        self.blocks = torch.nn.ModuleList(PlainBlock(C, H, hidden) for _ in range(n_layer))
+        self.layers = torch.nn.ModuleList(PlainBlock(C, H, hidden) for _ in range(n_layer))
         self.norm, self.heads = torch.nn.RMSNorm(C), torch.nn.Linear(C, 2 * V, bias=False)
 
-    def forward(self, coarse, fine, time, targets=None):
-        x = self.coarse(coarse) + self.fine(fine) + self.pos.weight[:coarse.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        if targets is None:
-            return self.heads(self.norm(x[:, -1])).float().chunk(2, dim=-1)
+    def hidden(self, coarse, fine, caches=None, pos=0):
+        x = self.coarse(coarse) + self.fine(fine) + self.pos.weight[pos:pos + coarse.shape[1]]
+        for n, block in enumerate(self.layers):
+            x = block(x, caches and caches[n], pos)
+        return x
+
+    def forward(self, coarse, fine, time, targets, *_):
+        a, b = self.heads(self.norm(self.hidden(coarse, fine))).chunk(2, dim=-1)
         ce = torch.nn.functional.cross_entropy
-        a, b = self.heads(self.norm(x)).chunk(2, dim=-1)
-        return a, b, ce(a.flatten(0, 1).float(), targets[0].flatten()) + ce(b.flatten(0, 1).float(), targets[1].flatten())
+        loss = ce(a.flatten(0, 1).float(), targets[0].flatten())
+        return a, b, loss + ce(b.flatten(0, 1).float(), targets[1].flatten())
+
+    def last(self, x):
+        """Logits of the next bar's tokens, 2 of [B, V], from the last of hidden states."""
+        return self.heads(self.norm(x[:, -1])).float().chunk(2, dim=-1)
+
+    def caches(self, B, room):
+        heads = self.layers[0].H
+        shape, like = (B, heads, room, self.pos.weight.shape[1] // heads), self.pos.weight
+        return [[like.new_empty(shape) for _ in "kv"] for _ in self.layers]
+
+
+HORIZON, CONTEXT = 10, 400
+
+
+@torch.inference_mode()
+def forecast_ours(model, half, context, stamp, n):
+    """n paths of HORIZON bars, prefill and all."""
+    with torch.autocast(stamp.device.type, torch.bfloat16, enabled=half):
+        state = model.prefill(*context, stamp).repeat(n)
+    times = state.stamps[:, -1:] + 86400 * torch.arange(1, HORIZON + 1, device=stamp.device)
+    for k in range(HORIZON):
+        with torch.autocast(stamp.device.type, torch.bfloat16, enabled=half):
+            coarse, fine = model.sample(state.h)
+        if k + 1 < HORIZON:
+            model.step(coarse, fine, times[:, k:], state)
+
+
+def drawn(logits, device):
+    return [draw(a, 1.0, 1.0, torch.rand(len(a), 1, device=device)) for a in logits]
+
+
+@torch.inference_mode()
+def forecast_cached(model, context, n):
+    """The same of the plain Transformer, which keeps keys and values."""
+    device, caches = context[0].device, model.caches(1, CONTEXT + HORIZON)
+    logits = model.last(model.hidden(*context, caches))
+    logits = [a.repeat(n, 1) for a in logits]
+    caches = [[a.repeat(n, 1, 1, 1) for a in pair] for pair in caches]
+    for k in range(HORIZON):
+        tokens = drawn(logits, device)
+        if k + 1 < HORIZON:
+            logits = model.last(model.hidden(*tokens, caches, CONTEXT + k))
+
+
+@torch.inference_mode()
+def forecast_again(model, context, n):
+    """The same of the plain Transformer, which reads all bars again for each one more."""
+    tokens = [a.repeat(n, 1) for a in context]
+    for k in range(HORIZON):        # the first bar's logits are the same of all paths
+        logits = [a.expand(n, -1) for a in model.last(model.hidden(*tokens if k else context))]
+        tokens = [torch.cat(pair, 1) for pair in zip(tokens, drawn(logits, context[0].device))]
+
+
+def in_turns(calls, rounds, clock, device):
+    """Least time of each call, over some rounds."""
+    def taken(f):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = clock()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return clock() - began
+
+    for call in calls:
+        call()
+    return [min(column) for column in zip(*[[taken(call) for call in calls] for _ in range(rounds)])]
+
+
+def trainer(model, batch, dtype, device):
+    """A whole update, as pretrain.py makes it."""
+    optimizer = Optimizer(model, 0.02, 3e-3, 0.1)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    state = Run()
+
+    def step():
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(*batch)[2]
+        scaler.scale(loss).backward()
+        state.update(model, optimizer, scaler, loss.item(), 1.0)
+    return step
 
 
 @section
 def model_(args):
-    """Training and generation speed of the model, as ratios to the plain Transformer in the same run, calls taken in turns."""
-    from model import Model, draw
+    """Training and whole forecasts, as ratios to a plain Transformer of equal size in the same run,
+    calls taken in turns."""
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = device == "cpu" and args.threads == 1
     clock = time.process_time if alone else time.perf_counter   # one thread: what else runs does not count
-    size = dict(n_layer=12, n_head=12, n_embd=768) if args.large else dict(n_layer=3, n_head=4, n_embd=256)
-    ours = Model(size).to(device)
-    n_parameters = sum(p.numel() for p in ours.parameters())
-    plain = Plain(size["n_embd"], size["n_head"], size["n_layer"] + 1, n_parameters).to(device)
-    count = sum(p.numel() for p in plain.parameters()) - plain.pos.weight.numel()
-    print(f"{device}, {args.threads} threads, {n_parameters:,} parameters; plain Transformer {count:,} without positions; "
-          f"bfloat16 autocast")
+    sizes = [dict(n_layer=12, n_head=12, n_embd=768)] if args.large else [
+        dict(n_layer=4, n_head=8, n_embd=128), dict(n_layer=4, n_head=4, n_embd=256)]
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    for size in sizes:
+        ours = Model(size).to(device)
+        n_parameters = sum(p.numel() for p in ours.parameters())
+        plain = Plain(size["n_embd"], size["n_head"], size["n_layer"], n_parameters).to(device)
+        count = sum(p.numel() for p in plain.parameters()) - plain.pos.weight.numel()
+        print(f"\n{name}, {args.threads} threads: {size['n_layer']} layers of {size['n_embd']}, {n_parameters:,} "
+              f"parameters; plain Transformer {count:,} without positions")
+        training_speed(ours, plain, n_parameters, args.rounds, clock, device)
+        forecast_speed(ours, plain, args.rounds, clock, device)
 
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    def taken(f):
-        wait()
-        began = clock()
-        f()
-        wait()
-        return clock() - began
+def training_speed(ours, plain, n_parameters, rounds, clock, device):
+    bars = 8192 * (4 if device == "cuda" else 1)
+    print(f"{'training':>12}{'':10}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}"
+          f"{'of matmul rate':>16}{'plain':>8}")
+    for T in (512, 2048, 8192) if device == "cuda" else (512, 2048):
+        B = bars // T
+        coarse, fine = torch.randint(0, 1024, (2, B, T + 1), device=device)
+        stamp = (1_500_000_000 + 86400 * torch.arange(T, device=device)).expand(B, -1)
+        origins = torch.randint(1, T - 15, (B, max(1, T // pretrain.ORIGIN_BARS)), device=device)
+        batch = coarse[:, :-1], fine[:, :-1], stamp, (coarse[:, 1:], fine[:, 1:]), None, origins
+        halves = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
+        for dtype in (*halves, torch.float32):
+            square = torch.randn(2048, 2048, device=device, dtype=dtype)
+            calls = trainer(ours, batch, dtype, device), trainer(plain, batch, dtype, device), lambda: square @ square
+            a, b, matmul = in_turns(calls, rounds, clock, device)
+            share = [6 * n_parameters * bars / t / (2 * 2048**3 / matmul) for t in (a, b)]
+            print(f"{'T = ' + str(T):>12}{str(dtype)[6:]:>10}{bars / a:>16,.0f}{bars / b:>16,.0f}{b / a:>8.2f}"
+                  f"{share[0]:>16.1%}{share[1]:>8.1%}")
 
-    def in_turns(calls, n):
-        """Least time of each call, over n rounds."""
-        for call in calls:
-            call()
-        rounds = [[taken(call) for call in calls] for _ in range(n)]
-        return [min(column) for column in zip(*rounds)]
 
-    def trainer(model, batch):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def step():
-            with torch.autocast(device, torch.bfloat16):
-                loss = model(*batch)[2]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return step
-
-    square = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
-    bars, own = 8192 * (4 if device == "cuda" else 1), {}
-    print(f"\n{'training':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of own T = 512':>16}"
-          f"{'of matmul rate':>16}")
-    for T, must in ((512, 1.0), (2048, 1.4), (8192, 3.5)):
-        coarse, fine = torch.randint(0, 1024, (2, bars // T, T + 1), device=device)
-        stamp = (1_500_000_000 + 86400 * torch.arange(T, device=device)).expand(bars // T, -1)
-        batch = coarse[:, :-1], fine[:, :-1], stamp, (coarse[:, 1:], fine[:, 1:])
-        a, b, matmul = in_turns([trainer(ours, batch), trainer(plain, batch), lambda: square @ square], args.rounds)
-        own[T] = bars / a
-        share = 6 * n_parameters * bars / a / (2 * 2048**3 / matmul)
-        print(f"{'T = ' + str(T):>12}{bars / a:>16,.0f}{bars / b:>16,.0f}{b / a:>8.2f}{must:>7}{own[T] / own[512]:>16.2f}"
-              f"{share:>16.1%}")
-
-    context = torch.randint(0, 1024, (2, 1, 512), device=device)
-    stamp = (1_500_000_000 + 86400 * torch.arange(512, device=device))[None]
-    amp = lambda on: torch.autocast(device, torch.bfloat16, enabled=on)
-
-    @torch.inference_mode()
-    def generator(n, half, steps=32):
-        """n paths from one prefill; one border of the reasoner falls into 32 steps."""
-        with amp(half):
-            state = ours.prefill(*context, stamp).repeat(n)
-
-        @torch.inference_mode()
-        def generate():
-            times = state.stamps[:, -1:] + 86400 * torch.arange(1, steps + 1, device=device)
-            for k in range(steps):
-                with amp(half):
-                    coarse, fine = ours.sample(state.h)
-                ours.step(coarse, fine, times[:, k:], state)
-        return generate, steps
-
-    @torch.inference_mode()
-    def again(n):
-        with amp(True):
-            logits = plain(*(a.expand(n, -1) for a in context), None)
-            return [draw(a, 1.0, 1.0, torch.rand(n, 1, device=device)) for a in logits]
-
+def forecast_speed(ours, plain, rounds, clock, device):
+    """Each model in the type that is faster for it; of the plain one bfloat16 means its weights, too."""
     ours.eval(), plain.eval()
-    print(f"\n{'generation':>12}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}{'must':>7}{'of 1 path':>11}"
-          f"   context 512")
-    for n, half, must in ((1, False, 20), (16, True, 120), (256, True, None)):
-        generate, steps = generator(n, half)
-        a, b = in_turns([generate, lambda: again(min(n, 16))], args.rounds)
-        own[n] = n * steps / a
-        other = f"{min(n, 16) / b:>16,.0f}{own[n] / (min(n, 16) / b):>8.1f}{must:>7}" if must else " " * 31
-        kind = "bfloat16" if half else "float32"
-        print(f"{str(n) + ' paths':>12}{own[n]:>16,.0f}{other}{own[n] / own[1]:>11.1f}   {kind}")
+    half = copy.deepcopy(plain).bfloat16()
+    context = torch.randint(0, 1024, (2, 1, CONTEXT), device=device)
+    stamp = (1_500_000_000 + 86400 * torch.arange(CONTEXT, device=device))[None]
+    print(f"{'paths':>12}{'ours, ms':>12}{'again, ms':>12}{'ratio':>8}{'cached, ms':>12}{'ratio':>8}"
+          f"   {HORIZON} bars from {CONTEXT}, float32 or bfloat16")
+    for n in (1, 16, 256, 4096) if device == "cuda" else (1, 16, 200):
+        calls = [lambda: forecast_ours(ours, False, context, stamp, n), lambda: forecast_ours(ours, True, context, stamp, n),
+                 lambda: forecast_cached(plain, context, n), lambda: forecast_cached(half, context, n)]
+        if n <= 16:     # more takes minutes
+            calls += [lambda: forecast_again(plain, context, n), lambda: forecast_again(half, context, n)]
+        times = in_turns(calls, rounds, clock, device)
+        best = [min(times[i:i + 2]) for i in range(0, len(times), 2)] + [math.nan]
+        a, cached, again = best[:3]
+        print(f"{n:>12}{1e3 * a:>12.1f}{1e3 * again:>12.1f}{again / a:>8.2f}{1e3 * cached:>12.1f}{cached / a:>8.2f}"
+              f"   {'bfloat16' if times[1] < times[0] else 'float32'}")
 
 
 SIZES = "--tok_steps=50 --n_layer=4 --n_head=8 --n_embd=128 --batch_size=16 --block_size=256 --dropout=0 --mirror=0 --device=cpu".split()
@@ -426,7 +485,7 @@ def trained(script, path, *flags):
 @section
 def training(args):
     """What the loop adds to the bare step; what activation checkpointing saves; how near bf16 ends to float32."""
-    from model import Model, ModelConfig
+    from model import ModelConfig
     torch.set_num_threads(args.threads)
     B, T = 16, 256
     tokens = torch.randint(0, 1024, (2, B, T + 1))
