@@ -62,6 +62,7 @@ class Config:
     dropout: float = -1.0             # share of a layer's outputs that is dropped; -1: by the number of bars
     average: float = 0.95             # decay of the averaged weights, per update
     mirror: int = -1                  # 1: also train on the market quoted the other way round, 0: not, -1: with few bars
+    val_share: float = 0.0            # val is the last share of each series' own time, and nothing is test; 0: by date
     balance: bool = False             # draw markets and intervals by the root of their bars, not by their bars
     shift_weeks: int = 104            # move each training window by a chance number of weeks, at most so many
     shift_hours: int = 0              # and half of those within the day by hours, at most so many: bars then tell the session
@@ -183,15 +184,16 @@ def source_of(config, series, borders, entry, base):
 
 def fit_window(config, series, borders, sources, say):
     """(bars in a window, the series that are long enough for one): --block_size, or less where no series has so many."""
-    longest = max(data.targets_of(bars, "train", borders)[1] for bars in series)
+    n_train = [data.targets_of(bars, "train", pair)[1] for bars, pair in zip(series, borders)]
+    longest = max(n_train)
     block_size = config.block_size
     if block_size > longest - 1:
         block_size = max(MIN_BLOCK, longest // 2)
         if block_size > longest - 1:
             raise UserError(f"{', '.join(sources)}: the longest series has {longest} bars before val starts "
-                            f"({iso(borders[0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
+                            f"({iso(borders[0][0])}); {MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
         say(f"the longest series has {longest} training bars: the window shrinks from {config.block_size} to {block_size}")
-    enough = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > block_size]
+    enough = [i for i, n in enumerate(n_train) if n > block_size]
     if len(enough) < len(series):
         say(f"{len(series) - len(enough)} of {len(series)} symbols are too short for a window of {block_size} bars "
             f"and are skipped")
@@ -444,8 +446,11 @@ def training(given):
     else:
         series = data.load(config.data)
     borders = tuple(entry["splits"]) if entry else split(config, series, base)
+    if config.val_share:
+        borders = 2 * (int(max(bars.time[-1] for bars in series)) + 1,)
+    own = data.own_borders(series, config.val_share) if config.val_share else [borders] * len(series)
     source = source_of(config, series, borders, entry, base)
-    spans = [data.targets_of(bars, "train", borders) for bars in series]
+    spans = [data.targets_of(bars, "train", pair) for bars, pair in zip(series, own)]
     n_train = sum(max(0, last - first) for first, last in spans)
     stamps = [bars.time[first:max(first, last)] for bars, (first, last) in zip(series, spans)]
     n_stamps = len(np.unique(np.concatenate(stamps)))
@@ -458,8 +463,9 @@ def training(given):
     if config.batch_size < world:
         raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} processes; "
                         f"give at least one for each")
-    block_size, series = fit_window(config, series, borders, source["sources"], say)
-    spans = {name: [data.targets_of(bars, name, borders) for bars in series] for name in ("train", "val")}
+    block_size, kept = fit_window(config, series, own, source["sources"], say)
+    series, own = [series[i] for i in kept], [own[i] for i in kept]
+    spans = {name: [data.targets_of(bars, name, pair) for bars, pair in zip(series, own)] for name in ("train", "val")}
     if not any(first < last for first, last in spans["val"]):
         raise UserError(f"no symbol has a val bar between {iso(borders[0])} and {iso(borders[1])}; "
                         f"move --val_start, --test_start")
@@ -482,13 +488,15 @@ def training(given):
         tokenizer = Tokenizer.load(shared[0])
     tokens = [data.tokenize(bars, tokenizer, x) for bars, x in zip(series, features)]
     del features
-    val = data.make_streams(series, tokens, "val", borders, block_size, config.batch_size)
+    val = data.make_streams(series, tokens, "val", own, block_size, config.batch_size)
     tiles = data.tiles(val, config.eval_windows)
-    more = [data.mirrored(bars) for bars in series] if config.mirror == 1 else []
+    more = [(data.mirrored(bars), pair) for bars, pair in zip(series, own)] if config.mirror == 1 else []
     chance = np.random.default_rng([config.seed, 2])
-    more += [data.part_of_day(bars, chance) for _ in range(config.sessions) for bars in series if data.around_the_clock(bars)]
-    both, tokens = [*series, *more], tokens + [data.tokenize(bars, tokenizer) for bars in more]
-    train = data.make_streams(both, tokens, "train", borders, block_size, config.batch_size)
+    more += [(data.part_of_day(bars, chance), pair) for _ in range(config.sessions) for bars, pair in zip(series, own)
+             if data.around_the_clock(bars)]
+    both, tokens = [*series, *(bars for bars, _ in more)], tokens + [data.tokenize(bars, tokenizer) for bars, _ in more]
+    own = [*own, *(pair for _, pair in more)]
+    train = data.make_streams(both, tokens, "train", own, block_size, config.batch_size)
     if config.balance:
         train.weights = data.balanced(both, train)
 
