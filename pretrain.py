@@ -156,14 +156,7 @@ def training(given):
     tiles = data.tiles(val, config.eval_windows)
 
     # ---- model, averaged weights, optimizer
-    if entry:
-        model, average = (load_checkpoint(config.out, weights=w)[0] for w in ("last", "average"))
-    elif base:
-        model, average = base[0], load_checkpoint(config.init_from)[0]
-        model.config.block_size = average.config.block_size = market.block_size
-        model.lean.fill_(1.0)  # it is fitted on the average
-    else:
-        model, average = (new_model(config, tokenizer, train_series, train) for _ in range(2))
+    model, average = model_and_average(config, entry, base, tokenizer, train_series, train)
     model.to(device).train()
     average.to(device).requires_grad_(False)
     model.grad_ckpt = config.grad_ckpt
@@ -478,6 +471,19 @@ def code_shares(streams, tokenizer):
             count += np.bincount(tokens[first:max(first, last), column], minlength=2**bits)
         shares.append(count / count.sum())
     return shares
+
+
+def model_and_average(config, entry, base, tokenizer, series, train):
+    """The model to train, the average of its weights: as saved, as in --init_from, or new."""
+    if entry:
+        model, average = (load_checkpoint(config.out, weights=w)[0] for w in ("last", "average"))
+    elif base:
+        model, average = base[0], load_checkpoint(config.init_from)[0]
+        model.config.block_size = average.config.block_size = train.block_size
+        model.lean.fill_(1.0)  # it is fitted on the average
+    else:
+        model, average = (new_model(config, tokenizer, series, train) for _ in range(2))
+    return model, average
 
 
 def new_model(config, tokenizer, series, train):
