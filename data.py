@@ -388,6 +388,15 @@ def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
     return borders[0], borders[1]
 
 
+def own_borders(series, share) -> np.ndarray:
+    """(val_start, test_start) of each series, int64 [series, 2]: val is the last share of its own time.
+
+    For weights of many markets whose bars end in different years; nothing is left for test.
+    """
+    first, last = np.array([(bars.time[0], bars.time[-1]) for bars in series]).T
+    return np.stack([last - (share * (last - first)).astype(np.int64), 0 * last + last.max() + 1], axis=1)
+
+
 def targets_of(bars, split, borders):
     """[first, last) of the bars that are targets in "train", "val" or "test"; context may reach back before first."""
     val, test = np.searchsorted(bars.time, borders)
@@ -417,8 +426,13 @@ class Streams:
 
 
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
-    """Streams whose targets lie in one split; windows of training hold targets only, if a series is that long."""
-    targets = np.array([targets_of(bars, split, borders) for bars in series], np.int64).reshape(-1, 2)
+    """Streams whose targets lie in one split; borders: a pair of stamps, or one for each series.
+
+    Windows of training hold targets only, if a series is that long.
+    """
+    pairs = np.broadcast_to(borders, (len(series), 2))
+    targets = [targets_of(bars, split, pair) for bars, pair in zip(series, pairs)]
+    targets = np.array(targets, np.int64).reshape(-1, 2)
     whole = split == "train" and bool((targets[:, 1] - targets[:, 0] >= block_size).any())
     return Streams(tokens, [bars.time for bars in series], targets, block_size, batch_size, whole)
 

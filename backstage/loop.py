@@ -1,4 +1,4 @@
-"""What the loops of the three stages share: optimizer, learning rate, state of a run, resuming, time left."""
+"""What the loops of the three stages share: optimizer, rate, state of a run, time left."""
 import datetime
 import math
 import os
@@ -18,13 +18,14 @@ from backstage.script import UserError, pick_dtype
 from model import load_checkpoint
 from tokenizer import Tokenizer
 
-RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val", "since_best", "data", "splits")
+RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val",
+           "since_best", "data", "splits")
 OUTPUTS = "out", "release"  # flags that name files to write
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What every training loop needs, here and in expo.py and rollout.py
 
 def resumed(given, config_class, free, stages):
@@ -56,17 +57,21 @@ def resumed(given, config_class, free, stages):
 
 
 class Optimizer:
-    """Muon (Jordan 2024; torch.optim.Muon) for the matrices of the layers, AdamW (arXiv 1711.05101) for all else.
+    """Muon (Jordan 2024; torch.optim.Muon) for the matrices of the layers, AdamW (arXiv 1711.05101)
+    for all else.
 
-    Muon makes the update of a matrix orthogonal, so that each of its directions moves alike. Only matrices decay.
+    Muon makes the update of a matrix orthogonal, so that each of its directions moves alike. Only
+    matrices decay.
     """
 
     def __init__(self, model, lr, adam_lr, weight_decay):
         matrices, tables, vectors = [], [], []
         for name, p in model.named_parameters():
-            inner = name.startswith(("layers", "reasoner")) and not name.endswith(("latent", "offset"))
+            inner = name.startswith(("layers", "reasoner"))
+            inner = inner and not name.endswith(("latent", "offset"))
             (vectors if p.dim() < 2 else matrices if inner else tables).append(p)
-        groups = [dict(params=tables, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+        groups = [dict(params=tables, weight_decay=weight_decay),
+                  dict(params=vectors, weight_decay=0.0)]
         on_known = tables[0].device.type in ("cpu", "cuda")
         self.parts = (torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay),
                       torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), fused=on_known))
@@ -86,26 +91,30 @@ class Optimizer:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """ValueError where a tensor has not the shape and type of its weight: what comes from a file is not trusted.
+        """The settings (rates, decays) stay those of the config.
 
-        The settings (rates, decays) stay those of the config.
+        ValueError where a tensor has not the shape and type of its weight: files are not trusted.
         """
         if len(states) != len(self.parts):
             raise ValueError("the optimizer's state is not that of Muon and AdamW")
-        for part, state, names in zip(self.parts, states, ({"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"})):
+        moments = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
+        for part, state, names in zip(self.parts, states, moments):
             weights = [p for group in part.param_groups for p in group["params"]]
             for i, entry in state["state"].items():
                 if entry.keys() != names or not 0 <= i < len(weights):
-                    raise ValueError(f"the optimizer's state of weight {i!r} is not what it keeps of a weight")
+                    raise ValueError(f"the optimizer's state of weight {i!r} is not what it keeps")
                 for name, value in entry.items():
                     shape = () if name == "step" else weights[i].shape
-                    if value.shape != shape or value.dtype != torch.float32 or not torch.isfinite(value).all():
-                        raise ValueError(f"the optimizer's {name!r} does not fit its weight, or is not finite")
-            part.load_state_dict(dict(state=state["state"], param_groups=part.state_dict()["param_groups"]))
+                    fit = value.shape == shape and value.dtype == torch.float32
+                    if not fit or not torch.isfinite(value).all():
+                        raise ValueError(f"the optimizer's {name!r} does not fit its weight, "
+                                         f"or is not finite")
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict(dict(state=state["state"], param_groups=groups))
 
 
 def rate(step, steps, warmup):
-    """The learning rate as a share of its peak: rises over the warm-up, then falls in one cosine to a fiftieth."""
+    """The learning rate as a share of its peak: warm-up, then a cosine to a fiftieth."""
     if step < warmup:
         return (step + 1) / warmup
     along = (step - warmup) / max(1, steps - warmup)
@@ -128,9 +137,10 @@ class Run:
         return cls(**{f.name: entry[f.name] for f in fields(cls) if f.name in entry})
 
     def update(self, model, optimizer, scaler, loss, clip, say=print):
-        """One update from the gradients of the model, or none where loss or gradient is not finite; the gradient's norm.
+        """One update from the gradients of the model, or none where loss or gradient is not finite.
 
-        UserError after MAX_BAD_STEPS of these in a row. loss: a float, the same on every process.
+        Returns the gradient's norm. UserError after MAX_BAD_STEPS of these in a row. loss: a float,
+        the same on every process.
         """
         for part in optimizer.parts:
             scaler.unscale_(part)
@@ -138,14 +148,16 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             for part in optimizer.parts:
                 scaler.step(part)
-            torch.autograd.graph.increment_version(model.parameters())  # which fused optimizers forget: see Model.kept
+            # which fused optimizers forget: see Model.kept
+            torch.autograd.graph.increment_version(model.parameters())
             self.bad_steps = 0
         else:
             self.bad_steps += 1
             say(f"{self.step + 1:>6} loss {loss}, gradient norm {norm}: not finite, step skipped")
             if self.bad_steps == MAX_BAD_STEPS:
-                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them step {self.step + 1}: "
-                                f"start again with a lower --lr, or with --dtype fp32")
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row were not finite, the last of them "
+                                f"step {self.step + 1}: start again with a lower --lr, or with "
+                                f"--dtype fp32")
         scaler.update()
         optimizer.zero_grad()
         self.step += 1
@@ -155,8 +167,8 @@ class Run:
         """Keeps the weights where their score is the best so far."""
         self.since_best += 1
         if score < self.best_val:
-            self.since_best = 0
-            self.best_val, self.best = score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            self.since_best, self.best_val = 0, score
+            self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 
 class Clock:
@@ -171,8 +183,9 @@ class Clock:
         return datetime.timedelta(seconds=round(seconds))
 
     def save_due(self, step):
-        """True at the end, every save_every steps, and SAVE_SECONDS after the last time that it was."""
-        due = step == self.steps or step % self.save_every == 0 or time.time() - self.saved_at > SAVE_SECONDS
+        """True at the end, every save_every steps, and SAVE_SECONDS after it last was."""
+        late = time.time() - self.saved_at > SAVE_SECONDS
+        due = late or step == self.steps or step % self.save_every == 0
         if due:
             self.saved_at = time.time()
         return due
@@ -185,7 +198,7 @@ def stop_here(stop, run, out, say=print):
 
 
 def precision(config, device, entry=None):
-    """(autocast, scaler, its name and why) of --dtype; a resumed run keeps the type that it began with."""
+    """(autocast, scaler, its name and why) of --dtype; a resumed run keeps its type."""
     name = entry["dtype"] if entry else config.dtype
     name, dtype, why = pick_dtype(name, device)
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -200,7 +213,8 @@ def precision(config, device, entry=None):
 
 def average_gradients(model, n_params, world):
     """Over the processes, in one exchange."""
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                      for p in model.parameters()])
     dist.all_reduce(flat)
     flat /= world
     for p, grad in zip(model.parameters(), flat.split(n_params)):
@@ -212,7 +226,8 @@ def load_tokenizer(path):
     try:
         return Tokenizer.load(read_checkpoint(path)["tokenizer"])
     except ValueError as e:
-        raise UserError(f"{path}: no tokenizer can be taken from it ({str(e).splitlines()[0]}); name another checkpoint")
+        raise UserError(f"{path}: no tokenizer can be taken from it ({str(e).splitlines()[0]}); "
+                        f"name another checkpoint")
 
 
 def load_optimizer(optimizer, entry, path):
@@ -222,7 +237,7 @@ def load_optimizer(optimizer, entry, path):
         raise damaged(path, str(e).splitlines()[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a later stage begins with, this one and rollout.py
 
 def begin(config, entry, device, room=0):

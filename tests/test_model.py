@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from backstage.clock import calendar
+from backstage import validation
 from backstage.files import load_safe
+from backstage.lean import fit_lean
 from backstage.loop import Optimizer, Run
 from backstage.series import DAY
 import data
 import model as M
-import pretrain
 from model import Model, ModelConfig, load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig
 
@@ -758,7 +759,7 @@ def test_crps_is_the_integral_and_the_mean_distance():
     p = torch.rand(7, 12, generator=random).softmax(-1)
     p[0] = F.one_hot(torch.tensor(5), 12)
     y = torch.tensor([values[5], 0.1, -9.0, 9.0, values[3], values.min(), 0.5])
-    got = pretrain.crps(p, values, y)
+    got = validation.crps(p, values, y)
     x = torch.linspace(-10, 10, 400_001).double()
     for n in range(7):
         below = (values[:, None] <= x) * p[n][:, None]
@@ -778,24 +779,24 @@ def test_lean_is_the_slope_of_what_came_as_far_as_it_is_known(truth):
     for _ in range(50):
         mean = torch.randn(4000, generator=random)
         common = torch.randn(400, generator=random)[day]    # symbols of one day move together
-        found.append(pretrain.fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day * DAY))
+        found.append(fit_lean(mean, truth * mean + common + 3 * torch.randn(4000, generator=random), day * DAY))
     found = torch.tensor(found)
     assert ((0 <= found) & (found <= 1)).all()
     assert abs(found.mean().item() - min(1.0, max(0.0, truth))) < 0.02
     if truth <= 0:
         assert (found == 0).float().mean() > 0.6
     minutes = 60 * torch.arange(4000) // 10                             # less than a day, yet many bars
-    sure = pretrain.fit_lean(mean, mean + torch.randn(4000, generator=random), minutes)
+    sure = fit_lean(mean, mean + torch.randn(4000, generator=random), minutes)
     assert 0.9 < sure <= 1
-    alone = pretrain.fit_lean(torch.ones(10), torch.ones(10), torch.zeros(10, dtype=torch.int64))
-    assert alone == pretrain.fit_lean(*[torch.zeros(0)] * 3) == 0.0     # a single stamp tells nothing
+    alone = fit_lean(torch.ones(10), torch.ones(10), torch.zeros(10, dtype=torch.int64))
+    assert alone == fit_lean(*[torch.zeros(0)] * 3) == 0.0     # a single stamp tells nothing
 
 
 def test_candle_values_are_close_range_and_volume():
     model = make()
     coarse, fine = torch.arange(64), torch.arange(64) % 32
     x = model.mean + model.std * (model.D1[coarse] + (model.M[coarse] @ model.g[fine][..., None])[..., 0])
-    for (close_, range_, volume), (c, o, u, l, v, _) in zip(pretrain.candle_values(model, coarse, fine).tolist(), x.tolist()):
+    for (close_, range_, volume), (c, o, u, l, v, _) in zip(validation.candle_values(model, coarse, fine).tolist(), x.tolist()):
         c, o, u, l = map(math.sinh, (c, o, u, l))
         assert close_ == pytest.approx(c, rel=1e-4) and volume == pytest.approx(v, rel=1e-5)
         assert range_ == pytest.approx(max(c, o) + max(u, 0) - min(c, o) + max(l, 0), rel=1e-4)

@@ -1,0 +1,189 @@
+"""What stage 1 settles before it trains: processes, borders, the window, the bars' record."""
+import datetime
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+from backstage.dates import iso
+from backstage.files import check_out, fingerprint
+from backstage.script import UserError, check_numbers, pick_device, processes
+from model import save_checkpoint
+
+MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
+POSITIVE = "tok_steps", "clip", "eval_windows", "save_every"
+NOT_NEGATIVE = ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
+                "weight_decay", "average", "shift_weeks", "shift_hours", "sessions", "n_layer",
+                "n_head", "n_embd", "eval_every", "seed")
+
+
+def check(config):
+    check_numbers(config, POSITIVE, NOT_NEGATIVE)
+    if config.block_size == 1:
+        raise UserError("--block_size 1: at least 2 bars")
+    if config.init_from and config.tokenizer:
+        raise UserError("--tokenizer: the checkpoint of --init_from brings its own; "
+                        "drop one of the two")
+    if not (config.dropout == -1 or 0 <= config.dropout < 1):
+        raise UserError(f"--dropout {config.dropout}: a share from 0 to below 1, or -1")
+    if config.average >= 1:
+        raise UserError(f"--average {config.average}: a decay below 1")
+    if config.mirror not in (-1, 0, 1):
+        raise UserError(f"--mirror {config.mirror}: choose 1, 0 or -1")
+
+
+def check_outputs(config, resumed):
+    """UserError where a file to be written exists, or is one that the run reads."""
+    reads = config.init_from, config.tokenizer, *(config.data or ())
+    if not resumed:
+        check_out(config.out, config.overwrite, reads)
+    if config.release:
+        check_out(config.release, config.overwrite, (config.out, *reads))
+
+
+def join_processes(config):
+    """-> rank, world size, device; with more than one process they are connected."""
+    rank, world, local_rank = processes()
+    device = pick_device(config.device, local_rank)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # broadcasts and barriers use the current device
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    return rank, world, device
+
+
+def split(config, series, base):
+    """The borders of the splits: --val_start, --test_start; else those of the fine-tuned checkpoint
+    where the bars allow; else 80/10/10 %.
+
+    UserError where val would lie among the bars that the fine-tuned checkpoint was trained on, or
+    test among those that its weights were chosen by, unless by --overlap.
+    """
+    if config.val_share:
+        return 2 * (int(max(bars.time[-1] for bars in series)) + 1,)
+    if base is None:
+        return data.split_borders(series, config.val_start, config.test_start)
+    theirs = tuple(base[2]["splits"])
+    if config.val_start is None and config.test_start is None:
+        starts, ends = min(bars.time[0] for bars in series), max(bars.time[-1] for bars in series)
+        if starts < theirs[0] and ends >= theirs[1]:
+            return theirs
+    borders = data.split_borders(series, config.val_start, config.test_start)
+    uses = "trained on", "chosen by"
+    for name, own, its, use in zip(("val", "test"), borders, theirs, uses):
+        if own < its and not config.overlap:
+            raise UserError(f"{name} would start {iso(own)}, but {config.init_from} was {use} bars "
+                            f"up to {iso(its)}: where these were among them a score would be "
+                            f"in-sample; set --{name}_start to that day or later, or allow it by "
+                            f"--overlap, and every score will say so")
+    return borders
+
+
+def source_of(config, series, borders, entry, base):
+    """What the checkpoint says of its bars, a checkpoint.Source.
+
+    UserError where a resumed run has others than it began with.
+    """
+    names, own = config.data or ["synthetic"], fingerprint(series)
+    if entry:
+        source = entry["data"]
+        if (source["sources"], source["fingerprint"]) != (names, own):
+            raise UserError(f"{', '.join(names)}: not the bars that the run in {config.out} began "
+                            f"with (fingerprint {own}, was {source['fingerprint']}); "
+                            f"give it those, or another --out")
+        return source
+    intervals = sorted({int(np.median(np.diff(bars.time))) for bars in series if len(bars) > 1})
+    source = dict(sources=names, fingerprint=own, intervals=intervals)
+    if base:
+        theirs, before = base[2]["splits"], base[2]["data"].get("overlap")
+        if before or borders[0] < theirs[0] or borders[1] < theirs[1]:
+            source["overlap"] = before if before is True else max(before or 0, theirs[1])
+    return source
+
+
+def count_bars(series, borders):
+    """(training bars, distinct time stamps among them); borders: a pair for each series."""
+    stamps = []
+    for bars, pair in zip(series, borders):
+        first, last = data.targets_of(bars, "train", pair)
+        stamps.append(bars.time[first:max(first, last)])
+    return sum(map(len, stamps)), len(np.unique(np.concatenate(stamps)))
+
+
+def fit_window(config, series, borders, sources, say):
+    """(bars in a window, indices of the series that are long enough for one): --block_size, or less
+    where no series has so many. borders: a pair for each series."""
+    n_train = [data.targets_of(bars, "train", pair)[1] for bars, pair in zip(series, borders)]
+    longest = max(n_train)
+    block_size = config.block_size
+    if block_size > longest - 1:
+        block_size = max(MIN_BLOCK, longest // 2)
+        if block_size > longest - 1:
+            raise UserError(f"{', '.join(sources)}: the longest series has {longest} bars before "
+                            f"val starts ({iso(borders[0][0])}); {MIN_BLOCK + 1} is the least: "
+                            f"give more bars or a later --val_start")
+        say(f"the longest series has {longest} training bars: "
+            f"the window shrinks from {config.block_size} to {block_size}")
+    enough = [i for i, n in enumerate(n_train) if n > block_size]
+    if len(enough) < len(series):
+        say(f"{len(series) - len(enough)} of {len(series)} symbols are too short for a window of "
+            f"{block_size} bars and are skipped")
+    return block_size, enough
+
+
+def compile_layers(model, shape, device, autocast, say):
+    """torch.compile for each layer, or not at all, with a line that says why.
+
+    shape: of the tokens in a forward pass. The layers are alike, so one compilation serves all.
+    """
+    say("compiling the layers, which takes a minute or two", flush=True)
+    try:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        with autocast():
+            loss = model(tokens, tokens, tokens, targets=(tokens, tokens))[2]
+        loss.backward()
+    except Exception as e:  # a missing compiler, an unsupported platform: many kinds
+        for layer in model.layers:
+            layer._compiled_call_impl = None  # what Module.compile sets
+        say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); "
+            f"going on without")
+    model.zero_grad(set_to_none=True)
+
+
+def more_markets(config, series, borders):
+    """Markets made from those given, to train on beside them, and their borders."""
+    more = []
+    if config.mirror == 1:
+        more += [(data.mirrored(bars), pair) for bars, pair in zip(series, borders)]
+    random = np.random.default_rng([config.seed, 2])
+    for _ in range(config.sessions):
+        more += [(data.part_of_day(bars, random), pair) for bars, pair in zip(series, borders)
+                 if data.around_the_clock(bars)]
+    return [bars for bars, _ in more], [pair for _, pair in more]
+
+
+def release(path, run, model, tokenizer, meta):
+    """The best weights alone, in half precision, in a checkpoint to give away."""
+    model.load_state_dict(run.best)
+    for p in model.parameters():
+        p.data = p.data.half()
+    # the folders are nobody else's business
+    names = [os.path.basename(name) for name in meta["data"]["sources"]]
+    public = {key: meta[key] for key in ("splits", "seed", "features")}
+    public["data"] = meta["data"] | dict(sources=names)
+    save_checkpoint(path, model, tokenizer, stage="pretrain", step=run.step, metrics=run.metrics,
+                    **public)
+
+
+def tuning_margin(n_val):
+    """The share of the score by which fine-tuned weights must beat those that they began as.
+
+    What the best of ten reports gains by chance: .4 / sqrt(bars of val).
+    """
+    return min(0.1, 0.4 / math.sqrt(max(1, n_val)))

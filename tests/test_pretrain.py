@@ -1,0 +1,87 @@
+"""The loop of stage 1 uses what its flags and its parts promise."""
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from backstage.files import load_safe
+from backstage.loop import Run
+from conftest import TINY
+from model import Layer
+
+
+def trained(call, market, out, *flags):
+    argv = ["--data", market, "--out", out, *TINY, "--dtype", "fp32", *flags]
+    status, _, err = call("pretrain", *argv)
+    assert status == 0, err
+    return load_safe(out)
+
+
+def test_the_weights_that_forecast_are_averaged(market, tmp_path, call, monkeypatch):
+    """average_t = d average_{t-1} + (1 - d) w_t d = min(decay, t / (t + 10)); val scores it."""
+    weights, update, scores = [], Run.update, iter([0.9, 0.8])
+
+    def noted(run, model, *args):
+        if not weights:
+            weights.append({k: p.detach().double().clone() for k, p in model.named_parameters()})
+        norm = update(run, model, *args)
+        weights.append({k: p.detach().double().clone() for k, p in model.named_parameters()})
+        return norm
+    monkeypatch.setattr(Run, "update", noted)
+    evaluate = pretrain.evaluate
+    scored = lambda *args: evaluate(*args) | dict(score=next(scores))
+    monkeypatch.setattr(pretrain, "evaluate", scored)
+    entry = trained(call, market, tmp_path / "a.pt", "--average", 0.3)
+    want = weights[0]
+    for t, new in enumerate(weights[1:], 1):
+        d = min(0.3, t / (t + 10))
+        want = {k: d * v + (1 - d) * new[k] for k, v in want.items()}
+    for k, v in want.items():
+        torch.testing.assert_close(entry["average"][k].double(), v, rtol=1e-4, atol=1e-6)
+        assert torch.equal(entry["best"][k], entry["average"][k])
+    assert any((entry["model"][k] - v).abs().max() > 1e-3 for k, v in want.items())
+    assert entry["metrics"][-1]["lean"] == entry["best"]["lean"].item() < 1     # fitted on val
+
+
+def test_recomputed_activations_cost_a_second_forward(market, tmp_path, call, monkeypatch):
+    calls, forward = [], Layer.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(Layer, "forward", counted)
+    entries, counts = [], []
+    for flag in ("--no-grad_ckpt", "--grad_ckpt"):
+        calls.clear()
+        entries.append(trained(call, market, tmp_path / f"{flag}.pt", flag, "--steps", 1))
+        counts.append(sum(calls))
+    assert counts[1] == 2 * counts[0] > 0
+    for k, v in entries[0]["average"].items():
+        torch.testing.assert_close(entries[1]["average"][k], v, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_drops_a_share_of_channels_alike_in_all_bars():
+    config = pretrain.Config(dropout=0.2, n_layer=2, batch_size=64, n_embd=64)
+    masks = pretrain.dropout_masks(np.random.default_rng(0), config, 0, 1)
+    assert masks.shape == (2, 2, 64, 1, 64)
+    assert masks.unique().tolist() == pytest.approx([0, 1.25])
+    assert masks.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_ctrl_c_while_the_tokenizer_trains_acts_at_once(market, tmp_path, call, monkeypatch):
+    train = pretrain.train_tokenizer
+
+    def interrupted(x, sizes, progress, **settings):
+        def after(step, loss):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert step <= 2
+            progress(step, loss)
+        return train(x, sizes, progress=after, **settings)
+    monkeypatch.setattr(pretrain, "train_tokenizer", interrupted)
+    status, out, _ = call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY)
+    assert status == 130 and "stopped at step 2 of the tokenizer" in out
+    assert os.listdir(tmp_path) == []
