@@ -770,6 +770,10 @@ class Model(nn.Module):
 
     # ---- many bars at once
 
+    def hidden(self, coarse, fine, time):
+        """Tokens and stamps int64 [B, T] -> h [B, T, C], from which the heads read the next bar."""
+        return norm(self.trunk(coarse, fine, time)[0])
+
     def forward(self, coarse, fine, time, targets=None, phase=0, drop=None):
         """coarse, fine, time int64 [B, T] -> coarse logits [B, T, 2^k1], fine logits [B, T, 2^k2] given the target
         coarse token, else the likeliest, and the loss in nats per bar, None without targets.

@@ -16,7 +16,7 @@ import data
 import expo
 import rollout
 from conftest import ROOT, complaint, script
-from model import Model, close_table, load_checkpoint, norm
+from model import Model, close_table, load_checkpoint
 
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
 
@@ -51,7 +51,7 @@ def other(loaded):
 
 @pytest.fixture(autouse=True)
 def few_origins(monkeypatch):
-    for name in ("rollout.VAL_ORIGINS", "rollout.ORIGINS", "expo.ORIGINS"):
+    for name in ("rollout.VAL_ORIGINS", "rollout.ORIGINS", "expo.VAL_ORIGINS", "expo.ORIGINS"):
         monkeypatch.setattr(name, 20)
 
 
@@ -101,7 +101,7 @@ def test_with_lam_1_the_reference_stands_still(loaded, batch, pairs):
     same = Model(model.config)
     same.load_state_dict(model.state_dict())
     config = expo.Config(pairs=pairs, lam=1.0, candidates=16)
-    loss, shown = expo.loss_of(same, model, close_table(tokenizer), batch, 0, np.random.default_rng(0), config)
+    loss, shown = expo.loss_of(same, model, close_table(tokenizer), batch, np.random.default_rng(0), config)
     loss.backward()
     assert abs(loss.item()) < 1e-7 and abs(shown["kl"]) < 1e-6
     assert max(p.grad.abs().max().item() for p in same.parameters() if p.grad is not None) < 1e-6
@@ -112,12 +112,12 @@ def test_the_set_loss_is_the_naive_one(loaded, other, batch):
     reference, tokenizer, _ = loaded
     table = close_table(tokenizer)
     config = expo.Config(pairs="set", lam=0.6, beta=0.5, noise=0.3)
-    loss, shown = expo.loss_of(other, reference, table, batch, 5, np.random.default_rng(0), config)
+    loss, shown = expo.loss_of(other, reference, table, batch, np.random.default_rng(0), config)
     coarse, fine, when, *target = batch
     labelled, away, rises = [], [], []
     with torch.no_grad():
         known = tuple(a.clamp(min=0) for a in target)
-        logits = [m(coarse, fine, when, known, 5)[:2] for m in (other, reference)]
+        logits = [m(coarse, fine, when, known)[:2] for m in (other, reference)]
         for b, t in itertools.product(range(coarse.shape[0]), range(coarse.shape[1])):
             if target[0][b, t] < 0:
                 continue
@@ -140,7 +140,7 @@ def test_the_set_loss_is_the_naive_one(loaded, other, batch):
 def test_a_batch_without_a_label_costs_only_its_kl(loaded, other, batch, pairs):
     reference, tokenizer, _ = loaded
     config = expo.Config(pairs=pairs, noise=1e9, beta=0.5)
-    loss, shown = expo.loss_of(other, reference, close_table(tokenizer), batch, 0, np.random.default_rng(0), config)
+    loss, shown = expo.loss_of(other, reference, close_table(tokenizer), batch, np.random.default_rng(0), config)
     loss.backward()
     other.zero_grad()
     assert shown["loss"] == 0 and loss.item() == pytest.approx(0.5 * shown["kl"]) and shown["kl"] > 0
@@ -174,7 +174,7 @@ def test_pairs_of_the_true_bar_and_a_loser_beyond_the_margin(loaded, other, batc
     reference, tokenizer, _ = loaded
     table, chance = close_table(tokenizer), np.random.default_rng(7)
     config = expo.Config(pairs="drawn", lam=0.6, beta=0.0, candidates=3, labels=64, margin=1.1)
-    loss, _ = expo.loss_of(other, reference, table, batch, 5, np.random.default_rng(7), config)
+    loss, _ = expo.loss_of(other, reference, table, batch, np.random.default_rng(7), config)
     coarse, fine, when, *target = batch
     counts = target[0] >= 0
     came = torch.stack((target[0][counts], target[1][counts]), 1)
@@ -184,7 +184,7 @@ def test_pairs_of_the_true_bar_and_a_loser_beyond_the_margin(loaded, other, batc
     uniform = torch.from_numpy(chance.random((len(rows), 3, 2), np.float32))
     each = []
     with torch.no_grad():
-        h, h_ref = (norm(m.trunk(coarse, fine, when, 5)[0])[counts] for m in (other, reference))
+        h, h_ref = (m.hidden(coarse, fine, when)[counts] for m in (other, reference))
         losers, behind = expo.draw_losers(reference, table, h_ref[rows], move[rows], uniform)
         for row, l, gap in zip(rows, losers, behind):
             if gap < 1.1:
@@ -220,7 +220,7 @@ def walks(loaded, market):
 
 def state_of(model, origins):
     with torch.no_grad():
-        return model.prefill(*origins.context[:3], 7)
+        return model.prefill(*origins.context[:3])
 
 
 def uniform_of(candidates):
@@ -287,7 +287,7 @@ def test_a_guided_walk_is_the_naive_one(loaded, walks):
         state = origins.state.map(lambda f: f[b, 0])
         for k in range(4):
             with torch.no_grad():
-                h = norm(model.trunk(coarse, fine, when, 7)[0][0, -1])
+                h = model.hidden(coarse, fine, when)[0, -1]
                 tokens = [model.sample(h, 1.5, u=u[b, j, k]) for j in range(6)]
             decoded = [data.inverse(tokenizer.decode(*pair).numpy()[None], state) for pair in tokens]
             error = [abs(math.log(bar[0, 3] / state.close) - origins.moves[b, k]) for bar, _ in decoded]
