@@ -37,7 +37,8 @@ from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars, decayed_sum
 from model import load_checkpoint
 from sample import (
-    Origin, base_weights, by_close, jsonable, load_series, simulate, unmoved_share, warn_of_intervals)
+    Origin, base_weights, by_close, jsonable, load_series, median_path, simulate, unmoved_share,
+    warn_of_intervals)
 from tokenizer import code_use
 
 
@@ -349,24 +350,39 @@ def candle_tables(tokenizer):
     return dict(close=close.contiguous(), range=size, volume=volume.contiguous())
 
 
-def simulated(model, tokenizer, t, paths, parallel=False, temperature=1.0):
+def simulated(model, tokenizer, t, paths, parallel=False):
     """Forecast the log returns over the horizon from every origin."""
-    n, origins = model.config.block_size, []
-    for bars, tokens, at, states, slots in zip(t.series, t.tokens(tokenizer), t.origins, t.states, t.slots):
-        unmoved = unmoved_share(bars, model.config.unmoved)
-        for o, state in zip(at, states):
-            context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
-            origins.append(Origin(bars.symbol, context, bars.time[:o + 1], state, slots, unmoved[o + 1]))
-    parts = []
+    origins, parts = origins_of(model, tokenizer, t), []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
-        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, temperature, seed=t.seed, parallel=parallel)
+        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel)
         last = np.log([o.state.close for o in part])[:, None, None]
         moves = np.diff(np.log(ohlcva[..., 3]), prepend=np.broadcast_to(last, (len(part), paths, 1)))
         parts.append(judge_paths(moves, t, slice(i, i + len(part))))
         progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
     progress("")
     return joined(parts) if parts else {}
+
+
+def median_paths(model, tokenizer, t):
+    """The median-token path from every origin (see sample.median_path), as a forecaster of a point."""
+    origins = origins_of(model, tokenizer, t)
+    close = median_path(model, tokenizer, origins, t.horizon)[..., 3]   # (n, H)
+    point = np.log(close) - np.log([o.state.close for o in origins])[:, None]
+    return dict(path_point=point, path_crps=np.abs(t.path_r - point))
+
+
+def origins_of(model, tokenizer, t):
+    """An Origin for each of the n paths, with the model's context."""
+    n, origins = model.config.block_size, []
+    every = zip(t.series, t.tokens(tokenizer), t.origins, t.states, t.slots)
+    for bars, tokens, at, states, slots in every:
+        unmoved = unmoved_share(bars, model.config.unmoved)
+        for o, state in zip(at, states):
+            context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
+            time = bars.time[:o + 1]
+            origins.append(Origin(bars.symbol, context, time, state, slots, unmoved[o + 1]))
+    return origins
 
 
 # ----------------------------------------------------------------------------------------------------------------------

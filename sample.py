@@ -180,6 +180,36 @@ def generate(model, state, times, uniform, draw):
     return [torch.stack(level, dim=-1) for level in zip(*tokens)]
 
 
+@torch.no_grad()
+def median_path(model, tokenizer, origins, horizon):
+    """The point path of each Origin: ohlcva float64 [n, horizon, 6].
+
+    Each bar is the median token: the coarse one at the median of the close, its likeliest fine one.
+    The likeliest coarse token would be a bad point: among codes that look alike it is chance.
+    """
+    order = by_close(tokenizer).to(model.up_mask.device)
+
+    def median_token(h, _):
+        cumulative = model.coarse_logits(h).float().softmax(-1)[..., order].cumsum(-1)
+        coarse = order[(cumulative < 0.5).sum(-1).clamp(max=len(order) - 1)]
+        return coarse, model.fine_logits(h, coarse).argmax(-1)
+
+    ohlcva, when = np.empty((len(origins), horizon, 6)), times_ahead(origins, horizon, None)
+    lengths = np.array([len(o.tokens) for o in origins])
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for rows in np.split(alike, range(BATCH_ORIGINS, len(alike), BATCH_ORIGINS)):
+            part, times = [origins[i] for i in rows], torch.from_numpy(when[rows]).to(order.device)
+            coarse, fine = torch.stack([o.tokens for o in part]).to(order.device).unbind(-1)
+            seen = torch.from_numpy(np.stack([o.time[-length:] for o in part])).to(order.device)
+            state = model.prefill(coarse, fine, seen)
+            tokens = generate(model, state, times, torch.zeros(len(part), horizon), median_token)
+            x = tokenizer.decode(*tokens).cpu().numpy()[:, None]            # (n, 1, horizon, 6)
+            start = data.State.stack([o.anchored(row) for o, row in zip(part, when[rows])])
+            ohlcva[rows] = data.inverse(x, start)[0][:, 0]
+    return ohlcva
+
+
 def stratified(random, paths, horizon):
     """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
 

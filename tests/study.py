@@ -46,7 +46,8 @@ from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import volatility_paths
 from backstage.pictures import Panel, grid_line, label, line, write_svg
 from backstage.reader import write_folder
-from backstage.scores import RATIOS, against, at_step, block_sums, bootstrap, direction_sums, judge_draws, scored, versus
+from backstage.scores import (
+    RATIOS, against, at_step, block_sums, bootstrap, direction_sums, judge_draws, scored, sums_of, versus)
 from backstage.script import run
 from backstage.series import DAY, decayed_sum
 import backtest
@@ -498,17 +499,20 @@ def plot_sees(path, names, rows, left=190, width=2.9):
 
 PLAIN = ["--walk=0", "--kl=0"]  # of rollout.py: next-token training is left
 ARMS = {    # name: (script, the arm it starts from, flags)
-    "plain updates": ("rollout", "base", PLAIN),
+    "plain updates": ("rollout", "base", PLAIN),        # at the rates of rollout.py
+    "plain updates, expo's rates": ("rollout", "base", [*PLAIN, "--lr=0.02", "--adam_lr=3e-3"]),
     "temperature on val": (None, "base", []),   # no training: logit P(up) times one number, with the best log loss on val
     "expo, set": ("expo", "base", []),
     "expo, set, lam 0.6": ("expo", "base", ["--lam=0.6"]),
     "expo, drawn": ("expo", "base", ["--pairs=drawn"]),
-    "rollout, true": ("rollout", "base", []),
-    "rollout, chosen": ("rollout", "base", ["--target=chosen"]),
-    "rollout, one candidate": ("rollout", "base", ["--candidates=1", "--temperature=1"]),
-    "rollout, 64 candidates": ("rollout", "base", ["--candidates=64", "--temperature=1"]),
+    "step, true": ("rollout", "base", []),
+    "step, chosen": ("rollout", "base", ["--target=chosen"]),
+    "path, true": ("rollout", "base", ["--select=path"]),
+    "path, chosen": ("rollout", "base", ["--select=path", "--target=chosen"]),
+    "one candidate": ("rollout", "base", ["--candidates=1", "--temperature=1"]),
+    "64 candidates": ("rollout", "base", ["--candidates=64", "--temperature=1"]),
     "expo, then rollout": ("rollout", "expo, set", []),
-    "rollout, then expo": ("expo", "rollout, true", []),
+    "rollout, then expo": ("expo", "step, true", []),
 }
 HORIZON = 10
 
@@ -528,7 +532,8 @@ def stages_study(argv):
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=["plain updates", "step, true", "step, chosen", "path, true",
+                                                      "path, chosen"], help=f"of {', '.join(ARMS)}".replace("%", "%%"))
     parser.add_argument("--steps", type=int, default=100, help="of the base model")
     parser.add_argument("--tok_steps", type=int, default=600)
     parser.add_argument("--stage_steps", type=int, default=100, help="of each later stage")
@@ -561,7 +566,7 @@ def stages_study(argv):
 
 
 def arm_file(args, arm, seed, end=".pt"):
-    return os.path.join(args.out, f"{arm.replace(', ', '-').replace(' ', '-')}_{seed}{end}")
+    return os.path.join(args.out, f"{arm.replace(', ', '-').replace(' ', '-').replace(chr(39), '')}_{seed}{end}")
 
 
 def stage_arm(args, arm, seed):
@@ -606,28 +611,28 @@ class StageTest:
             self.true = np.concatenate(true)
 
     def scores(self, path, weights, shifted=False, tempered=False):
-        """drawn_scores, kept in a file. shifted: the model's paths moved so that their means are the true ones.
+        """Scores of the next bar, of paths and of the median-token path, kept in a file. shifted: the model's paths moved so that their means are the true ones.
 
         tempered: logit P(up) times the number that has the best log loss on val.
         """
         kept = path.removesuffix(".pt") + "-shifted" * shifted + "-tempered" * tempered + ".scores.pt"
         if not os.path.exists(kept):
             model, tokenizer, _ = load_checkpoint(path, weights=weights)
-            judge, next_bars = backtest.judge_paths, backtest.next_bars
-            if self.args.market == "reverting":
-                backtest.judge_paths = functools.partial(self.judge_twice, judge, shifted)
+            one = backtest.next_bars(model, tokenizer, self.t)
             if tempered:
-                factor = self.best_factor(next_bars(model, tokenizer, self.val)["p_up"])
-
-                def tempered_bars(*args):
-                    found = next_bars(*args)
-                    return found | dict(p_up=scaled(found["p_up"], factor))
-
-                backtest.next_bars = tempered_bars
+                factor = self.best_factor(backtest.next_bars(model, tokenizer, self.val)["p_up"])
+                one["p_up"] = scaled(one["p_up"], factor)
+            judge = backtest.judge_paths
+            backtest.judge_paths = functools.partial(self.judge, judge, shifted)
             try:
-                drawn = backtest.drawn_scores(model, tokenizer, self.t, self.args.paths)
+                many = backtest.simulated(model, tokenizer, self.t, self.args.paths)
             finally:
-                backtest.judge_paths, backtest.next_bars = judge, next_bars
+                backtest.judge_paths = judge
+            sums, volatility = block_sums(one | many, self.t), many["path_volatility"]
+            sums["path_volatility"] = sums_of(volatility, self.t.path_block, self.t.n_path_blocks)
+            median = block_sums(backtest.median_paths(model, tokenizer, self.t), self.t)
+            sums["path_median_mape"] = median["path_mape"]
+            drawn = bootstrap(sums, self.t)
             save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
         return {k: (v.numpy(), r.numpy()) for k, (v, r) in load_safe(kept).items()}
 
@@ -641,17 +646,21 @@ class StageTest:
 
         return min(np.exp(np.linspace(-3, 2, 101)), key=log_loss)
 
-    def judge_twice(self, judge, shifted, moves, t, rows):
-        """backtest.judge_paths, with the CRPS also of the outcome's mirror image about the true mean.
+    def judge(self, judge, shifted, moves, t, rows):
+        """backtest.judge_paths, and the volatility of the paths: their mean root of summed squares, [n].
 
-        In this market it is equally likely, and the mean of both varies far less.
+        On the reverting market the CRPS is also of the outcome's mirror image about the true mean: it is
+        equally likely there, and the mean of both varies far less.
         """
+        volatility = dict(path_volatility=np.sqrt((moves**2).sum(-1)).mean(1))
+        if self.args.market != "reverting":
+            return judge(moves, t, rows) | volatility
         if shifted:
             moves = moves + (np.diff(self.true[rows], prepend=0.0) - moves.mean(1))[:, None]
         mirrored = copy.copy(t)
         mirrored.path_r = 2 * self.true - t.path_r
         came, image = judge(moves, t, rows), judge(moves, mirrored, rows)
-        return came | dict(path_crps=(came["path_crps"] + image["path_crps"]) / 2)
+        return came | volatility | dict(path_crps=(came["path_crps"] + image["path_crps"]) / 2)
 
 
 def print_stages(args, scores, t, kept):
@@ -667,7 +676,7 @@ def print_stages(args, scores, t, kept):
 
     def change(arm, metric, seed):
         (a, a_drawn), (b, b_drawn) = (at_step(scores[name, seed], metric, None) for name in (arm, "base"))
-        if metric in RATIOS:
+        if metric in (*RATIOS, "path_median_mape", "path_volatility"):
             return a / b - 1, a_drawn / b_drawn - 1
         return a - b, a_drawn - b_drawn
 
@@ -682,8 +691,11 @@ def print_stages(args, scores, t, kept):
         return (b - a) / (b - best), (b_drawn - a_drawn) / (b_drawn - best_drawn)
 
     columns = [("da", "right calls, points", 100, 2), ("logloss", "log loss x 1000", 1000, 2), ("ece", "calibration, points", 100, 2),
-               ("crps", "CRPS, %", 100, 2), ("path_mape", "path MAPE, %", 100, 2), ("path_crps", "path CRPS, %", 100, 2),
-               ("path_coverage90", "in 90 % band, points", 100, 1)]
+               ("crps", "CRPS, %", 100, 2), ("range_crps", "range CRPS, %", 100, 2), ("volume_crps", "volume CRPS, %", 100, 2),
+               ("path_crps", "path CRPS, %", 100, 2), ("path_mape", "path MAPE, median of paths, %", 100, 2),
+               ("path_median_mape", "path MAPE, median token, %", 100, 2), ("path_coverage90", "in 90 % band, points", 100, 1),
+               ("path_volatility", "path volatility, %", 100, 1)]
+    columns = [column for column in columns if column[0] in scores["base", 0]]
     room = {"edge": "logloss", "reverting": "path_crps"}.get(args.market)
     heads = ["", "kept", *(label for _, label, *_ in columns)] + ["share of the room, %"] * bool(room)
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
@@ -695,8 +707,12 @@ def print_stages(args, scores, t, kept):
             cells.append(over_seeds(room, lambda seed: share(arm, room, seed), 100, 1))
         print("| " + " | ".join(cells) + " |", flush=True)
     for metric, label, scale, digits in columns:
+        if metric in (*RATIOS, "path_median_mape"):
+            scale, digits = 1, 4    # of log returns x 100 and %
         each = [float(at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
-        print(f"base, {label.split(',')[0]}: " + ", ".join(f"{v:.{digits + 1}f}" for v in each))
+        print(f"base, {label.rpartition(',')[0]}: " + ", ".join(f"{v:.{digits}f}" for v in each))
+    print(f"what came: path volatility {100 * t.path_rv.mean():.1f}; standing still: "
+          f"path MAPE {100 * np.abs(np.expm1(-t.path_r)).mean():.4f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from backstage import loop
 from backstage.checkpoint import read_checkpoint
 import data
 import expo
 import rollout
+import sample
 from conftest import ROOT, complaint, script
 from model import Model, close_table, load_checkpoint
 
@@ -51,7 +54,7 @@ def other(loaded):
 
 @pytest.fixture(autouse=True)
 def few_origins(monkeypatch):
-    for name in ("rollout.VAL_ORIGINS", "rollout.ORIGINS", "expo.ORIGINS"):
+    for name in ("rollout.VAL_ORIGINS", "rollout.ORIGINS", "expo.VAL_ORIGINS", "expo.ORIGINS"):
         monkeypatch.setattr(name, 20)
 
 
@@ -232,7 +235,7 @@ def test_origins_are_what_the_window_says(loaded, walks):
     series, streams, origins = walks
     which, ends = data.draw_windows(streams, 0, 0)
     coarse, fine, when, target = origins.context
-    assert coarse.shape == (3, 64) and origins.times.shape == (3, 4) and origins.moves.shape == (3, 4)
+    assert coarse.shape == (3, 64) and origins.times.shape == (3, 4) and origins.path.shape == (3, 4)
     for n, (i, e) in enumerate(zip(which, ends)):
         bars, o = series[i], e - 5
         x, state = data.features(bars[:o + 1])
@@ -241,7 +244,7 @@ def test_origins_are_what_the_window_says(loaded, walks):
         after = torch.stack(tokenizer.encode(torch.from_numpy(data.features(bars)[0][o + 1:o + 5])), -1)
         assert torch.equal(origins.tokens[n], after)
         log_close = np.log(bars.ohlcva[:, 3])
-        np.testing.assert_allclose(origins.moves[n], log_close[o + 1:o + 5] - log_close[o:o + 4], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(origins.path[n], log_close[o + 1:o + 5] - log_close[o], rtol=1e-9, atol=1e-12)
         want = data.State.stack([state.anchored()]).scales()
         np.testing.assert_allclose([a[n] for a in origins.state.scales()], [a[0] for a in want], rtol=1e-4)
 
@@ -263,48 +266,86 @@ def test_the_future_shapes_the_choice_and_nothing_else(loaded, walks):
     # those without a changed bar in their context
     only = [k for k in range(3) if not any(which[k] == which[j] and ends[j] < ends[k] for j in range(3))]
     after = rollout.origins_of(fresh, changed, list(map(data.slots_of, changed)), which, ends, 4, 5)
-    assert not np.allclose(after.moves[only], before.moves[only])
+    assert not np.allclose(after.path[only], before.path[only])
     assert torch.equal(after.times[only], before.times[only])
     for a, b in zip(after.context[:3], before.context[:3]):
         assert torch.equal(a[only], b[only])
     for name in data.State.__dataclass_fields__:
         assert np.array_equal(getattr(after.state, name)[only], getattr(before.state, name)[only])
     for candidates in (1, 6):
-        a, b = (rollout.guided_walk(model, tokenizer, state_of(model, origins), origins, uniform_of(candidates), 1.5)[only]
+        a, b = (rollout.guided_walk(model, tokenizer, state_of(model, origins), origins, uniform_of(candidates), 1.5)[0][only]
                 for origins in (after, before))
         assert torch.equal(a, b) == (candidates == 1)
 
 
 def test_a_guided_walk_is_the_naive_one(loaded, walks):
-    """Each step from a parallel forward over context and walk, each candidate decoded by itself."""
+    """Each step from a parallel forward over context and walk, each candidate decoded by itself; by position."""
     model, tokenizer, _ = loaded
     _, _, origins = walks
     u = uniform_of(6)
-    got = rollout.guided_walk(model, tokenizer, state_of(model, origins), origins, u, 1.5)
+    got, path = rollout.guided_walk(model, tokenizer, state_of(model, origins), origins, u, 1.5)
     assert got.shape == (3, 4, 2)
     for b in range(3):
         coarse, fine, when = (a[b:b + 1] for a in origins.context[:3])
-        state = origins.state.map(lambda f: f[b, 0])
+        state = start = origins.state.map(lambda f: f[b, 0])
         for k in range(4):
             with torch.no_grad():
                 h = model.hidden(coarse, fine, when)[0, -1]
                 tokens = [model.sample(h, 1.5, u=u[b, j, k]) for j in range(6)]
             decoded = [data.inverse(tokenizer.decode(*pair).numpy()[None], state) for pair in tokens]
-            error = [abs(math.log(bar[0, 3] / state.close) - origins.moves[b, k]) for bar, _ in decoded]
+            error = [abs(math.log(bar[0, 3] / start.close) - origins.path[b, k]) for bar, _ in decoded]
             pick = int(np.argmin(error))
             assert got[b, k].tolist() == [int(v) for v in tokens[pick]]
             state = decoded[pick][1]
+            assert path[b, k] == pytest.approx(math.log(state.close / start.close), abs=1e-9)
             coarse, fine = (torch.cat((a, token.view(1, 1)), 1) for a, token in zip((coarse, fine), tokens[pick]))
             when = torch.cat((when, origins.times[b:b + 1, k:k + 1]), 1)
+
+
+def test_the_best_quarter_of_whole_paths_by_path_error(loaded, walks):
+    model, tokenizer, _ = loaded
+    _, _, origins = walks
+    u = uniform_of(8)
+    got, of = rollout.best_paths(model, tokenizer, state_of(model, origins), origins, u, 1.5)
+    assert got.shape == (6, 4, 2)
+    walked = [rollout.guided_walk(model, tokenizer, state_of(model, origins), origins, u[:, j:j + 1], 1.5) for j in range(8)]
+    for b in range(3):
+        error = [np.abs(path[b] - origins.path[b]).mean() for _, path in walked]
+        for row, j in zip((2 * b, 2 * b + 1), np.argsort(error)):
+            assert torch.equal(got[row], walked[j][0][b])
+            assert torch.equal(of.context[0][row], origins.context[0][b]) and torch.equal(of.tokens[row], origins.tokens[b])
+            assert torch.equal(of.times[row], origins.times[b]) and (of.path[row] == origins.path[b]).all()
+
+
+def test_the_median_path_is_the_naive_one(loaded, market):
+    """Each step the coarse token at the median of the close, its likeliest fine one, from a parallel forward."""
+    model, tokenizer, _ = loaded
+    histories = [bars[:n] for bars, n in zip(data.load([str(market)]), (200, 40, 300))]
+    origins = [sample.origin_of(model, tokenizer, bars) for bars in histories]
+    got = sample.median_path(model, tokenizer, origins, 3)
+    rising = tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
+    for bars, origin, path in zip(histories, origins, got):
+        (coarse, fine), state = origin.tokens.T, origin.state.anchored()
+        when = torch.from_numpy(np.append(bars.time, data.future_times(bars.time, 3)))
+        when = when[len(bars) - len(coarse):]
+        for k in range(3):
+            with torch.no_grad():
+                h = model.hidden(coarse[None], fine[None], when[None, :len(coarse)])[0, -1]
+                p = model.coarse_logits(h).softmax(-1)
+                c = next(c for c, below in zip(rising, p[rising].cumsum(0)) if below >= 0.5).item()
+                f = model.fine_logits(h, torch.tensor(c)).argmax()
+            bar, state = data.inverse(tokenizer.decode(torch.tensor(c), f).numpy()[None], state)
+            np.testing.assert_allclose(path[k], bar[0], rtol=1e-6)
+            coarse, fine = torch.cat((coarse, torch.tensor([c]))), torch.cat((fine, f[None]))
 
 
 @pytest.mark.parametrize("true", [True, False])
 def test_the_loss_of_a_walk_is_the_naive_one(loaded, other, walks, true):
     base, tokenizer, _ = loaded
     _, _, origins = walks
-    tokens = rollout.guided_walk(other, tokenizer, state_of(other, origins), origins, uniform_of(1), 1.5)
+    tokens, _ = rollout.guided_walk(other, tokenizer, state_of(other, origins), origins, uniform_of(1), 1.5)
     target = origins.tokens if true else tokens
-    loss, shown = rollout.walk_loss(other, base, origins, tokens, target, rollout.Config(walk=0.5, kl=0.3))
+    loss, shown = rollout.rollout_loss(other, base, origins, tokens, target, rollout.Config(walk=0.5, kl=0.3))
     own, away = [], []
     with torch.no_grad():
         for b, (walk, goal) in enumerate(zip(tokens, target)):
@@ -317,7 +358,8 @@ def test_the_loss_of_a_walk_is_the_naive_one(loaded, other, walks, true):
                 own.append(-(1 + 0.75 * k / 3) * p[goal[k, level]].item())
                 away.append((p.exp() * (p - q)).sum().item())
         coarse, fine, when, real = origins.context
-        plain = other(coarse, fine, when, tuple(real))[2].item()
+        logits = other(coarse, fine, when, tuple(real))[:2]
+        plain = sum(torch.nn.functional.cross_entropy(a.mT, b, ignore_index=-1).item() for a, b in zip(logits, real))
     assert shown["loss"] == pytest.approx(2 * np.mean(own), rel=1e-4)
     assert shown["plain"] == pytest.approx(plain, rel=1e-5)
     assert shown["kl"] == pytest.approx(2 * np.mean(away), rel=1e-3)
@@ -328,7 +370,7 @@ def test_the_loss_of_a_walk_is_the_naive_one(loaded, other, walks, true):
 
 @pytest.mark.parametrize("name, flags", [
     ("expo", "--pairs set --noise 0.2"), ("expo", "--pairs drawn --candidates 16"), ("rollout", "--horizon 2"),
-    ("rollout", "--target chosen --horizon 3")])
+    ("rollout", "--select path --target chosen --horizon 3")])
 def test_a_stage_writes_a_checkpoint_that_forecasts(checkpoint, tmp_path, call, name, flags):
     before = open(checkpoint, "rb").read()
     status, out, err = call(name, "--ckpt", checkpoint, "--out", tmp_path / "a.pt", *FAST, *flags.split())
@@ -360,7 +402,7 @@ def test_ends_with_the_paired_backtest(checkpoint, tmp_path, call, name, flags, 
     status, out, err = call(name, *args)
     assert status == 0, err
     table = out[out.index("test, which"):]
-    assert metric in table and " result to " in table and max(map(len, table.splitlines())) <= 90
+    assert metric in table and " last to " in table and max(map(len, table.splitlines())) <= 90
 
 
 @pytest.mark.parametrize("name, gain", [("expo", -0.01), ("rollout", 0.99)])
@@ -371,7 +413,9 @@ def test_the_base_is_kept_unless_an_interval_says_better(checkpoint, tmp_path, c
     def kept(half, others, out, *flags):
         score = dict(value=gain, lo=gain - half, hi=gain + half)
         other = dict(value=others, lo=others, hi=others)
-        monkeypatch.setattr(f"{name}.against", lambda a, b, metric, *rest: other if metric in ("mae", "crps") else score)
+        unmoved = dict(value=0.0, lo=0.0, hi=0.0)
+        answers = {"path_coverage90": unmoved, "logloss": score, "path_crps": score if name == "rollout" else other}
+        monkeypatch.setattr(f"{name}.against", lambda a, b, metric, *rest: answers.get(metric, other))
         flags = flags or ("--ckpt", checkpoint, "--steps", 2, "--batch_size", 2, "--eval_every", 2)
         status, text, err = call(name, "--out", tmp_path / out, "--no-backtest", *flags)
         assert status == 0, err
@@ -388,11 +432,80 @@ def test_the_base_is_kept_unless_an_interval_says_better(checkpoint, tmp_path, c
     assert not kept(0.02, 1.0, "point.pt", "--resume")
 
 
+@pytest.mark.parametrize("metric", ["mae", "crps", "range_crps", "volume_crps", "path_crps"])
+def test_the_guard_refuses_whatever_one_condition_refuses(monkeypatch, metric):
+    """Each condition by itself: a gain that is not sure, one score surely not within half a percent, the band."""
+    names = ("logloss", "mae", "crps", "range_crps", "volume_crps", "path_crps", "path_coverage90")
+
+    def failed(**scores):
+        fine = dict(logloss=(-0.01, -0.02, -0.001), path_coverage90=(0.004, -0.02, 0.02))
+        values = {name: scores.get(name) or fine.get(name, (1.0, 0.99, 1.0049)) for name in names}
+        monkeypatch.setattr("expo.against", lambda a, b, m, *rest: dict(zip(("value", "lo", "hi"), values[m])))
+        return expo.guard(dict.fromkeys(names), dict.fromkeys(names), None)[2]
+
+    assert failed() == []
+    assert failed(**{metric: (1.0, 0.99, 1.0051)}) == [metric] and failed(**{metric: (1.006, None, None)}) == [metric]
+    assert failed(logloss=(-0.01, -0.02, 0.001)) == ["logloss"] == failed(logloss=(-0.01, None, None))
+    for moved in (-0.006, 0.006):
+        assert failed(path_coverage90=(moved, moved - 0.01, moved + 0.01)) == ["path_coverage90"]
+
+
+def test_what_is_not_kept_is_scored_on_test_as_the_last_weights(checkpoint, tmp_path, call, monkeypatch):
+    """Beside the base, which the file goes on to hold."""
+    scored = []
+    monkeypatch.setattr("backtest.print_versus", lambda columns, *rest, **how: scored.append(list(columns)))
+    for name in ("expo", "rollout"):
+        args = ["--ckpt", checkpoint, "--out", tmp_path / f"{name}.pt", "--steps", 1, "--batch_size", 2, "--paths", 2]
+        status, out, err = call(name, *args, "--horizon", 2, "--lr", 1e-9, "--adam_lr", 1e-9)
+        assert status == 0 and "the weights that are not kept" in out, err
+    assert [columns[:2] for columns in scored] == [["reference", "last"], ["base", "last"], ["base", "last"]]
+    result = loop.Stage.result
+    entry = read_checkpoint(str(tmp_path / "rollout.pt"))
+    stage = types.SimpleNamespace(run=types.SimpleNamespace(best_val=math.inf), device="cpu",
+                                  config=types.SimpleNamespace(out=str(tmp_path / "rollout.pt")))
+    name, model = result(stage)
+    assert name == "last" and all(torch.equal(v, entry["model"][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("rollout", ["--select path", "--target chosen", "--temperature 0.7", "--candidates 3", "--walk 0.5", "--kl 1",
+                 "--shift_weeks 0", "--horizon 4", "--seed 1"]),
+    ("expo", ["--pairs drawn --candidates 8", "--lam 0.5", "--beta 1", "--noise 0.5", "--shift_weeks 0", "--seed 1"])])
+def test_each_flag_of_a_stage_changes_its_weights(checkpoint, tmp_path, call, monkeypatch, name, flags):
+    monkeypatch.setattr(f"{name}.Validation", lambda stage: types.SimpleNamespace(every=9, report=lambda *a: None))
+    found = []
+    for k, extra in enumerate(["", *flags]):
+        args = ["--ckpt", checkpoint, "--out", tmp_path / f"{k}.pt", "--steps", 2, "--batch_size", 2, "--no-backtest"]
+        status, _, err = call(name, *args, *extra.split())
+        assert status == 0, err
+        found.append(read_checkpoint(str(tmp_path / f"{k}.pt"))["model"])
+    for a, b in itertools.combinations(found, 2):
+        assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("select, drawn_at", [("step", [0, 1, 2, 3, 4, 5]), ("path", [0, 0, 0, 0, 0, 5])])
+def test_paths_grow_and_are_drawn_anew_each_round(checkpoint, tmp_path, call, monkeypatch, select, drawn_at):
+    """Bars of the paths of each update, and how many updates their model had had."""
+    real, horizons, updates = rollout.draw_paths, [], []
+
+    def draw_paths(stage, step):
+        origins, walk = real(stage, step)
+        horizons.append(walk.shape[1])
+        updates.append(stage.run.step)
+        return origins, walk
+
+    monkeypatch.setattr("rollout.draw_paths", draw_paths)
+    monkeypatch.setattr("rollout.Validation", lambda stage: types.SimpleNamespace(every=9, report=lambda *a: None))
+    args = ["--ckpt", checkpoint, "--out", tmp_path / "a.pt", "--select", select, "--steps", 6, "--batch_size", 2]
+    assert call("rollout", *args, "--no-backtest")[0] == 0
+    assert horizons == [3, 3, 6, 6, 10, 10] and updates == drawn_at
+
+
 @pytest.mark.parametrize("name, flags, signum", [
     ("expo", "--pairs drawn --candidates 8", signal.SIGKILL), ("rollout", "--horizon 4", signal.SIGKILL),
-    ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target chosen", signal.SIGTERM)])
+    ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target chosen --select path", signal.SIGTERM)])
 def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags, signum):
-    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 8 --batch_size 2 --eval_every 8 --save_every 1 --no-backtest".split()]
+    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 12 --batch_size 2 --eval_every 12 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
     command = [sys.executable, os.path.join(ROOT, name + ".py"), *args, "--out", str(tmp_path / "broken.pt")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -404,7 +517,7 @@ def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(che
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum]
     assert ("go on with --resume" in text) == (signum == signal.SIGTERM)
     entry = read_checkpoint(str(tmp_path / "broken.pt"))
-    assert entry["step"] < 8 and entry["stage"] == name
+    assert entry["step"] < 12 and entry["stage"] == name
     done = call(name, "--out", tmp_path / "broken.pt", "--resume")
     assert done[0] == 0, done[2]
     whole, broken = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
@@ -416,7 +529,7 @@ def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(che
 
 @pytest.mark.parametrize("name", ["expo", "rollout"])
 def test_bad_steps_and_refusals(checkpoint, tmp_path, call, monkeypatch, name):
-    module, loss = {"expo": (expo, "loss_of"), "rollout": (rollout, "walk_loss")}[name]
+    module, loss = {"expo": (expo, "loss_of"), "rollout": (rollout, "rollout_loss")}[name]
     out = tmp_path / "a.pt"
     assert "--ckpt is missing" in complaint(call(name))
     assert call(name, "--ckpt", checkpoint, "--out", out, *FAST)[0] == 0
@@ -438,7 +551,7 @@ def test_bad_steps_and_refusals(checkpoint, tmp_path, call, monkeypatch, name):
     ("expo", "--pairs", "best", "--pairs best"), ("expo", "--lam", 1.5, "--lam 1.5"), ("expo", "--candidates", 0, "--candidates 0"),
     ("expo", "--steps", 0, "--steps 0"), ("expo", "--ckpt", "none.pt", "no such file"),
     ("expo", "--block_size", 100000, "--block_size"), ("expo", "--dtype", "int8", "--dtype int8"),
-    ("rollout", "--target", "luck", "--target luck"), ("rollout", "--horizon", 0, "--horizon 0"),
+    ("rollout", "--target", "luck", "--target luck"), ("rollout", "--select", "all", "--select all"), ("rollout", "--horizon", 0, "--horizon 0"),
     ("rollout", "--kl", -1, "--kl -1"),
     ("rollout", "--temperature", 0, "--temperature 0"), ("rollout", "--out", "no/such/a.pt", "folder"),
     ("rollout", "--paths", 1, "--paths 1")])
