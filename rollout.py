@@ -28,7 +28,6 @@ measured, that made paths 40 % more volatile.
 No true value enters the context, and a forecast needs no guide. Kept are the weights with the best
 path CRPS on val, if it is surely (95 %) better than the base's; else the base.
 """
-import math
 import time
 from dataclasses import dataclass, replace
 

@@ -18,7 +18,7 @@ import data
 import expo
 import rollout
 import sample
-from conftest import ROOT, complaint, script
+from conftest import ROOT, complaint
 from model import Model, close_table, load_checkpoint
 
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
@@ -488,8 +488,8 @@ def test_paths_grow_and_are_drawn_anew_each_round(checkpoint, tmp_path, call, mo
     """Bars of the paths of each update, and how many updates their model had had."""
     real, horizons, updates = rollout.draw_paths, [], []
 
-    def draw_paths(stage, step):
-        origins, walk = real(stage, step)
+    def draw_paths(stage, slots, step):
+        origins, walk = real(stage, slots, step)
         horizons.append(walk.shape[1])
         updates.append(stage.run.step)
         return origins, walk
