@@ -13,7 +13,8 @@ import torch
 
 # some of these names are handed on: data.load, data.synthetic, data.future_times, data.parse_time, data.iso, data.Bars
 from backstage.clock import future_times
-from backstage.dates import iso, parse_time
+from backstage.dates import DATES, iso, parse_time
+from backstage.frame import from_frame
 from backstage.markets import best_accuracy, reverting_best, synthetic, synthetic_series
 from backstage.reader import load, read_files, write_folder
 from backstage.script import UserError, cli, progress, run
@@ -545,6 +546,7 @@ class Config:
     half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
+    order: str | None = None       # of days and months where the dates do not tell: month/day/year, day/month/year
     out: str = "bars"              # folder to write
 
 
@@ -552,6 +554,8 @@ def main(argv=None):
     config = Config(**cli(Config, __doc__, argv))
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
+    if config.order not in (None, *DATES):
+        raise UserError(f"--order {config.order}: must be one of {', '.join(DATES)}")
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
@@ -565,7 +569,7 @@ def main(argv=None):
         series = synthetic_series(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols,
                                   config.kind, config.half_life)
     else:
-        series = read_files(config.data)
+        series = read_files(config.data, config.order)
     n_symbols, n_bars = write_folder(series, config.out)
     print(f"{config.out}: {n_symbols} symbols, {n_bars:,} bars; use it with --data {config.out}")
 

@@ -27,6 +27,7 @@ import data
 from backstage.clock import future_times
 from backstage.dates import iso, parse_time
 from backstage.files import check_out, csv_text, fingerprint, open_regular, write_atomic
+from backstage.frame import check_histories
 from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
 from backstage.scores import EXTREME, USUAL_BARS, WARN, chance_extreme, usual_sigma
 from backstage.script import UserError, cli, pick_device, printable, run
@@ -63,7 +64,7 @@ BATCH_BYTES = 2**27  # memory for the states of the paths that are generated sid
 BATCH_ORIGINS = 16   # contexts read side by side
 PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
 FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
-STALE = 5            # horizons after which a symbol without new bars is left out of ranks
+STALE = 5            # horizons, and a holiday, after which a symbol without new bars is left out of ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     if parallel and model.config.reasoner and horizon > model.config.latents:
         raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
+    check_histories(histories)
     origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
@@ -306,8 +308,7 @@ def give_ranks(rows, histories, horizon):
     newest = max(bars.time[-1] for bars in histories)
     live = []
     for row, bars in zip(rows, histories):
-        spacing = np.median(np.diff(bars.time[-100:]))
-        if newest - bars.time[-1] <= max(STALE * horizon * spacing, 7 * DAY):
+        if newest - DAY <= bars.time[-1] or newest - DAY <= future_times(bars.time, STALE * horizon)[-1]:
             live.append(row)
     for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
         row["rank"] = rank
@@ -489,24 +490,34 @@ def base_weights(sources):
 
 
 def read_times(path, histories, horizon):
-    """Of each history the next stamps in a file of stamps, one a line: int64 [n, horizon]."""
+    """Of each history the next stamps in a file, int64 [n, horizon].
+
+    The file: stamps, one a line; with a header it may have a column symbol beside the time.
+    """
     try:
         with open_regular(path) as f:
-            lines = f.read().decode("utf-8").splitlines()
+            lines = f.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
                         f"give a file of dates, one a line")
-    stamps = []
-    for number, text in enumerate(map(str.strip, lines), 1):
-        if text:
-            stamps.append(parse_time(text))
-            if math.isnan(stamps[-1]):
-                raise UserError(f"{path}:{number}: {printable(text)[:40]!r} is no time; "
+    lines = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+    head = [name.lower() for name in lines[0]] if lines else []
+    has_head = "symbol" in head or bool(head) and any(name in head[0] for name in ("time", "date"))
+    of = head.index("symbol") if "symbol" in head else None
+    at = next(i for i in (0, 1) if i != of)
+    stamps = {}
+    for number, row in enumerate(lines[has_head:], 1 + has_head):
+        if any(row):
+            text = row[at] if len(row) > max(at, of or 0) else ""
+            when = parse_time(text)
+            if math.isnan(when):
+                raise UserError(f"{path}:{number}: {printable(','.join(row))[:40]!r} is no time; "
                                 f"write it as 2018-01-31 or 2018-01-31 14:30")
-    stamps = np.unique(np.array(stamps, np.int64))
+            stamps.setdefault(None if of is None else row[of], set()).add(int(when))
     rows = []
     for bars in histories:
-        rows.append(stamps[stamps > bars.time[-1]][:horizon])
+        own = np.array(sorted(stamps.get(None if of is None else bars.symbol, ())), np.int64)
+        rows.append(own[own > bars.time[-1]][:horizon])
         if len(rows[-1]) < horizon:
             raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
                             f"{iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")

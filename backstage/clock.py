@@ -41,13 +41,12 @@ def future_times(time, horizon):
     last = int(recent[-1])
     gaps = np.sort(np.diff(recent))
     gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY  # the median
-    if gap >= 27 * DAY:
-        return _coming_months(recent, gap, horizon)
-    if gap > 1.5 * DAY:  # weeks: where a holiday or a live bar moved the last off the usual day, from that day on
-        phases, counts = np.unique(recent % gap, return_counts=True)
-        late = (last - int(phases[counts.argmax()])) % gap
-        start = last - late if HOUR < late < gap - HOUR else last
-        return start + gap * np.arange(1, horizon + 1)
+    if gap > 1.5 * DAY:  # on the clocks on which the time of day changes least
+        zone = max(MARKET_ZONES, key=lambda zone: np.bincount((recent + _ahead_of_utc(zone, recent)) % DAY).max())
+        local = recent + _ahead_of_utc(zone, recent)
+        gap = int(np.sort(np.diff(local))[(len(gaps) - 1) // 2])
+        stamps = (_coming_months if gap >= 27 * DAY else _coming_weeks)(local, gap, horizon)
+        return stamps - _ahead_of_utc(zone, stamps)
 
     past = np.asarray(time[np.searchsorted(time, last - (WEEKS + 1) * WEEK):])
     seconds = recent % min(gap, HOUR)
@@ -137,18 +136,45 @@ def _ahead_on(zone, day):
     return int(noon.utcoffset().total_seconds())
 
 
+def _coming_weeks(recent, gap, horizon):
+    """Where a holiday or a live bar moved the last bar off the usual day, from that day on."""
+    last = int(recent[-1])
+    phases, counts = np.unique(recent % gap, return_counts=True)
+    late = (last - int(phases[counts.argmax()])) % gap
+    start = last - late if HOUR < late < gap - HOUR else last
+    return start + gap * np.arange(1, horizon + 1)
+
+
 def _coming_months(recent, gap, horizon):
-    """Months, quarters, years to come: the same day, or the last of each month. A live bar's day does not count."""
+    """Months, quarters, years to come: the same day, or the last of each month, or their first or last business day.
+
+    A live bar's day does not count.
+    """
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
     since, left = recent - _begin(month), _begin(month + 1) - recent  # seconds from the month's start, to its end
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
+    days = recent[:len(recent) + last + 1] // DAY
+    for business_day in (_last_business_day, _first_business_day):
+        off = days - business_day(month[:len(days)]).astype(np.int64)  # a holiday moves some
+        of_calendar = (left[:len(days)] <= DAY).all() or (since[:len(days)] < DAY).all()
+        if len(days) > 5 and not of_calendar and (off == 0).mean() > 0.8 and ((days + 3) % 7 < 5).all():
+            stamps = business_day(months).astype(np.int64) * DAY + recent[last] % DAY
+            return stamps[stamps > recent[-1]][:horizon]
     if left[last] <= DAY:  # the last day
         stamps = _begin(months + 1) - left[last]
     else:                  # or that one where the month is too short
         stamps = np.minimum(_begin(months) + since[last], _begin(months + 1) - DAY + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
+
+
+def _last_business_day(months):
+    return np.busday_offset((months + 1).astype("datetime64[D]"), -1, roll="forward")
+
+
+def _first_business_day(months):
+    return np.busday_offset(months.astype("datetime64[D]"), 0, roll="forward")
 
 
 def _begin(months):

@@ -37,12 +37,12 @@ DIGITS = {  # numbers that spell a date -> format of the day, digits of the cloc
 def parse_time(text):
     """One time stamp as UTC seconds (float; NaN if it is none, may be two, or lies past 2199). Naive means UTC.
 
-    ISO 8601 and the other forms of `_dates`; of numbers YYYYMMDD[HHMM[SS]] and epochs from 1973 up to now.
+    ISO 8601 and the other forms of `read_dates`; of numbers YYYYMMDD[HHMM[SS]] and epochs from 1973 up to now.
     """
-    return float(_dates([str(text)])[0][0])
+    return float(read_dates([str(text)])[0][0])
 
 
-def _is_number(text):
+def is_number(text):
     try:
         float(text)
         return True
@@ -50,35 +50,69 @@ def _is_number(text):
         return False
 
 
-def _dates(cells):
+def read_dates(cells, order=None):
     """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells.
 
-    A text is a day, a clock and a zone; each day is read once, in the order that fits most of them.
+    A text is a day, a clock and a zone; each day is read once, in the order that fits most of them; where two do,
+    consecutive weekdays decide, or `order`, one of DATES.
     """
     with contextlib.suppress(ValueError):
         return _dates_of_numbers(np.array(cells, np.float64))
+    plain = _plain_iso(np.array(cells, str))
+    if plain is not None:
+        return plain, ""
     texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)  # '1/1 and ="1/1" are texts
-    if _is_number(texts[-1]) or _is_number(texts[len(texts) // 2]):
-        seconds, why = _dates_of_numbers(np.array([float(t) if _is_number(t) else np.nan for t in texts]))
+    if is_number(texts[-1]) or is_number(texts[len(texts) // 2]):
+        seconds, why = _dates_of_numbers(np.array([float(t) if is_number(t) else np.nan for t in texts]))
         return seconds[which], why
-    if texts[0][:1].isdecimal() and texts[-1][:1].isdecimal():  # and so all between
-        with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
-            warnings.simplefilter("error")  # of zones
-            seconds = texts.astype("datetime64[s]").astype(np.float64)  # plain ISO, in no time
-            if (np.abs(seconds) < 200 * YEAR).all():
-                return seconds[which], ""
+    plain = _plain_iso(texts)
+    if plain is not None:
+        return plain[which], ""
     found = [STAMP.fullmatch(text) for text in texts.tolist()]
     dates, clocks, zones = zip(*[match.groups("") if match else ("", "", "") for match in found])
     days, day_of = np.unique(dates, return_inverse=True)
     days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan's
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
-    seconds, why = _told_apart(readings, prefer="day/month/year" if "." in dates[-1] else None)  # dots: never m.d.y
-    seconds = seconds[day_of] + _clock([clock or "00:00" for clock in clocks])
+    if "." in dates[-1]:
+        order = "day/month/year"  # dots: never m.d.y
+    seconds, why = _told_apart(readings, order or _weekdays(readings, is_intraday=len(texts) > 2 * len(days)))
+    seconds = seconds[day_of] + clock_seconds([clock or "00:00" for clock in clocks])
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
-        seconds[rows] -= _ahead(zone, seconds[rows])
+        seconds[rows] -= ahead(zone, seconds[rows])
     return seconds[which], why
+
+
+def _plain_iso(texts):
+    """Plain ISO 8601, array of texts -> UTC seconds in no time; None where one is something else."""
+    starts = texts[:, None].view("U1") if texts.dtype.itemsize > 16 and texts.size else None                # (T, width)
+    if starts is None or not ((starts[:, 0] >= "0") & (starts[:, 0] <= "9") & (starts[:, 4] != "")).all():
+        return None
+    with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
+        warnings.simplefilter("error")  # of zones
+        seconds = texts.astype("datetime64[s]").astype(np.float64)
+        if (np.abs(seconds) < 200 * YEAR).all():
+            return seconds
+    return None
+
+
+def _weekdays(readings, is_intraday):
+    """Of days and months that may change places the order that makes them four or more weekdays in a row, or None.
+
+    The other order makes them a day a month: none where bars are of minutes, or one falls on a weekend.
+    """
+    found = {}
+    for order in ("day/month/year", "month/day/year"):
+        days = np.unique(readings[order] // DAY)
+        if not np.isfinite(days).all():
+            return None
+        at_weekend = ((days + 3) % 7 > 4).any()
+        found[order] = len(days) > 3 and (np.diff(days) <= 4).all() and not at_weekend, at_weekend or is_intraday
+    (first, apart), (second, also) = found.values()
+    if first != second and (also if first else apart):
+        return list(found)[int(second)]
+    return None
 
 
 def _day(text, formats):
@@ -92,7 +126,7 @@ def _day(text, formats):
     return np.nan
 
 
-def _clock(cells):
+def clock_seconds(cells):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
     texts, which = np.unique([cell.strip().removesuffix(".0") for cell in cells], return_inverse=True)
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
@@ -121,7 +155,7 @@ def _of_hhmmss(values):
     return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)
 
 
-def _ahead(zone, seconds):
+def ahead(zone, seconds):
     """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is unknown."""
     offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
     if offset:
@@ -138,6 +172,9 @@ def _ahead(zone, seconds):
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
     sample = values[::max(1, len(values) // 50)]
+    seconds_too, milliseconds = (((values > low) & (values < 5 * low)).mean() > 0.05 for low in (9e8, 9e11))
+    if seconds_too and milliseconds:
+        return values * np.nan, "some rows count seconds and others milliseconds"
     readings = {name: _spelled(values, *form) for name, form in DIGITS.items()
                 if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
     epoch = _epoch(values)
@@ -190,6 +227,6 @@ def _told_apart(readings, prefer=None):
         elif differ.any():
             k = np.argmax(differ)
             texts = [iso(s) if np.isfinite(s) else "none" for s in (readings[name][k], readings[other][k])]
-            why = f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here"
+            why = f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here; say which by python data.py --order"
             return readings[name] * np.nan, why
     return readings[name], ""

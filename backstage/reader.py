@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backstage.dates import _ahead, _clock, _dates, _is_number, iso
+from backstage.dates import ahead, clock_seconds, is_number, iso, read_dates
 from backstage.files import FILES, open_regular, sole_writer, write_atomic
 from backstage.script import UserError, printable, progress
 from backstage.series import COLUMNS, DAY, FORECAST, YEAR, Bars
@@ -31,7 +31,7 @@ from backstage.series import COLUMNS, DAY, FORECAST, YEAR, Bars
 HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
     "time": "candledatetime timeperiodstart time timeopen timestamp timestamps datetime date opentime tradetime "
             "tradedate windowstart barstart begin starttime startat exchangedate traddt candlebegintime bartime "
-            "bardate tradingdate tradingday periodstart start day trddt gmttime localtime utctime utc dtyyyymmdd unix "
+            "bardate tradingdate tradingday startdate periodstart start day trddt gmttime localtime utctime utc dtyyyymmdd unix "
             "unixtime unixtimestamp epoch ts tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자",
     "clock": "time hour clock minute timeofday tradetime localtime starttime opentime bartime timestamp zeit uhrzeit "
              "hora время 时间",
@@ -57,13 +57,18 @@ HEADERS = {column: names.split() for column, names in {  # names of a column, be
     "interval": "timeframe interval resolution per granularity freq frequency",
 }.items()}
 PRICES = COLUMNS[:4]
-MONEY = "usd usdt usdc busd eur gbp jpy krw currency quote to".split()  # "Volume USDT" is an amount
-INDICATORS = "ma sma ema avg mean std ratio change pct osc delta buy sell".split()  # "Volume MA" is neither
+MONEY = """usd usdt usdc busd tusd dai eur gbp jpy krw chf cad aud nzd cny inr brl rub try pln sek mxn zar idr currency
+    quote to""".split()  # "Volume USDT" is an amount
+COINS = """btc xbt eth xrp ltc bch bsv bnb sol ada doge dot trx link matic pol avax xlm etc eos neo dash zec xmr xtz atom
+    uni aave algo fil icp near apt arb sui ton shib pepe hbar vet grt mana sand axs ftm inj imx rune ldo mkr snx crv
+    comp bat omg qtum ont iota waves zil ksm xem theta chz kava flow gala ape sei tia wld bonk wif stx kas cro okb
+    base coin from shares lots contracts units""".split()  # "Volume BTC" is a volume, "Volume MA" is neither
 FIELD = "(?P<field>adj close|adjusted|open|high|low|close|volume)"
 BETWEEN = r"[\s_:.,'\"()|/-]+"  # between a field and its symbol: AAPL.Open, Close_AAPL, ('Close', 'AAPL')
 FIELD_FIRST = re.compile(f"{FIELD}{BETWEEN}(?P<ticker>.+)", re.I)
 TICKER_FIRST = re.compile(f"(?P<ticker>.+?){BETWEEN}{FIELD}", re.I)
 BINANCE = ["time", *PRICES, "volume", "", "amount", "", "", "", ""]
+ENCODINGS = "gb18030 latin-1 cp1251 shift_jis big5 cp949 cp1250 cp1254".split()
 DELIMITERS = ",;\t| "
 FIRST_LINE = "put a first line such as time,open,high,low,close,volume"
 NO_BAR = "there is no bar to read: check the columns"
@@ -80,14 +85,15 @@ class _NoBars(UserError):
     """A file that is empty, or holds nothing but a header."""
 
 
-def load(paths) -> list[Bars]:
+def load(paths, order=None) -> list[Bars]:
     """Read bars from CSV files, folders or globs (also in gzip, xz, bz2, zip), or what `python data.py --out` wrote.
 
     paths: a string or a list of them. Columns are found by name; a time without a zone means UTC. Rows of one symbol in
     several files become one series; of equal times the last read wins. UserError where nothing usable is there.
+    order: of days and months where the dates do not tell, "day/month/year", "month/day/year" or "year-month-day".
     """
     found = {}
-    for bars in read_files(paths):
+    for bars in read_files(paths, order):
         found.setdefault(bars.symbol, []).append(bars)
     return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
 
@@ -115,7 +121,7 @@ def _differ(left, right):
     return ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
 
 
-def read_files(paths):
+def read_files(paths, order=None):
     """Yield Bars file by file, so that a corpus larger than memory can be converted.
 
     A file that was named must be good. Of others the useless ones are skipped, unless more are bad than good.
@@ -125,7 +131,8 @@ def read_files(paths):
     skipped = []
     for path, named in files:
         try:
-            yield from _open_folder(path) if os.path.isdir(path) else _read_csv(path, symbols[path])
+            yield from (_open_folder(path) if os.path.isdir(path)
+                        else _read_csv(path, symbols[path], order))
         except (UserError, csv.Error) as e:
             if isinstance(e, csv.Error):
                 e = UserError(f"{path}: not CSV ({e}); look for a quote that is never closed")
@@ -136,7 +143,9 @@ def read_files(paths):
     if len(skipped) == len(files) or len(bad) > len(files) - len(skipped):
         raise (bad or skipped)[0]
     if skipped:
-        print(f"{len(skipped)} of {len(files)} files skipped: {printable('; '.join(map(str, skipped[:3])))}", file=sys.stderr)
+        others = [os.path.basename(str(e).split(": ")[0]) for e in skipped[3:]]
+        why = "; ".join([*map(str, skipped[:3]), *(["and " + ", ".join(others)] if others else [])])
+        print(f"{len(skipped)} of {len(files)} files skipped: {printable(why)}", file=sys.stderr)
 
 
 def _files(paths):
@@ -172,9 +181,14 @@ def _symbols(paths):
 
 # -- one file
 
-def _read_csv(path, symbol):
-    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
+def _read_csv(path, symbol, order=None):
     table = _table(path)
+    table.order = order
+    return bars_of(table, symbol)
+
+
+def bars_of(table, symbol):
+    """The Bars of one file, a list. symbol: whose they are in a file that names none."""
     tickers = list(dict.fromkeys(filter(None, table.tickers))) or [""]
     parts = {ticker: _columns(table, ticker) for ticker in tickers}
     numbers = {i for columns in parts.values() for column, i in columns.items() if column in COLUMNS}
@@ -187,13 +201,19 @@ def _read_csv(path, symbol):
     if not dates:
         raise table.error(table.first, "no column 'time' in the header; give that name to the one it is")
 
-    cells, reasons = _cells(table, numbers, words | {*dates, *clocks})
+    row = _split("".join(table.lines[table.first:table.first + 1]), table.delimiter)
+    halves = [i for i in free if i < len(row) and row[i].strip().lower() in ("am", "pm")]  # of days, beside the clock
+    cells, reasons = _cells(table, numbers, words | {*dates, *clocks, *halves})
     if not len(cells[dates[0]]):
-        raise _NoBars(f"{path}:{table.first + 1}: no rows after the header; {NO_BAR}")
+        raise _NoBars(f"{table.path}:{table.first + 1}: no rows after the header; {NO_BAR}")
     if len(reasons) == len(cells[dates[0]]):
         raise table.error(table.line(0), f"{reasons[0]}; {NO_BAR}")
+    for i in {*dates, *clocks} if halves else ():
+        if i not in dates or ":" in cells[i][0]:
+            cells[i] = [f"{clock} {half}" for clock, half in zip(cells[i], cells[halves[0]])]
     time, at = _times(table, cells, dates, clocks)
-    values = _numbers(table, {i: cells[i] for i in numbers}, reasons)
+    amounts = {columns.get("amount") for columns in parts.values()}
+    values = _numbers(table, {i: cells[i] for i in numbers}, reasons, amounts)
     for row in np.flatnonzero(np.isnan(time)).tolist():
         prices = [values[columns[c]][row] for columns in parts.values() for c in PRICES]
         if not np.isnan(prices).all():
@@ -259,7 +279,7 @@ def _decoded(raw):
     def known(text):
         return max(_n_known(map(_fold, re.split(r"[,;\t|]", line))) for line in text[:4000].split("\n"))
 
-    return max((raw.decode(name, "replace") for name in ("gb18030", "latin-1", "cp1251", "shift_jis")), key=known)
+    return max((raw.decode(name, "replace") for name in ENCODINGS), key=known)
 
 
 # -- text -> delimiter, header, columns
@@ -275,6 +295,8 @@ class Table:
     fields: list[str]   # the same folded
     tickers: list[str]  # whose the column is, "" where the header names no symbols
     has_header: bool = True
+    order: str | None = None  # of day and month where the dates do not tell, see read_dates
+    columns: list | None = None  # what they hold, where no text is behind them
     line_of: list[int] | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     def say(self, text):
@@ -297,10 +319,10 @@ def _fold(name):
     name = re.sub(r"^\d+[a-z]?\.\s+", "", name)
     if re.match(r"turnover \((pcs|shares)", name):
         return "volume"
-    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,8})\)?|volume(to|from)", name)
+    what = re.fullmatch(r"vol(?:ume)?[ _(]+([a-z]{2,})\)?|volume(to|from)", name)
     unit = what and (what[1] or what[2])
-    if unit and unit not in INDICATORS:
-        return "volumemoney" if unit in MONEY else "volumecoin"
+    if unit:
+        return "volumemoney" if unit in MONEY else "volumecoin" if unit in COINS else re.sub(r"[\W_]", "", name)
     folded = re.sub(r"[\W_]", "", re.sub(r"[(\[].*?[)\]]", "", name)) or re.sub(r"[\W_]", "", name)
     when = re.sub(r"(utc|gmt|iso|ms|ns|millis|unix)$", "", folded)
     if when in HEADERS["time"]:
@@ -330,9 +352,12 @@ def _table(path):
     filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
+    if all(len(re.findall(r'(?<!")"(?!")', lines[k].strip())) == 2 for k in filled) and all(
+            lines[k].strip()[0] == lines[k].strip()[-1] == '"' for k in filled):  # each line as one cell
+        lines = [line.strip()[1:-1].replace('""', '"') for line in lines]
     most, found = 1, None
     for delimiter, k in itertools.product(DELIMITERS, filled):
-        named = _names(_split(lines[k], delimiter))
+        named = names_of(_split(lines[k], delimiter))
         known = _n_known(field for field, _ in named) if len(named) > 4 else 0
         if known > most:
             most, found = known, (delimiter, k, named)
@@ -346,6 +371,9 @@ def _table(path):
     cells = [printable(cell.strip()) for cell in _split(lines[at], delimiter)]
     if tuple(cells[:len(FORECAST)]) == FORECAST:
         raise _NoBars(f"{path}:{at + 1}: a forecast of sample.py, which is no history; name the bars")
+    if not cells[-1]:  # the rows may have more columns than the header has names
+        more = len(_split("".join(lines[at + 1:at + 2]), delimiter)) - len(cells)
+        cells, named = cells + [""] * more, named + [("", "")] * more
     fields, tickers = [field for field, _ in named], [ticker for _, ticker in named]
     table = Table(path, lines, delimiter, at + 1, cells, fields, tickers)
     if not any(tickers):
@@ -354,7 +382,7 @@ def _table(path):
     return table
 
 
-def _names(cells):
+def names_of(cells):
     """(field, ticker) of each column of a header: as they stand, or AAPL.Open taken apart."""
     fields = [_fold(cell) for cell in cells]
     named = [(field, "") for field in fields]
@@ -404,9 +432,13 @@ def _without_header(path, lines, filled):
         fields += [*PRICES, "volume", ""][:len(rest)]
         if len(cells) == len(BINANCE):
             fields = list(BINANCE)
-        if len(fields) == len(cells) and len(rest) >= 5 and all(map(_is_number, rest)):
+        if len(fields) == len(cells) and len(rest) >= 5 and all(map(is_number, rest)):
             tickers = [""] * len(fields)
             return Table(path, lines, delimiter, first, list(fields), fields, tickers, has_header=False)
+    for k, delimiter in itertools.product(filled[:3], DELIMITERS):
+        if _n_known(map(_fold, _split(lines[k], delimiter))) > 1:
+            raise UserError(f"{path}:{k + 1}: the header {lines[k][:60]!r} lacks open, high, low or close; "
+                            f"a bar has all four")
     raise UserError(f"{path}:{filled[0] + 1}: no header and no bars in {lines[filled[0]][:60]!r}; {FIRST_LINE}")
 
 
@@ -421,7 +453,8 @@ def _columns(table, ticker):
         if found:
             name, columns[column] = found[0]
             if fields.count(name) > 1:
-                raise table.error(table.first, f"two columns {name!r} in the header; keep one of them")
+                same = " and ".join(repr(table.names[i]) for i, field in zip(own, fields) if field == name)
+                raise table.error(table.first, f"{same} in the header are both a {column}; keep one of them")
         elif column in PRICES:
             raise table.error(table.first, f"no column {column!r} in the header; give that name to the one it is")
     return columns
@@ -434,6 +467,8 @@ def _cells(table, numbers, texts):
 
     Without blanks, comments, notes at the end, and headers again where files were put one behind the other.
     """
+    if table.columns:
+        return {i: table.columns[i] for i in numbers | texts}, {}
     kinds = [(str(i), "f8" if i in numbers else "O" if i in texts else "U1") for i in range(len(table.names))]
     lines = table.lines[table.first:]
     with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
@@ -442,6 +477,7 @@ def _cells(table, numbers, texts):
         if len(got) == sum(map(bool, lines)):  # else a quote that was not closed
             return {i: got[str(i)] for i in numbers | texts}, {}
     rows, table.line_of, reasons, n_columns, price = [], [], {}, len(table.names), min(numbers)
+    n_lines = len("\n".join(lines).rstrip().split("\n"))
     reader = csv.reader(lines, delimiter=table.delimiter, skipinitialspace=True)
     try:
         for line, row in enumerate(reader, 1):
@@ -454,7 +490,7 @@ def _cells(table, numbers, texts):
             fits = len(row) == n_columns
             if not fits or not row[price][:1].isdecimal():  # perhaps no row of a bar
                 filled = [cell for cell in row if cell.strip()]
-                is_note = len(filled) == 1 and not fits and not _is_number(filled[0])
+                is_note = len(filled) == 1 and not fits and (line == n_lines or not is_number(filled[0]))
                 if not filled or is_note or filled[0].startswith(("#", "//")):
                     continue
                 if fits and _fold(row[price]) == table.fields[price]:
@@ -479,8 +515,11 @@ SUFFIX = {"": "", "k": "e3", "m": "e6", "mn": "e6", "mln": "e6", "mio": "e6", "b
           "t": "e12", "万": "e4", "亿": "e8"}
 
 
-def _numbers(table, cells, reasons):
-    """{index: float64}, NaN where a number is missing, or is none: then a reason is added. One format for the file."""
+def _numbers(table, cells, reasons, optional=()):
+    """{index: float64}, NaN where a number is missing, or is none: then a reason is added. One format for the file.
+
+    Of the columns `optional` one that holds other things is missing as a whole.
+    """
     with contextlib.suppress(ValueError):
         return {i: np.asarray(column, np.float64) for i, column in cells.items()}
     cells = {i: ["nan" if c.strip().lower() in MISSING else c for c in column] for i, column in cells.items()}
@@ -502,9 +541,13 @@ def _numbers(table, cells, reasons):
         digits = found[1].replace(".", "").replace(",", ".") if comma else found[1].replace(",", "")
         values[text] = float(digits + power)
     for i, column in plain.items():
-        for row, text in enumerate(column):
-            if text not in values:
-                reasons.setdefault(row, f"{table.fields[i]} {cells[i][row]!r} is not a number")
+        bad = [row for row, text in enumerate(column) if text not in values]
+        if i in optional and len(bad) > MAX_BAD * len(column):
+            table.say(f"{table.names[i]!r} holds {cells[i][bad[0]]!r}, which is not a number; no amount is read")
+            plain[i] = ["nan"] * len(column)
+            continue
+        for row in bad:
+            reasons.setdefault(row, f"{table.fields[i]} {cells[i][row]!r} is not a number")
     return {i: np.array([values.get(c, np.nan) for c in column], np.float64) for i, column in plain.items()}
 
 
@@ -515,22 +558,29 @@ def _times(table, cells, dates, clocks):
     """
     most, why = 0, ""
     for i in dates:
-        seconds, reason = _dates(cells[i])
+        seconds, reason = read_dates(cells[i], table.order)
         good = np.isfinite(seconds)
         distinct = len(np.unique(seconds[good])) if len(dates) > 1 else 1
         if good.mean() < 0.5:
             if not why or "may be" in reason:
                 cell = next(filter(None, cells[i]), "")
                 why = f"{table.names[i] or 'time'} {cell!r} is no date{reason and ': '}{reason}"
-        elif distinct > most:
-            best, most, at = seconds, distinct, i
+        elif distinct > most or _is_fetched(best, seconds):
+            if not most or not _is_fetched(seconds, best):
+                best, most, at = seconds, distinct, i
     if not most:
         raise table.error(table.line(0), f"{why}; give dates with their clock, best as 2024-03-04 14:30")
     if (best[np.isfinite(best)] % DAY == 0).all():
-        found = (_clock(cells[i]) for i in clocks if i != at)
+        found = (clock_seconds(cells[i]) for i in clocks if i != at)
         best = best + next((clock for clock in found if np.isfinite(clock).mean() > 0.5), 0.0)
     zone = re.search(r"\(([a-z_/]+)\)", table.names[at], re.I)  # "Time (EET)"
-    return best - np.nan_to_num(_ahead(zone[1], best)) if zone else best, at
+    return best - np.nan_to_num(ahead(zone[1], best)) if zone else best, at
+
+
+def _is_fetched(seconds, other):
+    """Whether times are those of a download: all behind the other column's, in a fraction of its span."""
+    first, span = np.nanmin(seconds), np.nanmax(seconds) - np.nanmin(seconds)
+    return np.nanmax(other) <= first + DAY and np.nanmax(other) - np.nanmin(other) > 10 * span
 
 
 # -- columns -> bars
@@ -548,14 +598,22 @@ def _check_columns(table, columns, cells, ohlcva):
     if like_price and not table.has_header and len(names) != len(BINANCE):
         raise table.error(table.first + 1, f"no header, and the column behind the close looks like a price; {FIRST_LINE}")
     base, least = (volume * close, 1e-4) if "volume" in columns else (np.ones(len(amount)), 1)
+    for value in (volume, amount):
+        if (value == -1).all():
+            value[:] = np.nan  # Interactive Brokers' way to have none
     traded = (amount > 0) & (base > 0)
     ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
-    if not least <= ratio <= 1e6:  # lots of 100, money in thousands
+    swapped = np.median(volume[traded] / (amount * close)[traded]) if traded.any() else np.nan
+    if 0.5 < swapped < 2 and not 0.25 < ratio < 4:
+        ohlcva[4:] = ohlcva[[5, 4]]
+        table.say(f"{names[columns['volume']]!r} is {names[columns['amount']]!r} times price: they change places")
+    elif not least <= ratio <= 1e6 or (amount < 0).mean() > MAX_BAD:  # lots of 100, money in thousands
         amount[:] = np.nan
         table.say(f"{names[columns['amount']]!r} is not volume times price; no amount is read")
     if "volume" not in columns:
         known = {name for names in HEADERS.values() for name in names}
         others = [repr(name) for name, field in zip(names, table.fields) if name.strip() and field not in known]
+        others.sort(key=lambda name: "vol" not in name.lower())
         if others:
             table.say(f"no volume is read, for none of {', '.join(others[:6])} is known to be one; name it volume")
 
@@ -583,11 +641,12 @@ def _bars(table, symbols, time, ohlcva, reasons):
     for row in (np.flatnonzero(there_and_back) + 1).tolist():
         reasons.setdefault(row, f"time {iso(time[row])} is a year or more off the rows around it")
     empty = np.isnan(ohlcva[:4]).all(0)  # a row without any price is no bar, and no fault
+    empty |= (ohlcva[:3] == 0).all(0) & (ohlcva[3] > 0) & ~(ohlcva[4] > 0)  # so is a day without trade, that repeats the last close
     empty[list(reasons)] = False
     if empty.all():
         return []
     if empty.any() and not any(table.tickers):
-        table.say(f"{empty.sum()} of {len(empty)} rows have no price: no bars")
+        table.say(f"{empty.sum()} of {len(empty)} rows have no price, or no trade: no bars")
     row = np.arange(len(time))
     in_order = np.where(same, step > 0, code[1:] > code[:-1]).all()
     if empty.any() or not in_order:
@@ -608,8 +667,15 @@ def _bars(table, symbols, time, ohlcva, reasons):
 # -- faults
 
 def _mend(table, ohlcva, code):
-    """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before."""
+    """In place: highs and lows inside the body by rounding; an open that is missing or 0 becomes the close before.
+
+    A negative close within the bar is CRSP's mark of a mean of bid and ask: its size counts.
+    """
     open_, high, low, close = ohlcva[:4]
+    quoted = (low > 0) & (low <= -close) & (-close <= high)
+    if quoted.any():
+        close[quoted] *= -1
+        table.say(f"{quoted.sum()} of {len(quoted)} closes are negative, as means of bid and ask; their size counts")
     lacks = (np.isnan(open_) | (open_ == 0)) & (low > 0) & (low <= close) & (close <= high)
     if lacks.any():
         before = np.append(np.nan, np.where(np.diff(code) == 0, close[:-1], np.nan))
@@ -620,13 +686,13 @@ def _mend(table, ohlcva, code):
     np.copyto(low, bottom, where=(low > bottom) & (low <= bottom * (1 + ROUNDING)))
 
 
-def _faults(ohlcva):
+def faults(ohlcva):
     """Yield (which rows, why) for all that can be wrong with a bar; of several the first counts."""
     o, h, l, c, v, a = ohlcva
     bottom, top = np.minimum(o, c), np.maximum(o, c)
     least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
     yield np.isnan(least), "a price is missing"
-    yield least <= 0, "a price is zero or negative"
+    yield least <= 0, "a price is zero or negative, and has no logarithm"
     yield (least < 1e-30) | (most > 1e30), "a price is not a finite number, or outside of 1e-30 to 1e30"
     yield h < l, "high below low"
     yield h < top, "high below open or close"
@@ -638,7 +704,7 @@ def _faults(ohlcva):
 def _good(table, row, ohlcva, reasons):
     """Which bars are good, bool; bad ones are counted, three are named, too many are an error. row: of each bar."""
     bad = np.isin(row, list(reasons))
-    for failed, why in _faults(ohlcva):
+    for failed, why in faults(ohlcva):
         reasons |= {k: why for k in row[failed & ~bad].tolist()}
         bad |= failed
     n_bad = int(bad.sum())
@@ -663,7 +729,7 @@ def _latest(table, names, row, time, code, ohlcva):
                           f"{lost[worst]} of {rows[worst]} rows of {names[worst]} have the time of another, as "
                           f"{iso(time[k])} in line {table.line(row[k])}. Several symbols, contracts, exchanges or "
                           f"intervals in one file? Keep one a file, or name their column symbol. Times rounded by a "
-                          f"spreadsheet? Export them in full")
+                          f"spreadsheet? Export them in full. Bars within a second? Times are whole seconds here")
     if lost.any():
         table.say(f"{lost.sum()} of {len(row)} rows have the time of a later one and give way to it")
     return ~again
@@ -771,7 +837,8 @@ def _check_arrays(time, ohlcva, names, first):
         falls = np.diff(stamps) <= 0
         begins = first[np.searchsorted(first, i + 1):np.searchsorted(first, i + len(falls), "right")]
         falls[begins - i - 1] = False
-        for failed, why in ((beyond, "its times are none"), (falls, "its times do not rise"), *_faults(np.asarray(ohlcva[i:i + piece]).T)):
+        broken = faults(np.asarray(ohlcva[i:i + piece]).T)
+        for failed, why in ((beyond, "its times are none"), (falls, "its times do not rise"), *broken):
             if failed.any():
                 row = i + int(np.argmax(failed))
                 which = int(np.searchsorted(first, row, "right")) - 1

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from backstage.frame import check_histories
 from backstage.reader import read_files, write_folder
 import data
 from conftest import write_csv
@@ -149,6 +150,8 @@ def test_prices_named_with_their_currency(tmp_path):
     ("Day,Start Time,End Time", ["2020-01-02,09:30,09:45", "2020-01-02,09:45,10:00"], ["09:30", "09:45"]),
     ("timestamp_ms", ["1577957400000", "1577957460000"], ["09:30", "09:31"]),
     ("datetime_utc", ["2020-01-02 09:30", "2020-01-02 09:31"], ["09:30", "09:31"]),
+    ("Date,Time,Half", ["2020-01-02,01:03,PM", "2020-01-02,12:01,AM"], ["00:01", "13:03"]),
+    ("Start Date,End Date", ["2020-01-02 09:30,2020-01-02 09:31"], ["09:30"]),
     ("Date,Hour", ["2020-01-02,9", "2020-01-02,14"], ["09:00", "14:00"]),
     ("Datetime,Date", ["2020-01-02 09:30:00,2020-01-02", "2020-01-02 09:31:00,2020-01-02"], ["09:30", "09:31"]),
     ("Unix,Date", ["1577957400000,2020-01-02", "1577957460000,2020-01-02"], ["09:30", "09:31"]),
@@ -385,11 +388,11 @@ def test_fast_and_slow_reading_agree(tmp_path):
     ("open,high,low,close,volume\n1,1,1,1,1\n", "a.csv:1: no column 'time'"),
     ("time,open,high,low,close\n", "a.csv:2: no rows"),
     ("time,open,high,low,close\n# none\nTotal,,\n", "a.csv:2: no rows"),
-    ("time,open,high,low,close,Close\n2020-01-02,1,1,1,1,1\n", "a.csv:1: two columns 'close'"),
+    ("time,open,high,low,close,Close\n2020-01-02,1,1,1,1,1\n", "a.csv:1: 'close' and 'Close' in the header are both a close"),
     ("time,open,high,low,close\n2020-01-01,1,1,1,1\n\"2020-01-02,1,1,1,1\n2020-01-03,1,1,1,1\n", "a.csv:3: not a CSV row (a quote is opened"),
     ("time,symbol,open,high,low,close\n2020-01-01,\"A,1,3,0.5,2\n2020-01-02,B\",1,3,0.5,2\n", "a.csv:2: not a CSV row (a quote is opened"),
     ("time,open,high,low,close\n2020-01-02,,,,\n", "no row has a price"),
-    ("time,open,high,low,close\n" + days(9, "1,1,1,1") + "2020-02-01,0,0,0,0\n", "a.csv:11: a price is zero or negative; 1 of 10"),
+    ("time,open,high,low,close\n" + days(9, "1,1,1,1") + "2020-02-01,0,0,0,0\n", "a.csv:11: a price is zero or negative, and has no logarithm; 1 of 10"),
     ("time,open,high,low,close\n2020-01-02,1,1,2,1\n", "check the columns"),
     ("symbol,timeframe,time,open,high,low,close\nA,1h,2020-01-02,1,1,1,1\nA,1d,2020-01-03,1,1,1,1\n", "several intervals (1d, 1h)"),
     ("symbol,expiry,date,open,high,low,close\nA,x,2020-01-02,1,1,1,1\nA,y,2020-01-02,2,2,2,2\n", "a.csv:3: 1 of 2 rows of A have the time of another"),
@@ -439,6 +442,11 @@ def test_an_open_that_is_missing_is_the_close_before_within_the_bar(tmp_path):
     ("volume,amount", "700,1400", [700, 1400], ""),
     ("volume,value", "700,140000", [700, 140000], ""),  # lots of 100
     ("Up,Down", "7,8", [None, None], "no volume is read, for none of 'Up', 'Down' is known"),
+    ("RSI,Volume_rank", "7,8", [None, None], "no volume is read, for none of 'Volume_rank', 'RSI' is known"),
+    ("Vol (ann)", "0.2", [None, None], "none of 'Vol (ann)' is known"),
+    ("Volume Up,Volume Down", "7,8", [None, None], "none of 'Volume Up', 'Volume Down' is known"),
+    ("volume,time", "-1,", [None, None], ""),
+    ("volume,value", "7,high", [7, None], "'value' holds 'high', which is not a number; no amount is read"),
     ("time", "", [None, None], ""),
     *((names, "7,9", [7, 9], "") for names in (
         "Base Asset Volume,Quote Asset Volume", "base_volume,quote_volume", "Volume_(BTC),Volume_(Currency)", "VolumeBTC,VolumeUSD",
@@ -449,6 +457,72 @@ def test_volumes_and_amounts(tmp_path, capfd, names, cells, want, said):
     [bars] = read(tmp_path, f"date,open,high,low,close,{names}\n2020-01-02,1,3,0.5,2,{cells}\n")
     err = capfd.readouterr().err
     assert first(bars)[4:] == want and said in err and err.count("\n") == bool(said)
+
+
+def test_amounts_and_volumes_that_changed_places(tmp_path, capfd):
+    [bars] = read(tmp_path, "date,open,high,low,close,volume,amount\n2020-01-02,10,30,5,20,140,7\n")
+    assert first(bars)[4:] == [7, 140] and "they change places" in capfd.readouterr().err
+
+
+def test_the_time_of_the_download_is_not_that_of_the_bars(tmp_path):
+    rows = "".join(f"2020-01-{d:02d},1,3,0.5,2,2024-05-01T09:00:{d:02d}\n" for d in range(1, 21))
+    [bars] = read(tmp_path, "date,open,high,low,close,timestamp\n" + rows)
+    assert stamps(bars)[::19] == ["2020-01-01", "2020-01-20"]
+
+
+def test_consecutive_weekdays_tell_day_from_month_or_the_order_is_given(tmp_path):
+    rows = [f"11/{d}/2019 {h}:30,1,3,0.5,2\n" for d in range(5, 9) for h in range(9, 16)]
+    [bars] = read(tmp_path, "time,open,high,low,close\n" + "".join(rows))
+    assert stamps(bars)[0] == "2019-11-05 09:30" and stamps(bars)[-1] == "2019-11-08 15:30"
+    (tmp_path / "a.csv").write_text("time,open,high,low,close\n" + "".join(f"0{d}/04/2020,1,3,0.5,2\n" for d in (3, 4)))
+    for order, want in (("day/month/year", "2020-04-03"), ("month/day/year", "2020-03-04")):
+        assert stamps(data.load(str(tmp_path / "a.csv"), order)[0])[0] == want
+
+
+@pytest.mark.parametrize("text, encoding", [
+    ("日期,開盤價,最高價,最低價,收盤價,成交股數\n2020-01-02,1,3,0.5,2,7\n", "big5"),
+    ("날짜,시가,고가,저가,종가,거래량\n2020-01-02,1,3,0.5,2,7\n", "cp949"),
+    ("Data;Otwarcie;Najwyższy;Najniższy;Zamknięcie;Wolumen\n2020-01-02;1;3;0,5;2;7\n", "cp1250"),
+    ("Tarih;Şimdi;Açılış;Yüksek;Düşük;Hac.\n02.01.2020;2;1;3;0,5;7\n", "cp1254"),
+    ('"Date,Open,High,Low,Close,Volume"\n"2020-01-02,1,3,0.5,2,7"\n', "utf-8"),
+    ("# time,open,high,low,close,volume,\n1577923200000,1,3,0.5,2,7,1577923259999,9,5,1,1,0\n", "utf-8"),
+    ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7\n12345\n", "utf-8"),
+    ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,-2,7\n", "utf-8"),
+    ("Date,Open,High,Low,Close,Volume\n2020-01-02,1,3,0.5,2,7\n2020-01-03,0,0,0,2,0\n", "utf-8"),
+])
+def test_what_else_is_read_as_one_bar(tmp_path, text, encoding):
+    [bars] = read(tmp_path, text, encoding=encoding)
+    assert stamps(bars) == ["2020-01-02"] and first(bars) == BAR
+
+
+def test_frames_are_read_as_files_are():
+    class Frame(dict):
+        index = np.array(["2020-01-03", "2020-01-02"], "datetime64[ns]")
+
+    bars = data.from_frame(Frame(Open=[2, 1], High=[4, 3], Low=[1, 0.5], Close=[3, 2], Volume=[8, 7]), "A")
+    assert bars.symbol == "A" and stamps(bars) == ["2020-01-02", "2020-01-03"] and first(bars) == BAR
+    for frame, words in (([1], "no named columns"), (dict(time=["2020-01-02"], open=[1]), "no column 'high'"),
+                         (dict(time=["2020-01-02"], open=[1, 2]), "each needs one value a bar")):
+        with pytest.raises(UserError, match=words):
+            data.from_frame(frame)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (dict(symbol=5), "symbol 5: must be a text"),
+    (dict(time=np.arange(3) * 1.0), "A: time is float64"),
+    (dict(time=np.arange(3).astype("datetime64[s]")), "A: time is datetime64"),
+    (dict(time=np.arange(3) + 10**18), "give UTC seconds, not ms or ns"),
+    (dict(time=np.array([0, 2, 2])), "A: row 2: its time is not after"),
+    (dict(ohlcva=np.ones((3, 5))), r"A: ohlcva is float64 \[3, 5\]"),
+    (dict(ohlcva=np.tile([1, 0.5, 3, 2, 7, np.nan], (3, 1))), "A: row 0: high below low"),
+    (dict(ohlcva=np.tile([np.nan, 3, 0.5, 2, 7, 9], (3, 1))), "A: row 0: a price is missing"),
+])
+def test_arrays_that_are_no_bars_are_refused(spoil, words):
+    good = dict(symbol="A", time=np.arange(3), ohlcva=np.tile([1, 3, 0.5, 2, 7, np.nan], (3, 1)))
+    check_histories([Bars(**good)])
+    for histories in ([Bars(**good | spoil)], [Bars(**good), Bars(**good | spoil)]):
+        with pytest.raises(UserError, match=words):
+            check_histories(histories)
 
 
 # ---- containers, folders, names
