@@ -556,7 +556,7 @@ def _times(table, cells, dates, clocks):
 
     Dates without a clock take it from one of the columns `clocks`.
     """
-    most, why = 0, ""
+    best, most, why = None, 0, ""
     for i in dates:
         seconds, reason = read_dates(cells[i], table.order)
         good = np.isfinite(seconds)

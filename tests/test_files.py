@@ -5,7 +5,6 @@ import io
 import lzma
 import os
 import re
-import threading
 import zipfile
 
 import numpy as np
@@ -536,15 +535,6 @@ def zipped(**files):
         for name, text in files.items():
             f.writestr(name.replace("X__", "X/"), text)
     return buffer.getvalue()
-
-
-def test_a_pipe_is_read_once(tmp_path):
-    os.mkfifo(tmp_path / "a.csv")
-    writer = threading.Thread(target=(tmp_path / "a.csv").write_text, args=(CSV,))
-    writer.start()
-    [bars] = data.load(str(tmp_path / "a.csv"))
-    writer.join()
-    assert bars.ohlcva[:, 3].tolist() == [11, 12, 12]
 
 
 def test_containers_are_told_by_content(tmp_path):
