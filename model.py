@@ -632,9 +632,11 @@ class Model(nn.Module):
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
         return (p / (1 - unmoved)).clamp(max=1)
 
-    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None):
+    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None,
+               logits=None):
         """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
 
+        logits [..., 2^k1]: of the coarse token, in place of coarse_logits(h).
         temperature, top_p: see draw. u [..., 2]: uniform numbers to draw by, else from `generator`;
         u [..., K, 2]: K draws from each h, [..., K]. order int64 [2^k1]: the coarse tokens as u
         runs through them; by rising close, models that hardly differ draw bars that hardly do.
@@ -643,7 +645,7 @@ class Model(nn.Module):
             u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator)
         one = u.dim() == h.dim()
         u = u[..., None, :] if one else u                                   # [..., K, 2]
-        logits = self.coarse_logits(h)
+        logits = self.coarse_logits(h) if logits is None else logits
         logits = logits if order is None else logits[..., order]
         coarse = draw(logits, temperature, top_p, u[..., 0])                # [..., K]
         coarse = coarse if order is None else order[coarse]

@@ -12,6 +12,7 @@ every bar is a valid candle. The next bar's P(up) is exact, without sampling. Wh
 """
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -29,7 +30,9 @@ from backstage.dates import iso, parse_time
 from backstage.files import check_out, csv_text, fingerprint, open_regular, write_atomic
 from backstage.frame import check_histories
 from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
-from backstage.scores import EXTREME, USUAL_BARS, WARN, chance_extreme, usual_sigma
+from backstage.opponents import har
+from backstage.scores import (
+    EXTREME, USUAL_BARS, WARN, bootstrap, chance_extreme, block_sums, usual_sigma)
 from backstage.script import UserError, cli, pick_device, printable, run
 from backstage.series import COLUMNS, DAY, FORECAST, HOUR, YEAR
 from model import load_checkpoint
@@ -46,6 +49,9 @@ class Config:
     temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
     top_p: float = 1.0                 # of the paths: sample among the likeliest tokens of this total probability
     parallel: bool = False             # one pass of the latent reasoner for all bars (at most 16) instead of step by step
+    joint: bool = True                 # paths of symbols with the same stamps move together
+    calibrate: bool = True             # trust in P(up) as these bars' own past has it, and the record
+    weights: list[str] | None = None   # of the portfolio: AAPL=0.6 MSFT=0.4, or a CSV; default equal
     seed: int = 0                      # of the sampling
     strike: list[str] | None = None    # strikes of European options: a price, or a share of spot such as 1.05x
     rate: float = 0.0                  # annual, continuous, for the options
@@ -62,6 +68,13 @@ class Config:
 
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
 BATCH_ORIGINS = 16   # contexts read side by side
+COMMON = 500         # last bars from which the correlation of symbols is known
+FEWEST = 20          # common bars without which a pair has the mean correlation
+RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
+WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
+TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
+PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
+STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
 PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
 FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
 STALE = 5            # horizons, and a holiday, after which a symbol without new bars is left out of ranks
@@ -79,10 +92,34 @@ class Origin:
     state: data.State      # decodes the next bar
     slots: data.Slots      # factors of the bars to come, of a series whose bars begin with these
     unmoved: float         # share of bars that do not move, see unmoved_share
+    closes: np.ndarray | None = None  # [at most COMMON]: close features of the last bars, for joint
 
     def anchored(self, times):
         """The state with the factors of bars at the stamps times int64 [H], as known here."""
         return self.state.anchored(self.slots.coming(len(self.time) - 1, times))
+
+
+@dataclass
+class Calibration:
+    """Trust in P(up), from the past of the series at hand: logit P' = a + k (logit P - mean)."""
+    a: float = 0.0       # log odds of a rise, whatever the model says
+    k: float = 1.0       # trust in what it says, from 0 to 1
+    mean: float = 0.0    # of logit P over the past bars
+    n_bars: int = 0      # of these that moved
+
+    def logits(self, model, h, unmoved):
+        """Coarse logits [..., 2^k1] for h [..., C], and P(up | moved) [...], both calibrated.
+
+        unmoved [...]: the share of bars that do not move. Up tokens have P(up) as a whole, so their
+        odds alone change; among them, and among the others, the law stays.
+        """
+        logits = model.coarse_logits(h).float()
+        log_p = logits.log_softmax(-1)
+        up = log_p[..., model.up_mask].logsumexp(-1).double().exp()             # P(up token)
+        p_up = (up / (1 - unmoved)).clamp(1e-6, 1 - 1e-6)
+        trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
+        shift = (trusted * (1 - unmoved)).logit() - up.clamp(1e-9, 1 - 1e-9).logit()
+        return logits + shift.float()[..., None] * model.up_mask, trusted
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
@@ -91,13 +128,16 @@ def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0,
 
 
 @torch.no_grad()
-def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0, parallel=False,
-             times=None):
-    """Futures of many histories at once. histories: Bars that end where the future begins, or Origins.
+def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p=1.0, seed=0,
+             parallel=False, times=None, joint=True, calibration=None):
+    """Futures of many histories at once.
 
-    Returns ohlcva float64 [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n]. times:
-    stamps of the bars to come, int64 [horizon] or [n, horizon], in place of future_times. A history's futures
-    depend on (seed, symbol, last stamp) and its bars, not on the other histories. UserError for what cannot be.
+    histories: Bars that end where the future begins, or Origins. Returns ohlcva float64
+    [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n], NaN where
+    nearly nothing moved. times: stamps of the bars to come, int64 [horizon] or [n, horizon], in
+    place of future_times. joint: path i of all symbols with the same next stamps is one future of
+    the market (see move_together); what a symbol's first bar may be depends on (seed, symbol, last
+    stamp) and its bars alone. calibration: see calibrate. UserError for what cannot be.
     """
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
@@ -111,10 +151,16 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
 
-    def draw(h, u):
-        """Coarse and fine tokens of the next bars [...], for h [..., C], by uniform numbers u [..., 2]."""
-        return model.sample(h, temperature, top_p, u=u, order=order)
+    def draw(h, u, unmoved):
+        """Coarse and fine tokens [...] for h [..., C], by uniform numbers u [..., 2]."""
+        logits = calibration.logits(model, h, unmoved)[0] if calibration else None
+        return model.sample(h, temperature, top_p, u=u, order=order, logits=logits)
 
+    uniform = [stratified(np.random.default_rng([seed, zlib.crc32(o.symbol.encode()),
+                                                 int(abs(o.time[-1]))]), paths, horizon)
+               for o in origins]                                            # n of (paths, H, 2)
+    if joint:
+        move_together(uniform, origins, times, seed)
     at_once = rows_at_once(model)
     size = max(1, min(BATCH_ORIGINS, at_once // paths))
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
@@ -123,9 +169,12 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         alike = np.flatnonzero(lengths == length)
         for rows in np.split(alike, range(size, len(alike), size)):
             part = [origins[i] for i in rows]
-            tokens, p_up[rows] = draw_tokens(model, part, times[rows], paths, draw, seed, parallel, at_once)
+            u = torch.from_numpy(np.concatenate([uniform[i] for i in rows]))
+            tokens, p_up[rows] = draw_tokens(model, part, times[rows], u, draw, parallel, at_once,
+                                             calibration)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
-            ohlcva[rows], _ = data.inverse(x, data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])]))
+            state = data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])])
+            ohlcva[rows], _ = data.inverse(x, state)
     return ohlcva, p_up
 
 
@@ -136,12 +185,14 @@ def origin_of(model, tokenizer, bars):
     slots = data.slots_of(bars)
     x, state = data.features(bars, slots)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved_share(bars, model.config.unmoved)[-1])
+    unmoved = unmoved_share(bars, model.config.unmoved)[-1]
+    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved, x[-COMMON:, 0])
 
 
-def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
-    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, and P(up) [n]."""
-    device, (n, horizon) = model.up_mask.device, times.shape
+def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration):
+    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, and
+    P(up) [n]. uniform [n * paths, H, 2]: what they are drawn by."""
+    device, (n, horizon), paths = model.up_mask.device, times.shape, len(uniform) // len(times)
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
     seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)
     times = torch.from_numpy(times).to(device)
@@ -151,21 +202,21 @@ def draw_tokens(model, origins, times, paths, draw, seed, parallel, at_once):
         state = model.prefill(coarse, fine, seen)
         h = state.h
     unmoved = torch.tensor([o.unmoved for o in origins], device=device)
-    p_up = model.p_up(h, unmoved).cpu().numpy()
+    p_up = calibration.logits(model, h, unmoved)[1] if calibration else model.p_up(h, unmoved)
+    p_up = p_up.masked_fill(unmoved > STANDS, math.nan).cpu().numpy()
 
-    uniform = []
-    for o in origins:
-        random = np.random.default_rng([seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))])
-        uniform.append(stratified(random, paths, horizon))
-    uniform = torch.from_numpy(np.concatenate(uniform)).to(device)  # (n * paths, H, 2)
+    uniform = uniform.to(device)
     if parallel:
-        uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)  # (n, H, paths, 2)
-        return [token.transpose(1, 2).flatten(0, 1) for token in draw(ahead, uniform)], p_up
-    times = times.repeat_interleave(paths, 0)  # (n * paths, H)
-    size = at_once if n == 1 else n * paths  # several origins fit; the paths of a single one may not
+        uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)        # (n, H, paths, 2)
+        tokens = draw(ahead, uniform, unmoved[:, None])                     # 2 of (n, H, paths)
+        return [token.transpose(1, 2).flatten(0, 1) for token in tokens], p_up
+    times = times.repeat_interleave(paths, 0)                               # (n * paths, H)
+    unmoved = unmoved.repeat_interleave(paths)                              # (n * paths,)
+    size = at_once if n == 1 else n * paths  # several origins fit; the paths of one may not
     pieces = []
-    for when, u in zip(times.split(size), uniform.split(size)):
-        pieces.append(generate(model, state.repeat(len(u) // n), when, u, draw))
+    for when, u, still in zip(*(a.split(size) for a in (times, uniform, unmoved))):
+        own_draw = functools.partial(draw, unmoved=still)
+        pieces.append(generate(model, state.repeat(len(u) // n), when, u, own_draw))
     return [torch.cat(level) for level in zip(*pieces)], p_up
 
 
@@ -180,6 +231,74 @@ def generate(model, state, times, uniform, draw):
         if k + 1 < times.shape[1]:
             _, state = model.step(*tokens[-1], times[:, k:], state)
     return [torch.stack(level, dim=-1) for level in zip(*tokens)]
+
+
+# --------------------------------------------------------------------------------------------------
+# A forecast that knows its record
+#
+# Before it speaks, the model says P(up) of the last bars that the series already have, each from the
+# bars before it alone. With x = logit P - mean and y whether the close rose, logistic regression gives
+#
+#     logit P' = a + k x,      a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
+#
+# each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the posterior
+# mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says and the next
+# does not.
+
+@torch.no_grad()
+def calibrate(model, tokenizer, histories, since=None):
+    """The Calibration of P(up) from the last bars of histories (Bars), some WINDOWS contexts of them.
+
+    since: stamp of the first bar to learn from, where the weights were trained on those before it.
+    Few bars leave the prior: half the trust, no bias.
+    """
+    check_histories(histories)
+    n, share = model.config.block_size, max(1, len(histories) // WINDOWS)
+    logits, rose, stamps = [], [], []
+    for bars in histories[::share]:
+        first = data.CONTEXT if since is None else max(data.CONTEXT, np.searchsorted(bars.time, since))
+        each = max(1, WINDOWS // len(histories)) * (n // 2)
+        first = max(first, len(bars) - each)
+        if first >= len(bars):
+            continue
+        begin = max(0, first - n)                                           # context reaches back
+        tokens = data.tokenize(bars[begin:], tokenizer, data.features(bars)[0][begin:])
+        unmoved = unmoved_share(bars, model.config.unmoved)
+        for at in range(first, len(bars), n // 2):                          # targets at .. end
+            end = min(at + n // 2, len(bars))
+            context = slice(max(0, end - 1 - n - begin), end - 1 - begin)
+            coarse, fine = torch.from_numpy(tokens[context].astype(np.int64)).T[:, None]
+            time = torch.from_numpy(bars.time[context.start + begin:context.stop + begin].copy())
+            device = model.up_mask.device
+            h = model.hidden(coarse.to(device), fine.to(device), time[None].to(device))
+            h = h[0, at - end:]                                             # (end - at, C)
+            u = torch.from_numpy(unmoved[at:end]).to(device)
+            change = np.diff(bars.ohlcva[at - 1:end, 3])
+            moved = torch.from_numpy(change != 0).to(device)
+            logits.append(model.p_up(h, u).double().clamp(1e-6, 1 - 1e-6).logit()[moved].cpu().numpy())
+            rose.append((change > 0)[change != 0])
+            stamps.append(bars.time[at:end][change != 0])
+    if not logits or not sum(map(len, logits)):
+        return Calibration(k=PRIOR_TRUST)
+    return trust(*map(np.concatenate, (logits, rose, stamps)))
+
+
+def trust(logit, rose, stamp):
+    """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their stamps."""
+    mean = logit.mean()
+    X, theta = np.stack([np.ones(len(logit)), logit - mean], 1), np.zeros(2)
+    block = np.searchsorted(np.unique(stamp), stamp) * TIME_BLOCKS // len(np.unique(stamp))
+    for _ in range(20):                                                     # Newton's method
+        p = 1 / (1 + np.exp(-X @ theta))
+        H = (X * (p * (1 - p))[:, None]).T @ X + 1e-6 * np.eye(2)
+        theta = np.clip(theta + np.linalg.solve(H, X.T @ (rose - p)), -5, 5)
+    sums = np.stack([np.bincount(block, (rose - p) * column, TIME_BLOCKS) for column in X.T], 1)
+    inverse = np.linalg.inv(H)
+    cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
+    (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
+    a *= max(0.0, 1 - var_a / max(a * a, 1e-12))
+    k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
+    return Calibration(float(a), float(min(1.0, max(0.0, k))), float(mean), len(logit))
 
 
 @torch.no_grad()
@@ -226,6 +345,64 @@ def stratified(random, paths, horizon):
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
+# Paths that move together. At each step the pairs of numbers that bars are drawn by keep their values
+# and change their order, to that of a Gaussian copula (Iman and Conover, Communications in Statistics 1982):
+#
+#     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i],    R = w C + (1 - w) mean C,   w = t^2 / (t^2 + e^2)
+#
+# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they truly
+# differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio Management 2004).
+
+def move_together(uniform, origins, times, seed):
+    """Reorders, in place, the numbers [paths, H, 2] of the n origins that share their next stamps.
+
+    Each half of the paths by itself, so that the halves stay independent. times: int64 [n, H].
+    """
+    groups = {}
+    for i, o in enumerate(origins):
+        if o.closes is not None:
+            groups.setdefault((int(o.time[-1]), times[i].tobytes()), []).append(i)
+    for (stamp, _), rows in groups.items():
+        if len(rows) < 2:
+            continue
+        factor = np.linalg.cholesky(correlation([origins[i] for i in rows]))
+        random = np.random.default_rng([seed, abs(stamp), len(rows)])
+        paths, horizon, _ = uniform[rows[0]].shape
+        for half in (slice(0, paths // 2), slice(paths // 2, paths)):
+            for k in range(horizon):
+                z = random.standard_normal((len(uniform[0][half]), len(rows))) @ factor.T
+                for i, rank in zip(rows, z.argsort(0).argsort(0).T):
+                    pairs = uniform[i][half, k]                             # (paths / 2, 2)
+                    uniform[i][half, k] = pairs[pairs[:, 0].argsort()][rank]
+
+
+def correlation(origins):
+    """R [n, n] of the closes of n origins, positive definite, from their last COMMON stamps."""
+    stamps = np.unique(np.concatenate([o.time[-len(o.closes):] for o in origins]))[-COMMON:]
+    scores = np.full((len(origins), len(stamps)), np.nan)
+    for row, o in zip(scores, origins):
+        time = o.time[-len(o.closes):]
+        known = time >= stamps[0]
+        rank = o.closes[known].argsort().argsort()
+        level = torch.from_numpy((rank + 0.5) / max(1, len(rank)))
+        row[np.searchsorted(stamps, time[known])] = torch.special.ndtri(level).numpy()
+    known, scores = ~np.isnan(scores), np.nan_to_num(scores)
+    n = known.astype(float) @ known.T                                       # (n, n): common bars
+    C = (scores @ scores.T / np.maximum(n, 1)).clip(-1, 1)
+    error = (1 - C**2)**2 / np.maximum(n, 1)                                # squared
+    pairs = ~np.eye(len(C), dtype=bool) & (n >= FEWEST)
+    if not pairs.any():
+        return np.eye(len(C))
+    mean = np.average(C[pairs], weights=n[pairs])
+    spread = max(0.0, ((C[pairs] - mean)**2 - error[pairs]).mean())
+    weight = np.where(n >= FEWEST, spread / np.maximum(spread + error, 1e-12), 0.0)
+    R = weight * C + (1 - weight) * mean
+    np.fill_diagonal(R, 1.0)
+    least = np.linalg.eigvalsh(R)[0]
+    lift = max(0.0, (1e-6 - least) / (1 - least))                           # towards the identity
+    return (1 - lift) * R + lift * np.eye(len(R))
+
+
 def rows_at_once(model):
     """How many paths' states BATCH_BYTES hold."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.up_mask.device)
@@ -269,7 +446,40 @@ def unmoved_share(bars, prior):
     return (prior * PRIOR_BARS + count) / (PRIOR_BARS + seen)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def record_of(model, tokenizer, histories, since=None):
+    """What the model, as it comes, was worth on the last bars of histories: a dict, or None.
+
+    bars; da {value, lo, hi}; coverage90, the share of closes in the 90 % band; close, range,
+    volume: CRPS as a ratio to HAR's, None where there is none. None for too few bars.
+    """
+    import backtest  # which imports this file
+    each = max(64, RECORD // len(histories))
+    long = [bars for bars in histories if len(bars) > each + RECORD_PAST]
+    long = long[::max(1, len(long) * each // RECORD)] or [
+        bars for bars in histories if len(bars) > 3 * RECORD_PAST][:8]
+    if not long:
+        return None
+    starts = [bars.time[-min(each, len(bars) // 3)] for bars in long]
+    start = max(int(np.median(starts)), since or 0)
+    try:
+        t = backtest.Targets(long, start, 2**62, 1, 2**31, 0)
+    except UserError:
+        return None
+    if t.n_blocks < 2 or min(first for first, _ in t.ranges) < RECORD_PAST:
+        return None
+    own = backtest.model_scores(model, tokenizer, t, probes=backtest.VAL_PROBES)
+    rival = bootstrap(block_sums(har(t, 2), t), t)
+    value, spread = own["da"]
+    lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)
+    found = dict(bars=len(t.r), da=dict(value=float(value), lo=float(lo), hi=float(hi)),
+                 coverage90=float(own["coverage90"][0]))
+    for name, metric in (("close", "crps"), ("range", "range_crps"), ("volume", "volume_crps")):
+        known = metric in own and metric in rival
+        found[name] = float(own[metric][0] / rival[metric][0]) if known else None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
 # The report
 
 def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
@@ -291,6 +501,65 @@ def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
                 options=[option(close, last, strike, years, rate) for strike in strikes])
 
 
+def portfolio_of(histories, ohlcva, weights, seed):
+    """What the paths say of a portfolio of n symbols, and of each symbol beside the others.
+
+    weights [n]: shares of the value. -> (dict of the portfolio's figures, {p_best, p_beats: [n]}).
+    `apart` has the same figures for paths that do not move together.
+    """
+    last = np.array([bars.ohlcva[-1, 3] for bars in histories])
+    moves = ohlcva[:, :, -1, 3] / last[:, None] - 1                         # (n, paths)
+    shuffled = np.random.default_rng([seed, 3]).permuted(moves, axis=1)
+    found = dict(weights={bars.symbol: float(w) for bars, w in zip(histories, weights)},
+                 **figures(weights @ moves), apart=figures(weights @ shuffled))
+    best = np.bincount(moves.argmax(0), minlength=len(moves)) / moves.shape[1]
+    return found, dict(p_best=best, p_beats=(moves > moves.mean(0)).mean(1))
+
+
+def figures(move):
+    """Of returns [paths] over the horizon; VaR and ES are losses, so positive."""
+    q05, q50, q95 = np.quantile(move, (0.05, 0.5, 0.95))
+    return dict(expected_return=move.mean(), q05=q05, q50=q50, q95=q95, var95=-q05,
+                es95=-move[move <= q05].mean())
+
+
+def weights_of(given, histories):
+    """Shares of the portfolio [n], from texts such as AAPL=0.6 or a CSV of symbol,weight; None: equal.
+
+    UserError for an unknown symbol or a weight that is no number. A symbol without one has 0.
+    """
+    n = len(histories)
+    if given is None:
+        return np.full(n, 1 / n)
+    texts = [text for item in given for text in item.split(",")]
+    if len(given) == 1 and "=" not in given[0]:
+        try:
+            with open_regular(given[0]) as f:
+                lines = f.read(1 << 20).decode("utf-8-sig", "replace").splitlines()
+        except OSError as e:
+            raise UserError(f"--weights {printable(given[0])}: cannot be read ({e.strerror}); write "
+                            f"{histories[0].symbol}=0.6, or name a CSV of symbol,weight")
+        texts = [line.replace(",", "=") for line in lines if line.strip()]
+        if texts and texts[0].lower().startswith("symbol"):
+            texts = texts[1:]
+    place, weights = {bars.symbol: i for i, bars in enumerate(histories)}, np.zeros(n)
+    for text in texts:
+        symbol, _, weight = (part.strip() for part in text.partition("="))
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if symbol not in place:
+            raise UserError(f"--weights {printable(text)}: no such symbol to forecast; write "
+                            f"{histories[0].symbol}=0.6")
+        if not math.isfinite(value):
+            raise UserError(f"--weights {printable(text)}: not a number; write {symbol}=0.6")
+        weights[place[symbol]] = value
+    if not weights.any():
+        raise UserError("--weights: all are 0; give at least one symbol a share")
+    return weights
+
+
 def option(close, spot, strike, years, rate):
     """European call and put from the paths' last closes, discounted.
 
@@ -308,6 +577,8 @@ def give_ranks(rows, histories, horizon):
     newest = max(bars.time[-1] for bars in histories)
     live = []
     for row, bars in zip(rows, histories):
+        if math.isnan(row["p_up"]):
+            continue
         if newest - DAY <= bars.time[-1] or newest - DAY <= future_times(bars.time, STALE * horizon)[-1]:
             live.append(row)
     for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
@@ -342,6 +613,33 @@ def print_report(rows, horizon, breadth, mean_p_up):
         for o in r["options"]:
             print(f"{names[r['symbol']]:{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
                   f"{o['call']:>10.4g} {o['put']:>10.4g}")
+
+
+def print_portfolio(portfolio, rows, horizon):
+    """The portfolio in one line, beside what paths that do not move together would say."""
+    if portfolio is None:
+        return
+    own, apart = portfolio, portfolio["apart"]
+    best = max(rows, key=lambda row: row["p_best"])
+    print(f"portfolio in {horizon} bars: {own['expected_return']:+.2%}, 5 to 95 % {own['q05']:+.2%} to "
+          f"{own['q95']:+.2%}, VaR {own['var95']:.2%}, ES {own['es95']:.2%}\n"
+          f"(symbols apart would say {apart['q05']:+.2%} to {apart['q95']:+.2%}); most likely to end "
+          f"first: {printable(best['symbol'])}, {best['p_best']:.0%}")
+
+
+def print_record(record, calibration, meta):
+    """What the model was worth on these very bars, in plain words."""
+    date = iso(meta["splits"][1])[:10] if meta.get("splits") else None
+    if record is None:
+        return print("no record: too few past bars that the weights were not trained on")
+    right, n = record["da"], record["bars"]
+    print(f"record, the last {n:,} bars of these: {right['value']:.1%} right calls "
+          f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held {record['coverage90']:.1%};\n"
+          f"CRPS to HAR, refitted: " + ", ".join(
+              f"{name} {record[name]:.3f}" for name in ("close", "range", "volume")
+              if record[name] is not None) + (f"; weights of {date}" if date else ""))
+    if right["lo"] <= 0.5:
+        print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
 
 
 def write_csv(path, histories, ohlcva, times):
@@ -394,14 +692,27 @@ def main(argv=None):
 
     times = read_times(config.times, histories, config.horizon) if config.times else None
     times = times_ahead(histories, config.horizon, times)  # (n, H)
-    ohlcva, p_up = simulate(model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
-                            config.seed, config.parallel, times)
+    weights = weights_of(config.weights, histories)
+    calibration = None
+    if config.calibrate:
+        calibration = calibrate(model, tokenizer, histories, trained_until(config.data, meta))
+    ohlcva, p_up = simulate(
+        model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
+        config.seed, config.parallel, times, config.joint, calibration)
     rows = []
     for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
         rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
     ranked = give_ranks(rows, histories, config.horizon)
-    breadth, mean_p_up = float((ranked > 0.5).mean()), float(ranked.mean())
+    breadth, mean_p_up = (float((ranked > 0.5).mean()), float(ranked.mean())) if len(ranked) else (math.nan,) * 2
+    portfolio = None
+    if len(rows) > 1:
+        portfolio, beside = portfolio_of(histories, ohlcva, weights, config.seed)
+        for i, row in enumerate(rows):
+            row |= {name: values[i] for name, values in beside.items()}
 
+    record = None
+    if config.calibrate:
+        record = record_of(model, tokenizer, histories, trained_until(config.data, meta))
     if config.out:
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
@@ -410,10 +721,13 @@ def main(argv=None):
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva, times)
     if config.json:
-        found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth, mean_p_up=mean_p_up, symbols=rows)
+        found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth,
+                     mean_p_up=mean_p_up, record=record, portfolio=portfolio, symbols=rows)
         print(json.dumps(jsonable(found)))
     else:
         print_report(rows, config.horizon, breadth, mean_p_up)
+        print_portfolio(portfolio, rows, config.horizon)
+        print_record(record, calibration, meta)
 
 
 def load_series(sources, meta, symbols=None):
@@ -434,6 +748,14 @@ def load_series(sources, meta, symbols=None):
             some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
             raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
     return [known[symbol] for symbol in dict.fromkeys(symbols)]
+
+
+def trained_until(named, meta):
+    """The stamp from which bars are new to the weights; None where they are of other markets."""
+    own = (meta["data"] or {}).get("sources", ())
+    is_own = not named or {os.path.basename(name) for name in named} & {
+        os.path.basename(name) for name in own}
+    return meta["splits"][0] if is_own and meta["splits"] else None
 
 
 def trained_bars(source):

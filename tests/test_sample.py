@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import types
 import xml.dom.minidom
 
 import numpy as np
@@ -234,9 +235,11 @@ def test_forecast_table_json_and_files(checkpoint, tmp_path, call):
         np.testing.assert_allclose([float(v) for v in row[4:9]], np.quantile(paths[:, 3], QUANTILES), rtol=1e-6)
     status, out, _ = call("sample", *argv, "--json", "--strike", "1.01x")
     report = json.loads(out)
-    assert set(report) == {"horizon", "paths", "breadth", "mean_p_up", "symbols"}
-    assert set(report["symbols"][0]) == set("symbol last_time last_close p_up p_up_horizon expected_return q05 q50 q95 var95 es95 p_extreme rank options".split())
+    assert set(report) == {"horizon", "paths", "breadth", "mean_p_up", "record", "portfolio", "symbols"}
+    assert set(report["symbols"][0]) == set("symbol last_time last_close p_up p_up_horizon expected_return q05 q50 q95 var95 es95 p_extreme rank options p_best p_beats".split())
     assert sorted(s["rank"] for s in report["symbols"]) == [1, 2, 3]
+    argv += ["--horizon", 1, "--no-calibrate"]
+    report = json.loads(call("sample", *argv, "--json")[1])
     one = json.loads(call("sample", *argv, "--json", "--symbols", "SYN1")[1])["symbols"][0]
     for key in ("p_up", "q05", "q50", "q95"):       # a symbol's forecast does not depend on the others
         assert one[key] == pytest.approx(report["symbols"][1][key], rel=1e-4)
@@ -267,9 +270,113 @@ def test_columns_that_are_not_there_stay_empty_and_no_cell_is_a_formula(series, 
     (("--top_p", 1.5), "top_p"), (("--strike", "-3"), "--strike"), (("--strike", "abc"), "--strike abc"), (("--out", "no/where.csv"), "folder"),
     (("--parallel", "--horizon", 17), "--parallel"), (("--data", "none.csv"), "none.csv"), (("--device", "cuda:9"), "--device"), (("--rate", "inf"), "--rate"),
     (("--backtest",), "python backtest.py"), (("--start", "2018-01-01"), "--start"), (("--cost_bps", 5), "--cost_bps"), (("--times", "none.txt"), "none.txt"),
-    (("--seed", -1), "--seed"), (("--rate", "10"), "--rate"), (("--out", "f", "--plot", "f"), "same name"), (("--out", __file__), "--overwrite"),
+    (("--seed", -1), "--seed"), (("--rate", "10"), "--rate"), (("--out", "f", "--plot", "f"), "writes something else"), (("--out", __file__), "--overwrite"),
 ])
 def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch, argv, why):
     monkeypatch.chdir(tmp_path)
     line = complaint(call("sample", "--ckpt", checkpoint, "--paths", 3, *argv))
     assert why in line and "--resume" not in line       # which sample.py does not have
+
+
+# ---- the record, trust, joint futures
+
+def one_factor(n, n_bars, rho, seed=0):
+    """Symbols of one market: closes whose moves are correlated by rho."""
+    random = np.random.default_rng(seed)
+    market = random.standard_normal(n_bars)
+    found = []
+    for i in range(n):
+        moves = np.sqrt(rho) * market + np.sqrt(1 - rho) * random.standard_normal(n_bars)
+        close = 50 * np.exp(0.01 * moves.cumsum())
+        open_ = np.append(close[0], close[:-1])
+        wick = np.exp(0.002 * random.random((2, n_bars)))
+        high, low = np.maximum(open_, close) * wick[0], np.minimum(open_, close) / wick[1]
+        volume = np.round(np.exp(random.normal(8, 0.5, n_bars)))
+        bars = np.stack([open_, high, low, close, volume, volume * close], 1)
+        found.append(data.Bars(f"S{i}", 1_600_000_000 // DAY * DAY + DAY * np.arange(n_bars), bars))
+    return found
+
+
+def test_paths_of_symbols_move_as_the_symbols_did_and_keep_their_margins(loaded):
+    model, tokenizer = loaded
+    series = one_factor(6, 600, 0.5)
+    joint, p_up = sample.simulate(model, tokenizer, series, 2, 400)
+    apart, _ = sample.simulate(model, tokenizer, series, 2, 400, joint=False)
+    alone, p_alone = sample.simulate(model, tokenizer, series[:1], 2, 400)
+    np.testing.assert_array_equal(np.sort(joint[:, :, 0, 3]), np.sort(apart[:, :, 0, 3]))
+    np.testing.assert_array_equal(np.sort(joint[0, :, 0, 3]), np.sort(alone[0, :, 0, 3]))
+    assert p_up[0] == p_alone[0]
+    pairs = ~np.eye(6, dtype=bool)
+    assert abs(np.corrcoef(np.log(joint[:, :, 0, 3]))[pairs].mean() - 0.5) < 0.1
+    assert abs(np.corrcoef(np.log(apart[:, :, 0, 3]))[pairs].mean()) < 0.05
+    # a symbol that ends on another day stays apart
+    late = [*series[:2], series[2][:-1]]
+    paths, _ = sample.simulate(model, tokenizer, late, 1, 400)
+    first, second, other = np.log(paths[:, :, 0, 3])
+    assert np.corrcoef(first, second)[0, 1] > 0.3 and abs(np.corrcoef(first, other)[0, 1]) < 0.15
+
+
+def test_the_correlation_is_drawn_to_the_mean_where_little_is_known():
+    series = one_factor(8, 500, 0.6)
+    short = one_factor(8, 500, 0.0, seed=1)[7]
+    def origin(bars, n):
+        return types.SimpleNamespace(time=bars.time, closes=np.diff(np.log(bars.ohlcva[:, 3]))[-n:])
+
+    R = sample.correlation([*(origin(bars, 400) for bars in series[:7]), origin(short, 10)])
+    np.linalg.cholesky(R)
+    known = R[:7, :7][~np.eye(7, dtype=bool)]
+    assert (np.diag(R) == 1).all() and np.abs(known - 0.6).max() < 0.1
+    assert np.allclose(R[7, :7], known.mean(), atol=0.02)
+
+
+def test_trust_is_found_and_shrunk_by_its_error():
+    """Beside the planted law; noise earns none, little data leaves the prior, a bias is found."""
+    random = np.random.default_rng(0)
+    x, stamp = random.normal(0.2, 0.5, 8000), np.arange(8000)
+    for k, a, low, high in ((1.0, 0.0, 0.85, 1.0), (0.4, 0.0, 0.25, 0.55), (0.0, 0.0, 0.0, 0.2), (0.5, -0.4, 0.35, 0.65)):
+        rose = random.random(8000) < 1 / (1 + np.exp(-(a + k * (x - 0.2))))
+        found = sample.trust(x, rose, stamp)
+        assert low <= found.k <= high and abs(found.a - a) < 0.1, (k, a, found)
+    few = sample.trust(x[:10], rose[:10], stamp[:10])
+    assert abs(few.k - sample.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
+
+
+def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
+    model, tokenizer = loaded
+    series = one_factor(2, 700, 0.0)
+    first = sample.calibrate(model, tokenizer, [bars[:600] for bars in series])
+    wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 600, b.ohlcva, b.ohlcva * 3)) for b in series]
+    assert sample.calibrate(model, tokenizer, [bars[:600] for bars in wild]) == first
+    assert first.n_bars > 300
+    told = sample.Calibration(a=0.8, k=0.0)     # 69 % up, whatever the model says
+    paths, p_up = sample.simulate(model, tokenizer, series, 1, 1000, calibration=told)
+    moved = paths[:, :, 0, 3] != np.array([b.ohlcva[-1, 3] for b in series])[:, None]
+    rose = paths[:, :, 0, 3] > np.array([b.ohlcva[-1, 3] for b in series])[:, None]
+    assert np.allclose(p_up, 1 / (1 + np.exp(-0.8)))
+    for i in range(2):
+        unmoved = sample.unmoved_share(series[i], model.config.unmoved)[-1]
+        assert rose[i].mean() == pytest.approx(p_up[i] * (1 - unmoved), abs=0.02)
+
+
+def test_a_market_that_stands_and_a_new_listing(loaded, tmp_path, call):
+    model, tokenizer = loaded
+    still = one_factor(1, 600, 0.0)[0]
+    flat = data.Bars("FLAT", still.time, np.tile([5.0, 5, 5, 5, 100, 500], (600, 1)))
+    calibration = sample.calibrate(model, tokenizer, [flat, still[-40:]])
+    paths, p_up = sample.simulate(model, tokenizer, [flat, still[-40:]], 3, 50, calibration=calibration)
+    assert np.isnan(p_up[0]) and 0 < p_up[1] < 1 and np.isfinite(paths[..., :5]).all()
+
+
+def test_a_portfolio_has_the_weights_that_are_given():
+    series = one_factor(3, 50, 0.0)
+    ohlcva = np.random.default_rng(0).normal(50, 5, (3, 200, 2, 6))
+    assert np.allclose(sample.weights_of(None, series), 1 / 3)
+    assert sample.weights_of(["S0=0.5,S2=0.25"], series).tolist() == [0.5, 0, 0.25]
+    for wrong in ("XX=1", "S0=a", "S0", "S0=nan", "S0=0"):
+        with pytest.raises(UserError, match="weights"):
+            sample.weights_of([wrong], series)
+    weights = np.array([0.5, 0.3, 0.2])
+    found, beside = sample.portfolio_of(series, ohlcva, weights, 0)
+    moves = ohlcva[:, :, -1, 3] / np.array([b.ohlcva[-1, 3] for b in series])[:, None] - 1
+    assert found["q05"] == pytest.approx(np.quantile(weights @ moves, 0.05)) and found["var95"] == -found["q05"]
+    assert beside["p_best"].sum() == pytest.approx(1) and found["apart"]["expected_return"] == pytest.approx(found["expected_return"])
