@@ -317,7 +317,7 @@ class Validation:
               f"{'right':>7}{'left':>9}   worse")
 
     def scores(self, model):
-        return backtest.drawn_scores(model, self.stage.tokenizer, self.t, VAL_PATHS,
+        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS,
                                      backtest.VAL_PROBES)
 
     def report(self, mean, grad_norm, left):
@@ -350,7 +350,7 @@ def print_result(stage):
     if config.backtest:
         t = backtest.some_targets(stage.series, "test", stage.meta["splits"], config.horizon,
                                   ORIGINS, config.seed)
-        columns = {key: backtest.drawn_scores(m, stage.tokenizer, t, config.paths)
+        columns = {key: backtest.model_scores(m, stage.tokenizer, t, config.paths)
                    for key, m in (("reference", stage.base), (name, model))}
         print(f"\n{backtest.heading(t, stage.meta)}")
         backtest.print_versus(columns, t, SHOWN)

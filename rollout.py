@@ -39,7 +39,7 @@ import data
 from backstage.clock import future_times
 from backstage.files import sole_writer
 from backstage.loop import Clock, later_weeks, means, rate, set_up, stop_here
-from backstage.scores import against, at_step, block_sums, bootstrap
+from backstage.scores import against, at_step, time_block_sums, bootstrap
 from backstage.script import StopSignal, UserError, check_numbers, cli, progress, run
 from model import kl, mean_nats
 
@@ -322,7 +322,7 @@ class Validation:
               f"{'in 90 %':>10}{'left':>9}")
 
     def scores(self, model):
-        return backtest.drawn_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, probes=0)
+        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, probes=0)
 
     def report(self, mean, grad_norm, left):
         """Scores the model, keeps its weights if they are surely better, and prints a line."""
@@ -360,10 +360,10 @@ def print_result(stage):
 
 def print_paths(models, tokenizer, t, paths):
     """Two models {name: model} and standing still, side by side; then the median-token paths."""
-    columns = {name: backtest.drawn_scores(model, tokenizer, t, paths)
+    columns = {name: backtest.model_scores(model, tokenizer, t, paths)
                for name, model in models.items()}
     still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-    columns["still"] = bootstrap(block_sums(still, t), t)
+    columns["still"] = bootstrap(time_block_sums(still, t), t)
     rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4)]
     for metric, label, scale, digits in (("path_crps", "path CRPS", 1, 4),
                                          ("path_mape", "path MAPE %", 1, 4),
@@ -372,7 +372,7 @@ def print_paths(models, tokenizer, t, paths):
         steps = sorted({1, (t.horizon + 1) // 2, t.horizon})
         rows += [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
     backtest.print_versus(columns, t, rows, versus=(1, 0))
-    points = {name: bootstrap(block_sums(backtest.median_paths(model, tokenizer, t), t), t)
+    points = {name: bootstrap(time_block_sums(backtest.median_paths(model, tokenizer, t), t), t)
               for name, model in models.items()}
     print("one path of median tokens:")
     backtest.print_versus(points, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])

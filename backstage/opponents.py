@@ -6,7 +6,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 import data
-from backstage.scores import joined, judge_normal, judge_paths, judge_residuals, named, normal_cdf
+from backstage.scores import joined, score_normal, score_paths, score_residuals, named, normal_cdf
 from backstage.series import decayed_sum
 
 
@@ -19,6 +19,22 @@ def log_volume(bars):
     """log(1 + V) of each bar, NaN where nothing was traded or nothing is known."""
     volume = bars.ohlcva[:, 4]
     return np.log1p(np.where(volume > 0, volume, np.nan))
+
+
+def volume_scales(bars, slots):
+    """Level and width of log volume before each bar, m_t and d_t of data.features: [T, 2]."""
+    volume, log_G = log_volume(bars), slots.log_factors[:, 1]
+    volume[0] = np.nan  # bar 0 enters no mean
+    level = log_G + decayed_mean_before(volume - log_G)
+    width = decayed_mean_before(np.abs(volume - level))
+    return np.stack([np.nan_to_num(level), np.fmax(width, data.D_FLOOR)], 1)
+
+
+def decayed_mean_before(u):
+    """Decayed mean of the known ones of u [T] before each: [T], NaN where none is known."""
+    known = np.isfinite(u)
+    total, weight = decayed_sum(np.stack([np.where(known, u, 0.0), known]))  # itself included
+    return np.append(np.nan, (total / np.where(weight > 0, weight, np.nan))[:-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,10 +73,10 @@ def ar1(t, i, rows):
     b = np.cov(x, y)[0, 1] / max(x.var(ddof=1), 1e-18)
     a = y.mean() - b * x.mean()
     sigma = max((y - a - b * x).std(), 1e-9)
-    one = judge_normal(a + b * r[first - 1:last - 1], sigma, r[first:last])
+    one = score_normal(a + b * r[first - 1:last - 1], sigma, r[first:last])
     psi = np.cumsum(b ** np.arange(t.horizon))  # (H,): weight of a shock k bars on in the return since the origin
     mean = a * psi.cumsum() + b * psi * r[t.origins[i], None]  # (n, H)
-    many = judge_normal(mean, np.sqrt((psi**2).cumsum()) * sigma, t.path_r[rows])
+    many = score_normal(mean, np.sqrt((psi**2).cumsum()) * sigma, t.path_r[rows])
     return one | dict(p_up=normal_cdf(one["mean"] / sigma)) | named("path", many)
 
 
@@ -68,9 +84,9 @@ def gaussian(t, i, rows):
     """No drift, the volatility of the last 20 bars."""
     r, (first, last) = t.returns[i], t.ranges[i]
     rms = np.sqrt(sliding_window_view(r**2, 20).mean(-1)).clip(1e-9)  # of bars k .. k + 19
-    one = judge_normal(np.zeros(last - first), rms[first - 20:last - 20], r[first:last])
+    one = score_normal(np.zeros(last - first), rms[first - 20:last - 20], r[first:last])
     sigma = rms[t.origins[i] - 19, None] * np.sqrt(np.arange(1, t.horizon + 1))  # (n, H)
-    return one | named("path", judge_normal(np.zeros(sigma.shape), sigma, t.path_r[rows]))
+    return one | named("path", score_normal(np.zeros(sigma.shape), sigma, t.path_r[rows]))
 
 
 def historical(t, i, rows, paths):
@@ -83,7 +99,7 @@ def historical(t, i, rows, paths):
     n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
     z = sliding_window_view(np.append(0.0, r[1:] / vol[:-1]), n)  # row k: bars k .. k + n - 1
     known = z[first - n:last - n]  # (targets, n)
-    one = judge_residuals(known, r[first:last], vol[first - 1:last - 1])
+    one = score_residuals(known, r[first:last], vol[first - 1:last - 1])
     p_up = ((known > 0).sum(-1) + 0.5) / ((known != 0).sum(-1) + 1)
 
     random = np.random.default_rng([t.seed, zlib.crc32(t.series[i].symbol.encode()), 2])
@@ -92,7 +108,7 @@ def historical(t, i, rows, paths):
     for k in range(t.horizon):
         moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
         variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
-    return one | dict(p_up=p_up) | judge_paths(moves, t, rows)
+    return one | dict(p_up=p_up) | score_paths(moves, t, rows)
 
 
 def logistic(t):
@@ -138,13 +154,13 @@ def har(t, paths):
     parts = []
     for i, (first, last) in enumerate(t.ranges):
         bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
-        scores = judge_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
-        scores |= named("range", judge_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
+        scores = score_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
+        scores |= named("range", score_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
         if volumes:
             z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
-            scores |= named("volume", judge_residuals(z, log_volume(bars)[now], 1.0, location))
+            scores |= named("volume", score_residuals(z, log_volume(bars)[now], 1.0, location))
         moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
-        parts.append(scores | judge_paths(moves, t, t.path_rows[i]))
+        parts.append(scores | score_paths(moves, t, t.path_rows[i]))
     return joined(parts)
 
 

@@ -33,14 +33,15 @@ def chance_extreme(r, sigma, horizon):
 
 METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps",
            "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90", "volume_crps",
-           "volume_coverage90", "path_mape", "path_crps", "path_rv_crps", "var95_hits", "es95_ratio",
-           "extreme_flagged", "extreme_said", "extreme_came")
+           "volume_coverage90", "path_mape", "path_crps", "path_coverage50", "path_coverage80",
+           "path_coverage90", "path_rv_crps", "var95_hits", "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came")
 RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
 RARE = ("var95", "es95", "extreme")              # scores that count rare cases begin so
 REPLICATES = 2000                 # of the bootstrap
 MIN_BLOCKS, MAX_BLOCKS = 20, 500  # of time: with fewer no interval; with more they are merged
 MIN_CASES = 5                     # blocks with a rare case; with fewer no interval
+EXACT = 1e-9                      # width of the place of an outcome in a law in closed form
 NORMAL = statistics.NormalDist()
 
 
@@ -56,7 +57,7 @@ def resampled(n, random):
 # ----------------------------------------------------------------------------------------------------------------------
 # Distributions, and their scores for what happened
 
-def judge(r, p, y):
+def score_distribution(r, p, y):
     """Scores of distributions for what happened, y [...]: values r [..., K] in order, p [..., K] their probabilities.
 
     CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
@@ -73,13 +74,13 @@ def spread(r, F):
     return (F[..., :-1] * (1 - F[..., :-1]) * np.diff(r)).sum(-1)
 
 
-def judge_draws(r, y):
-    """judge for K draws r [..., K], in any order, of which the first K // 2 are independent of the others.
+def score_draws(r, y):
+    """score_distribution for K draws r [..., K], in any order, of which the first K // 2 are independent of the others.
 
     E|X - X'| counts pairs across the halves alone: unbiased, as Ferro's fair form (QJRMS 2014) for independent draws.
     """
     K, half, ordered = r.shape[-1], r.shape[-1] // 2, np.sort(r, -1)
-    scores = judge(ordered, np.full(r.shape, 1 / K), y)
+    scores = score_distribution(ordered, np.full(r.shape, 1 / K), y)
     if K == 1:
         return scores
     every = spread(ordered, np.arange(1, K + 1) / K)
@@ -90,19 +91,19 @@ def judge_draws(r, y):
     return scores | dict(crps=scores["crps"] + every - across)
 
 
-def judge_residuals(z, y, scale, location=0.0):
-    """judge for location + scale * z: residuals z [K] or [N, K] of equal weight; y, scale, location [N]."""
+def score_residuals(z, y, scale, location=0.0):
+    """score_distribution for location + scale * z: residuals z [K] or [N, K] of equal weight; y, scale, location [N]."""
     z = np.broadcast_to(z, (len(y), z.shape[-1]))
     scale, location = np.broadcast_to(scale, len(y)), np.broadcast_to(location, len(y))
     parts = []
     for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):  # pieces that fit into memory
         r = np.sort(location[rows, None] + scale[rows, None] * z[rows], -1)
-        parts.append(judge(r, np.full(r.shape, 1 / z.shape[-1]), y[rows]))
+        parts.append(score_distribution(r, np.full(r.shape, 1 / z.shape[-1]), y[rows]))
     return joined(parts)
 
 
-def judge_normal(mean, sigma, y):
-    """judge for normal distributions; CRPS in closed form."""
+def score_normal(mean, sigma, y):
+    """score_distribution for normal distributions; CRPS in closed form."""
     z = (y - mean) / sigma
     cdf, pdf = normal_cdf(z), np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     return dict(mean=mean, point=mean, pit=cdf, crps=sigma * (z * (2 * cdf - 1) + 2 * pdf - 1 / math.sqrt(math.pi)))
@@ -112,17 +113,17 @@ def normal_cdf(z):
     return torch.special.ndtr(torch.from_numpy(z)).numpy()
 
 
-def judge_paths(moves, t, rows):
+def score_paths(moves, t, rows):
     """A forecaster's scores of paths: log returns moves [n, K, H] from the origins `rows` of t.
 
     Among K draws what came has K + 1 ranks, equally likely where the forecast is right: that is a percentile's width.
     """
     K, y = moves.shape[1], t.path_r[rows]
     r = moves.cumsum(-1)
-    scores = named("path", judge_draws(np.moveaxis(r, 1, -1), y))
+    scores = named("path", score_draws(np.moveaxis(r, 1, -1), y))
     scores["path_pit"] = (K * scores["path_pit"] + 0.5) / (K + 1)
     scores["path_width"] = np.full(y.shape, 1 / (K + 1))
-    scores["path_rv_crps"] = judge_draws(np.sqrt((moves**2).sum(-1)), t.path_rv[rows])["crps"]
+    scores["path_rv_crps"] = score_draws(np.sqrt((moves**2).sum(-1)), t.path_rv[rows])["crps"]
     end = r[:, :, -1]                                                   # (n, K)
     beyond = np.sort(-np.expm1(end), 1)[:, -max(1, round(0.05 * K)):]   # losses beyond VaR 95 %
     scores["path_es95"] = beyond.mean(1)
@@ -143,7 +144,7 @@ def joined(parts):
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores, and how sure they are
 
-def block_sums(f, t):
+def time_block_sums(f, t):
     """{score: sums over each block of time, [n_blocks, ...]} of what forecaster f says of targets t.
 
     `score_of` makes the score of them. Most are means of a value of each bar, NaN where a bar has none.
@@ -154,7 +155,7 @@ def block_sums(f, t):
     signal = f.get("mean", f.get("p_up"))
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
-        out["ic"] = totals(np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1), t.block, t.n_blocks)
+        out["ic"] = totals(np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1), t.time_block, t.n_blocks)
         out["rank_ic"] = sums_of_stamps(rank_ic(signal, t.r, t.stamp), t)
     if "point" in f:
         means = dict(mae=100 * np.abs(t.r - f["point"]), rmse=1e4 * (t.r - f["mean"])**2,
@@ -167,16 +168,16 @@ def block_sums(f, t):
             means[f"{name}_crps"] = scale * crps
             if pit is not None:
                 means[f"{name}_coverage90"] = np.where(np.isnan(crps), np.nan, inside(pit, 90))
-    out |= {name: sums_of(values, t.block, t.n_blocks) for name, values in means.items()}
+    out |= {name: sums_of(values, t.time_block, t.n_blocks) for name, values in means.items()}
     if len(f.get("path_point", ())):  # of no origins no scores
         out |= path_sums(f, t)
     return out
 
 
 def direction_sums(p_up, t):
-    """block_sums of P(up), over the bars that moved."""
+    """time_block_sums of P(up), over the bars that moved."""
     moved = t.r != 0
-    p, up, block = p_up[moved], t.r[moved] > 0, t.block[moved]
+    p, up, block = p_up[moved], t.r[moved] > 0, t.time_block[moved]
     hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
     by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)  # hits among ups, among downs
     with np.errstate(divide="ignore"):  # always_up: infinite
@@ -190,22 +191,27 @@ def direction_sums(p_up, t):
 
 
 def path_sums(f, t):
-    """block_sums of paths: lists over the steps; realized volatility and losses over the whole horizon."""
+    """time_block_sums of paths: lists over the steps; realized volatility and losses over the whole horizon."""
     out = {}
-    means = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)), path_crps=100 * f["path_crps"])
+    means = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)),
+                 path_crps=100 * f["path_crps"])
+    if "path_pit" in f:
+        pit, width = f["path_pit"], f.get("path_width", np.full(t.path_r.shape, EXACT))
+        for q in (50, 80, 90):
+            means[f"path_coverage{q}"] = within(pit, width, 0.5 - q / 200, 0.5 + q / 200)
     if "path_rv_crps" in f:  # sampled paths
-        pit, width, extreme = f["path_pit"], f["path_width"], f["path_extreme"]
+        extreme = f["path_extreme"]
         hit = within(pit[:, -1], width[:, -1], 0.0, 0.05)  # the loss was beyond VaR 95 %
         tails = np.stack([-np.expm1(t.path_r[:, -1]) * hit, 0.05 * f["path_es95"]], -1)
-        out["es95_ratio"] = totals(tails, t.path_block, t.n_path_blocks)  # Acerbi and Szekely, Risk 2014: 1 if right
+        # Acerbi and Szekely, Risk 2014: 1 if right
+        out["es95_ratio"] = totals(tails, t.path_time_block, t.n_path_blocks)
         flagged = extreme > WARN
-        means |= dict(path_rv_crps=100 * f["path_rv_crps"], path_coverage90=within(pit, width, 0.05, 0.95),
-                      var95_hits=hit, extreme_flagged=flagged)
+        means |= dict(path_rv_crps=100 * f["path_rv_crps"], var95_hits=hit, extreme_flagged=flagged)
         if flagged.any():
-            came = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
+            happened = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
             means["extreme_said"] = np.where(flagged, extreme, np.nan)
-            means["extreme_came"] = np.where(flagged, came, np.nan)
-    return out | {name: sums_of(values, t.path_block, t.n_path_blocks) for name, values in means.items()}
+            means["extreme_came"] = np.where(flagged, happened, np.nan)
+    return out | {name: sums_of(values, t.path_time_block, t.n_path_blocks) for name, values in means.items()}
 
 
 def inside(pit, q):
@@ -227,7 +233,7 @@ def sums_of(values, block, n_blocks):
 def sums_of_stamps(values, t):
     """The same of values [stamps]."""
     block = np.zeros(len(values), int)
-    block[t.stamp] = t.block
+    block[t.stamp] = t.time_block
     return sums_of(values, block, t.n_blocks)
 
 
@@ -239,12 +245,12 @@ def sums_by_bin(columns, bins, block, n_blocks):
 
 def totals(values, block, n_blocks):
     """Sums of values [N, ...] over each block: [n_blocks, ...]."""
-    sums = [np.bincount(block, column, n_blocks) for column in values.reshape(len(values), -1).T]
+    sums = [np.bincount(block, column, n_blocks) for column in values.reshape(len(values), math.prod(values.shape[1:])).T]
     return np.stack(sums, -1).reshape(n_blocks, *values.shape[1:])
 
 
 def score_of(metric, s):
-    """A score from sums over some blocks, s [..., 2] (six for IC): the columns that block_sums stacks."""
+    """A score from sums over some blocks, s [..., 2] (six for IC): the columns that time_block_sums stacks."""
     if metric == "ic":  # Pearson's correlation
         n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
         return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
@@ -285,7 +291,7 @@ def ranks(v, stamp):
 
 
 def trading_sums(p_up, t, cost_bps):
-    """block_sums of a trade: long the top fifth, short the bottom fifth by P(up) at every time stamp with 5 symbols.
+    """time_block_sums of a trade: long the top fifth, short the bottom fifth by P(up) at every time stamp with 5 symbols.
 
     Return per bar in bps after costs; turnover, the value traded as a share of one side (4: both sides replaced).
     """
@@ -304,7 +310,7 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of block_sums. All forecasters get the same draws of blocks: so they are paired."""
+    """{score: (value, replicates)} of time_block_sums. All forecasters get the same draws of blocks: so they are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -387,7 +393,7 @@ def groups_of(t, by):
 def grouped(f, t, mask):
     """Scores BY of some of the targets, bool [N]."""
     part = copy.copy(t)
-    part.r, part.stamp, part.block = t.r[mask], t.stamp[mask], t.block[mask]
-    sums = block_sums({key: v[mask] for key, v in f.items() if not of_paths(key)}, part)
+    part.r, part.stamp, part.time_block = t.r[mask], t.stamp[mask], t.time_block[mask]
+    sums = time_block_sums({key: v[mask] for key, v in f.items() if not of_paths(key)}, part)
     drawn = bootstrap({m: sums[m] for m in BY if m in sums}, t)
-    return {m: scored(*found, len(np.unique(part.block))) for m, found in drawn.items()}
+    return {m: scored(*found, len(np.unique(part.time_block))) for m, found in drawn.items()}

@@ -25,7 +25,7 @@ from backstage.checkpoint import read_checkpoint
 from backstage.loop import Optimizer, Run
 from backstage.opponents import baselines
 from backstage.reader import write_folder
-from backstage.scores import block_sums, bootstrap
+from backstage.scores import time_block_sums, bootstrap
 import data
 import pretrain
 from model import Model, draw
@@ -263,7 +263,7 @@ def backtest(args):
     f = row("next bars", lambda: backtest.next_bars(model, tokenizer, t))
     row("paths, from 64 origins' time", lambda: sample.simulate(model, tokenizer, histories, 10, 100), origins / len(histories))
     rivals = row("baselines", lambda: baselines(t, 100))
-    row("scores and intervals", lambda: [bootstrap(block_sums(g, t), t) for g in (f, *rivals.values())])
+    row("scores and intervals", lambda: [bootstrap(time_block_sums(g, t), t) for g in (f, *rivals.values())])
     print(f"{'all':34}{total[0]:>8.0f}{total[1]:>8.0f}")
 
 

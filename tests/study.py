@@ -48,7 +48,7 @@ from backstage.opponents import volatility_paths
 from backstage.pictures import Panel, grid_line, label, line, write_svg
 from backstage.reader import write_folder
 from backstage.scores import (
-    RATIOS, against, at_step, block_sums, bootstrap, direction_sums, judge_draws, scored, sums_of, versus)
+    RATIOS, against, at_step, time_block_sums, bootstrap, direction_sums, score_draws, scored, sums_of, versus)
 from backstage.script import run
 from backstage.series import DAY, decayed_sum
 import backtest
@@ -263,7 +263,7 @@ def tokenizer_study(argv):
     if len(arms) >= 3:
         print(f"\n{'correlation with right calls':30}{'Pearson':>22}{'Spearman':>24}     intervals: these checkpoints, other bars")
         use = [entry["tokens"] for entry in result["checkpoints"]]
-        values, drawn = zip(*(result["drawn"][path]["da"] for _, path, _, _ in arms))
+        values, drawn = zip(*(result["replicates"][path]["da"] for _, path, _, _ in arms))
         correlations = token_correlations(use, np.array(values), np.stack(drawn, -1), result["blocks"])
         for key, row in correlations.items():
             pearson, spearman = (backtest.show(row[kind], 1, 2, "+") for kind in ("pearson", "spearman"))
@@ -624,15 +624,15 @@ class StageTest:
             if tempered:
                 factor = self.best_factor(backtest.next_bars(model, tokenizer, self.val)["p_up"])
                 one["p_up"] = scaled(one["p_up"], factor)
-            judge = backtest.judge_paths
-            backtest.judge_paths = functools.partial(self.judge, judge, shifted)
+            judge = backtest.score_paths
+            backtest.score_paths = functools.partial(self.judge, judge, shifted)
             try:
                 many = backtest.simulated(model, tokenizer, self.t, self.args.paths)
             finally:
-                backtest.judge_paths = judge
-            sums, volatility = block_sums(one | many, self.t), many["path_volatility"]
-            sums["path_volatility"] = sums_of(volatility, self.t.path_block, self.t.n_path_blocks)
-            median = block_sums(backtest.median_paths(model, tokenizer, self.t), self.t)
+                backtest.score_paths = judge
+            sums, volatility = time_block_sums(one | many, self.t), many["path_volatility"]
+            sums["path_volatility"] = sums_of(volatility, self.t.path_time_block, self.t.n_path_blocks)
+            median = time_block_sums(backtest.median_paths(model, tokenizer, self.t), self.t)
             sums["path_median_mape"] = median["path_mape"]
             drawn = bootstrap(sums, self.t)
             save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
@@ -649,7 +649,7 @@ class StageTest:
         return min(np.exp(np.linspace(-3, 2, 101)), key=log_loss)
 
     def judge(self, judge, shifted, moves, t, rows):
-        """backtest.judge_paths, and the volatility of the paths: their mean root of summed squares, [n].
+        """backtest.score_paths, and the volatility of the paths: their mean root of summed squares, [n].
 
         On the reverting market the CRPS is also of the outcome's mirror image about the true mean: it is
         equally likely there, and the mean of both varies far less.
@@ -838,7 +838,7 @@ def print_row(*cells):
 
 def print_to_opponents(label, arm, ckpts, result):
     """A row: CRPS as ratios to an opponent's, the mean of checkpoints that differ by their seed. Returns the values."""
-    drawn, t, cells, values = result["drawn"], result["targets"], [label, arm], []
+    drawn, t, cells, values = result["replicates"], result["targets"], [label, arm], []
     for metric, rival, _ in HEADLINES:
         if metric in drawn[rival] and all(metric in drawn[ckpt] for ckpt in ckpts):
             theirs = at_step(drawn[rival], metric, -1)
@@ -932,7 +932,7 @@ def parallel_study(argv):
             began = time.process_time()
             paths = backtest.simulated(model, tokenizer, t, args.paths, parallel)
             took[parallel] = time.process_time() - began
-            drawn[parallel] = bootstrap(block_sums(paths, t), t)
+            drawn[parallel] = bootstrap(time_block_sums(paths, t), t)
         ratios = [against(drawn[True], drawn[False], "path_crps", t, k) for k in steps]
         cells = [backtest.show(ratio, 1, 4) for ratio in ratios]
         print_row(market, f"{len(t.path_r):,}", *cells, f"x {took[True] / took[False]:.2f}")
@@ -1099,12 +1099,12 @@ def room_study(argv):
     moves = [volatility_paths(har, at, args.paths, HORIZON, random) for har, at in zip(t.volatility, t.origins)]
     r, came = np.concatenate(moves).sum(-1), t.path_r[:, -1]            # [n, paths], [n]
     factors = np.exp(np.linspace(-0.7, 0.7, 29))
-    crps = np.stack([judge_draws(f * r, came)["crps"] for f in factors])       # [factors, n]
+    crps = np.stack([score_draws(f * r, came)["crps"] for f in factors])       # [factors, n]
     as_it_is = crps[len(factors) // 2].mean()
     width = r.std(1)
     groups = {"one factor for all": np.zeros(len(r)),
               "one for each fifth of their width": np.searchsorted(np.quantile(width, (0.2, 0.4, 0.6, 0.8)), width),
-              "one for each block of time, all symbols": t.path_block}
+              "one for each block of time, all symbols": t.path_time_block}
     print(f"{len(r):,} origins, {data.iso(t.time.min())} to {data.iso(t.time.max())}; CRPS of HAR at bar {HORIZON}: {100 * as_it_is:.4f}")
     for name, group in groups.items():
         best = sum(crps[:, group == k].sum(1).min() for k in np.unique(group)) / len(r)

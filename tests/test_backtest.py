@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from backstage import opponents
+from backstage.bins import Bins, BinnedLaw, candle_tables, pair_law
 from backstage.opponents import baselines, early_error, fit_form, fit_har, give_residuals, har, historical, range_volatility, slow_scale, volatility_paths
-from backstage.scores import MIN_BLOCKS, NORMAL, RARE, at_step, block_sums, bootstrap, groups_of, judge, judge_draws, judge_normal, judge_paths, judge_residuals, ordered_bins, path_sums, score_of, scored, sums_by_bin, trading_sums, within
+from backstage.scores import MIN_BLOCKS, NORMAL, RARE, at_step, time_block_sums, bootstrap, groups_of, score_distribution, score_draws, score_normal, score_paths, score_residuals, ordered_bins, path_sums, score_of, scored, sums_by_bin, trading_sums, within
 from backstage.series import DAY
 import data
 import backtest
@@ -23,9 +24,10 @@ from tokenizer import TokenizerConfig, train_tokenizer
 BITS = dict(coarse_bits=5, fine_bits=4)
 KEYS = ["split", "start", "end", "blocks", "checkpoints", "baselines", "paired"]
 SCORES = ["da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps", "coverage50", "coverage80",
-          "coverage90", "range_crps", "range_coverage90", "volume_crps", "volume_coverage90", "path_mape", "path_crps", "path_rv_crps", "var95_hits",
+          "coverage90", "range_crps", "range_coverage90", "volume_crps", "volume_coverage90", "path_mape", "path_crps",
+          "path_coverage50", "path_coverage80", "path_coverage90", "path_rv_crps", "var95_hits",
           "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came"]  # of the interface; EXTRA: what post-training looks at besides
-EXTRA = ["path_coverage90", "up_share"]
+EXTRA = ["up_share"]
 
 
 def daily(n_bars, n_symbols, seed=0, common=0.0):
@@ -87,7 +89,7 @@ def test_judge_is_the_double_sum(draws):
     p = np.full((7, 13), 1 / 13) if draws else rng.dirichlet(np.ones(13), 7)
     y = rng.normal(size=7)
     y[2] = r[2, 5]
-    got = judge_draws(r, y) if draws else judge(r, p, y)
+    got = score_draws(r, y) if draws else score_distribution(r, p, y)
     for i in range(7):
         assert got["crps"][i] == pytest.approx(naive_crps(r[i], p[i], y[i], draws), abs=1e-12)
         assert got["mean"][i] == pytest.approx((p[i] * r[i]).sum())
@@ -103,8 +105,8 @@ def law(K, width, n=20_000, horizon=2, seed=0):
     rng = np.random.default_rng(seed)
     y = 0.01 * width * rng.normal(size=(n, horizon))
     t = SimpleNamespace(path_r=y.cumsum(1), path_rv=np.sqrt((y**2).sum(1)), usual=np.full(n, 0.006), horizon=horizon,
-                        path_block=np.arange(n) % 20, n_path_blocks=20)
-    return t, judge_paths(0.01 * rng.normal(size=(n, K, horizon)), t, slice(0, n))
+                        path_time_block=np.arange(n) % 20, n_path_blocks=20)
+    return t, score_paths(0.01 * rng.normal(size=(n, K, horizon)), t, slice(0, n))
 
 
 @pytest.mark.parametrize("K", [3, 16, 64])
@@ -132,14 +134,14 @@ def test_risk_of_a_right_law_is_what_it_says_and_of_a_wrong_one_is_not():
     assert wide["es95_ratio"] > 3 and wide["extreme_came"] > 4 * wide["extreme_said"]
     calm, _ = law(100, 1)
     calm.usual = np.full(len(calm.usual), 0.02)
-    f = judge_paths(0.01 * np.random.default_rng(1).normal(size=(20_000, 100, 2)), calm, slice(None))
+    f = score_paths(0.01 * np.random.default_rng(1).normal(size=(20_000, 100, 2)), calm, slice(None))
     assert path_sums(f, calm)["extreme_flagged"][:, 0].sum() == 0      # a calm market raises no flag
 
 
 def test_realized_volatility_is_scored_over_the_whole_horizon():
     t, f = law(5, 1, n=50)
     moves = 0.01 * np.random.default_rng(0).normal(size=(50, 5, 2))
-    f = judge_paths(moves, t, slice(0, 50))
+    f = score_paths(moves, t, slice(0, 50))
     for i in (0, 31):
         drawn = [math.sqrt(a * a + b * b) for a, b in moves[i]]
         came = math.hypot(t.path_r[i, 0], t.path_r[i, 1] - t.path_r[i, 0])
@@ -151,7 +153,7 @@ def test_path_intervals_count_the_blocks_that_hold_paths():
     bars = data.synthetic(seed=1, n_symbols=1, n_bars=3000)[0]
     t = backtest.Targets(bars, int(bars[0].time[40]), 2**62, 5, 290, 0)
     assert t.n_path_blocks > MIN_BLOCKS > len(t.path_r) >= t.blocks_of("path_crps")
-    scores = bootstrap(block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
+    scores = bootstrap(time_block_sums(dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r)), t), t)
     assert scored(*at_step(scores, "path_crps", -1), t.blocks_of("path_crps"))["lo"] is None
 
 
@@ -167,7 +169,7 @@ def test_one_symbol_of_a_thousand_bars_has_intervals():
     t = targets(daily(1332, 1), 332, horizon=10)
     assert t.blocks_of("path_crps") in (99, 100) and t.n_blocks == 100
     f = baselines(t, 20)["har"]
-    scores = bootstrap(block_sums(f, t), t)
+    scores = bootstrap(time_block_sums(f, t), t)
     for metric in ("crps", "range_crps", "volume_crps", "path_rv_crps", "var95_hits", "es95_ratio"):
         assert scored(*scores[metric], t.blocks_of(metric))["lo"] is not None, metric
 
@@ -178,8 +180,8 @@ def test_judge_residuals_is_judge():
     z[5:8] = z[5]
     y[:9] = scale[:9] * z[:9]     # on a step, up to rounding
     place = rng.normal(size=30)
-    got = judge_residuals(z, y + place, scale, place)
-    want = judge(place[:, None] + scale[:, None] * z, np.full((30, 40), 1 / 40), y + place)
+    got = score_residuals(z, y + place, scale, place)
+    want = score_distribution(place[:, None] + scale[:, None] * z, np.full((30, 40), 1 / 40), y + place)
     for key in want:
         np.testing.assert_allclose(got[key][9:], want[key][9:], rtol=1e-9, err_msg=key)
         np.testing.assert_allclose(got[key][:9], want[key][:9], atol=0.05, err_msg=key)
@@ -190,18 +192,18 @@ def test_crps_of_a_gaussian_is_its_closed_form():
     mu, sigma, y = 0.3, 2.0, np.array([-3.0, 0.2, 1.0, 6.0])
     z = (y - mu) / sigma
     want = np.array([sigma * (v * math.erf(v / math.sqrt(2)) + 2 * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) - 1 / math.sqrt(math.pi)) for v in z])
-    np.testing.assert_allclose(judge_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
+    np.testing.assert_allclose(score_normal(np.full(4, mu), np.full(4, sigma), y)["crps"], want, rtol=1e-12)
     grid = np.linspace(-30, 30, 60_001)
     cdf = np.array([0.5 * (1 + math.erf((x - mu) / sigma / math.sqrt(2))) for x in grid])
     np.testing.assert_allclose([((cdf - (grid >= v))**2).sum() * 0.001 for v in y], want, rtol=2e-3)
     r = mu + sigma * np.array([NORMAL.inv_cdf((i + 0.5) / 4000) for i in range(4000)])
-    np.testing.assert_allclose(judge(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
+    np.testing.assert_allclose(score_distribution(np.tile(r, (4, 1)), np.full((4, 4000), 1 / 4000), y)["crps"], want, rtol=1e-3)
     # five or six draws each, independent or stratified: only pairs across the halves give the right spread
     rng = np.random.default_rng(0)
     inverse = np.vectorize(NORMAL.inv_cdf)
     for draws in (rng.normal(mu, sigma, (40_000, 5)),
                   mu + sigma * inverse(np.stack([sample.stratified(rng, 6, 1)[:, 0, 0] for _ in range(20_000)]).astype(float).clip(1e-9, 1 - 1e-9))):
-        few = [judge_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
+        few = [score_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
         np.testing.assert_allclose(few, want, rtol=0.02)
 
 
@@ -223,7 +225,7 @@ def stub(seed=0, n_stamps=40, n_symbols=9, still=0.1):
     origins = rng.integers(0, n_stamps, 50)
     weights = np.random.default_rng(1).multinomial(20, np.full(20, 1 / 20), 8).astype(float)
     volume = np.where(rng.random(len(stamp)) > 0.2, rng.random(len(stamp)), np.nan)
-    return SimpleNamespace(volume=volume, usual=rng.random(50) / 200, r=r, stamp=stamp, symbol=symbol, block=stamp // 2, n_blocks=20, path_r=rng.normal(0, 0.02, (50, 4)), path_block=origins // 2,
+    return SimpleNamespace(volume=volume, usual=rng.random(50) / 200, r=r, stamp=stamp, symbol=symbol, time_block=stamp // 2, n_blocks=20, path_r=rng.normal(0, 0.02, (50, 4)), path_time_block=origins // 2,
                            n_path_blocks=20, horizon=4, weights=weights, path_weights=weights, series=range(n_symbols))
 
 
@@ -253,8 +255,9 @@ def naive_scores(f, r, stamp, path_r, usual):
     out |= {f"coverage{q}": np.mean([50 - q / 2 <= 100 * x <= 50 + q / 2 for x in f["pit"]]) for q in (50, 80, 90)}
     out["path_mape"] = (100 * np.abs(np.exp(f["path_point"]) / np.exp(path_r) - 1)).mean(0)
     out["path_crps"] = 100 * f["path_crps"].mean(0)
-    inside = [[max(0, min(v + 0.05, 0.95) - max(v - 0.05, 0.05)) / 0.1 for v in row] for row in f["path_pit"]]  # of a width of 0.1
-    out["path_coverage90"] = np.mean(inside, 0)
+    for q, low, high in ((50, 0.25, 0.75), (80, 0.1, 0.9), (90, 0.05, 0.95)):
+        inside = [[max(0, min(v + 0.05, high) - max(v - 0.05, low)) / 0.1 for v in row] for row in f["path_pit"]]  # of a width of 0.1
+        out[f"path_coverage{q}"] = np.mean(inside, 0)
     out["up_share"] = (p > 0.5).mean()
     has = np.isfinite(f["volume_crps"])
     out |= dict(range_crps=100 * f["range_crps"].mean(), volume_crps=f["volume_crps"][has].mean(), path_rv_crps=100 * f["path_rv_crps"].mean())
@@ -271,7 +274,7 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     """A replicate is, by definition, the score of all bars of the blocks drawn, each as often as it was drawn."""
     t = stub()
     f = random_forecaster(t)
-    sums = block_sums(f, t)
+    sums = time_block_sums(f, t)
     assert sorted(sums) == sorted(SCORES + EXTRA)
     want = naive_scores(f, t.r, t.stamp, t.path_r, t.usual)
     got = bootstrap(sums, t)
@@ -281,10 +284,10 @@ def test_every_score_is_the_naive_one_and_every_replicate_is_the_score_of_its_bl
     for k in range(3):
         bars, stamps, origins = [], [], []
         for copy_, b in enumerate(np.repeat(np.arange(20), t.weights[k].astype(int))):
-            rows = np.flatnonzero(t.block == b)
+            rows = np.flatnonzero(t.time_block == b)
             bars.append(rows)
             stamps.append(1000 * copy_ + t.stamp[rows])  # a block drawn twice is twice as many dates
-            origins.append(np.flatnonzero(t.path_block == b))
+            origins.append(np.flatnonzero(t.path_time_block == b))
         bars, origins = np.concatenate(bars), np.concatenate(origins)
         part = {key: v[origins if key.startswith("path") else bars] for key, v in f.items()}
         want = naive_scores(part, t.r[bars], np.concatenate(stamps), t.path_r[origins], t.usual[origins])
@@ -311,10 +314,10 @@ def test_auc_of_many_distinct_values_is_binned_closely():
 def test_what_a_forecaster_does_not_say_has_no_score():
     t = stub()
     f = random_forecaster(t)
-    assert set(block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
+    assert set(time_block_sums(dict(p_up=f["p_up"]), t)) == {"da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "up_share"}
     t.stamp = np.arange(len(t.r))  # one symbol a date: no rank IC
-    t.block = t.stamp * 20 // len(t.r)
-    got = bootstrap(block_sums(f, t), t)
+    t.time_block = t.stamp * 20 // len(t.r)
+    got = bootstrap(time_block_sums(f, t), t)
     assert scored(*got["rank_ic"], 20) is None
     assert scored(*got["mae"], 20)["lo"] is None  # eight replicates are none
 
@@ -347,13 +350,13 @@ def test_long_short_is_the_naive_one(n_symbols):
 def covered(t, blocks, weights, runs=300):
     """How often the interval of right calls holds one half: fair coins that all symbols of a date share in part."""
     t = copy.copy(t)
-    t.block, t.n_blocks, t.weights = blocks, blocks.max() + 1, weights
+    t.time_block, t.n_blocks, t.weights = blocks, blocks.max() + 1, weights
     hits = 0
     for seed in range(runs):
         rng = np.random.default_rng(seed)
         coin = 0.8 * rng.normal(size=t.stamp.max() + 1)[t.stamp] + 0.6 * rng.normal(size=len(t.r))
         t.r = np.where(coin > 0, 0.01, -0.01)
-        sums = {"da": block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
+        sums = {"da": time_block_sums(dict(p_up=np.full(len(t.r), 0.6)), t)["da"]}
         s = scored(*bootstrap(sums, t)["da"], t.n_blocks)
         hits += s["lo"] <= 0.5 <= s["hi"]
     return hits / runs
@@ -381,8 +384,8 @@ def test_the_interval_covers_over_100_dates_as_often_as_it_says():
     t = targets(daily(132, 10), 32, horizon=1)
     assert t.n_blocks == 25 and len(np.unique(t.stamp)) == 100
     assert (np.bincount(t.stamp, minlength=100) == 10).all()
-    assert all(len(np.unique(t.block[t.stamp == s])) == 1 for s in range(100))  # all symbols of a date in one block
-    assert covered(t, t.block, t.weights) == pytest.approx(0.95, abs=0.03)
+    assert all(len(np.unique(t.time_block[t.stamp == s])) == 1 for s in range(100))  # all symbols of a date in one block
+    assert covered(t, t.time_block, t.weights) == pytest.approx(0.95, abs=0.03)
     single = np.arange(len(t.r)) % 100  # the symbols of a date in different blocks: the fault that the test must see
     wrong = np.random.default_rng(0).multinomial(100, np.full(100, 0.01), 2000).astype(float)
     assert covered(t, np.random.default_rng(1).permutation(single), wrong, runs=100) < 0.8
@@ -396,7 +399,7 @@ def test_blocks_are_whole_dates_and_at_least_the_horizon():
     assert t.n_path_blocks == 30 and t.n_blocks == 50
     minutes = data.synthetic(n_symbols=2, n_bars=3000)[0]
     t = backtest.Targets(minutes, int(minutes[0].time[1000]), 2**62, 5, None, 0)
-    assert min(np.bincount(t.block)) >= 32 * 2
+    assert min(np.bincount(t.time_block)) >= 32 * 2
     few = backtest.Targets(minutes, int(minutes[0].time[2900]), 2**62, 5, None, 0)     # 100 bars: blocks of 4, so that there is an interval
     assert few.n_blocks == 20 and few.n_path_blocks == 20
 
@@ -418,7 +421,7 @@ def test_on_null_markets_the_interval_covers_one_half(tokenizer):
     for seed in range(20):
         series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
         t = targets(series, 500, horizon=2, stride=500)
-        da = scored(*backtest.drawn_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
+        da = scored(*backtest.model_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
         assert t.n_blocks >= 20 and da["hi"] - da["lo"] < 0.1
         missed += not da["lo"] <= 0.5 <= da["hi"]
     assert missed <= 4
@@ -454,7 +457,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
         p.data *= 0.8
     t = targets(series, 100)
     f = backtest.next_bars(model, tokenizer, t)
-    tables = backtest.candle_tables(tokenizer)
+    tables = candle_tables(tokenizer)
     every = torch.arange(len(tables["close"]))
     crps, off = {name: [] for name in tables}, []
     for k in range(0, len(t.r), 37):
@@ -474,7 +477,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
         for name, value, came in (("close", tables["close"] * s, t.r[k]), ("range", tables["range"] * s, math.log(high / low)),
                                   ("volume", (m + d * tables["volume"]).clamp(0, 80), math.log1p(v))):
             r, order = value.flatten().sort()
-            exact = judge(r.numpy()[None], p.flatten()[order].numpy()[None], np.array([came]))
+            exact = score_distribution(r.numpy()[None], p.flatten()[order].numpy()[None], np.array([came]))
             prefix = "" if name == "close" else f"{name}_"
             crps[name].append((f[f"{prefix}crps"][k], exact["crps"][0]))
             off.append(f[f"{prefix}pit"][k] - exact["pit"][0])  # 512 pairs only: one of them may hold much of the probability
@@ -488,7 +491,7 @@ def test_tables_are_what_the_inverse_makes_of_the_tokens(tokenizer):
     """Range and close of a pair's candle, in units of s; volume in units of d above m."""
     _, state = data.features(data.synthetic(seed=5, n_symbols=1, n_bars=300)[0][0])
     s, m, d, _ = (float(v) for v in state.scales())
-    tables = backtest.candle_tables(tokenizer)
+    tables = candle_tables(tokenizer)
     for coarse, fine in ((0, 0), (7, 3), (31, 15), (20, 9)):
         bar = data.inverse(tokenizer.decode(torch.tensor([coarse]), torch.tensor([fine])).numpy(), state)[0][0]
         assert tables["close"][coarse, fine] * s == pytest.approx(math.log(bar[3] / float(state.close)), rel=1e-5)
@@ -499,7 +502,7 @@ def test_tables_are_what_the_inverse_makes_of_the_tokens(tokenizer):
 def test_scales_of_volume_are_those_of_the_features():
     bars = data.synthetic(seed=5, n_symbols=1, n_bars=300)[0][0]
     bars.ohlcva[40:44, 4] = 0
-    level, width = backtest.volume_scales(bars, data.slots_of(bars)).T
+    level, width = opponents.volume_scales(bars, data.slots_of(bars)).T
     for k in (1, 2, 3, 42, 45, 299):
         _, m, d, _ = data.features(bars[:k])[1].scales()
         assert level[k] == pytest.approx(float(m)) and width[k] == pytest.approx(float(d))
@@ -544,7 +547,7 @@ def test_baselines_are_the_naive_ones(triple):
     f = baselines(t, 4000)
     r = np.diff(np.log(series[2].ohlcva[:, 3]), prepend=np.log(series[2].ohlcva[0, 3]))
     k, row = 2 * 50 + 17, 250 + 17
-    normal = lambda mu, sigma, y: judge_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
+    normal = lambda mu, sigma, y: score_normal(np.array([mu]), np.array([sigma]), np.array([y]))["crps"][0]  # tested above
     assert f["gaussian20"]["crps"][k] == pytest.approx(normal(0.0, math.sqrt((r[row - 20:row]**2).mean()), r[row]))
     (b, a), *_ = np.linalg.lstsq(np.stack([r[1:249], np.ones(248)], 1), r[2:250], rcond=None)
     assert f["ar1"]["point"][k] == pytest.approx(a + b * r[row - 1])
@@ -571,7 +574,7 @@ def test_baselines_are_the_naive_ones(triple):
 def test_fhs_paths_follow_the_volatility_drawn(monkeypatch):
     """After a large step a larger one: the second step is the naive recursion's of the first."""
     series, kept = daily(300, 1), []
-    monkeypatch.setattr("backstage.opponents.judge_paths", lambda moves, t, rows: kept.append(moves) or {})
+    monkeypatch.setattr("backstage.opponents.score_paths", lambda moves, t, rows: kept.append(moves) or {})
     t = targets(series, 250, horizon=3, stride=40)
     historical(t, 0, slice(0, len(t.origins[0])), 20_000)
     moves, r = kept[0][0], t.returns[0]
@@ -739,7 +742,7 @@ def test_har_follows_a_time_of_day_that_changes():
 def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     (model, tokenizer, meta), series = triple
     for name in ("a", "b", "c"):
-        save_checkpoint(tmp_path / f"{name}.pt", make(ord(name)), tokenizer, stage="pretrain", seed=0, splits=meta["splits"], data=dict(sources=[]))
+        save_checkpoint(tmp_path / f"{name}.pt", make(ord(name)), tokenizer, stage="pretrain", seed=0, splits=meta["splits"], data=dict(sources=["bars.csv"]))
     text = "date,symbol,open,high,low,close,volume,amount\n" + "".join(
         f"{t},{b.symbol}," + ",".join(map(repr, row.tolist())) + "\n" for b in series for t, row in zip(b.time, b.ohlcva))
     (tmp_path / "bars.csv").write_text(text)
@@ -827,5 +830,5 @@ def test_codes_that_never_come_have_bins_too():
     table = torch.randn(8, 16, dtype=torch.float64)
     p = torch.rand(8, 16)
     p[3], p[:, 5] = 0.0, 0.0  # as where a probability is below the least float
-    bins = backtest.Bins(table, p / p.sum())
-    assert np.isfinite(bins.values).all() and torch.isfinite(bins.share).all()
+    bins = Bins(table)
+    assert np.isfinite(bins.values).all() and torch.isfinite(bins.shares(p / p.sum())).all()

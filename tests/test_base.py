@@ -55,5 +55,5 @@ def test_they_beat_a_gaussian_on_clusters_of_volatility():
     series = [market(DAY, 2500, seed) for seed in (3, 4)]
     start = data.iso(series[0].time[1500])
     result = backtest.backtest([BASE], series, start=start, horizon=1, paths=2, stride=10**6)
-    ratio = against(result["drawn"][BASE], result["drawn"]["gaussian20"], "crps", result["targets"])
+    ratio = against(result["replicates"][BASE], result["replicates"]["gaussian20"], "crps", result["targets"])
     assert ratio["hi"] < 1, ratio
