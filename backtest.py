@@ -55,6 +55,7 @@ from model import load_checkpoint
 from sample import (
     Origin, base_weights, jsonable, load_series, median_path, simulate, unmoved_share,
     warn_of_intervals)
+from sample import calibrate as calibration_of
 from tokenizer import code_use
 
 
@@ -71,6 +72,7 @@ class Config:
     stride: int | None = None         # bars between origins (default: horizon, or 1,000 origins)
     parallel: bool = False            # also the reasoner's forecast of all bars at once (up to 16)
     by: str | None = None             # also by symbol, quarter or volatility (where HAR sees it go)
+    calibrate: bool = True            # trust in P(up) as the bars before the first target have it
     cost_bps: float = 0.0             # cost of trading, in 1/10000 of the value traded
     seed: int = 0                     # of the sampling
     json: bool = False                # print JSON in place of the table
@@ -88,7 +90,8 @@ RIVALRY = dict(  # what is compared with opponents
 # The backtest
 
 def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, paths=100,
-             stride=None, seed=0, parallel=False, by=None, cost_bps=0.0, device="cpu"):
+             stride=None, seed=0, parallel=False, by=None, cost_bps=0.0, device="cpu",
+             calibrate=True):
     """Score checkpoints and opponents, with 95 % intervals over blocks of time.
 
     checkpoints: paths, or (model, tokenizer, meta) as load_checkpoint gives. bars: list of Bars.
@@ -117,10 +120,13 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
         warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
 
     forecasts = {}
-    for name, (model, tokenizer, _) in loaded.items():
-        forecasts[name] = next_bars(model, tokenizer, t) | simulated(model, tokenizer, t, paths)
+    for name, (model, tokenizer, meta) in loaded.items():
+        trust = past_calibration(model, tokenizer, meta, t) if calibrate else None
+        forecasts[name] = (next_bars(model, tokenizer, t, calibration=trust)
+                           | simulated(model, tokenizer, t, paths, calibration=trust))
         if parallel:
-            forecasts[f"{name} parallel"] = simulated(model, tokenizer, t, paths, parallel=True)
+            forecasts[f"{name} parallel"] = simulated(
+                model, tokenizer, t, paths, parallel=True, calibration=trust)
     rivals = baselines(t, paths)
     coin = dict(coin=dict(p_up=np.full(len(t.r), 0.5)))
 
@@ -278,8 +284,19 @@ PROBES = 32  # coarse tokens of each bar whose fine tokens are read
 PAST = 32    # contexts before the first target, of which BinnedLaw has the others
 
 
+def past_calibration(model, tokenizer, meta, t):
+    """The Calibration that a forecast would have at the first target: from earlier bars alone, and
+    where the checkpoint's dates lie before it, from those that its weights were not trained on."""
+    first = t.time.min()
+    past = [bars[:np.searchsorted(bars.time, first)] for bars in t.series]
+    past = [bars for bars in past if len(bars) > 2 * data.CONTEXT]
+    val = meta["splits"][0] if meta.get("splits") else None
+    since = val if val is not None and val < first else None
+    return calibration_of(model, tokenizer, past, since) if past else None
+
+
 @torch.no_grad()
-def next_bars(model, tokenizer, t, probes=PROBES):
+def next_bars(model, tokenizer, t, probes=PROBES, calibration=None):
     """Forecast every target from the bars before it, teacher-forced: a forecaster.
 
     A context is half a window at least, where there are so many bars. P(up) is exact; close, range
@@ -300,9 +317,14 @@ def next_bars(model, tokenizer, t, probes=PROBES):
             range=law.values["range"] * s,
             volume=np.clip(m + law.values["volume"] * d, 0, 80))
         outcome = dict(close=t.r[now], range=t.range[now], volume=t.volume[now])
-        p_up = model.p_up(h, torch.from_numpy(unmoved[now]).to(h.device)).double().cpu().numpy()
-        scores = dict(p_up=p_up.clip(1e-6, 1 - 1e-6))                   # keeps the log loss finite
-        for name, p in law(h).items():
+        still, logits = torch.from_numpy(unmoved[now]).to(h.device), None
+        if calibration:
+            logits, p_up = calibration.logits(model, h, still)
+        else:
+            p_up = model.p_up(h, still)
+        p_up = p_up.double().cpu().numpy().clip(1e-6, 1 - 1e-6)         # keeps the log loss finite
+        scores = dict(p_up=p_up)
+        for name, p in law(h, logits).items():
             one = score_distribution(value[name], p, outcome[name])
             scores |= one if name == "close" else named(name, one)
         parts.append(scores)
@@ -339,13 +361,13 @@ def hidden_states(model, tokenizer, t, windows):
         yield from torch.cat([row[places] for row, places in zip(h, wanted)]).split(64)
 
 
-def simulated(model, tokenizer, t, paths, parallel=False):
+def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
     """Forecast the log returns over the horizon from every origin: a forecaster."""
     origins, parts = origins_of(model, tokenizer, t), []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
         ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
-                             parallel=parallel)                                 # (n, K, H, 6)
+                             parallel=parallel, calibration=calibration)        # (n, K, H, 6)
         last = np.log([o.state.close for o in part])[:, None, None]
         moves = np.diff(np.log(ohlcva[..., 3]),
                         prepend=np.broadcast_to(last, (len(part), paths, 1)))   # (n, K, H)
@@ -389,7 +411,8 @@ def main(argv=None):
     series = load_series(config.data, load_checkpoint(config.ckpt[0])[2], config.symbols)
     result = backtest(
         config.ckpt, series, config.split, config.start, config.end, config.horizon, config.paths,
-        config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device)
+        config.stride, config.seed, config.parallel, config.by, config.cost_bps, config.device,
+        config.calibrate)
     if not config.json:
         print_backtest(result, config.horizon, config.cost_bps)
         return

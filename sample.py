@@ -32,7 +32,7 @@ from backstage.frame import check_histories
 from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
 from backstage.opponents import har
 from backstage.scores import (
-    EXTREME, USUAL_BARS, WARN, bootstrap, chance_extreme, block_sums, usual_sigma)
+    EXTREME, USUAL_BARS, WARN, bootstrap, chance_extreme, time_block_sums, usual_sigma)
 from backstage.script import UserError, cli, pick_device, printable, run
 from backstage.series import COLUMNS, DAY, FORECAST, HOUR, YEAR
 from model import load_checkpoint
@@ -468,7 +468,7 @@ def record_of(model, tokenizer, histories, since=None):
     if t.n_blocks < 2 or min(first for first, _ in t.ranges) < RECORD_PAST:
         return None
     own = backtest.model_scores(model, tokenizer, t, probes=backtest.VAL_PROBES)
-    rival = bootstrap(block_sums(har(t, 2), t), t)
+    rival = bootstrap(time_block_sums(har(t, 2), t), t)
     value, spread = own["da"]
     lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)
     found = dict(bars=len(t.r), da=dict(value=float(value), lo=float(lo), hi=float(hi)),

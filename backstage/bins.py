@@ -74,14 +74,17 @@ class BinnedLaw:
         usual = sum(pair_law(model, h) for h in past)                           # (2^k1, 2^k2)
         self.shares = {name: bins.shares(usual) for name, bins in self.bins.items()}
 
-    def __call__(self, h):
+    def __call__(self, h, logits=None):
         """{name: P(bin) float64 [m, bins]} for h [m, C]. A few may come out below 0.
+
+        logits [m, 2^k1]: of the coarse token, in place of the model's own.
 
             P(bin) = sum_c P(c) S(bin | c) + mean_j (P(bin | c_j) - S(bin | c_j))
 
         S: the mean over the past; c_j: the coarse tokens at even steps of P(c), in order of close.
         """
-        p = self.model.coarse_logits(h).float().softmax(-1)                     # (m, 2^k1)
+        logits = self.model.coarse_logits(h) if logits is None else logits
+        p = logits.float().softmax(-1)                                          # (m, 2^k1)
         cumulative = p[:, self.order].cumsum(-1)
         place = torch.searchsorted(cumulative, self.place * cumulative[:, -1:])
         probe = self.order[place.clamp(max=len(self.order) - 1)]                # (m, probes)

@@ -1138,7 +1138,7 @@ def portfolio_study(argv):
                  for joint in (True, False)}                                # [symbols, origins, paths] each
         for name, combine in (("portfolio", lambda r: r.mean(0)[None]), ("spreads", lambda r: r[::2][:len(r) // 2] - r[1::2])):
             y = combine(moves)
-            score = {joint: judge_draws(combine(r), y)["crps"].mean(0) for joint, r in drawn.items()}  # [origins]
+            score = {joint: score_draws(combine(r), y)["crps"].mean(0) for joint, r in drawn.items()}  # [origins]
             line = f"{os.path.basename(path):12}{name:12}CRPS to apart {ratio_over_blocks(score[True], score[False])}"
             for joint, r in drawn.items():
                 low, high = np.quantile(combine(r), (0.05, 0.95), axis=-1)
