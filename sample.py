@@ -642,21 +642,37 @@ def print_record(record, calibration, meta):
         print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
 
 
+def summary(histories, ohlcva, times=None):
+    """One row a bar of every forecast, as a dict of columns [n H] that pandas.DataFrame takes.
+
+    time (datetime64, UTC), symbol, step; p_up, the share of paths above the last close; quantiles
+    and mean of close; medians of all columns, a valid candle, NaN where the history has no such
+    column. histories: Bars; ohlcva [n, paths, H, 6]: see simulate; times [n, H]: its stamps.
+    """
+    times = times_ahead(histories, ohlcva.shape[2], times)
+    close = ohlcva[..., 3]                                                  # (n, paths, H)
+    last = np.array([bars.ohlcva[-1, 3] for bars in histories])[:, None]
+    medians = np.median(ohlcva, axis=1)                                     # (n, H, 6)
+    for row, bars in zip(medians, histories):
+        row[:, np.isnan(bars.ohlcva).all(0)] = np.nan
+    columns = [times.astype("datetime64[s]"),
+               np.repeat([bars.symbol for bars in histories], times.shape[1]),
+               np.broadcast_to(np.arange(1, times.shape[1] + 1), times.shape),
+               (close > last[..., None]).mean(1), *np.quantile(close, QUANTILES, axis=1),
+               close.mean(1), *np.moveaxis(medians, -1, 0)]
+    names = [*FORECAST, *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
+    return {name: column.ravel() for name, column in zip(names, columns)}
+
+
 def write_csv(path, histories, ohlcva, times):
-    """One line a bar: share of paths above the last close, quantiles and mean of close, medians (a valid candle)."""
-    head = [*FORECAST, *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
+    """The summary as a CSV file."""
+    columns = summary(histories, ohlcva, times)
     with write_atomic(path, text=True) as f:
         writer = csv.writer(f)
-        writer.writerow(head)
-        for bars, paths, stamps in zip(histories, ohlcva, times):
-            close, last = paths[:, :, 3], bars.ohlcva[-1, 3]        # (paths, H)
-            quantiles = np.quantile(close, QUANTILES, axis=0).T     # (H, 5)
-            medians = np.median(paths, axis=0)                      # (H, 6)
-            medians[:, np.isnan(bars.ohlcva).all(0)] = np.nan       # the history has no such column
-            for k, when in enumerate(stamps.astype("datetime64[s]")):
-                values = [(close[:, k] > last).mean(), *quantiles[k], close[:, k].mean(), *medians[k]]
-                texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
-                writer.writerow([f"{when}Z", csv_text(bars.symbol), k + 1, *texts])
+        writer.writerow(columns)
+        for when, symbol, step, *values in zip(*columns.values()):
+            texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
+            writer.writerow([f"{when}Z", csv_text(symbol), step, *texts])
 
 
 def jsonable(value):

@@ -113,16 +113,31 @@ def test_parallel_forecast_samples_the_latents(loaded, series):
 
 # ---- as a library
 
-def test_from_arrays_to_quantiles(checkpoint, series):
-    """The README's lines, as they stand there: arrays -> Bars -> paths -> quantiles, many series at once."""
+class Frame:
+    """A stand-in for a data frame: named columns, and nothing else."""
+
+    def __init__(self, columns):
+        self.columns, self.values = list(columns), columns
+
+    def __getitem__(self, name):
+        return self.values[name]
+
+
+def test_from_a_frame_to_a_table(checkpoint, series):
+    """The README's lines, as they stand there, many series at once."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as readme:
         lines = readme.read().split("```python\n")[1].split("```")[0]
-    names = dict(columns={bars.symbol: (bars.time, *bars.ohlcva.T) for bars in series})
-    exec(lines.replace("out.pt", checkpoint), names)
-    ohlcva, low, middle, high = (names[name] for name in ("ohlcva", "low", "middle", "high"))
-    assert ohlcva.shape == (3, 200, 10, 6) and low.shape == (3, 10) and (low <= middle).all() and (middle <= high).all()
-    alone = sample.forecast(names["model"], names["tokenizer"], names["bars"][1], 10, 200)
-    np.testing.assert_allclose(ohlcva[1], alone, rtol=1e-6)
+    columns = "open high low close volume amount".split()
+    frames = {bars.symbol: Frame(dict(zip(columns, bars.ohlcva.T), Date=bars.time.astype("datetime64[s]"))) for bars in series}
+    names = dict(frames=frames)
+    exec(lines.replace("assets/base.pt", checkpoint), names)
+    for bars, own in zip(names["bars"], series):
+        np.testing.assert_array_equal(bars.time, own.time)
+        np.testing.assert_allclose(bars.ohlcva, own.ohlcva)
+    table = names["table"]
+    assert names["ohlcva"].shape == (3, 200, 10, 6) and {len(column) for column in table.values()} == {30}
+    assert (table["q05"] <= table["q50"]).all() and table["symbol"][10] == series[1].symbol
+    assert table["time"][:10].astype(np.int64).tolist() == data.future_times(series[0].time, 10).tolist()
 
 
 def test_stamps_of_the_future_can_be_given(loaded, series):
