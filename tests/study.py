@@ -826,10 +826,13 @@ HEADLINES = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_
              ("path_crps", "har", "close, bar 10"), ("crps", "fhs", "close to FHS"))
 
 
+TAIL = {"90 % band, bar 1": ".1%", "bar 10": ".1%", "log loss": ".4f"}     # columns behind the ratios
+
+
 def print_heads():
     print("CRPS as a ratio to HAR's, of the close also to that of FHS; 95 % intervals\n")
-    print_row("market", "weights", *(head for _, _, head in HEADLINES), "90 % band holds")
-    print_row(*["---"] * (3 + len(HEADLINES)))
+    print_row("market", "weights", *(head for _, _, head in HEADLINES), *TAIL)
+    print_row(*["---"] * (2 + len(HEADLINES) + len(TAIL)))
 
 
 def print_row(*cells):
@@ -850,9 +853,11 @@ def print_to_opponents(label, arm, ckpts, result):
         else:
             cells.append(".")
             values.append(math.nan)
-    bands = [entry["coverage90"]["value"] for entry in result["checkpoints"] if entry["ckpt"] in ckpts]
-    values.append(statistics.mean(bands))
-    print_row(*cells, f"{values[-1]:.1%}")
+    entries = [entry for entry in result["checkpoints"] if entry["ckpt"] in ckpts]
+    values += [statistics.mean(entry["coverage90"]["value"] for entry in entries),
+               statistics.mean(entry["path_coverage90"][-1]["value"] for entry in entries),
+               statistics.mean(entry["logloss"]["value"] for entry in entries)]
+    print_row(*cells, *map(format, values[-3:], TAIL.values()))
     return values
 
 
@@ -861,8 +866,9 @@ def print_means(rows):
     for arm, values in rows.items():
         columns = [[v for v in column if math.isfinite(v)] for column in zip(*values)]
         for name, f in (("mean", statistics.mean), ("largest", max)):
-            cells = [f"{f(column):.4f}" if column else "." for column in columns[:-1]]
-            print_row(f"{name} of {len(values)} files", arm, *cells, f"{f(columns[-1]):.1%}")
+            forms = [".4f"] * (len(columns) - len(TAIL)) + list(TAIL.values())
+            cells = [format(f(column), form) if column else "." for column, form in zip(columns, forms)]
+            print_row(f"{name} of {len(values)} files", arm, *cells)
 
 
 def of_files(prog):

@@ -31,7 +31,7 @@ def test_they_say_where_they_come_from(base):
     _, _, meta = base
     assert os.path.getsize(BASE) <= 8e6
     assert len(meta["data"]["sources"]) > 10 and not any("/" in name for name in meta["data"]["sources"])
-    assert meta["splits"][1] <= data.parse_time("2021-12-31")
+    assert meta["splits"][1] <= data.parse_time("2026-05-01")
     assert min(meta["data"]["intervals"]) <= 60 and max(meta["data"]["intervals"]) >= 7 * DAY
     assert 0 < min(row["score"] for row in meta["metrics"] if row["stage"] == "pretrain") < 1
 
