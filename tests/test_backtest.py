@@ -53,7 +53,7 @@ def tokenizer():
 def make(seed=0, **options):
     """An untrained model with weights so large that its forecasts differ from bar to bar."""
     torch.manual_seed(seed)
-    model = Model(ModelConfig(**BITS, **dict(n_layer=2, n_head=2, n_embd=16, windows=(8,), block_size=64, span=32, latents=12) | options)).eval()
+    model = Model(ModelConfig(**BITS | dict(n_layer=2, n_head=2, n_embd=16, windows=(8,), block_size=64, span=32, latents=12) | options)).eval()
     for name, p in model.named_parameters():
         with torch.no_grad():
             p.copy_(torch.randn_like(p) * (0.5 if "embed" in name else 1.5 * p.shape[-1] ** -0.5))
@@ -487,6 +487,39 @@ def test_next_bars_are_the_models_own_distributions(triple):
         assert got.mean() == pytest.approx(exact.mean(), abs=0.004) and np.abs(got - exact).mean() < 0.01, name
 
 
+def test_no_score_hangs_on_where_the_first_target_lies():
+    """Hours of tenfold volume: the start moved within a day moves no mean score, and bins agree with all pairs."""
+    bits = dict(coarse_bits=6, fine_bits=6)     # 4,096 pairs in 512 bins
+    [bars] = data.synthetic(seed=5, n_symbols=1, n_bars=700)[0]
+    hours = np.arange(700)
+    bars = data.Bars("HOURS", 1_400_025_600 + 3600 * hours, bars.ohlcva * np.exp(np.outer(np.sin(hours / 24 * 2 * math.pi), [0, 0, 0, 0, 1.2, 1.2])))
+    tokenizer = train_tokenizer(torch.from_numpy(data.features(bars)[0][32:]), TokenizerConfig(**bits, n_hidden=32), steps=40, batch_size=256)
+    model, means = make(3, **bits), []
+    for p in model.parameters():
+        p.data *= 0.8
+    for start in (400, 405, 411, 419):
+        t = backtest.Targets([bars], int(bars.time[start]), 2**62, 1, 10**9, 0)
+        f = backtest.next_bars(model, tokenizer, t)
+        means.append([f[name][419 - start:].mean() for name in ("crps", "range_crps", "volume_crps")])
+    assert (np.max(means, 0) / np.min(means, 0) < 1.02).all(), means
+
+    tables, exact = candle_tables(tokenizer), []
+    windows = [(0, j, min(j + 32, 700)) for j in range(419, 700, 32)]
+    level, width = opponents.volume_scales(bars, t.slots[0])[419:].T
+    with torch.no_grad():
+        h = torch.cat(list(backtest.hidden_states(model, tokenizer, t, windows)))
+        for k in range(0, len(h), 3):
+            p = pair_law(model, h[k]).double().flatten()
+            values = tables["close"] * t.s[k], tables["range"] * t.s[k], (level[k] + width[k] * tables["volume"]).clamp(0, 80)
+            row = []
+            for value, outcome in zip(values, (t.r[k], t.range[k], t.volume[k])):
+                r, order = value.flatten().sort()
+                row.append(score_distribution(r.numpy()[None], p[order].numpy()[None], np.array([outcome]))["crps"][0])
+            exact.append(row)
+    binned = np.stack([f[name][::3] for name in ("crps", "range_crps", "volume_crps")], -1)
+    np.testing.assert_allclose(binned.mean(0), np.mean(exact, 0), rtol=0.02)
+
+
 def test_tables_are_what_the_inverse_makes_of_the_tokens(tokenizer):
     """Range and close of a pair's candle, in units of s; volume in units of d above m."""
     _, state = data.features(data.synthetic(seed=5, n_symbols=1, n_bars=300)[0][0])
@@ -824,6 +857,25 @@ def test_the_correlation_of_tokens_and_accuracy_is_pearsons_and_spearmans():
     assert got["pearson"]["value"] == pytest.approx(np.corrcoef([3, 10, 7, 40], da)[0, 1])
     assert got["spearman"]["value"] == pytest.approx(np.corrcoef([0, 2, 1, 3], [0, 1, 2, 3])[0, 1])
     assert got["pearson"]["lo"] < got["pearson"]["value"] < got["pearson"]["hi"]
+
+
+def test_a_market_that_does_not_move_is_refused_in_one_line(triple):
+    (model, tokenizer, meta), series = triple
+    still = data.Bars("STILL", series[0].time, np.full((300, 6), 10.0))
+    with pytest.raises(UserError, match="no close moves"):
+        backtest.backtest([(model, tokenizer, meta)], [still], horizon=2, paths=2)
+    both = backtest.backtest([(model, tokenizer, meta)], [still, series[1]], horizon=2, paths=2)
+    assert both["checkpoints"][0]["da"]["value"] > 0
+
+
+def test_checkpoints_of_different_dates_are_told_what_to_type(triple):
+    (model, tokenizer, meta), series = triple
+    later = meta | dict(splits=(meta["splits"][0], int(series[0].time[240]) + 3600))
+    pair, quick = [(model, tokenizer, meta), (model, tokenizer, later)], dict(horizon=2, paths=2, stride=50)
+    with pytest.raises(UserError) as error:
+        backtest.backtest(pair, series, **quick)
+    date = str(error.value).split('--start "')[1].split('"')[0]
+    assert backtest.backtest(pair, series, start=date, **quick)["split"] == "test"
 
 
 def test_codes_that_never_come_have_bins_too():
