@@ -81,7 +81,7 @@ def naive_crps(r, p, y, halves=False):
 
 
 @pytest.mark.parametrize("draws", [False, True])
-def test_judge_is_the_double_sum(draws):
+def test_score_distribution_is_the_double_sum(draws):
     rng = np.random.default_rng(0)
     r = rng.standard_t(3, (7, 13))
     r[3, 4:7] = r[3, 4]  # equal draws
@@ -174,7 +174,7 @@ def test_one_symbol_of_a_thousand_bars_has_intervals():
         assert scored(*scores[metric], t.blocks_of(metric))["lo"] is not None, metric
 
 
-def test_judge_residuals_is_judge():
+def test_score_residuals_is_score_distribution():
     rng = np.random.default_rng(0)
     z, scale, y = np.sort(rng.standard_t(3, 40)), rng.random(30) + 0.1, rng.normal(size=30)
     z[5:8] = z[5]
