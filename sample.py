@@ -35,7 +35,7 @@ from backstage.scores import (
     EXTREME, USUAL_BARS, WARN, bootstrap, chance_extreme, time_block_sums, usual_sigma)
 from backstage.script import UserError, cli, pick_device, printable, run
 from backstage.series import COLUMNS, DAY, FORECAST, HOUR, YEAR
-from model import load_checkpoint
+from model import close_table, load_checkpoint
 
 
 @dataclass
@@ -74,6 +74,11 @@ RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, o
 WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
+TICKS = sorted((m * 10.0**k for k in range(-9, 5) for m in (1, 1.25, 2, 2.5, 3.125, 5, 6.25)),
+               reverse=True)  # quarters to 32nds and decimals
+ON_TICK = 0.98       # share of the closes that must lie on it
+N_WIDTHS = 64        # of bands around no move
+LAWS = 32            # bars whose fine codes are read in full in a calibration
 STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
 PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
 FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
@@ -92,6 +97,7 @@ class Origin:
     state: data.State      # decodes the next bar
     slots: data.Slots      # factors of the bars to come, of a series whose bars begin with these
     unmoved: float         # share of bars that do not move, see unmoved_share
+    tick: float = 0.0      # prices lie on its multiples, see tick_of; 0: on none
     closes: np.ndarray | None = None  # [at most COMMON]: close features of the last bars, for joint
 
     def anchored(self, times):
@@ -107,18 +113,18 @@ class Calibration:
     mean: float = 0.0    # of logit P over the past bars
     n_bars: int = 0      # of these that moved
 
-    def logits(self, model, h, unmoved):
+    def logits(self, model, h, stay):
         """Coarse logits [..., 2^k1] for h [..., C], and P(up | moved) [...], both calibrated.
 
-        unmoved [...]: the share of bars that do not move. Up tokens have P(up) as a whole, so their
-        odds alone change; among them, and among the others, the law stays.
+        stay [..., 2^k1]: the share of each code's candles that does not move, see staying. The odds
+        of up against other tokens change; among up tokens, and among the others, the law stays.
         """
         logits = model.coarse_logits(h).float()
-        log_p = logits.log_softmax(-1)
-        up = log_p[..., model.up_mask].logsumexp(-1).double().exp()             # P(up token)
-        p_up = (up / (1 - unmoved)).clamp(1e-6, 1 - 1e-6)
+        moving = logits.softmax(-1) * (1 - stay)                                # [..., 2^k1]
+        up = (moving * model.up_mask).sum(-1).double()
+        p_up = (up / moving.sum(-1).double().clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6)
         trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
-        shift = (trusted * (1 - unmoved)).logit() - up.clamp(1e-9, 1 - 1e-9).logit()
+        shift = trusted.logit() - p_up.logit()
         return logits + shift.float()[..., None] * model.up_mask, trusted
 
 
@@ -150,10 +156,11 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
+    bands = Bands(model, tokenizer)
 
-    def draw(h, u, unmoved):
+    def draw(h, u, stay):
         """Coarse and fine tokens [...] for h [..., C], by uniform numbers u [..., 2]."""
-        logits = calibration.logits(model, h, unmoved)[0] if calibration else None
+        logits = calibration.logits(model, h, stay)[0] if calibration else None
         return model.sample(h, temperature, top_p, u=u, order=order, logits=logits)
 
     uniform = [stratified(np.random.default_rng([seed, zlib.crc32(o.symbol.encode()),
@@ -170,11 +177,15 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         for rows in np.split(alike, range(size, len(alike), size)):
             part = [origins[i] for i in rows]
             u = torch.from_numpy(np.concatenate([uniform[i] for i in rows]))
-            tokens, p_up[rows] = draw_tokens(model, part, times[rows], u, draw, parallel, at_once,
-                                             calibration)
+            tokens, p_up[rows], width = draw_tokens(
+                model, part, times[rows], u, draw, parallel, at_once, calibration or Calibration(),
+                bands)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
+            x[..., 0][np.abs(x[..., 0]) <= width[:, None, None]] = 0.0          # the close stays
             state = data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])])
             ohlcva[rows], _ = data.inverse(x, state)
+            for i, o in zip(rows, part):
+                on_grid(ohlcva[i], float(o.state.close), o.tick)
     return ohlcva, p_up
 
 
@@ -186,12 +197,13 @@ def origin_of(model, tokenizer, bars):
     x, state = data.features(bars, slots)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
     unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved, x[-COMMON:, 0])
+    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved,
+                  tick_of(bars.ohlcva[-COMMON:, 3]), x[-COMMON:, 0])
 
 
-def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration):
-    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, and
-    P(up) [n]. uniform [n * paths, H, 2]: what they are drawn by."""
+def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration, bands):
+    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, P(up)
+    [n], and how wide a move must be, [n]. uniform [n * paths, H, 2]: what they are drawn by."""
     device, (n, horizon), paths = model.up_mask.device, times.shape, len(uniform) // len(times)
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
     seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)
@@ -202,22 +214,25 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
         state = model.prefill(coarse, fine, seen)
         h = state.h
     unmoved = torch.tensor([o.unmoved for o in origins], device=device)
-    p_up = calibration.logits(model, h, unmoved)[1] if calibration else model.p_up(h, unmoved)
+    each = [bands.staying(row, bands.table(row), share)
+            for row, share in zip(h.split(1), unmoved.split(1))]
+    stay, width = (torch.cat(column) for column in zip(*each))              # (n, 2^k1), (n,)
+    p_up = calibration.logits(model, h, stay)[1]
     p_up = p_up.masked_fill(unmoved > STANDS, math.nan).cpu().numpy()
 
     uniform = uniform.to(device)
     if parallel:
         uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)        # (n, H, paths, 2)
-        tokens = draw(ahead, uniform, unmoved[:, None])                     # 2 of (n, H, paths)
-        return [token.transpose(1, 2).flatten(0, 1) for token in tokens], p_up
+        tokens = draw(ahead, uniform, stay[:, None])                        # 2 of (n, H, paths)
+        return [token.transpose(1, 2).flatten(0, 1) for token in tokens], p_up, width.cpu().numpy()
     times = times.repeat_interleave(paths, 0)                               # (n * paths, H)
-    unmoved = unmoved.repeat_interleave(paths)                              # (n * paths,)
+    stay = stay.repeat_interleave(paths, 0)                                 # (n * paths, 2^k1)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of one may not
     pieces = []
-    for when, u, still in zip(*(a.split(size) for a in (times, uniform, unmoved))):
-        own_draw = functools.partial(draw, unmoved=still)
+    for when, u, share in zip(*(a.split(size) for a in (times, uniform, stay))):
+        own_draw = functools.partial(draw, stay=share)
         pieces.append(generate(model, state.repeat(len(u) // n), when, u, own_draw))
-    return [torch.cat(level) for level in zip(*pieces)], p_up
+    return [torch.cat(level) for level in zip(*pieces)], p_up, width.cpu().numpy()
 
 
 def generate(model, state, times, uniform, draw):
@@ -231,6 +246,82 @@ def generate(model, state, times, uniform, draw):
         if k + 1 < times.shape[1]:
             _, state = model.step(*tokens[-1], times[:, k:], state)
     return [torch.stack(level, dim=-1) for level in zip(*tokens)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Bars that stay, and prices on a grid
+#
+# No code says "unmoved": such bars have the codes of small moves, on both sides of 0. So the
+# narrowest moves stay, as many as stayed before:
+#
+#     P(|move| <= w) = unmoved          P(up | moved) = P(move > w) / P(|move| > w)
+#
+# over all pairs of tokens, and a path's close stays where its move is at most w.
+
+class Bands:
+    """How much of each coarse code's candles, over its fine codes, lies within a width of no move."""
+
+    def __init__(self, model, tokenizer):
+        moves = close_table(tokenizer).abs().to(model.up_mask.device)           # (2^k1, 2^k2)
+        self.model, self.every = model, torch.arange(len(moves), device=moves.device)
+        inner = torch.logspace(-4, 1, N_WIDTHS - 2, device=moves.device) * 1.001
+        self.widths = torch.cat((inner.new_zeros(1), inner, moves.max()[None] + 1))  # (W,)
+        self.place = torch.searchsorted(self.widths, moves)     # the least width that holds a pair
+
+    def table(self, h):
+        """P(|move| <= width | coarse) [W, 2^k1], the mean over h [n, C]."""
+        total = torch.zeros(len(self.every), len(self.widths), device=h.device)
+        for row in h:
+            fine = self.model.fine_logits(row.expand(len(self.every), -1), self.every)
+            total.scatter_add_(1, self.place, fine.float().softmax(-1))
+        share = total.cumsum(1).T
+        return share / share[-1]
+
+    def staying(self, h, table, unmoved):
+        """For h [m, C] and shares of unmoved bars [m]: the share of each code's candles that
+        stays, [m, 2^k1], and the width w within which they lie, [m]."""
+        mass = self.model.coarse_logits(h).float().softmax(-1) @ table.T        # (m, W), P(|move| <= w)
+        unmoved = unmoved.float()
+        right = torch.searchsorted(mass.contiguous(), unmoved[:, None]).clamp(1, len(table) - 1)
+        low, high = mass.gather(1, right - 1), mass.gather(1, right)
+        part = ((unmoved[:, None] - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)  # (m, 1)
+        right = right[:, 0]
+        width = torch.lerp(self.widths[right - 1], self.widths[right], part[:, 0])
+        return torch.lerp(table[right - 1], table[right], part), width
+
+
+def tick_of(close):
+    """The largest step on which nearly all distinct closes [T] lie; 0 where there is none that
+    seven digits could show, as of adjusted prices."""
+    price = np.unique(close)
+    error = 3e-7 * price                                                        # of seven digits
+    for step in TICKS:
+        if len(price) < 3 or step < 40 * error.max():
+            return 0.0
+        if (np.abs(price - np.round(price / step) * step) <= error).mean() >= ON_TICK:
+            return float(step)
+    return 0.0
+
+
+def on_grid(ohlcva, last, tick):
+    """Rounds, in place, the prices of paths [paths, H, 6] that begin at the close `last` to ticks.
+
+    Each bar starts where the rounded one before it ended; one that moves, moves by a tick at least.
+    """
+    if not tick:
+        return
+    before = rounded = np.full(len(ohlcva), last)
+    for bar in ohlcva.swapaxes(0, 1):                                           # (paths, 6) each
+        scale, move = rounded / before, bar[:, 3] - before
+        before = bar[:, 3].copy()
+        moved = np.round(bar[:, 3] * scale / tick) - np.round(rounded / tick)
+        moved = np.sign(move) * np.maximum(np.sign(move) * moved, move != 0)
+        rounded = np.where(move == 0, rounded, np.maximum(np.round(rounded / tick) + moved, 1) * tick)
+        bar[:, :3] = np.maximum(np.round(bar[:, :3] * scale[:, None] / tick), 1) * tick
+        bar[:, 5] *= rounded / before
+        bar[:, 3] = rounded
+        bar[:, 1] = bar[:, [0, 1, 3]].max(1)
+        bar[:, 2] = bar[:, [0, 2, 3]].min(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,7 +345,8 @@ def calibrate(model, tokenizer, histories, since=None):
     """
     check_histories(histories)
     n, share = model.config.block_size, max(1, len(histories) // WINDOWS)
-    logits, rose, stamps = [], [], []
+    logits, rose, stamps, bands = [], [], [], Bands(model, tokenizer)
+    laws = max(1, LAWS // len(histories[::share]))
     for bars in histories[::share]:
         first = data.CONTEXT if since is None else max(data.CONTEXT, np.searchsorted(bars.time, since))
         each = max(1, WINDOWS // len(histories)) * (n // 2)
@@ -263,7 +355,7 @@ def calibrate(model, tokenizer, histories, since=None):
             continue
         begin = max(0, first - n)                                           # context reaches back
         tokens = data.tokenize(bars[begin:], tokenizer, data.features(bars)[0][begin:])
-        unmoved = unmoved_share(bars, model.config.unmoved)
+        unmoved, table = unmoved_share(bars, model.config.unmoved), None
         for at in range(first, len(bars), n // 2):                          # targets at .. end
             end = min(at + n // 2, len(bars))
             context = slice(max(0, end - 1 - n - begin), end - 1 - begin)
@@ -272,10 +364,13 @@ def calibrate(model, tokenizer, histories, since=None):
             device = model.up_mask.device
             h = model.hidden(coarse.to(device), fine.to(device), time[None].to(device))
             h = h[0, at - end:]                                             # (end - at, C)
+            if table is None:
+                table = bands.table(h[::-(-len(h) // laws)])
             u = torch.from_numpy(unmoved[at:end]).to(device)
+            p_up = Calibration().logits(model, h, bands.staying(h, table, u)[0])[1]
             change = np.diff(bars.ohlcva[at - 1:end, 3])
             moved = torch.from_numpy(change != 0).to(device)
-            logits.append(model.p_up(h, u).double().clamp(1e-6, 1 - 1e-6).logit()[moved].cpu().numpy())
+            logits.append(p_up.logit()[moved].cpu().numpy())
             rose.append((change > 0)[change != 0])
             stamps.append(bars.time[at:end][change != 0])
     if not logits or not sum(map(len, logits)):
@@ -596,14 +691,15 @@ def print_report(rows, horizon, breadth, mean_p_up):
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
         p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
-        rank = r["rank"] or f" ended {r['last_time'][:10]}"
+        rank = r["rank"] or (" stands" if math.isnan(r["p_up"]) else f" ended {r['last_time'][:10]}")
         print(f"{names[r['symbol']]:{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
               f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
               f"{' !' if r['p_extreme'] > WARN else ''}")
     n_ranked = sum(r["rank"] is not None for r in rows)
     print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
     if n_ranked < len(rows):
-        print(f"{len(rows) - n_ranked} symbols ended long before the others: without a rank, and not in the breadth")
+        print(f"{len(rows) - n_ranked} symbols ended long before the others, or nearly never move: "
+              f"without a rank, and not in the breadth")
     if any(r["p_extreme"] > WARN for r in rows):
         print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
     if rows[0]["options"]:
