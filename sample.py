@@ -296,7 +296,7 @@ def tick_of(close):
     price = np.unique(close)
     error = 3e-7 * price                                                        # of seven digits
     for step in TICKS:
-        if len(price) < 3 or step < 40 * error.max():
+        if len(price) < 3 or step < 20 * error.max():
             return 0.0
         if (np.abs(price - np.round(price / step) * step) <= error).mean() >= ON_TICK:
             return float(step)

@@ -16,7 +16,7 @@ import data
 import sample
 from conftest import ROOT, complaint, write_csv
 from data import UserError
-from model import load_checkpoint
+from model import close_table, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,52 @@ def test_a_forecast_starts_from_the_last_bar_with_a_window_of_context(loaded, se
     (model, tokenizer), bars = loaded, series[0]
     _, [p_up] = sample.simulate(model, tokenizer, [bars], 1, 1)
     tokens = torch.from_numpy(data.tokenize(bars, tokenizer).astype(np.int64))[-64:]
-    logits = model(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0][0, -1]
+    with torch.no_grad():
+        h = model.hidden(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0, -1]
     still = (32 * model.config.unmoved + (np.diff(bars.ohlcva[:, 3]) == 0).sum()) / (32 + 499)
-    expected = logits.softmax(-1)[32:].sum().item() / (1 - still)  # the upper half of the codes says up
-    assert model.config.block_size == 64 and p_up == pytest.approx(expected, abs=1e-5)
+    assert model.config.block_size == 64 and p_up == pytest.approx(up_of_pairs(model, tokenizer, h, still), abs=0.005)
+
+
+def up_of_pairs(model, tokenizer, h, still):
+    """P(up | moved) over all pairs one by one: those of the least moves stay, up to a mass of `still`."""
+    every, moves = torch.arange(64), close_table(tokenizer)
+    with torch.no_grad():
+        fine = model.fine_logits(h.expand(64, -1), every).double().softmax(-1)
+        p = model.coarse_logits(h).double().softmax(-1)[:, None] * fine
+    order = moves.abs().flatten().argsort()
+    p, up = p.flatten()[order], moves.flatten()[order] > 0
+    left = (p.cumsum(0) - still).clamp(min=0).minimum(p)
+    return (left[up].sum() / left.sum()).item()
+
+
+def test_paths_stay_and_keep_to_the_ticks_of_a_market_that_does(loaded):
+    """Three bars of five repeat the close before, on ticks of a quarter: P(up) is no certainty, and paths agree."""
+    model, tokenizer = loaded
+    [bars] = one_factor(1, 600, 0.0)
+    prices = np.round(4 * bars.ohlcva[:, :4]) / 4
+    for i in np.flatnonzero(np.random.default_rng(1).random(600) < 0.6)[1:]:
+        prices[i] = prices[i - 1, 3]
+    bars = data.Bars("STAYS", bars.time, np.concatenate([prices, bars.ohlcva[:, 4:]], 1))
+    still = sample.unmoved_share(bars, model.config.unmoved)[-1]
+    assert sample.tick_of(bars.ohlcva[:, 3]) == 0.25 and still > 0.5
+    for calibration in (None, sample.Calibration(a=0.4, k=0.0)):
+        paths, [p_up] = sample.simulate(model, tokenizer, [bars], 5, 2000, calibration=calibration)
+        move = np.sign(paths[0, :, 0, 3] - bars.ohlcva[-1, 3])
+        assert 0.3 < p_up < 0.7 and (move > 0).sum() / (move != 0).sum() == pytest.approx(p_up, abs=0.05)
+        if calibration is None:
+            assert (move == 0).mean() == pytest.approx(still, abs=0.03)
+        prices = paths[0, :, :, :4]
+        np.testing.assert_array_equal(prices, np.round(4 * prices) / 4)
+        o, high, low, close = np.moveaxis(prices, -1, 0)
+        assert (low > 0).all() and (low <= np.minimum(o, close)).all() and (high >= np.maximum(o, close)).all()
+
+
+def test_the_tick_is_the_largest_step_of_nearly_all_closes():
+    random = np.random.default_rng(0)
+    for tick, level in ((0.01, 30), (0.25, 4000), (1e-5, 1.1), (5.0, 20000), (1 / 32, 99), (0.005, 0.1)):
+        close = np.round(level * np.exp(0.02 * random.standard_normal(500)) / tick) * tick
+        assert sample.tick_of(np.append(close, level * 1.00123456)) == pytest.approx(tick), tick    # one print beside
+    assert sample.tick_of(30 * random.random(500)) == sample.tick_of(np.full(500, 5.0)) == 0
 
 
 def test_g1_no_forecast_sees_a_later_bar(loaded, series):
