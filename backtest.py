@@ -41,21 +41,21 @@ import data
 from backstage.bins import BinnedLaw
 from backstage.checkpoint import SEEN_DATES
 from backstage.dates import iso
-from backstage.door import check, heading, span_of, warn
+from backstage.door import check, heading, span_of, warn  # heading is handed on
 from backstage.files import weights_hash
+from backstage.grid import Bands, tick_of
+from backstage.inputs import base_weights, load_series, warn_of_intervals
 from backstage.opponents import (
     baselines, fit_volatility, log_range, log_volume, volume_scales)
 from backstage.scores import (
     MAX_BLOCKS, METRICS, MIN_BLOCKS, RATIOS, WARN, against, at_step, bootstrap, grouped,
     groups_of, joined, named, of_paths, paired, resampled, score_distribution, score_paths, scored,
     time_block_sums, trading_sums, usual_sigma)
+from backstage.report import jsonable
 from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars
 from model import load_checkpoint
-from sample import (
-    COMMON, Bands, Calibration, Origin, base_weights, jsonable, load_series, median_path, simulate,
-    tick_of, unmoved_share,
-    warn_of_intervals)
+from sample import COMMON, Calibration, Origin, median_path, simulate, unmoved_share
 from sample import calibrate as calibration_of
 from tokenizer import code_use
 

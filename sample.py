@@ -10,13 +10,9 @@ A forecast is a set of sampled futures, called paths. A symbol's context is read
 each then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that
 every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
-import contextlib
-import csv
 import functools
-import io
 import json
 import math
-import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -25,17 +21,20 @@ import numpy as np
 import torch
 
 import data
-from backstage.clock import future_times
-from backstage.dates import iso, parse_time
-from backstage.files import check_out, csv_text, fingerprint, open_regular, write_atomic
+from backstage.clock import times_ahead
+from backstage.files import write_atomic
 from backstage.frame import check_histories
-from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
+from backstage.grid import Bands, on_grid, tick_of
+from backstage.inputs import (
+    check, check_outputs, load_series, read_times, trained_until, warn_of_intervals)
 from backstage.opponents import har
-from backstage.scores import (
-    EXTREME, USUAL_BARS, WARN, bootstrap, chance_extreme, time_block_sums, usual_sigma)
-from backstage.script import UserError, cli, pick_device, printable, run
-from backstage.series import COLUMNS, DAY, FORECAST, HOUR, YEAR
-from model import close_table, load_checkpoint
+from backstage.pictures import plot_codebook, plot_forecast, plot_loss
+from backstage.report import (  # summary is handed on
+    describe, give_ranks, jsonable, portfolio_of, print_portfolio, print_record, print_report,
+    summary, weights_of, write_csv)
+from backstage.scores import bootstrap, time_block_sums
+from backstage.script import UserError, cli, pick_device, run
+from model import load_checkpoint
 
 
 @dataclass
@@ -74,15 +73,9 @@ RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, o
 WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
-TICKS = sorted((m * 10.0**k for k in range(-9, 5) for m in (1, 1.25, 2, 2.5, 3.125, 5, 6.25)),
-               reverse=True)  # quarters to 32nds and decimals
-ON_TICK = 0.98       # share of the closes that must lie on it
-N_WIDTHS = 64        # of bands around no move
 LAWS = 32            # bars whose fine codes are read in full in a calibration
 STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
 PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
-FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
-STALE = 5            # horizons, and a holiday, after which a symbol without new bars is left out of ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,82 +239,6 @@ def generate(model, state, times, uniform, draw):
         if k + 1 < times.shape[1]:
             _, state = model.step(*tokens[-1], times[:, k:], state)
     return [torch.stack(level, dim=-1) for level in zip(*tokens)]
-
-
-# --------------------------------------------------------------------------------------------------
-# Bars that stay, and prices on a grid
-#
-# No code says "unmoved": such bars have the codes of small moves, on both sides of 0. So the
-# narrowest moves stay, as many as stayed before:
-#
-#     P(|move| <= w) = unmoved          P(up | moved) = P(move > w) / P(|move| > w)
-#
-# over all pairs of tokens, and a path's close stays where its move is at most w.
-
-class Bands:
-    """How much of each coarse code's candles, over its fine codes, lies within a width of no move."""
-
-    def __init__(self, model, tokenizer):
-        moves = close_table(tokenizer).abs().to(model.up_mask.device)           # (2^k1, 2^k2)
-        self.model, self.every = model, torch.arange(len(moves), device=moves.device)
-        inner = torch.logspace(-4, 1, N_WIDTHS - 2, device=moves.device) * 1.001
-        self.widths = torch.cat((inner.new_zeros(1), inner, moves.max()[None] + 1))  # (W,)
-        self.place = torch.searchsorted(self.widths, moves)     # the least width that holds a pair
-
-    def table(self, h):
-        """P(|move| <= width | coarse) [W, 2^k1], the mean over h [n, C]."""
-        total = torch.zeros(len(self.every), len(self.widths), device=h.device)
-        for row in h:
-            fine = self.model.fine_logits(row.expand(len(self.every), -1), self.every)
-            total.scatter_add_(1, self.place, fine.float().softmax(-1))
-        share = total.cumsum(1).T
-        return share / share[-1]
-
-    def staying(self, h, table, unmoved):
-        """For h [m, C] and shares of unmoved bars [m]: the share of each code's candles that
-        stays, [m, 2^k1], and the width w within which they lie, [m]."""
-        mass = self.model.coarse_logits(h).float().softmax(-1) @ table.T        # (m, W), P(|move| <= w)
-        unmoved = unmoved.float()
-        right = torch.searchsorted(mass.contiguous(), unmoved[:, None]).clamp(1, len(table) - 1)
-        low, high = mass.gather(1, right - 1), mass.gather(1, right)
-        part = ((unmoved[:, None] - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)  # (m, 1)
-        right = right[:, 0]
-        width = torch.lerp(self.widths[right - 1], self.widths[right], part[:, 0])
-        return torch.lerp(table[right - 1], table[right], part), width
-
-
-def tick_of(close):
-    """The largest step on which nearly all distinct closes [T] lie; 0 where there is none that
-    seven digits could show, as of adjusted prices."""
-    price = np.unique(close)
-    error = 3e-7 * price                                                        # of seven digits
-    for step in TICKS:
-        if len(price) < 3 or step < 20 * error.max():
-            return 0.0
-        if (np.abs(price - np.round(price / step) * step) <= error).mean() >= ON_TICK:
-            return float(step)
-    return 0.0
-
-
-def on_grid(ohlcva, last, tick):
-    """Rounds, in place, the prices of paths [paths, H, 6] that begin at the close `last` to ticks.
-
-    Each bar starts where the rounded one before it ended; one that moves, moves by a tick at least.
-    """
-    if not tick:
-        return
-    before = rounded = np.full(len(ohlcva), last)
-    for bar in ohlcva.swapaxes(0, 1):                                           # (paths, 6) each
-        scale, move = rounded / before, bar[:, 3] - before
-        before = bar[:, 3].copy()
-        moved = np.round(bar[:, 3] * scale / tick) - np.round(rounded / tick)
-        moved = np.sign(move) * np.maximum(np.sign(move) * moved, move != 0)
-        rounded = np.where(move == 0, rounded, np.maximum(np.round(rounded / tick) + moved, 1) * tick)
-        bar[:, :3] = np.maximum(np.round(bar[:, :3] * scale[:, None] / tick), 1) * tick
-        bar[:, 5] *= rounded / before
-        bar[:, 3] = rounded
-        bar[:, 1] = bar[:, [0, 1, 3]].max(1)
-        bar[:, 2] = bar[:, [0, 2, 3]].min(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -511,20 +428,6 @@ def rows_at_once(model):
     return max(1, BATCH_BYTES // n_bytes)
 
 
-def times_ahead(origins, horizon, times):
-    """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each history."""
-    if times is None:
-        return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
-    times = np.asarray(times, np.int64)
-    if times.shape not in ((horizon,), (len(origins), horizon)):
-        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
-    times = np.broadcast_to(times, (len(origins), horizon))
-    for o, row in zip(origins, times):
-        if (np.diff(row, prepend=o.time[-1]) <= 0).any():
-            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise from there on")
-    return times
-
-
 def by_close(tokenizer):
     """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws them."""
     return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
@@ -572,213 +475,6 @@ def record_of(model, tokenizer, histories, since=None):
         known = metric in own and metric in rival
         found[name] = float(own[metric][0] / rival[metric][0]) if known else None
     return found
-
-
-# --------------------------------------------------------------------------------------------------
-# The report
-
-def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
-    """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are losses, so positive.
-
-    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close;
-    p_extreme: the share that end further than EXTREME long-run sigmas from it.
-    """
-    last, horizon = bars.ohlcva[-1, 3], paths.shape[1]
-    close = paths[:, -1, 3]  # (paths,): where they end
-    move = close / last - 1
-    q05, q50, q95 = np.quantile(close, (0.05, 0.5, 0.95))
-    p_extreme = chance_extreme(np.log(close / last), usual_sigma(bars.ohlcva[:, 3]), horizon)
-    times = future_times(bars.time, horizon) if times is None else times
-    years = (times[-1] - bars.time[-1]) / YEAR
-    return dict(symbol=bars.symbol, last_time=iso(bars.time[-1]), last_close=last, p_up=p_up,
-                p_up_horizon=(close > last).mean(), expected_return=move.mean(), q05=q05, q50=q50, q95=q95,
-                var95=1 - q05 / last, es95=-move[close <= q05].mean(), p_extreme=float(p_extreme), rank=None,
-                options=[option(close, last, strike, years, rate) for strike in strikes])
-
-
-def portfolio_of(histories, ohlcva, weights, seed):
-    """What the paths say of a portfolio of n symbols, and of each symbol beside the others.
-
-    weights [n]: shares of the value. -> (dict of the portfolio's figures, {p_best, p_beats: [n]}).
-    `apart` has the same figures for paths that do not move together.
-    """
-    last = np.array([bars.ohlcva[-1, 3] for bars in histories])
-    moves = ohlcva[:, :, -1, 3] / last[:, None] - 1                         # (n, paths)
-    shuffled = np.random.default_rng([seed, 3]).permuted(moves, axis=1)
-    found = dict(weights={bars.symbol: float(w) for bars, w in zip(histories, weights)},
-                 **figures(weights @ moves), apart=figures(weights @ shuffled))
-    best = np.bincount(moves.argmax(0), minlength=len(moves)) / moves.shape[1]
-    return found, dict(p_best=best, p_beats=(moves > moves.mean(0)).mean(1))
-
-
-def figures(move):
-    """Of returns [paths] over the horizon; VaR and ES are losses, so positive."""
-    q05, q50, q95 = np.quantile(move, (0.05, 0.5, 0.95))
-    return dict(expected_return=move.mean(), q05=q05, q50=q50, q95=q95, var95=-q05,
-                es95=-move[move <= q05].mean())
-
-
-def weights_of(given, histories):
-    """Shares of the portfolio [n], from texts such as AAPL=0.6 or a CSV of symbol,weight; None: equal.
-
-    UserError for an unknown symbol or a weight that is no number. A symbol without one has 0.
-    """
-    n = len(histories)
-    if given is None:
-        return np.full(n, 1 / n)
-    texts = [text for item in given for text in item.split(",")]
-    if len(given) == 1 and "=" not in given[0]:
-        try:
-            with open_regular(given[0]) as f:
-                lines = f.read(1 << 20).decode("utf-8-sig", "replace").splitlines()
-        except OSError as e:
-            raise UserError(f"--weights {printable(given[0])}: cannot be read ({e.strerror}); write "
-                            f"{histories[0].symbol}=0.6, or name a CSV of symbol,weight")
-        texts = [line.replace(",", "=") for line in lines if line.strip()]
-        if texts and texts[0].lower().startswith("symbol"):
-            texts = texts[1:]
-    place, weights = {bars.symbol: i for i, bars in enumerate(histories)}, np.zeros(n)
-    for text in texts:
-        symbol, _, weight = (part.strip() for part in text.partition("="))
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if symbol not in place:
-            raise UserError(f"--weights {printable(text)}: no such symbol to forecast; write "
-                            f"{histories[0].symbol}=0.6")
-        if not math.isfinite(value):
-            raise UserError(f"--weights {printable(text)}: not a number; write {symbol}=0.6")
-        weights[place[symbol]] = value
-    if not weights.any():
-        raise UserError("--weights: all are 0; give at least one symbol a share")
-    return weights
-
-
-def option(close, spot, strike, years, rate):
-    """European call and put from the paths' last closes, discounted.
-
-    The paths are scaled so that their mean is the forward spot e^(rT): the market's drift, the model's volatility.
-    """
-    k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
-    gain = close * (spot * math.exp(rate * years) / close.mean()) - k
-    discount = math.exp(-rate * years)
-    return dict(strike=k, years=years, call=discount * np.maximum(gain, 0).mean(),
-                put=discount * np.maximum(-gain, 0).mean())
-
-
-def give_ranks(rows, histories, horizon):
-    """Rank by P(up) the rows of the symbols that did not end long before the others; return their P(up)s."""
-    newest = max(bars.time[-1] for bars in histories)
-    live = []
-    for row, bars in zip(rows, histories):
-        if math.isnan(row["p_up"]):
-            continue
-        if newest - DAY <= bars.time[-1] or newest - DAY <= future_times(bars.time, STALE * horizon)[-1]:
-            live.append(row)
-    for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
-        row["rank"] = rank
-    return np.array([row["p_up"] for row in live])
-
-
-def print_report(rows, horizon, breadth, mean_p_up):
-    """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
-    names = {r["symbol"]: printable(r["symbol"]) for r in rows}
-    width = max(7, *map(len, names.values()))
-    ahead = f"in {horizon}"
-    print(f"{'':{width}} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
-    print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
-          f"{'VaR':>5} {'ES':>4}{'rank':>5}")
-    for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
-        p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
-        rank = r["rank"] or (" stands" if math.isnan(r["p_up"]) else f" ended {r['last_time'][:10]}")
-        print(f"{names[r['symbol']]:{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
-              f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
-              f"{' !' if r['p_extreme'] > WARN else ''}")
-    n_ranked = sum(r["rank"] is not None for r in rows)
-    print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
-    if n_ranked < len(rows):
-        print(f"{len(rows) - n_ranked} symbols ended long before the others, or nearly never move: "
-              f"without a rank, and not in the breadth")
-    if any(r["p_extreme"] > WARN for r in rows):
-        print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
-    if rows[0]["options"]:
-        print("\noptions (drift: the forward's; volatility: the model's own)")
-        print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
-    for r in rows:
-        for o in r["options"]:
-            print(f"{names[r['symbol']]:{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
-                  f"{o['call']:>10.4g} {o['put']:>10.4g}")
-
-
-def print_portfolio(portfolio, rows, horizon):
-    """The portfolio in one line, beside what paths that do not move together would say."""
-    if portfolio is None:
-        return
-    own, apart = portfolio, portfolio["apart"]
-    best = max(rows, key=lambda row: row["p_best"])
-    print(f"portfolio in {horizon} bars: {own['expected_return']:+.2%}, 5 to 95 % {own['q05']:+.2%} to "
-          f"{own['q95']:+.2%}, VaR {own['var95']:.2%}, ES {own['es95']:.2%}\n"
-          f"(symbols apart would say {apart['q05']:+.2%} to {apart['q95']:+.2%}); most likely to end "
-          f"first: {printable(best['symbol'])}, {best['p_best']:.0%}")
-
-
-def print_record(record, calibration, meta):
-    """What the model was worth on these very bars, in plain words."""
-    date = iso(meta["splits"][1])[:10] if meta.get("splits") else None
-    if record is None:
-        return print("no record: too few past bars that the weights were not trained on")
-    right, n = record["da"], record["bars"]
-    print(f"record, the last {n:,} bars of these: {right['value']:.1%} right calls "
-          f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held {record['coverage90']:.1%};\n"
-          f"CRPS to HAR, refitted: " + ", ".join(
-              f"{name} {record[name]:.3f}" for name in ("close", "range", "volume")
-              if record[name] is not None) + (f"; weights of {date}" if date else ""))
-    if right["lo"] <= 0.5:
-        print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
-
-
-def summary(histories, ohlcva, times=None):
-    """One row a bar of every forecast, as a dict of columns [n H] that pandas.DataFrame takes.
-
-    time (datetime64, UTC), symbol, step; p_up, the share of paths above the last close; quantiles
-    and mean of close; medians of all columns, a valid candle, NaN where the history has no such
-    column. histories: Bars; ohlcva [n, paths, H, 6]: see simulate; times [n, H]: its stamps.
-    """
-    times = times_ahead(histories, ohlcva.shape[2], times)
-    close = ohlcva[..., 3]                                                  # (n, paths, H)
-    last = np.array([bars.ohlcva[-1, 3] for bars in histories])[:, None]
-    medians = np.median(ohlcva, axis=1)                                     # (n, H, 6)
-    for row, bars in zip(medians, histories):
-        row[:, np.isnan(bars.ohlcva).all(0)] = np.nan
-    columns = [times.astype("datetime64[s]"),
-               np.repeat([bars.symbol for bars in histories], times.shape[1]),
-               np.broadcast_to(np.arange(1, times.shape[1] + 1), times.shape),
-               (close > last[..., None]).mean(1), *np.quantile(close, QUANTILES, axis=1),
-               close.mean(1), *np.moveaxis(medians, -1, 0)]
-    names = [*FORECAST, *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
-    return {name: column.ravel() for name, column in zip(names, columns)}
-
-
-def write_csv(path, histories, ohlcva, times):
-    """The summary as a CSV file."""
-    columns = summary(histories, ohlcva, times)
-    with write_atomic(path, text=True) as f:
-        writer = csv.writer(f)
-        writer.writerow(columns)
-        for when, symbol, step, *values in zip(*columns.values()):
-            texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
-            writer.writerow([f"{when}Z", csv_text(symbol), step, *texts])
-
-
-def jsonable(value):
-    """Plain JSON values; what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {k: jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -840,148 +536,6 @@ def main(argv=None):
         print_report(rows, config.horizon, breadth, mean_p_up)
         print_portfolio(portfolio, rows, config.horizon)
         print_record(record, calibration, meta)
-
-
-def load_series(sources, meta, symbols=None):
-    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
-    trained = meta["data"] or {}
-    if not sources and not trained:
-        raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
-    named, sources = bool(sources), sources or trained["sources"]
-    if sources == ["synthetic"]:
-        series, _ = data.synthetic(seed=trained.get("seed", meta["seed"]))
-    else:
-        series = data.load(sources) if named else trained_bars(trained)
-    if not symbols:
-        return series
-    known = {bars.symbol: bars for bars in series}
-    for symbol in symbols:
-        if symbol not in known:
-            some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
-            raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
-    return [known[symbol] for symbol in dict.fromkeys(symbols)]
-
-
-def trained_until(named, meta):
-    """The stamp from which bars are new to the weights; None where they are of other markets."""
-    own = (meta["data"] or {}).get("sources", ())
-    is_own = not named or {os.path.basename(name) for name in named} & {
-        os.path.basename(name) for name in own}
-    return meta["splits"][0] if is_own and meta["splits"] else None
-
-
-def trained_bars(source):
-    """The bars that a checkpoint names. It may come from anyone: of other files than those not a word is shown."""
-    with contextlib.suppress(UserError, OSError), contextlib.redirect_stderr(io.StringIO()):
-        series = data.load(source["sources"])
-        if source["fingerprint"] == fingerprint(series):
-            return series
-    raise UserError(f"{', '.join(source['sources'][:3])}: not the bars that the checkpoint was trained on; name bars by --data")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A reader may stop here: what follows only refuses what cannot be, and warns
-
-def check(config):
-    """Refuse, before any work, flags that cannot be; without --ckpt, name the weights that come along."""
-    if config.backtest:
-        raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
-    config.ckpt = config.ckpt or base_weights(config.data)
-    for strike in config.strike or ():
-        try:
-            valid = 0 < float(strike.removesuffix("x")) < math.inf
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
-    if config.horizon < 1 or config.paths < 1:
-        raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
-    if not abs(config.rate) <= 1:
-        raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must be 0 or more")
-
-
-def check_outputs(config, meta):
-    """Refuse outputs that are read, are another output, or exist already."""
-    reads = [config.ckpt, config.times, *(config.data or (meta["data"] or {}).get("sources", ()))]
-    outputs = config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss
-    for path in (path for path in outputs if path is not None):
-        check_out(path, True, reads)
-        reads.append(path)
-        if os.path.exists(path) and not config.overwrite:
-            raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
-
-
-def base_weights(sources):
-    """The path of the weights that come along; they need bars of the user's own."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
-    if not os.path.exists(path):
-        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
-    if not sources:
-        raise UserError("--data is missing: name the bars, which the weights that come along have not seen")
-    return path
-
-
-def read_times(path, histories, horizon):
-    """Of each history the next stamps in a file, int64 [n, horizon].
-
-    The file: stamps, one a line; with a header it may have a column symbol beside the time.
-    """
-    try:
-        with open_regular(path) as f:
-            lines = f.read().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
-                        f"give a file of dates, one a line")
-    lines = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-    head = [name.lower() for name in lines[0]] if lines else []
-    has_head = "symbol" in head or bool(head) and any(name in head[0] for name in ("time", "date"))
-    of = head.index("symbol") if "symbol" in head else None
-    at = next(i for i in (0, 1) if i != of)
-    stamps = {}
-    for number, row in enumerate(lines[has_head:], 1 + has_head):
-        if any(row):
-            text = row[at] if len(row) > max(at, of or 0) else ""
-            when = parse_time(text)
-            if math.isnan(when):
-                raise UserError(f"{path}:{number}: {printable(','.join(row))[:40]!r} is no time; "
-                                f"write it as 2018-01-31 or 2018-01-31 14:30")
-            stamps.setdefault(None if of is None else row[of], set()).add(int(when))
-    rows = []
-    for bars in histories:
-        own = np.array(sorted(stamps.get(None if of is None else bars.symbol, ())), np.int64)
-        rows.append(own[own > bars.time[-1]][:horizon])
-        if len(rows[-1]) < horizon:
-            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
-                            f"{iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
-    return np.array(rows)
-
-
-def warn_of_intervals(series, meta, who="the weights"):
-    """A line on stderr for each spacing of bars that is far from all that the checkpoint was trained on."""
-    known = (meta.get("data") or {}).get("intervals")
-    if not known:
-        return  # an older checkpoint does not say
-    far = {}
-    for bars in series:
-        step = float(np.median(np.diff(bars.time)))
-        if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(duration(step), []).append(printable(bars.symbol))
-    lowest, highest = duration(min(known)), duration(max(known))
-    trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
-    for step, symbols in far.items():
-        more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
-        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less",
-              file=sys.stderr)
-
-
-def duration(seconds):
-    """A time as people say it: 5 min."""
-    for unit, size in (("d", DAY), ("h", HOUR), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import zoneinfo
 import numpy as np
 import torch
 
+from backstage.dates import iso
+from backstage.script import UserError
 from backstage.series import DAY, HOUR, WEEK, YEAR
 
 
@@ -179,3 +181,17 @@ def _first_business_day(months):
 
 def _begin(months):
     return months.astype("datetime64[s]").astype(np.int64)
+
+
+def times_ahead(origins, horizon, times):
+    """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each history."""
+    if times is None:
+        return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
+    times = np.asarray(times, np.int64)
+    if times.shape not in ((horizon,), (len(origins), horizon)):
+        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
+    times = np.broadcast_to(times, (len(origins), horizon))
+    for o, row in zip(origins, times):
+        if (np.diff(row, prepend=o.time[-1]) <= 0).any():
+            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise from there on")
+    return times

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 import data
-import sample
 from backstage.checkpoint import damaged, fits, read_checkpoint, sources_of
 from backstage.dates import iso
 from backstage.files import check_out, fingerprint, weights_hash
+from backstage.inputs import load_series
 from backstage.script import UserError, pick_device, pick_dtype
 from backstage.series import DAY
 from model import load_checkpoint, save_checkpoint
@@ -326,7 +326,7 @@ def bars_of(config, base, tokenizer, meta, room):
     if not meta["data"] or not meta["splits"]:
         raise UserError(f"{config.ckpt}: does not say what it was trained on; "
                         f"name a checkpoint of pretrain.py")
-    series = sample.load_series(config.data, meta)
+    series = load_series(config.data, meta)
     source = dict(sources=config.data or meta["data"]["sources"], fingerprint=fingerprint(series),
                   reference=weights_hash(base.state_dict()),
                   seed=meta["data"].get("seed", meta["seed"]))  # of a synthetic market
