@@ -6,9 +6,10 @@
     python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
     python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
 
-A forecast is a set of sampled futures, called paths. A symbol's context is read once (`Model.prefill`) for all of them;
-each then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that
-every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
+A forecast is a set of sampled futures, called paths. A symbol's context is read once
+(`Model.prefill`) for all of them; each then costs one recurrent step a bar. Token pairs decode to
+features, features to bars (`data.inverse`), so that every bar is a valid candle. The next bar's
+P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
 import functools
 import json
@@ -75,10 +76,10 @@ TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are c
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
 LAWS = 32            # bars whose fine codes are read in full in a calibration
 STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
-PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
+PRIOR_BARS = 32  # bars that the share of unmoved bars in training counts for, beside a symbol's own
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Simulation
 
 @dataclass
@@ -122,7 +123,8 @@ class Calibration:
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
-    """Futures of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount). See simulate."""
+    """Futures of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount).
+    See simulate."""
     return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
 
 
@@ -229,9 +231,11 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
 
 
 def generate(model, state, times, uniform, draw):
-    """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
+    """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine
+    int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`, changed in place. draw: from h and uniform numbers to tokens.
+    state: of N rows, from `Model.prefill(...).repeat`, changed in place. draw: from h and uniform
+    numbers to tokens.
     """
     tokens = []
     for k in range(times.shape[1]):
@@ -244,18 +248,20 @@ def generate(model, state, times, uniform, draw):
 # --------------------------------------------------------------------------------------------------
 # A forecast that knows its record
 #
-# Before it speaks, the model says P(up) of the last bars that the series already have, each from the
-# bars before it alone. With x = logit P - mean and y whether the close rose, logistic regression gives
+# Before it speaks, the model says P(up) of the last bars that the series already have, each from
+# the bars before it alone. With x = logit P - mean and y whether the close rose, logistic
+# regression gives
 #
 #     logit P' = a + k x,      a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 #
-# each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the posterior
-# mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says and the next
-# does not.
+# each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the
+# posterior mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says
+# and the next does not.
 
 @torch.no_grad()
 def calibrate(model, tokenizer, histories, since=None):
-    """The Calibration of P(up) from the last bars of histories (Bars), some WINDOWS contexts of them.
+    """The Calibration of P(up) from the last bars of histories (Bars), some WINDOWS contexts of
+    them.
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
     Few bars leave the prior: half the trust, no bias.
@@ -296,7 +302,8 @@ def calibrate(model, tokenizer, histories, since=None):
 
 
 def trust(logit, rose, stamp):
-    """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their stamps."""
+    """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their
+    stamps."""
     mean = logit.mean()
     X, theta = np.stack([np.ones(len(logit)), logit - mean], 1), np.zeros(2)
     block = np.searchsorted(np.unique(stamp), stamp) * TIME_BLOCKS // len(np.unique(stamp))
@@ -344,10 +351,12 @@ def median_path(model, tokenizer, origins, horizon):
 
 
 def stratified(random, paths, horizon):
-    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
+    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each
+    other.
 
-    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but
-    at each step a half's n paths fall one into each n-th of the distribution, so that means and shares vary less.
+    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair
+    draw of the model, but at each step a half's n paths fall one into each n-th of the
+    distribution, so that means and shares vary less.
     """
     halves = []
     for n in (paths // 2, paths - paths // 2):
@@ -357,13 +366,15 @@ def stratified(random, paths, horizon):
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
-# Paths that move together. At each step the pairs of numbers that bars are drawn by keep their values
-# and change their order, to that of a Gaussian copula (Iman and Conover, Communications in Statistics 1982):
+# Paths that move together. At each step the pairs of numbers that bars are drawn by keep their
+# values and change their order, to that of a Gaussian copula (Iman and Conover, Communications in
+# Statistics 1982):
 #
 #     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i],    R = w C + (1 - w) mean C,   w = t^2 / (t^2 + e^2)
 #
-# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they truly
-# differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio Management 2004).
+# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they
+# truly differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio
+# Management 2004).
 
 def move_together(uniform, origins, times, seed):
     """Reorders, in place, the numbers [paths, H, 2] of the n origins that share their next stamps.
@@ -429,14 +440,16 @@ def rows_at_once(model):
 
 
 def by_close(tokenizer):
-    """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws them."""
+    """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws
+    them."""
     return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
 
 
 def unmoved_share(bars, prior):
     """Share of bars whose close did not move, before each bar and after the last: [T + 1].
 
-    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for PRIOR_BARS beside.
+    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for
+    PRIOR_BARS beside.
     """
     still = np.diff(bars.ohlcva[:, 3]) == 0
     count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
@@ -477,7 +490,7 @@ def record_of(model, tokenizer, histories, since=None):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 def main(argv=None):

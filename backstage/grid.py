@@ -18,7 +18,8 @@ N_WIDTHS = 64        # of bands around no move
 # over all pairs of tokens, and a path's close stays where its move is at most w.
 
 class Bands:
-    """How much of each coarse code's candles, over its fine codes, lies within a width of no move."""
+    """How much of each coarse code's candles, over its fine codes, lies within a width of no
+    move."""
 
     def __init__(self, model, tokenizer):
         moves = close_table(tokenizer).abs().to(model.up_mask.device)           # (2^k1, 2^k2)
@@ -39,7 +40,7 @@ class Bands:
     def staying(self, h, table, unmoved):
         """For h [m, C] and shares of unmoved bars [m]: the share of each code's candles that
         stays, [m, 2^k1], and the width w within which they lie, [m]."""
-        mass = self.model.coarse_logits(h).float().softmax(-1) @ table.T        # (m, W), P(|move| <= w)
+        mass = self.model.coarse_logits(h).float().softmax(-1) @ table.T  # (m, W), P(|move| <= w)
         unmoved = unmoved.float()
         right = torch.searchsorted(mass.contiguous(), unmoved[:, None]).clamp(1, len(table) - 1)
         low, high = mass.gather(1, right - 1), mass.gather(1, right)

@@ -14,11 +14,12 @@ from backstage.files import check_out, fingerprint, open_regular
 from backstage.script import UserError, printable
 from backstage.series import DAY, HOUR
 
-FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
+FAR = 2.5  # factor between the spacings of bars from which on a model knows little of them
 
 
 def load_series(sources, meta, symbols=None):
-    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
+    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where
+    given."""
     trained = meta["data"] or {}
     if not sources and not trained:
         raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
@@ -46,7 +47,8 @@ def trained_until(named, meta):
 
 
 def trained_bars(source):
-    """The bars that a checkpoint names. It may come from anyone: of other files than those not a word is shown."""
+    """The bars that a checkpoint names. It may come from anyone: of other files than those not a
+    word is shown."""
     with contextlib.suppress(UserError, OSError), contextlib.redirect_stderr(io.StringIO()):
         series = data.load(source["sources"])
         if source["fingerprint"] == fingerprint(series):
@@ -55,7 +57,8 @@ def trained_bars(source):
 
 
 def check(config):
-    """Refuse, before any work, flags that cannot be; without --ckpt, name the weights that come along."""
+    """Refuse, before any work, flags that cannot be; without --ckpt, name the weights that come
+    along."""
     if config.backtest:
         raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
     config.ckpt = config.ckpt or base_weights(config.data)
@@ -131,7 +134,8 @@ def read_times(path, histories, horizon):
 
 
 def warn_of_intervals(series, meta, who="the weights"):
-    """A line on stderr for each spacing of bars that is far from all that the checkpoint was trained on."""
+    """A line on stderr for each spacing of bars that is far from all that the checkpoint was
+    trained on."""
     known = (meta.get("data") or {}).get("intervals")
     if not known:
         return  # an older checkpoint does not say

@@ -32,7 +32,8 @@ MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 def resumed(given, config_class, free, stages):
     """(config, checkpoint) of --resume: the settings of the file --out.
 
-    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
+    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who
+    may have written it.
     """
     path = given.get("out", config_class.out)
     if not os.path.exists(path):
@@ -53,7 +54,8 @@ def resumed(given, config_class, free, stages):
     wrong += entry["run"].keys() - kinds.keys()
     if wrong:
         raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
-    own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}  # no file names what is written
+    # no file names what is written
+    own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}
     return config_class(**own | dict(overwrite=False, out=path) | given), entry
 
 

@@ -1,4 +1,5 @@
-"""The opponents of a forecast, each fitted on the bars before the first target, or on those before each origin."""
+"""The opponents of a forecast, each fitted on the bars before the first target, or on those before
+each origin."""
 import math
 import zlib
 
@@ -37,7 +38,7 @@ def decayed_mean_before(u):
     return np.append(np.nan, (total / np.where(weight > 0, weight, np.nan))[:-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Its opponents, each fitted on the bars before the first target, or on those before each origin
 
 RESIDUALS = 500   # that filtered historical simulation (the newest) and HAR draw from
@@ -58,7 +59,8 @@ def each_series(t, forecaster, *options):
 
 
 def persistence(t):
-    """All stays as it is: no return, the range and volume of the bar before. A point's CRPS is its error."""
+    """All stays as it is: no return, the range and volume of the bar before. A point's CRPS is its
+    error."""
     zero = np.zeros(len(t.r))
     ranges = [np.abs(np.diff(log_range(bars), prepend=np.nan)) for bars in t.series]
     volumes = [np.abs(np.diff(log_volume(bars), prepend=np.nan)) for bars in t.series]
@@ -74,7 +76,8 @@ def ar1(t, i, rows):
     a = y.mean() - b * x.mean()
     sigma = max((y - a - b * x).std(), 1e-9)
     one = score_normal(a + b * r[first - 1:last - 1], sigma, r[first:last])
-    psi = np.cumsum(b ** np.arange(t.horizon))  # (H,): weight of a shock k bars on in the return since the origin
+    # (H,): weight of a shock k bars on in the return since the origin
+    psi = np.cumsum(b ** np.arange(t.horizon))
     mean = a * psi.cumsum() + b * psi * r[t.origins[i], None]  # (n, H)
     many = score_normal(mean, np.sqrt((psi**2).cumsum()) * sigma, t.path_r[rows])
     return one | dict(p_up=normal_cdf(one["mean"] / sigma)) | named("path", many)
@@ -90,8 +93,8 @@ def gaussian(t, i, rows):
 
 
 def historical(t, i, rows, paths):
-    """Filtered historical simulation: residuals of a decayed volatility, which along a path follows what is drawn
-    (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999)."""
+    """Filtered historical simulation: residuals of a decayed volatility, which along a path follows
+    what is drawn (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999)."""
     r, (first, last), origins = t.returns[i], t.ranges[i], t.origins[i]
     begun = (np.arange(len(r)) > 0).astype(float)
     squares, weight = decayed_sum(r**2, decay=LAMBDA), decayed_sum(begun, decay=LAMBDA)
@@ -112,7 +115,8 @@ def historical(t, i, rows, paths):
 
 
 def logistic(t):
-    """Logistic regression of the direction on the last bars' features, all symbols together; {} under 1,000 bars."""
+    """Logistic regression of the direction on the last bars' features, all symbols together; {}
+    under 1,000 bars."""
     x = [data.features(*one)[0] for one in zip(t.series, t.slots)]
     known = []  # of each symbol the bars before its first target that moved
     for r, (first, _) in zip(t.returns, t.ranges):
@@ -137,7 +141,7 @@ def lagged(x, rows):
     return np.concatenate([np.ones((len(rows), 1)), *(x[rows - k] for k in range(1, LAGS + 1))], axis=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # HAR on ranges, the strongest opponent
 
 WINDOWS = (1, 5, 22, 66)   # bars over which HAR takes means
@@ -147,7 +151,8 @@ REFIT = 500                # stamps of targets after which HAR's weights are fit
 
 
 def har(t, paths):
-    """Volatility, range and volume each by a HAR of its own; a path draws residuals of return and range jointly."""
+    """Volatility, range and volume each by a HAR of its own; a path draws residuals of return and
+    range jointly."""
     random = np.random.default_rng([t.seed, 3])
     ranges = fit_har(t, [log_range(bars) for bars in t.series])
     volumes = fit_har(t, [np.exp(log_volume(bars)) for bars in t.series], logs=True)
@@ -165,13 +170,15 @@ def har(t, paths):
 
 
 class Har:
-    """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has none.
+    """Forecasts of a positive series u [T] of one symbol from its own past, NaN where a bar has
+    none.
 
-    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of u on roots of its
-    means over WINDOWS; logs: its log on the means of its log. u is taken in units of its mean before the first target
-    times its factors in the Slots of the day and of the week, or fewer `levels` of these. What fit_har adds: weights
-    [fits, 5], and fit [T], which of them are each bar's; forecast [T] of each bar; ratio [T], u over that; residuals
-    [1, RESIDUALS], ratios in order.
+    Heterogeneous autoregression (after Corsi, Journal of Financial Econometrics 2009): the root of
+    u on roots of its means over WINDOWS; logs: its log on the means of its log. u is taken in units
+    of its mean before the first target times its factors in the Slots of the day and of the week,
+    or fewer `levels` of these. What fit_har adds: weights [fits, 5], and fit [T], which of them are
+    each bar's; forecast [T] of each bar; ratio [T], u over that; residuals [1, RESIDUALS], ratios
+    in order.
     """
 
     def __init__(self, bars, u, first, start, logs, levels):
@@ -184,16 +191,20 @@ class Har:
         self.slots = data.Slots(bars.time, np.where(known, np.log(u), np.nan)[None], levels)
         self.unit = self.mean * np.exp(self.slots.log_factors[:, 0])
         self.u = u / self.unit
-        self.known = known & (np.arange(len(u)) >= min(WINDOWS[-1], first // 2))    # bars whose means are settled
-        self.fitted = np.flatnonzero(self.known[:first])                # those to learn from before the first target
-        self.early = self.fitted[bars.time[self.fitted] < start]        # those before any symbol's first target
+        # bars whose means are settled
+        self.known = known & (np.arange(len(u)) >= min(WINDOWS[-1], first // 2))
+        # those to learn from before the first target
+        self.fitted = np.flatnonzero(self.known[:first])
+        # those before any symbol's first target
+        self.early = self.fitted[bars.time[self.fitted] < start]
         usual, self.y = (0.0, np.log(self.u)) if logs else (1.0, self.u)
         self.x = np.stack([np.append(usual, trailing_mean(self.y, n)[:-1]) for n in WINDOWS], 1)
         if not logs:
-            self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)           # (T, 4), known before each bar; (T,)
+            self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)  # (T, 4), known before each bar; (T,)
 
     def predict(self, x, rows):
-        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS, a list of [n, ...].
+        """u of the next bar, in its units, from the roots or logs of its means over WINDOWS, a list
+        of [n, ...].
 
         rows [n]: the next bars, of which the weights are.
         """
@@ -204,9 +215,11 @@ class Har:
 
 
 def fit_har(t, values, logs=False):
-    """A Har of each series' values [T], with one regression for all of them; None if there is nothing to learn from.
+    """A Har of each series' values [T], with one regression for all of them; None if there is
+    nothing to learn from.
 
-    With factors of day and week, of the day alone or none: what was the best before the first target.
+    With factors of day and week, of the day alone or none: what was the best before the first
+    target.
     """
     forms = [fit_form(t, values, logs, levels) for levels in range(3)]
     return forms[0] and min(forms, key=early_error)
@@ -219,18 +232,20 @@ def early_error(hars):
 
 
 def fit_form(t, values, logs, levels):
-    """fit_har with so many levels of Slots. After every REFIT stamps of targets it is fitted anew, to all bars before."""
-    edges = np.unique(t.time)[::REFIT]                                  # the first of each fit's bars
+    """fit_har with so many levels of Slots. After every REFIT stamps of targets it is fitted anew,
+    to all bars before."""
+    edges = np.unique(t.time)[::REFIT]              # the first of each fit's bars
     hars = [Har(*one, edges[0], logs, levels) for one in zip(t.series, values, (first for first, _ in t.ranges))]
     if not sum(len(har.early) for har in hars):
         return None
     moments = np.zeros((len(edges), 5, 6))
     for har in hars:
-        later = np.searchsorted(edges, har.bars.time, side="right")     # the first fit that may know the bar
+        # the first fit that may know the bar
+        later = np.searchsorted(edges, har.bars.time, side="right")
         har.fit = np.maximum(later - 1, 0)
         X = np.concatenate([np.ones((len(later), 1)), har.x, har.y[:, None]], axis=1)   # (T, 6)
         if not logs:
-            X /= har.x.mean(1, keepdims=True)                           # a root's error grows with the root
+            X /= har.x.mean(1, keepdims=True)       # a root's error grows with the root
         for k in range(later[0], min(later[-1] + 1, len(edges))):
             rows = X[(later == k) & har.known]
             moments[k] += rows[:, :5].T @ rows
@@ -252,7 +267,8 @@ def trailing_mean(u, n):
 
 
 def give_residuals(hars, values):
-    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of the first row."""
+    """To each Har RESIDUALS columns of its values [k, T], half its own, half of all, in order of
+    the first row."""
     shared = np.concatenate([v[:, har.early] for v, har in zip(values, hars)], axis=1)
     shared = evenly(evenly(shared, RESIDUALS), RESIDUALS // 2)
     for v, har in zip(values, hars):
@@ -268,10 +284,11 @@ def evenly(values, n):
 
 
 def fit_volatility(t):
-    """A Har of each series' range volatility, and from it sigma [T], the volatility of each bar's return.
+    """A Har of each series' range volatility, and from it sigma [T], the volatility of each bar's
+    return.
 
-    It is forecast * scale [T + 1], the slow scale of |return| / forecast. residuals [2, RESIDUALS]: return / sigma, in
-    order, and the ratio of the same bar.
+    It is forecast * scale [T + 1], the slow scale of |return| / forecast. residuals [2, RESIDUALS]:
+    return / sigma, in order, and the ratio of the same bar.
     """
     hars = fit_har(t, [range_volatility(bars) for bars in t.series])
     size = [np.abs(r) / har.forecast for r, har in zip(t.returns, hars)]
@@ -288,7 +305,8 @@ def fit_volatility(t):
 def volatility_paths(har, origins, paths, horizon, random):
     """Log returns after each origin of a series, [n, paths, H], by a Har of fit_volatility.
 
-    A path draws a residual of its return and, of the same bar, one of its range, on which the next forecasts look back.
+    A path draws a residual of its return and, of the same bar, one of its range, on which the next
+    forecasts look back.
     """
     (z, ratio), n = har.residuals, len(origins)
     usual = np.ones((n, horizon))  # the factors of the bars to come
@@ -296,32 +314,36 @@ def volatility_paths(har, origins, paths, horizon, random):
         row[:] = np.exp(har.slots.next(har.bars.time[:o + 1], horizon)[:, 0])
     scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
     past = np.append(0.0, har.u.cumsum())
-    drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))  # running sums of u; returns
+    # running sums of u; returns
+    drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))
     pick = random.integers(len(z), size=moves.shape)
     for k in range(horizon):
         x = []
         for window in WINDOWS:
-            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]   # up to the origin
-            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]             # and after it
+            # up to the origin
+            known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
+            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]  # and after it
             x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
-        forecast = har.predict(x, origins + 1)                                                  # (n, paths)
+        forecast = har.predict(x, origins + 1)                              # (n, paths)
         drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
         moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
     return moves
 
 
 def range_volatility(bars):
-    """Of each bar sqrt(Parkinson variance + gap^2), in log price [T] (Parkinson, Journal of Business 1980)."""
+    """Of each bar sqrt(Parkinson variance + gap^2), in log price [T] (Parkinson, Journal of
+    Business 1980)."""
     open_, close = bars.ohlcva[:, 0], bars.ohlcva[:, 3]
     gap = np.log(open_ / np.append(open_[0], close[:-1]))
     return np.sqrt(log_range(bars)**2 / (4 * math.log(2)) + gap**2)
 
 
 def slow_scale(size, fitted, common):
-    """Decayed mean of sizes [T] before each bar and after the last, [T + 1], from the first fitted bar on.
+    """Decayed mean of sizes [T] before each bar and after the last, [T + 1], from the first fitted
+    bar on.
 
-    It begins with the mean over the fitted bars and 30 more of `common`, that of all symbols. A size counts as 6 usual
-    ones at most: one wild bar is not a new level.
+    It begins with the mean over the fitted bars and 30 more of `common`, that of all symbols. A
+    size counts as 6 usual ones at most: one wild bar is not a new level.
     """
     usual = (size[fitted].sum() + 30 * common) / (len(fitted) + 30)
     seen = np.arange(len(size)) >= fitted[0]

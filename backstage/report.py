@@ -12,14 +12,15 @@ from backstage.scores import EXTREME, USUAL_BARS, WARN, chance_extreme, usual_si
 from backstage.script import UserError, printable
 from backstage.series import COLUMNS, DAY, FORECAST, YEAR
 
-STALE = 5            # horizons, and a holiday, after which a symbol without new bars is left out of ranks
+STALE = 5  # horizons, and a holiday, after which a symbol without new bars is left out of ranks
 
 
 def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
-    """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are losses, so positive.
+    """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are
+    losses, so positive.
 
-    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close;
-    p_extreme: the share that end further than EXTREME long-run sigmas from it.
+    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above
+    the last close; p_extreme: the share that end further than EXTREME long-run sigmas from it.
     """
     last, horizon = bars.ohlcva[-1, 3], paths.shape[1]
     close = paths[:, -1, 3]  # (paths,): where they end
@@ -57,7 +58,8 @@ def figures(move):
 
 
 def weights_of(given, histories):
-    """Shares of the portfolio [n], from texts such as AAPL=0.6 or a CSV of symbol,weight; None: equal.
+    """Shares of the portfolio [n], from texts such as AAPL=0.6 or a CSV of symbol,weight; None:
+    equal.
 
     UserError for an unknown symbol or a weight that is no number. A symbol without one has 0.
     """
@@ -96,7 +98,8 @@ def weights_of(given, histories):
 def option(close, spot, strike, years, rate):
     """European call and put from the paths' last closes, discounted.
 
-    The paths are scaled so that their mean is the forward spot e^(rT): the market's drift, the model's volatility.
+    The paths are scaled so that their mean is the forward spot e^(rT): the market's drift, the
+    model's volatility.
     """
     k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
     gain = close * (spot * math.exp(rate * years) / close.mean()) - k
@@ -106,7 +109,8 @@ def option(close, spot, strike, years, rate):
 
 
 def give_ranks(rows, histories, horizon):
-    """Rank by P(up) the rows of the symbols that did not end long before the others; return their P(up)s."""
+    """Rank by P(up) the rows of the symbols that did not end long before the others; return their
+    P(up)s."""
     newest = max(bars.time[-1] for bars in histories)
     live = []
     for row, bars in zip(rows, histories):
@@ -120,7 +124,8 @@ def give_ranks(rows, histories, horizon):
 
 
 def print_report(rows, horizon, breadth, mean_p_up):
-    """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
+    """The rows of `describe` as a table of 80 columns (more where a name is long), best rank
+    first."""
     names = {r["symbol"]: printable(r["symbol"]) for r in rows}
     width = max(7, *map(len, names.values()))
     ahead = f"in {horizon}"

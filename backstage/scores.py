@@ -1,9 +1,11 @@
-"""Proper scores, sums of them over blocks of time, and how sure they are: a bootstrap over these blocks.
+"""Proper scores, sums of them over blocks of time, and how sure they are: a bootstrap over these
+blocks.
 
-A forecaster is a dict of arrays over the N targets: p_up (given that the bar moves), mean and point (expected and
-median log return), crps, pit (the share of its distribution below what came); of range and volume range_crps and so on.
-Over the n origins of paths of H bars: path_point, path_crps, path_pit [n, H] of the log return since the origin,
-path_rv_crps [n] of the realized volatility, and what the paths say of losses. What it does not say has no score.
+A forecaster is a dict of arrays over the N targets: p_up (given that the bar moves), mean and point
+(expected and median log return), crps, pit (the share of its distribution below what came); of
+range and volume range_crps and so on. Over the n origins of paths of H bars: path_point, path_crps,
+path_pit [n, H] of the log return since the origin, path_rv_crps [n] of the realized volatility, and
+what the paths say of losses. What it does not say has no score.
 """
 import copy
 import math
@@ -18,14 +20,16 @@ WARN = 0.05          # chance of an extreme move that raises a warning
 
 
 def usual_sigma(close):
-    """The long-run volatility of log returns, of the last USUAL_BARS closes; NaN where none moved."""
+    """The long-run volatility of log returns, of the last USUAL_BARS closes; NaN where none
+    moved."""
     r = np.diff(np.log(close[-USUAL_BARS - 1:]))
     sigma = r.std() if len(r) > 1 else 0.0
     return sigma if sigma > 0 else math.nan
 
 
 def chance_extreme(r, sigma, horizon):
-    """Share of log returns r [..., K] over the horizon that are extreme: [...]. sigma [...]: see usual_sigma."""
+    """Share of log returns r [..., K] over the horizon that are extreme: [...]. sigma [...]: see
+    usual_sigma."""
     least = EXTREME * np.asarray(sigma)[..., None] * math.sqrt(horizon)
     share = (np.abs(r) > least).mean(-1)
     return np.where(np.isfinite(sigma), share, np.nan)
@@ -35,7 +39,8 @@ METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", 
            "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90", "volume_crps",
            "volume_coverage90", "path_mape", "path_crps", "path_coverage50", "path_coverage80",
            "path_coverage90", "path_rv_crps", "var95_hits", "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came")
-RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")  # compared as ratios
+# compared as ratios
+RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
 RARE = ("var95", "es95", "extreme")              # scores that count rare cases begin so
 REPLICATES = 2000                 # of the bootstrap
@@ -50,20 +55,24 @@ def of_paths(metric):
 
 
 def resampled(n, random):
-    """How often each replicate draws each of n blocks: [REPLICATES, n]; no replicates of too few blocks."""
+    """How often each replicate draws each of n blocks: [REPLICATES, n]; no replicates of too few
+    blocks."""
     return random.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Distributions, and their scores for what happened
 
 def score_distribution(r, p, y):
-    """Scores of distributions for what happened, y [...]: values r [..., K] in order, p [..., K] their probabilities.
+    """Scores of distributions for what happened, y [...]: values r [..., K] in order, p [..., K]
+    their probabilities.
 
-    CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F (1 - F).
+    CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, JASA 2007), the last as the integral of F
+    (1 - F).
     """
     F, y = p.cumsum(-1), y[..., None]
-    middle = np.stack([(F < 0.5 - 1e-9).sum(-1), (F < 0.5 + 1e-9).sum(-1)], -1)  # two places where F is 1/2, else one
+    # two places where F is 1/2, else one
+    middle = np.stack([(F < 0.5 - 1e-9).sum(-1), (F < 0.5 + 1e-9).sum(-1)], -1)
     median = np.take_along_axis(r, middle, -1).mean(-1)
     below = (p * ((r < y) + 0.5 * (r == y))).sum(-1)
     return dict(mean=(p * r).sum(-1), point=median, pit=below, crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
@@ -75,9 +84,11 @@ def spread(r, F):
 
 
 def score_draws(r, y):
-    """score_distribution for K draws r [..., K], in any order, of which the first K // 2 are independent of the others.
+    """score_distribution for K draws r [..., K], in any order, of which the first K // 2 are
+    independent of the others.
 
-    E|X - X'| counts pairs across the halves alone: unbiased, as Ferro's fair form (QJRMS 2014) for independent draws.
+    E|X - X'| counts pairs across the halves alone: unbiased, as Ferro's fair form (QJRMS 2014) for
+    independent draws.
     """
     K, half, ordered = r.shape[-1], r.shape[-1] // 2, np.sort(r, -1)
     scores = score_distribution(ordered, np.full(r.shape, 1 / K), y)
@@ -92,11 +103,13 @@ def score_draws(r, y):
 
 
 def score_residuals(z, y, scale, location=0.0):
-    """score_distribution for location + scale * z: residuals z [K] or [N, K] of equal weight; y, scale, location [N]."""
+    """score_distribution for location + scale * z: residuals z [K] or [N, K] of equal weight; y,
+    scale, location [N]."""
     z = np.broadcast_to(z, (len(y), z.shape[-1]))
     scale, location = np.broadcast_to(scale, len(y)), np.broadcast_to(location, len(y))
     parts = []
-    for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):  # pieces that fit into memory
+    # pieces that fit into memory
+    for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):
         r = np.sort(location[rows, None] + scale[rows, None] * z[rows], -1)
         parts.append(score_distribution(r, np.full(r.shape, 1 / z.shape[-1]), y[rows]))
     return joined(parts)
@@ -116,7 +129,8 @@ def normal_cdf(z):
 def score_paths(moves, t, rows):
     """A forecaster's scores of paths: log returns moves [n, K, H] from the origins `rows` of t.
 
-    Among K draws what came has K + 1 ranks, equally likely where the forecast is right: that is a percentile's width.
+    Among K draws what came has K + 1 ranks, equally likely where the forecast is right: that is a
+    percentile's width.
     """
     K, y = moves.shape[1], t.path_r[rows]
     r = moves.cumsum(-1)
@@ -132,7 +146,8 @@ def score_paths(moves, t, rows):
 
 
 def named(name, scores):
-    """Scores of another quantity than the close of the next bar, {"crps": ...} as {"range_crps": ...}."""
+    """Scores of another quantity than the close of the next bar, {"crps": ...} as {"range_crps":
+    ...}."""
     return {f"{name}_{key}": value for key, value in scores.items()}
 
 
@@ -141,13 +156,15 @@ def joined(parts):
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scores, and how sure they are
 
 def time_block_sums(f, t):
-    """{score: sums over each block of time, [n_blocks, ...]} of what forecaster f says of targets t.
+    """{score: sums over each block of time, [n_blocks, ...]} of what forecaster f says of targets
+    t.
 
-    `score_of` makes the score of them. Most are means of a value of each bar, NaN where a bar has none.
+    `score_of` makes the score of them. Most are means of a value of each bar, NaN where a bar has
+    none.
     """
     out, means = {}, {}
     if "p_up" in f:
@@ -179,7 +196,8 @@ def direction_sums(p_up, t):
     moved = t.r != 0
     p, up, block = p_up[moved], t.r[moved] > 0, t.time_block[moved]
     hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
-    by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)  # hits among ups, among downs
+    # hits among ups, among downs
+    by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)
     with np.errstate(divide="ignore"):  # always_up: infinite
         logloss = -np.log(np.where(up, p, 1 - p))
     calls = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
@@ -191,7 +209,8 @@ def direction_sums(p_up, t):
 
 
 def path_sums(f, t):
-    """time_block_sums of paths: lists over the steps; realized volatility and losses over the whole horizon."""
+    """time_block_sums of paths: lists over the steps; realized volatility and losses over the whole
+    horizon."""
     out = {}
     means = dict(path_mape=100 * np.abs(np.expm1(f["path_point"] - t.path_r)),
                  path_crps=100 * f["path_crps"])
@@ -225,7 +244,8 @@ def within(pit, width, low, high):
 
 
 def sums_of(values, block, n_blocks):
-    """Sums over each block of values [N, ...] and of how many there are, NaN left out: [n_blocks, ..., 2]."""
+    """Sums over each block of values [N, ...] and of how many there are, NaN left out: [n_blocks,
+    ..., 2]."""
     known = ~np.isnan(values)
     return totals(np.stack([np.where(known, values, 0), known], -1), block, n_blocks)
 
@@ -250,12 +270,14 @@ def totals(values, block, n_blocks):
 
 
 def score_of(metric, s):
-    """A score from sums over some blocks, s [..., 2] (six for IC): the columns that time_block_sums stacks."""
+    """A score from sums over some blocks, s [..., 2] (six for IC): the columns that time_block_sums
+    stacks."""
     if metric == "ic":  # Pearson's correlation
         n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
         return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
     first, second = s[..., 0], s[..., 1]
-    if metric == "auc":  # P(p of an up > p of a down) + P(equal) / 2, from ups and downs in each bin
+    # P(p of an up > p of a down) + P(equal) / 2, from ups and downs in each bin
+    if metric == "auc":
         below = second.cumsum(-1) - second / 2
         return (first * below).sum(-1) / (first.sum(-1) * second.sum(-1))
     if metric == "ece":  # expected calibration error, from p - up and counts in each bin
@@ -267,13 +289,15 @@ def score_of(metric, s):
 
 
 def ordered_bins(p, most=2048):
-    """The rank of each p among the distinct ones; neighbours share a bin where there are more than `most`."""
+    """The rank of each p among the distinct ones; neighbours share a bin where there are more than
+    `most`."""
     value, rank, count = np.unique(p, return_inverse=True, return_counts=True)
     return rank if len(value) <= most else (np.cumsum(count) - 1)[rank] * most // len(p)
 
 
 def rank_ic(signal, r, stamp):
-    """Spearman's correlation across the symbols of each time stamp, [stamps]; NaN for fewer than 3, or all alike."""
+    """Spearman's correlation across the symbols of each time stamp, [stamps]; NaN for fewer than 3,
+    or all alike."""
     x, y = ranks(signal, stamp), ranks(r, stamp)
     variance = np.bincount(stamp, x * x) * np.bincount(stamp, y * y)
     found = np.bincount(stamp, x * y) / np.sqrt(variance.clip(1e-9))
@@ -291,9 +315,11 @@ def ranks(v, stamp):
 
 
 def trading_sums(p_up, t, cost_bps):
-    """time_block_sums of a trade: long the top fifth, short the bottom fifth by P(up) at every time stamp with 5 symbols.
+    """time_block_sums of a trade: long the top fifth, short the bottom fifth by P(up) at every time
+    stamp with 5 symbols.
 
-    Return per bar in bps after costs; turnover, the value traded as a share of one side (4: both sides replaced).
+    Return per bar in bps after costs; turnover, the value traded as a share of one side (4: both
+    sides replaced).
     """
     p = np.full((t.stamp.max() + 1, len(t.series)), np.nan)
     p[t.stamp, t.symbol] = p_up
@@ -310,7 +336,8 @@ def trading_sums(p_up, t, cost_bps):
 
 
 def bootstrap(sums, t):
-    """{score: (value, replicates)} of time_block_sums. All forecasters get the same draws of blocks: so they are paired."""
+    """{score: (value, replicates)} of time_block_sums. All forecasters get the same draws of
+    blocks: so they are paired."""
     out = {}
     with np.errstate(all="ignore"):
         for name, s in sums.items():
@@ -320,14 +347,17 @@ def bootstrap(sums, t):
                 drawn = np.full_like(drawn, np.nan)
             finite = np.isfinite(drawn)
             centre = drawn.sum(0, where=finite) / finite.sum(0)
-            out[name] = value, drawn - centre + value  # ECE, a sum of magnitudes, is larger in a replicate
+            # ECE, a sum of magnitudes, is larger in a replicate
+            out[name] = value, drawn - centre + value
     return out
 
 
 def scored(value, drawn, n_blocks):
-    """{value, lo, hi}: the 95 % percentile interval, None under 20 blocks; a list of them for a score over steps.
+    """{value, lo, hi}: the 95 % percentile interval, None under 20 blocks; a list of them for a
+    score over steps.
 
-    As wide as Student's t has it, since blocks are few (Hesterberg 2014, arXiv 1411.5279). None for no finite value.
+    As wide as Student's t has it, since blocks are few (Hesterberg 2014, arXiv 1411.5279). None for
+    no finite value.
     """
     if np.ndim(value):
         steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
@@ -345,7 +375,8 @@ def scored(value, drawn, n_blocks):
 
 
 def at_step(drawn, metric, step):
-    """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is None."""
+    """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is
+    None."""
     value, replicates = drawn[metric]
     if np.ndim(value) == 0:
         return value, replicates
@@ -359,12 +390,14 @@ def versus(a, b, n_blocks, as_ratio):
 
 
 def against(a, b, metric, t, step=-1):
-    """The score a beside b, paired: as a ratio for the metrics of RATIOS, else as a difference; step as in at_step."""
+    """The score a beside b, paired: as a ratio for the metrics of RATIOS, else as a difference;
+    step as in at_step."""
     return versus(at_step(a, metric, step), at_step(b, metric, step), t.blocks_of(metric), as_ratio=metric in RATIOS)
 
 
 def paired(name_a, name_b, drawn, t, metrics):
-    """Differences a - b of every score that both have, and ratios a / b of RATIOS, replicate by replicate."""
+    """Differences a - b of every score that both have, and ratios a / b of RATIOS, replicate by
+    replicate."""
     a, b, rows = drawn[name_a], drawn[name_b], []
     for metric in metrics:
         if metric in a and metric in b:
@@ -375,7 +408,8 @@ def paired(name_a, name_b, drawn, t, metrics):
 
 
 def groups_of(t, by):
-    """(name, mask over the targets) of each group; volatility: thirds of the bars by HAR's forecast over s_t."""
+    """(name, mask over the targets) of each group; volatility: thirds of the bars by HAR's forecast
+    over s_t."""
     if by is None:
         return []
     if by == "symbol":
@@ -385,7 +419,8 @@ def groups_of(t, by):
         quarters, group = np.unique(months // 3, return_inverse=True)
         names = [f"{1970 + q // 4}-Q{q % 4 + 1}" for q in quarters]
     else:
-        rising = t.flat([har.sigma for har in t.volatility]) / t.s  # known before the bar: how volatility is to change
+        # known before the bar: how volatility is to change
+        rising = t.flat([har.sigma for har in t.volatility]) / t.s
         names, group = ("falling", "steady", "rising"), np.searchsorted(np.quantile(rising, (1 / 3, 2 / 3)), rising)
     return [(name, group == k) for k, name in enumerate(names)]
 
