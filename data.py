@@ -1,6 +1,6 @@
 """Bars in, features and batches out: everything that touches market data, once, for every stage.
 
-    python data.py --data 'csv/*.csv' --out folder       # CSV -> a folder of memory-mapped arrays that --data takes
+    python data.py --data 'csv/*.csv' --out folder     # CSV -> a folder of mapped arrays for --data
     python data.py --synthetic 100000 --out folder       # the same from the synthetic market
     python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
 
@@ -184,7 +184,9 @@ class State:
         mean = _mean(self.total, self.weight)
         low, high = _bounds(self.origin)
         s, d = np.moveaxis(np.minimum(np.maximum(mean[..., ::3], low), high), -1, 0)
-        log_F, log_G = np.moveaxis(self.coming[..., 0, :], -1, 0) if self.coming.shape[-2] else (0.0, 0.0)
+        log_F = log_G = 0.0
+        if self.coming.shape[-2]:
+            log_F, log_G = np.moveaxis(self.coming[..., 0, :], -1, 0)
         return np.maximum(np.exp(log_F) * s, S_FLOOR), log_G + mean[..., 1], d, mean[..., 2]
 
     def anchored(self, log_factors=None):
@@ -197,7 +199,8 @@ class State:
         """
         s, d = np.moveaxis(_mean(self.total, self.weight)[..., ::3], -1, 0)
         s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
-        return replace(self, origin=np.stack([s, d, np.maximum(2 * self.widest, FARTHEST)], axis=-1),
+        origin = np.stack([s, d, np.maximum(2 * self.widest, FARTHEST)], axis=-1)
+        return replace(self, origin=origin,
                        coming=self.coming if log_factors is None else log_factors)
 
     def map(self, f):
@@ -205,7 +208,8 @@ class State:
         return State(*(f(getattr(self, k.name)) for k in fields(self)))
 
 
-START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan), np.zeros((0, 2)))
+START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan),
+              np.zeros((0, 2)))
 SMG, D = slice(3), slice(3, 4)                               # places of the means in a State
 
 
@@ -249,7 +253,8 @@ def feature_pieces(bars, state=START, log_factors=None):
         vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
 
         true_range = _true_range(h, l, previous)
-        total, weight = _sums(state, SMG, [true_range / F, volume - log_G, vwap], [begun, has_v, has_a])
+        u, w = [true_range / F, volume - log_G, vwap], [begun, has_v, has_a]
+        total, weight = _sums(state, SMG, u, w)
         s, m, g = _mean(total, weight)[:, :-1]                        # (n,) each
         s, m = F * np.maximum(s, S_FLOOR), log_G + m
         deviates = has_v * (weight[1, :-1] > 0)  # a deviation needs a level to deviate from
@@ -257,12 +262,14 @@ def feature_pieces(bars, state=START, log_factors=None):
         [d] = _mean(total_d, weight_d)[:, :-1]
 
         s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
-        price = np.log(np.stack([c / previous, o / previous, h / np.maximum(o, c), np.minimum(o, c) / l])) / s
+        price = np.stack([c / previous, o / previous, h / np.maximum(o, c), np.minimum(o, c) / l])
+        price = np.log(price) / s
         if first:
             price[:, 0] = 0.0
         x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])   # (6, n)
         widest = (true_range / s).max(where=weight[0, :-1] > SETTLED, initial=state.widest)
-        total, weight = np.append(total[:, -1], total_d[:, -1]), np.append(weight[:, -1], weight_d[:, -1])
+        total = np.append(total[:, -1], total_d[:, -1])
+        weight = np.append(weight[:, -1], weight_d[:, -1])
         state = State(c[-1], total, weight, widest, state.origin, START.coming)
         yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
 
@@ -352,7 +359,8 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
         w[1:] = has_v, has_a, has_v & (weight[1] > 0)
         close, total, weight = c, DECAY * total + u * w, DECAY * weight + w
     total, weight = np.moveaxis([total, weight], 1, -1)
-    return np.moveaxis(out, (0, 1), (-2, -1)), State(close, total, weight, widest, origin, coming[..., n:, :])
+    after = State(close, total, weight, widest, origin, coming[..., n:, :])
+    return np.moveaxis(out, (0, 1), (-2, -1)), after
 
 
 def scales(bars, log_factors=None):
@@ -361,7 +369,8 @@ def scales(bars, log_factors=None):
     _, h, l, c = bars.ohlcva[:, :4].T
     F = np.exp((slots_of(bars).log_factors if log_factors is None else log_factors)[:, 0])
     begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    total, weight = _sums(START, slice(1), [_true_range(h, l, np.append(c[0], c[:-1])) / F], [begun])
+    true_range = _true_range(h, l, np.append(c[0], c[:-1]))
+    total, weight = _sums(START, slice(1), [true_range / F], [begun])
     return np.maximum(F * np.maximum(_mean(total, weight)[0, :-1], S_FLOOR), S_FLOOR)
 
 
@@ -378,7 +387,9 @@ def states_at(bars, origins, slots=None, horizon=COMING):
         for o in origins:
             if i <= o < i + PIECE:
                 _, after = next(feature_pieces(bars[i:o + 1], state, slots.log_factors[i:o + 1]))
-                found.append(replace(after, coming=slots.next(bars.time[:o + 1], horizon)) if horizon else after)
+                if horizon:
+                    after = replace(after, coming=slots.next(bars.time[:o + 1], horizon))
+                found.append(after)
         state = next(feature_pieces(bars[i:i + PIECE], state, slots.log_factors[i:i + PIECE]))[1]
     return found
 
@@ -403,8 +414,9 @@ def split_borders(series, val_start=None, test_start=None) -> tuple[int, int]:
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
         borders.append(int(border))
     if not stamps[0] < borders[0] < borders[1]:
-        raise UserError(f"the split leaves no room: bars begin {iso(stamps[0])}, val {iso(borders[0])}, "
-                        f"test {iso(borders[1])}; set --val_start and --test_start in this order")
+        raise UserError(f"the split leaves no room: bars begin {iso(stamps[0])}, "
+                        f"val {iso(borders[0])}, test {iso(borders[1])}; set "
+                        f"--val_start and --test_start in this order")
     return borders[0], borders[1]
 
 
@@ -415,7 +427,8 @@ def own_borders(series, share) -> np.ndarray:
     For weights of many markets whose bars end in different years; nothing is left for test.
     """
     first, last = np.array([(bars.time[0], bars.time[-1]) for bars in series]).T
-    return np.stack([last - (share * (last - first)).astype(np.int64), 0 * last + last.max() + 1], axis=1)
+    val = last - (share * (last - first)).astype(np.int64)
+    return np.stack([val, np.full_like(last, last.max() + 1)], axis=1)
 
 
 def targets_of(bars, split, borders):
@@ -439,7 +452,7 @@ class Streams:
     block_size: int       # bars of context in a window
     batch_size: int       # windows in the global batch
     whole: bool = False   # only windows in which every bar is a target
-    weights: np.ndarray | None = None  # float64 [symbols]: how often each is drawn; None: as it has windows
+    weights: np.ndarray | None = None  # [symbols]: how often each is drawn; None: as windows
 
     def __post_init__(self):
         first = self.targets[:, 0] + (self.block_size - 1) * self.whole
@@ -482,7 +495,8 @@ def balanced(series, streams):
     A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median
     spacing of the bars.
     """
-    groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}" for bars in series]
+    groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}"
+              for bars in series]
     group = np.unique(groups, return_inverse=True)[1]
     weights = streams.count / np.sqrt(np.maximum(1, np.bincount(group, streams.count)))[group]
     return weights / weights.sum()
@@ -532,7 +546,10 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
     if x is not None and len(x) != len(bars):
         raise ValueError(f"features of {len(x)} bars for a series of {len(bars)}")
     tokens = [np.empty((0, 2), np.int16)]
-    pieces = (piece for piece, _ in feature_pieces(bars)) if x is None else np.split(x, range(PIECE, len(x), PIECE))
+    if x is None:
+        pieces = (piece for piece, _ in feature_pieces(bars))
+    else:
+        pieces = np.split(x, range(PIECE, len(x), PIECE))
     for piece in pieces:
         coarse, fine = tokenizer.encode(torch.from_numpy(piece))      # (n,) each
         tokens.append(torch.stack((coarse, fine), dim=-1).cpu().numpy().astype(np.int16))
@@ -547,7 +564,9 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
 def around_the_clock(bars):
     """Whether a series has bars in every hour of the day, each within one of them: crypto,
     currencies."""
-    return len(bars) > 1 and np.median(np.diff(bars.time)) <= HOUR and len(np.unique(bars.time // HOUR % 24)) == 24
+    if len(bars) < 2 or np.median(np.diff(bars.time)) > HOUR:
+        return False
+    return len(np.unique(bars.time // HOUR % 24)) == 24
 
 
 def part_of_day(bars, random):
@@ -565,7 +584,8 @@ def mirrored(bars):
     """
     open_, high, low, close, volume, amount = bars.ohlcva.T
     amount = volume * volume / np.where(amount > 0, amount, np.nan)
-    return Bars(bars.symbol, bars.time, np.stack([1 / open_, 1 / low, 1 / high, 1 / close, volume, amount], axis=1))
+    ohlcva = np.stack([1 / open_, 1 / low, 1 / high, 1 / close, volume, amount], axis=1)
+    return Bars(bars.symbol, bars.time, ohlcva)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -574,13 +594,13 @@ def mirrored(bars):
 @dataclass
 class Config:
     data: list[str] | None = None  # CSV files, folders or globs to convert
-    synthetic: int | None = None   # instead of files: so many bars of the synthetic market, all symbols together
-    kind: str = "edge"             # synthetic: edge (a wick tells the next direction) or reverting (a deviation decays)
-    signal: float | None = None    # synthetic: edge: best accuracy above 0.5, 0.1; reverting: strength, 0 to 1, 0.75
+    synthetic: int | None = None   # so many bars of the synthetic market, in all
+    kind: str = "edge"             # synthetic: edge (a wick tells) or reverting
+    signal: float | None = None    # synthetic: edge: 0.1; reverting: 0.75
     half_life: float = 8           # synthetic, reverting: bars in which a deviation halves
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
-    order: str | None = None       # of days and months where the dates do not tell: month/day/year, day/month/year
+    order: str | None = None       # of dates that do not tell: month/day/year or the like
     out: str = "bars"              # folder to write
 
 
@@ -599,8 +619,10 @@ def main(argv=None):
         print(f"best reachable direction accuracy, next bar: {best:.2%}")
         if config.kind == "reverting":
             ratio = reverting_best(config.signal, config.half_life)[2]
-            print(f"best path over 10 bars: {ratio:.4f} of the mean absolute error of standing still")
-        series = synthetic_series(config.seed, config.signal, config.n_symbols, config.synthetic // config.n_symbols,
+            print(f"best path over 10 bars: {ratio:.4f} of the mean absolute error of "
+                  f"standing still")
+        n_bars = config.synthetic // config.n_symbols
+        series = synthetic_series(config.seed, config.signal, config.n_symbols, n_bars,
                                   config.kind, config.half_life)
     else:
         series = read_files(config.data, config.order)

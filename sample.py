@@ -1,10 +1,10 @@
 """What a checkpoint can show: forecasts, their report and pictures.
 
-    python sample.py --data bars.csv                                # with the weights that come along, assets/base.pt
-    python sample.py --ckpt out.pt                                  # a table: one row a symbol, ten bars ahead
-    python sample.py --ckpt out.pt --data other.csv --symbols AAPL MSFT --horizon 20 --paths 1000 --out forecast.csv
-    python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
-    python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
+    python sample.py --data bars.csv             # with the weights that come along, assets/base.pt
+    python sample.py --ckpt out.pt               # a table: one row a symbol, ten bars ahead
+    python sample.py --data other.csv --symbols AAPL MSFT --horizon 20 --out forecast.csv
+    python sample.py --strike 1.05x --strike 100 --rate 0.04          # European options
+    python sample.py --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
 
 A forecast is a set of sampled futures, called paths. A symbol's context is read once
 (`Model.prefill`) for all of them; each then costs one recurrent step a bar. Token pairs decode to
@@ -40,23 +40,23 @@ from model import load_checkpoint
 
 @dataclass
 class Config:
-    ckpt: str | None = None            # checkpoint to forecast from; none: the weights that come along
-    data: list[str] | None = None      # bars to forecast; none: those that the checkpoint was trained on
+    ckpt: str | None = None            # checkpoint; none: the weights that come along
+    data: list[str] | None = None      # bars; none: those that the checkpoint was trained on
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
     paths: int = 200                   # sampled futures of each symbol
-    times: str | None = None           # file with the stamps of the bars to come, one a line, where the clock would err
+    times: str | None = None           # file of the stamps to come, where the clock would err
     temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
-    top_p: float = 1.0                 # of the paths: sample among the likeliest tokens of this total probability
-    parallel: bool = False             # one pass of the latent reasoner for all bars (at most 16) instead of step by step
+    top_p: float = 1.0                 # of the paths: among the likeliest tokens of this mass
+    parallel: bool = False             # all bars (at most 16) in one pass of the reasoner
     joint: bool = True                 # paths of symbols with the same stamps move together
-    calibrate: bool = True             # trust in P(up) as these bars' own past has it, and the record
-    weights: list[str] | None = None   # of the portfolio: AAPL=0.6 MSFT=0.4, or a CSV; default equal
+    calibrate: bool = True             # trust in P(up) as these bars' past has it; the record
+    weights: list[str] | None = None   # AAPL=0.6 MSFT=0.4, or a CSV of them; none: equal
     seed: int = 0                      # of the sampling
-    strike: list[str] | None = None    # strikes of European options: a price, or a share of spot such as 1.05x
+    strike: list[str] | None = None    # of European options: a price, or a share such as 1.05x
     rate: float = 0.0                  # annual, continuous, for the options
     json: bool = False                 # print JSON in place of the table
-    out: str | None = None             # write the forecast bars as CSV: quantiles of close, medians of all columns
+    out: str | None = None             # write quantiles of close, medians of all columns, CSV
     paths_out: str | None = None       # write all paths as .npz
     plot: str | None = None            # write candles and the fan of the forecast as SVG
     plot_codebook: str | None = None   # write the most used coarse codes as candles, SVG
@@ -143,12 +143,14 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
+        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, "
+                        f"top_p at most 1")
     if parallel and model.config.reasoner and horizon > model.config.latents:
         raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
     check_histories(histories)
-    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
+    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past)
+               for past in histories]
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
     bands = Bands(model, tokenizer)
@@ -187,7 +189,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
 def origin_of(model, tokenizer, bars):
     """The Origin after all of the bars."""
     if len(bars) < 2:
-        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; "
+                        f"at least 2 are needed")
     slots = data.slots_of(bars)
     x, state = data.features(bars, slots)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
@@ -252,7 +255,8 @@ def generate(model, state, times, uniform, draw):
 # the bars before it alone. With x = logit P - mean and y whether the close rose, logistic
 # regression gives
 #
-#     logit P' = a + k x,      a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
+#     logit P' = a + k x
+#     a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 #
 # each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the
 # posterior mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says
@@ -271,7 +275,8 @@ def calibrate(model, tokenizer, histories, since=None):
     logits, rose, stamps, bands = [], [], [], Bands(model, tokenizer)
     laws = max(1, LAWS // len(histories[::share]))
     for bars in histories[::share]:
-        first = data.CONTEXT if since is None else max(data.CONTEXT, np.searchsorted(bars.time, since))
+        known = 0 if since is None else np.searchsorted(bars.time, since)
+        first = max(data.CONTEXT, known)
         each = max(1, WINDOWS // len(histories)) * (n // 2)
         first = max(first, len(bars) - each)
         if first >= len(bars):
@@ -370,7 +375,8 @@ def stratified(random, paths, horizon):
 # values and change their order, to that of a Gaussian copula (Iman and Conover, Communications in
 # Statistics 1982):
 #
-#     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i],    R = w C + (1 - w) mean C,   w = t^2 / (t^2 + e^2)
+#     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i]
+#     R = w C + (1 - w) mean C,    w = t^2 / (t^2 + e^2)
 #
 # C: correlations of the normal scores of past closes; e: their standard errors; t: how much they
 # truly differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio
@@ -505,10 +511,11 @@ def main(argv=None):
         plot_codebook(config.plot_codebook, tokenizer, series)
     histories = [bars for bars in series if len(bars) > data.CONTEXT]
     if not histories:
-        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
+        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; "
+                        f"give more bars")
     if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are "
-              f"skipped", file=sys.stderr)
+        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most "
+              f"{data.CONTEXT} bars and are skipped", file=sys.stderr)
     warn_of_intervals(histories, meta)
 
     times = read_times(config.times, histories, config.horizon) if config.times else None
@@ -524,7 +531,8 @@ def main(argv=None):
     for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
         rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
     ranked = give_ranks(rows, histories, config.horizon)
-    breadth, mean_p_up = (float((ranked > 0.5).mean()), float(ranked.mean())) if len(ranked) else (math.nan,) * 2
+    breadth = float((ranked > 0.5).mean()) if len(ranked) else math.nan
+    mean_p_up = float(ranked.mean()) if len(ranked) else math.nan
     portfolio = None
     if len(rows) > 1:
         portfolio, beside = portfolio_of(histories, ohlcva, weights, config.seed)
@@ -538,7 +546,8 @@ def main(argv=None):
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
         with write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
-            np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
+            symbols = [bars.symbol for bars in histories]
+            np.savez_compressed(f, symbols=symbols, ohlcva=ohlcva, time=times)
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva, times)
     if config.json:
