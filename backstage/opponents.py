@@ -48,9 +48,9 @@ LAGS = 5          # bars that the logistic regression looks at
 
 def baselines(t, paths):
     """{name: forecaster} of all of them."""
-    return dict(persistence=persistence(t), always_up=dict(p_up=np.ones(len(t.r))), ar1=each_series(t, ar1),
-                logistic=logistic(t), gaussian20=each_series(t, gaussian), fhs=each_series(t, historical, paths),
-                har=har(t, paths))
+    return dict(persistence=persistence(t), always_up=dict(p_up=np.ones(len(t.r))),
+                ar1=each_series(t, ar1), logistic=logistic(t), gaussian20=each_series(t, gaussian),
+                fhs=each_series(t, historical, paths), har=har(t, paths))
 
 
 def each_series(t, forecaster, *options):
@@ -64,7 +64,8 @@ def persistence(t):
     zero = np.zeros(len(t.r))
     ranges = [np.abs(np.diff(log_range(bars), prepend=np.nan)) for bars in t.series]
     volumes = [np.abs(np.diff(log_volume(bars), prepend=np.nan)) for bars in t.series]
-    return dict(mean=zero, point=zero, crps=np.abs(t.r), range_crps=t.flat(ranges), volume_crps=t.flat(volumes),
+    return dict(mean=zero, point=zero, crps=np.abs(t.r),
+                range_crps=t.flat(ranges), volume_crps=t.flat(volumes),
                 path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
 
 
@@ -109,7 +110,8 @@ def historical(t, i, rows, paths):
     pick = random.integers(n, size=(len(origins), paths, t.horizon))
     variance, moves = np.repeat(vol[origins, None]**2, paths, 1), np.empty(pick.shape)
     for k in range(t.horizon):
-        moves[:, :, k] = np.sqrt(variance) * np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
+        residual = np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
+        moves[:, :, k] = np.sqrt(variance) * residual
         variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
     return one | dict(p_up=p_up) | score_paths(moves, t, rows)
 
@@ -138,7 +140,8 @@ def logistic(t):
 
 def lagged(x, rows):
     """1 and the features x [T, 6] of the LAGS bars before each of the rows."""
-    return np.concatenate([np.ones((len(rows), 1)), *(x[rows - k] for k in range(1, LAGS + 1))], axis=1)
+    lags = [x[rows - k] for k in range(1, LAGS + 1)]
+    return np.concatenate([np.ones((len(rows), 1)), *lags], axis=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,7 +163,8 @@ def har(t, paths):
     for i, (first, last) in enumerate(t.ranges):
         bars, now, volatility = t.series[i], slice(first, last), t.volatility[i]
         scores = score_residuals(volatility.residuals[0], t.returns[i][now], volatility.sigma[now])
-        scores |= named("range", score_residuals(ranges[i].residuals[0], log_range(bars)[now], ranges[i].forecast[now]))
+        z, scale = ranges[i].residuals[0], ranges[i].forecast[now]
+        scores |= named("range", score_residuals(z, log_range(bars)[now], scale))
         if volumes:
             z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
             scores |= named("volume", score_residuals(z, log_volume(bars)[now], 1.0, location))
@@ -191,16 +195,14 @@ class Har:
         self.slots = data.Slots(bars.time, np.where(known, np.log(u), np.nan)[None], levels)
         self.unit = self.mean * np.exp(self.slots.log_factors[:, 0])
         self.u = u / self.unit
-        # bars whose means are settled
+        # bars whose means are settled; those to learn from; those before any symbol's first target
         self.known = known & (np.arange(len(u)) >= min(WINDOWS[-1], first // 2))
-        # those to learn from before the first target
         self.fitted = np.flatnonzero(self.known[:first])
-        # those before any symbol's first target
         self.early = self.fitted[bars.time[self.fitted] < start]
         usual, self.y = (0.0, np.log(self.u)) if logs else (1.0, self.u)
         self.x = np.stack([np.append(usual, trailing_mean(self.y, n)[:-1]) for n in WINDOWS], 1)
         if not logs:
-            self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)  # (T, 4), known before each bar; (T,)
+            self.x, self.y = np.sqrt(self.x), np.sqrt(self.y)       # (T, 4), known before; (T,)
 
     def predict(self, x, rows):
         """u of the next bar, in its units, from the roots or logs of its means over WINDOWS, a list
@@ -234,18 +236,18 @@ def early_error(hars):
 def fit_form(t, values, logs, levels):
     """fit_har with so many levels of Slots. After every REFIT stamps of targets it is fitted anew,
     to all bars before."""
-    edges = np.unique(t.time)[::REFIT]              # the first of each fit's bars
-    hars = [Har(*one, edges[0], logs, levels) for one in zip(t.series, values, (first for first, _ in t.ranges))]
+    edges = np.unique(t.time)[::REFIT]                              # the first of each fit's bars
+    hars = [Har(bars, u, first, edges[0], logs, levels)
+            for bars, u, (first, _) in zip(t.series, values, t.ranges)]
     if not sum(len(har.early) for har in hars):
         return None
     moments = np.zeros((len(edges), 5, 6))
     for har in hars:
-        # the first fit that may know the bar
-        later = np.searchsorted(edges, har.bars.time, side="right")
+        later = np.searchsorted(edges, har.bars.time, side="right")     # the first to know the bar
         har.fit = np.maximum(later - 1, 0)
         X = np.concatenate([np.ones((len(later), 1)), har.x, har.y[:, None]], axis=1)   # (T, 6)
         if not logs:
-            X /= har.x.mean(1, keepdims=True)       # a root's error grows with the root
+            X /= har.x.mean(1, keepdims=True)                           # a root's error grows so
         for k in range(later[0], min(later[-1] + 1, len(edges))):
             rows = X[(later == k) & har.known]
             moments[k] += rows[:, :5].T @ rows
@@ -314,17 +316,17 @@ def volatility_paths(har, origins, paths, horizon, random):
         row[:] = np.exp(har.slots.next(har.bars.time[:o + 1], horizon)[:, 0])
     scale = har.scale[origins + 1, None] * har.mean * usual  # (n, H)
     past = np.append(0.0, har.u.cumsum())
-    # running sums of u; returns
+    # running sums of u after the origin; returns
     drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))
     pick = random.integers(len(z), size=moves.shape)
     for k in range(horizon):
         x = []
         for window in WINDOWS:
-            # up to the origin
+            # up to the origin, and after it
             known = past[origins + 1] - past[np.maximum(origins + 1 - max(window - k, 0), 0)]
-            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]  # and after it
+            total = known[:, None] + drawn[..., k] - drawn[..., max(k - window, 0)]
             x.append(np.sqrt(total / np.minimum(window, origins + 1 + k)[:, None]))
-        forecast = har.predict(x, origins + 1)                              # (n, paths)
+        forecast = har.predict(x, origins + 1)                                      # (n, paths)
         drawn[..., k + 1] = drawn[..., k] + forecast * ratio[pick[..., k]]
         moves[..., k] = scale[:, k, None] * forecast * z[pick[..., k]]
     return moves

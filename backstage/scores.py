@@ -1,11 +1,8 @@
 """Proper scores, sums of them over blocks of time, and how sure they are: a bootstrap over these
 blocks.
 
-A forecaster is a dict of arrays over the N targets: p_up (given that the bar moves), mean and point
-(expected and median log return), crps, pit (the share of its distribution below what came); of
-range and volume range_crps and so on. Over the n origins of paths of H bars: path_point, path_crps,
-path_pit [n, H] of the log return since the origin, path_rv_crps [n] of the realized volatility, and
-what the paths say of losses. What it does not say has no score.
+A forecaster is a dict of arrays over targets and origins of paths: backtest.py says which. What it
+does not say has no score.
 """
 import copy
 import math
@@ -35,11 +32,12 @@ def chance_extreme(r, sigma, horizon):
     return np.where(np.isfinite(sigma), share, np.nan)
 
 
-METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps",
-           "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90", "volume_crps",
-           "volume_coverage90", "path_mape", "path_crps", "path_coverage50", "path_coverage80",
-           "path_coverage90", "path_rv_crps", "var95_hits", "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came")
-# compared as ratios
+METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse",
+           "mape", "crps", "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90",
+           "volume_crps", "volume_coverage90", "path_mape", "path_crps", "path_coverage50",
+           "path_coverage80", "path_coverage90", "path_rv_crps", "var95_hits", "es95_ratio",
+           "extreme_flagged", "extreme_said", "extreme_came")
+# compared as ratios, all others as differences
 RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups
 RARE = ("var95", "es95", "extreme")              # scores that count rare cases begin so
@@ -57,7 +55,8 @@ def of_paths(metric):
 def resampled(n, random):
     """How often each replicate draws each of n blocks: [REPLICATES, n]; no replicates of too few
     blocks."""
-    return random.multinomial(n, np.full(n, 1 / n), REPLICATES if n >= MIN_BLOCKS else 0).astype(float)
+    replicates = REPLICATES if n >= MIN_BLOCKS else 0
+    return random.multinomial(n, np.full(n, 1 / n), replicates).astype(float)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,11 +70,12 @@ def score_distribution(r, p, y):
     (1 - F).
     """
     F, y = p.cumsum(-1), y[..., None]
-    # two places where F is 1/2, else one
+    # two places where F is 1/2, else twice the same one
     middle = np.stack([(F < 0.5 - 1e-9).sum(-1), (F < 0.5 + 1e-9).sum(-1)], -1)
     median = np.take_along_axis(r, middle, -1).mean(-1)
     below = (p * ((r < y) + 0.5 * (r == y))).sum(-1)
-    return dict(mean=(p * r).sum(-1), point=median, pit=below, crps=(p * np.abs(r - y)).sum(-1) - spread(r, F))
+    crps = (p * np.abs(r - y)).sum(-1) - spread(r, F)
+    return dict(mean=(p * r).sum(-1), point=median, pit=below, crps=crps)
 
 
 def spread(r, F):
@@ -108,8 +108,7 @@ def score_residuals(z, y, scale, location=0.0):
     z = np.broadcast_to(z, (len(y), z.shape[-1]))
     scale, location = np.broadcast_to(scale, len(y)), np.broadcast_to(location, len(y))
     parts = []
-    # pieces that fit into memory
-    for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):
+    for rows in np.array_split(np.arange(len(y)), len(y) // 4096 + 1):  # as memory has room
         r = np.sort(location[rows, None] + scale[rows, None] * z[rows], -1)
         parts.append(score_distribution(r, np.full(r.shape, 1 / z.shape[-1]), y[rows]))
     return joined(parts)
@@ -119,7 +118,8 @@ def score_normal(mean, sigma, y):
     """score_distribution for normal distributions; CRPS in closed form."""
     z = (y - mean) / sigma
     cdf, pdf = normal_cdf(z), np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    return dict(mean=mean, point=mean, pit=cdf, crps=sigma * (z * (2 * cdf - 1) + 2 * pdf - 1 / math.sqrt(math.pi)))
+    crps = sigma * (z * (2 * cdf - 1) + 2 * pdf - 1 / math.sqrt(math.pi))
+    return dict(mean=mean, point=mean, pit=cdf, crps=crps)
 
 
 def normal_cdf(z):
@@ -129,7 +129,7 @@ def normal_cdf(z):
 def score_paths(moves, t, rows):
     """A forecaster's scores of paths: log returns moves [n, K, H] from the origins `rows` of t.
 
-    Among K draws what came has K + 1 ranks, equally likely where the forecast is right: that is a
+    Among K draws the outcome has K + 1 ranks, equally likely where the forecast is right: that is a
     percentile's width.
     """
     K, y = moves.shape[1], t.path_r[rows]
@@ -172,7 +172,8 @@ def time_block_sums(f, t):
     signal = f.get("mean", f.get("p_up"))
     if signal is not None:
         x, y = signal - signal.mean(), t.r - t.r.mean()
-        out["ic"] = totals(np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1), t.time_block, t.n_blocks)
+        products = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1)
+        out["ic"] = totals(products, t.time_block, t.n_blocks)
         out["rank_ic"] = sums_of_stamps(rank_ic(signal, t.r, t.stamp), t)
     if "point" in f:
         means = dict(mae=100 * np.abs(t.r - f["point"]), rmse=1e4 * (t.r - f["mean"])**2,
@@ -196,8 +197,8 @@ def direction_sums(p_up, t):
     moved = t.r != 0
     p, up, block = p_up[moved], t.r[moved] > 0, t.time_block[moved]
     hit = 0.5 + 0.5 * np.sign(p - 0.5) * np.where(up, 1, -1)
-    # hits among ups, among downs
-    by_side = np.stack([np.where(up, hit, np.nan), np.where(up, np.nan, hit)], -1)
+    among_ups, among_downs = np.where(up, hit, np.nan), np.where(up, np.nan, hit)
+    by_side = np.stack([among_ups, among_downs], -1)
     with np.errstate(divide="ignore"):  # always_up: infinite
         logloss = -np.log(np.where(up, p, 1 - p))
     calls = dict(da=hit, balanced_accuracy=by_side, logloss=logloss, up_share=p > 0.5)
@@ -230,17 +231,19 @@ def path_sums(f, t):
             happened = chance_extreme(t.path_r[:, -1:], t.usual, t.horizon)  # 1 or 0
             means["extreme_said"] = np.where(flagged, extreme, np.nan)
             means["extreme_came"] = np.where(flagged, happened, np.nan)
-    return out | {name: sums_of(values, t.path_time_block, t.n_path_blocks) for name, values in means.items()}
+    return out | {name: sums_of(values, t.path_time_block, t.n_path_blocks)
+                  for name, values in means.items()}
 
 
 def inside(pit, q):
-    """Whether what came lies in the middle q % of its distribution."""
+    """Whether the outcome lies in the middle q % of its law."""
     return np.abs(pit - 0.5) <= q / 200 + 1e-9  # rounding decides nothing
 
 
 def within(pit, width, low, high):
     """How much of [pit - width / 2, pit + width / 2] lies in [low, high]: a number from 0 to 1."""
-    return ((np.minimum(pit + width / 2, high) - np.maximum(pit - width / 2, low)) / width).clip(0, 1)
+    overlap = np.minimum(pit + width / 2, high) - np.maximum(pit - width / 2, low)
+    return (overlap / width).clip(0, 1)
 
 
 def sums_of(values, block, n_blocks):
@@ -265,7 +268,8 @@ def sums_by_bin(columns, bins, block, n_blocks):
 
 def totals(values, block, n_blocks):
     """Sums of values [N, ...] over each block: [n_blocks, ...]."""
-    sums = [np.bincount(block, column, n_blocks) for column in values.reshape(len(values), math.prod(values.shape[1:])).T]
+    columns = values.reshape(len(values), math.prod(values.shape[1:])).T
+    sums = [np.bincount(block, column, n_blocks) for column in columns]
     return np.stack(sums, -1).reshape(n_blocks, *values.shape[1:])
 
 
@@ -276,8 +280,7 @@ def score_of(metric, s):
         n, x, y, xx, yy, xy = np.moveaxis(s, -1, 0)
         return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
     first, second = s[..., 0], s[..., 1]
-    # P(p of an up > p of a down) + P(equal) / 2, from ups and downs in each bin
-    if metric == "auc":
+    if metric == "auc":  # P(p of an up > p of a down) + P(equal) / 2, of ups and downs by bin
         below = second.cumsum(-1) - second / 2
         return (first * below).sum(-1) / (first.sum(-1) * second.sum(-1))
     if metric == "ece":  # expected calibration error, from p - up and counts in each bin
@@ -300,8 +303,8 @@ def rank_ic(signal, r, stamp):
     or all alike."""
     x, y = ranks(signal, stamp), ranks(r, stamp)
     variance = np.bincount(stamp, x * x) * np.bincount(stamp, y * y)
-    found = np.bincount(stamp, x * y) / np.sqrt(variance.clip(1e-9))
-    return np.where((np.bincount(stamp) >= 3) & (variance > 1e-9), found, np.nan)
+    rho = np.bincount(stamp, x * y) / np.sqrt(variance.clip(1e-9))
+    return np.where((np.bincount(stamp) >= 3) & (variance > 1e-9), rho, np.nan)
 
 
 def ranks(v, stamp):
@@ -331,7 +334,8 @@ def trading_sums(p_up, t, cost_bps):
     gain = np.bincount(t.stamp, weight[t.stamp, t.symbol] * np.expm1(t.r))
     turnover = np.abs(np.diff(weight, axis=0, prepend=0)).sum(1)
     traded = n[:, 0] >= 5
-    return dict(long_short=sums_of_stamps(np.where(traded, 1e4 * gain - turnover * cost_bps, np.nan), t),
+    net = 1e4 * gain - turnover * cost_bps
+    return dict(long_short=sums_of_stamps(np.where(traded, net, np.nan), t),
                 turnover=sums_of_stamps(np.where(traded, turnover, np.nan), t))
 
 
@@ -342,17 +346,18 @@ def bootstrap(sums, t):
     with np.errstate(all="ignore"):
         for name, s in sums.items():
             value = score_of(name, s.sum(0))
-            drawn = score_of(name, np.tensordot(t.path_weights if of_paths(name) else t.weights, s, 1))
+            weights = t.path_weights if of_paths(name) else t.weights
+            replicates = score_of(name, np.tensordot(weights, s, 1))
             if name.startswith(RARE) and (s[:, 0] != 0).sum() < MIN_CASES:
-                drawn = np.full_like(drawn, np.nan)
-            finite = np.isfinite(drawn)
-            centre = drawn.sum(0, where=finite) / finite.sum(0)
+                replicates = np.full_like(replicates, np.nan)
+            finite = np.isfinite(replicates)
+            centre = replicates.sum(0, where=finite) / finite.sum(0)
             # ECE, a sum of magnitudes, is larger in a replicate
-            out[name] = value, drawn - centre + value
+            out[name] = value, replicates - centre + value
     return out
 
 
-def scored(value, drawn, n_blocks):
+def scored(value, replicates, n_blocks):
     """{value, lo, hi}: the 95 % percentile interval, None under 20 blocks; a list of them for a
     score over steps.
 
@@ -360,27 +365,29 @@ def scored(value, drawn, n_blocks):
     no finite value.
     """
     if np.ndim(value):
-        steps = [scored(*step, n_blocks) for step in zip(value, drawn.T)]
+        steps = [scored(*step, n_blocks) for step in zip(value, replicates.T)]
         return steps if any(steps) else None
     if not np.isfinite(value):
         return None
-    drawn = drawn[np.isfinite(drawn)]
-    if n_blocks < MIN_BLOCKS or len(drawn) < REPLICATES // 2:
+    replicates = replicates[np.isfinite(replicates)]
+    if n_blocks < MIN_BLOCKS or len(replicates) < REPLICATES // 2:
         return dict(value=float(value), lo=None, hi=None)
     z, df = NORMAL.inv_cdf(0.975), n_blocks - 1
     student = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
     tail = NORMAL.cdf(-student * math.sqrt(n_blocks / df))
-    lo, hi = np.quantile(drawn, (tail, 1 - tail))
+    lo, hi = np.quantile(replicates, (tail, 1 - tail))
     return dict(value=float(value), lo=float(lo), hi=float(hi))
 
 
-def at_step(drawn, metric, step):
+def at_step(scores, metric, step):
     """(value, replicates) of a score; of a list over steps that at `step`, its mean if that is
     None."""
-    value, replicates = drawn[metric]
+    value, replicates = scores[metric]
     if np.ndim(value) == 0:
         return value, replicates
-    return (value.mean(), replicates.mean(-1)) if step is None else (value[step], replicates[..., step])
+    if step is None:
+        return value.mean(), replicates.mean(-1)
+    return value[step], replicates[..., step]
 
 
 def versus(a, b, n_blocks, as_ratio):
@@ -392,13 +399,14 @@ def versus(a, b, n_blocks, as_ratio):
 def against(a, b, metric, t, step=-1):
     """The score a beside b, paired: as a ratio for the metrics of RATIOS, else as a difference;
     step as in at_step."""
-    return versus(at_step(a, metric, step), at_step(b, metric, step), t.blocks_of(metric), as_ratio=metric in RATIOS)
+    one, other = at_step(a, metric, step), at_step(b, metric, step)
+    return versus(one, other, t.blocks_of(metric), as_ratio=metric in RATIOS)
 
 
-def paired(name_a, name_b, drawn, t, metrics):
+def paired(name_a, name_b, replicates, t, metrics):
     """Differences a - b of every score that both have, and ratios a / b of RATIOS, replicate by
     replicate."""
-    a, b, rows = drawn[name_a], drawn[name_b], []
+    a, b, rows = replicates[name_a], replicates[name_b], []
     for metric in metrics:
         if metric in a and metric in b:
             difference = versus(a[metric], b[metric], t.blocks_of(metric), as_ratio=False)
@@ -421,7 +429,8 @@ def groups_of(t, by):
     else:
         # known before the bar: how volatility is to change
         rising = t.flat([har.sigma for har in t.volatility]) / t.s
-        names, group = ("falling", "steady", "rising"), np.searchsorted(np.quantile(rising, (1 / 3, 2 / 3)), rising)
+        names = "falling", "steady", "rising"
+        group = np.searchsorted(np.quantile(rising, (1 / 3, 2 / 3)), rising)
     return [(name, group == k) for k, name in enumerate(names)]
 
 
@@ -430,5 +439,6 @@ def grouped(f, t, mask):
     part = copy.copy(t)
     part.r, part.stamp, part.time_block = t.r[mask], t.stamp[mask], t.time_block[mask]
     sums = time_block_sums({key: v[mask] for key, v in f.items() if not of_paths(key)}, part)
-    drawn = bootstrap({m: sums[m] for m in BY if m in sums}, t)
-    return {m: scored(*found, len(np.unique(part.time_block))) for m, found in drawn.items()}
+    replicates = bootstrap({m: sums[m] for m in BY if m in sums}, t)
+    n_blocks = len(np.unique(part.time_block))
+    return {m: scored(*both, n_blocks) for m, both in replicates.items()}
