@@ -168,6 +168,8 @@ def print_portfolio(portfolio, rows, horizon):
 
 def print_record(record, calibration, meta):
     """What the model was worth on these very bars, in plain words."""
+    if calibration is None:
+        return
     date = iso(meta["splits"][1])[:10] if meta.get("splits") else None
     if record is None:
         return print("no record: too few past bars that the weights were not trained on")
