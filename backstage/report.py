@@ -134,12 +134,14 @@ def print_report(rows, horizon, breadth, mean_p_up):
           f"{'VaR':>5} {'ES':>4}{'rank':>5}")
     for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
         p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
+        shown = "." if math.isnan(p_up) else f"{p_up:.1f}"
         rank = r["rank"] or (" stands" if math.isnan(r["p_up"]) else f" ended {r['last_time'][:10]}")
-        print(f"{names[r['symbol']]:{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
+        print(f"{names[r['symbol']]:{width}} {r['last_close']:>8.6g} {shown:>5} {p_end:>5.1f} {mean:>+6.2f} "
               f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
               f"{' !' if r['p_extreme'] > WARN else ''}")
     n_ranked = sum(r["rank"] is not None for r in rows)
-    print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
+    if n_ranked:
+        print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
     if n_ranked < len(rows):
         print(f"{len(rows) - n_ranked} symbols ended long before the others, or nearly never move: "
               f"without a rank, and not in the breadth")
@@ -172,7 +174,7 @@ def print_record(record, calibration, meta):
         return
     date = iso(meta["splits"][1])[:10] if meta.get("splits") else None
     if record is None:
-        return print("no record: too few past bars that the weights were not trained on")
+        return print("no record: too few past bars that move and that the weights have not seen")
     right, n = record["da"], record["bars"]
     print(f"record, the last {n:,} bars of these: {right['value']:.1%} right calls "
           f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held {record['coverage90']:.1%};\n"
