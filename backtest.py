@@ -41,20 +41,21 @@ import data
 from backstage.bins import BinnedLaw
 from backstage.checkpoint import SEEN_DATES
 from backstage.dates import iso
-from backstage.door import check, heading, span_of, warn
+from backstage.door import check, heading, span_of, warn  # heading is handed on
 from backstage.files import weights_hash
+from backstage.grid import Bands, tick_of
+from backstage.inputs import base_weights, load_series, warn_of_intervals
 from backstage.opponents import (
     baselines, fit_volatility, log_range, log_volume, volume_scales)
 from backstage.scores import (
     MAX_BLOCKS, METRICS, MIN_BLOCKS, RATIOS, WARN, against, at_step, bootstrap, grouped,
     groups_of, joined, named, of_paths, paired, resampled, score_distribution, score_paths, scored,
     time_block_sums, trading_sums, usual_sigma)
+from backstage.report import jsonable
 from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars
 from model import load_checkpoint
-from sample import (
-    Origin, base_weights, jsonable, load_series, median_path, simulate, unmoved_share,
-    warn_of_intervals)
+from sample import COMMON, Calibration, Origin, median_path, simulate, unmoved_share
 from sample import calibrate as calibration_of
 from tokenizer import code_use
 
@@ -302,7 +303,9 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None):
     A context is half a window at least, where there are so many bars. P(up) is exact; close, range
     and volume are counted in bins (see BinnedLaw), in units of s_t and d_t.
     """
-    law = BinnedLaw(model, tokenizer, past_states(model, tokenizer, t), probes)
+    past = past_states(model, tokenizer, t)
+    law, bands = BinnedLaw(model, tokenizer, past, probes), Bands(model, tokenizer)
+    table = bands.table(past)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
     level, width = t.flat(map(volume_scales, t.series, t.slots)).T[:, :, None]      # (N, 1) each
     half = max(1, model.config.block_size // 2)
@@ -317,11 +320,8 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None):
             range=law.values["range"] * s,
             volume=np.clip(m + law.values["volume"] * d, 0, 80))
         outcome = dict(close=t.r[now], range=t.range[now], volume=t.volume[now])
-        still, logits = torch.from_numpy(unmoved[now]).to(h.device), None
-        if calibration:
-            logits, p_up = calibration.logits(model, h, still)
-        else:
-            p_up = model.p_up(h, still)
+        stay, _ = bands.staying(h, table, torch.from_numpy(unmoved[now]).to(h.device))
+        logits, p_up = (calibration or Calibration()).logits(model, h, stay)
         p_up = p_up.double().cpu().numpy().clip(1e-6, 1 - 1e-6)         # keeps the log loss finite
         scores = dict(p_up=p_up)
         for name, p in law(h, logits).items():
@@ -394,7 +394,8 @@ def origins_of(model, tokenizer, t):
         for o, state in zip(at, states):
             context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
             time = bars.time[:o + 1]
-            origins.append(Origin(bars.symbol, context, time, state, slots, unmoved[o + 1]))
+            tick = tick_of(bars.ohlcva[max(0, o + 1 - COMMON):o + 1, 3])
+            origins.append(Origin(bars.symbol, context, time, state, slots, unmoved[o + 1], tick))
     return origins
 
 

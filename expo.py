@@ -84,7 +84,7 @@ PIECE = 4            # labelled bars whose candidates are drawn at a time, in th
 # the guard
 COSTS = ("mae", "crps", "range_crps", "volume_crps", "path_crps")
 BAND, BAND_WITHIN = "path_coverage90", 0.005  # share in the 90 % band, by how much it may move
-VAL_BARS, VAL_ORIGINS = 12_000, 1000  # of val, looked at in training, about
+VAL_BARS, VAL_ORIGINS = 12_000, 400  # of val, looked at in training, about
 VAL_HORIZON, VAL_PATHS = 10, 50      # of the paths from each of these origins
 ORIGINS = 1000       # origins of paths on test, about
 SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),

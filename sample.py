@@ -1,22 +1,19 @@
 """What a checkpoint can show: forecasts, their report and pictures.
 
-    python sample.py --data bars.csv                                # with the weights that come along, assets/base.pt
-    python sample.py --ckpt out.pt                                  # a table: one row a symbol, ten bars ahead
-    python sample.py --ckpt out.pt --data other.csv --symbols AAPL MSFT --horizon 20 --paths 1000 --out forecast.csv
-    python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04            # European options from the paths
-    python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
+    python sample.py --data bars.csv             # with the weights that come along, assets/base.pt
+    python sample.py --ckpt out.pt               # a table: one row a symbol, ten bars ahead
+    python sample.py --data other.csv --symbols AAPL MSFT --horizon 20 --out forecast.csv
+    python sample.py --strike 1.05x --strike 100 --rate 0.04          # European options
+    python sample.py --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
 
-A forecast is a set of sampled futures, called paths. A symbol's context is read once (`Model.prefill`) for all of them;
-each then costs one recurrent step a bar. Token pairs decode to features, features to bars (`data.inverse`), so that
-every bar is a valid candle. The next bar's P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
+A forecast is a set of sampled futures, called paths. A symbol's context is read once
+(`Model.prefill`) for all of them; each then costs one recurrent step a bar. Token pairs decode to
+features, features to bars (`data.inverse`), so that every bar is a valid candle. The next bar's
+P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
-import contextlib
-import csv
 import functools
-import io
 import json
 import math
-import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -25,38 +22,41 @@ import numpy as np
 import torch
 
 import data
-from backstage.clock import future_times
-from backstage.dates import iso, parse_time
-from backstage.files import check_out, csv_text, fingerprint, open_regular, write_atomic
+from backstage.clock import times_ahead
+from backstage.files import write_atomic
 from backstage.frame import check_histories
-from backstage.pictures import QUANTILES, plot_codebook, plot_forecast, plot_loss
+from backstage.grid import Bands, on_grid, tick_of
+from backstage.inputs import (
+    check, check_outputs, load_series, read_times, trained_until, warn_of_intervals)
 from backstage.opponents import har
-from backstage.scores import (
-    EXTREME, USUAL_BARS, WARN, bootstrap, chance_extreme, time_block_sums, usual_sigma)
-from backstage.script import UserError, cli, pick_device, printable, run
-from backstage.series import COLUMNS, DAY, FORECAST, HOUR, YEAR
+from backstage.pictures import plot_codebook, plot_forecast, plot_loss
+from backstage.report import (  # summary is handed on
+    describe, give_ranks, jsonable, portfolio_of, print_portfolio, print_record, print_report,
+    summary, weights_of, write_csv)
+from backstage.scores import bootstrap, time_block_sums
+from backstage.script import UserError, cli, pick_device, run
 from model import load_checkpoint
 
 
 @dataclass
 class Config:
-    ckpt: str | None = None            # checkpoint to forecast from; none: the weights that come along
-    data: list[str] | None = None      # bars to forecast; none: those that the checkpoint was trained on
+    ckpt: str | None = None            # checkpoint; none: the weights that come along
+    data: list[str] | None = None      # bars; none: those that the checkpoint was trained on
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
     paths: int = 200                   # sampled futures of each symbol
-    times: str | None = None           # file with the stamps of the bars to come, one a line, where the clock would err
+    times: str | None = None           # file of the stamps to come, where the clock would err
     temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
-    top_p: float = 1.0                 # of the paths: sample among the likeliest tokens of this total probability
-    parallel: bool = False             # one pass of the latent reasoner for all bars (at most 16) instead of step by step
+    top_p: float = 1.0                 # of the paths: among the likeliest tokens of this mass
+    parallel: bool = False             # all bars (at most 16) in one pass of the reasoner
     joint: bool = True                 # paths of symbols with the same stamps move together
-    calibrate: bool = True             # trust in P(up) as these bars' own past has it, and the record
-    weights: list[str] | None = None   # of the portfolio: AAPL=0.6 MSFT=0.4, or a CSV; default equal
+    calibrate: bool = True             # trust in P(up) as these bars' past has it; the record
+    weights: list[str] | None = None   # AAPL=0.6 MSFT=0.4, or a CSV of them; none: equal
     seed: int = 0                      # of the sampling
-    strike: list[str] | None = None    # strikes of European options: a price, or a share of spot such as 1.05x
+    strike: list[str] | None = None    # of European options: a price, or a share such as 1.05x
     rate: float = 0.0                  # annual, continuous, for the options
     json: bool = False                 # print JSON in place of the table
-    out: str | None = None             # write the forecast bars as CSV: quantiles of close, medians of all columns
+    out: str | None = None             # write quantiles of close, medians of all columns, CSV
     paths_out: str | None = None       # write all paths as .npz
     plot: str | None = None            # write candles and the fan of the forecast as SVG
     plot_codebook: str | None = None   # write the most used coarse codes as candles, SVG
@@ -74,13 +74,12 @@ RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, o
 WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
+LAWS = 32            # bars whose fine codes are read in full in a calibration
 STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
-PRIOR_BARS = 32      # bars that the share of unmoved bars in training counts for, beside a symbol's own
-FAR = 2.5            # factor between the spacings of bars from which on a model knows little of them
-STALE = 5            # horizons, and a holiday, after which a symbol without new bars is left out of ranks
+PRIOR_BARS = 32  # bars that the share of unmoved bars in training counts for, beside a symbol's own
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Simulation
 
 @dataclass
@@ -92,6 +91,7 @@ class Origin:
     state: data.State      # decodes the next bar
     slots: data.Slots      # factors of the bars to come, of a series whose bars begin with these
     unmoved: float         # share of bars that do not move, see unmoved_share
+    tick: float = 0.0      # prices lie on its multiples, see tick_of; 0: on none
     closes: np.ndarray | None = None  # [at most COMMON]: close features of the last bars, for joint
 
     def anchored(self, times):
@@ -107,23 +107,24 @@ class Calibration:
     mean: float = 0.0    # of logit P over the past bars
     n_bars: int = 0      # of these that moved
 
-    def logits(self, model, h, unmoved):
+    def logits(self, model, h, stay):
         """Coarse logits [..., 2^k1] for h [..., C], and P(up | moved) [...], both calibrated.
 
-        unmoved [...]: the share of bars that do not move. Up tokens have P(up) as a whole, so their
-        odds alone change; among them, and among the others, the law stays.
+        stay [..., 2^k1]: the share of each code's candles that does not move, see staying. The odds
+        of up against other tokens change; among up tokens, and among the others, the law stays.
         """
         logits = model.coarse_logits(h).float()
-        log_p = logits.log_softmax(-1)
-        up = log_p[..., model.up_mask].logsumexp(-1).double().exp()             # P(up token)
-        p_up = (up / (1 - unmoved)).clamp(1e-6, 1 - 1e-6)
+        moving = logits.softmax(-1) * (1 - stay)                                # [..., 2^k1]
+        up = (moving * model.up_mask).sum(-1).double()
+        p_up = (up / moving.sum(-1).double().clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6)
         trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
-        shift = (trusted * (1 - unmoved)).logit() - up.clamp(1e-9, 1 - 1e-9).logit()
+        shift = trusted.logit() - p_up.logit()
         return logits + shift.float()[..., None] * model.up_mask, trusted
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
-    """Futures of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount). See simulate."""
+    """Futures of one series: float64 [paths, horizon, 6] (open, high, low, close, volume, amount).
+    See simulate."""
     return simulate(model, tokenizer, [bars], horizon, paths, temperature, top_p, seed)[0][0]
 
 
@@ -142,18 +143,21 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
     if not (0 < temperature < math.inf and 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, top_p at most 1")
+        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, "
+                        f"top_p at most 1")
     if parallel and model.config.reasoner and horizon > model.config.latents:
         raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
     check_histories(histories)
-    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past) for past in histories]
+    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past)
+               for past in histories]
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
+    bands = Bands(model, tokenizer)
 
-    def draw(h, u, unmoved):
+    def draw(h, u, stay):
         """Coarse and fine tokens [...] for h [..., C], by uniform numbers u [..., 2]."""
-        logits = calibration.logits(model, h, unmoved)[0] if calibration else None
+        logits = calibration.logits(model, h, stay)[0] if calibration else None
         return model.sample(h, temperature, top_p, u=u, order=order, logits=logits)
 
     uniform = [stratified(np.random.default_rng([seed, zlib.crc32(o.symbol.encode()),
@@ -170,28 +174,34 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         for rows in np.split(alike, range(size, len(alike), size)):
             part = [origins[i] for i in rows]
             u = torch.from_numpy(np.concatenate([uniform[i] for i in rows]))
-            tokens, p_up[rows] = draw_tokens(model, part, times[rows], u, draw, parallel, at_once,
-                                             calibration)
+            tokens, p_up[rows], width = draw_tokens(
+                model, part, times[rows], u, draw, parallel, at_once, calibration or Calibration(),
+                bands)
             x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
+            x[..., 0][np.abs(x[..., 0]) <= width[:, None, None]] = 0.0          # the close stays
             state = data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])])
             ohlcva[rows], _ = data.inverse(x, state)
+            for i, o in zip(rows, part):
+                on_grid(ohlcva[i], float(o.state.close), o.tick)
     return ohlcva, p_up
 
 
 def origin_of(model, tokenizer, bars):
     """The Origin after all of the bars."""
     if len(bars) < 2:
-        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; at least 2 are needed")
+        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; "
+                        f"at least 2 are needed")
     slots = data.slots_of(bars)
     x, state = data.features(bars, slots)
     tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
     unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved, x[-COMMON:, 0])
+    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved,
+                  tick_of(bars.ohlcva[-COMMON:, 3]), x[-COMMON:, 0])
 
 
-def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration):
-    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, and
-    P(up) [n]. uniform [n * paths, H, 2]: what they are drawn by."""
+def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration, bands):
+    """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, P(up)
+    [n], and how wide a move must be, [n]. uniform [n * paths, H, 2]: what they are drawn by."""
     device, (n, horizon), paths = model.up_mask.device, times.shape, len(uniform) // len(times)
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
     seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)
@@ -202,28 +212,33 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
         state = model.prefill(coarse, fine, seen)
         h = state.h
     unmoved = torch.tensor([o.unmoved for o in origins], device=device)
-    p_up = calibration.logits(model, h, unmoved)[1] if calibration else model.p_up(h, unmoved)
+    each = [bands.staying(row, bands.table(row), share)
+            for row, share in zip(h.split(1), unmoved.split(1))]
+    stay, width = (torch.cat(column) for column in zip(*each))              # (n, 2^k1), (n,)
+    p_up = calibration.logits(model, h, stay)[1]
     p_up = p_up.masked_fill(unmoved > STANDS, math.nan).cpu().numpy()
 
     uniform = uniform.to(device)
     if parallel:
         uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)        # (n, H, paths, 2)
-        tokens = draw(ahead, uniform, unmoved[:, None])                     # 2 of (n, H, paths)
-        return [token.transpose(1, 2).flatten(0, 1) for token in tokens], p_up
+        tokens = draw(ahead, uniform, stay[:, None])                        # 2 of (n, H, paths)
+        return [token.transpose(1, 2).flatten(0, 1) for token in tokens], p_up, width.cpu().numpy()
     times = times.repeat_interleave(paths, 0)                               # (n * paths, H)
-    unmoved = unmoved.repeat_interleave(paths)                              # (n * paths,)
+    stay = stay.repeat_interleave(paths, 0)                                 # (n * paths, 2^k1)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of one may not
     pieces = []
-    for when, u, still in zip(*(a.split(size) for a in (times, uniform, unmoved))):
-        own_draw = functools.partial(draw, unmoved=still)
+    for when, u, share in zip(*(a.split(size) for a in (times, uniform, stay))):
+        own_draw = functools.partial(draw, stay=share)
         pieces.append(generate(model, state.repeat(len(u) // n), when, u, own_draw))
-    return [torch.cat(level) for level in zip(*pieces)], p_up
+    return [torch.cat(level) for level in zip(*pieces)], p_up, width.cpu().numpy()
 
 
 def generate(model, state, times, uniform, draw):
-    """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine int64 [N, H].
+    """Sample futures step by step: times int64 [N, H], uniform numbers [N, H, 2] -> coarse, fine
+    int64 [N, H].
 
-    state: of N rows, from `Model.prefill(...).repeat`, changed in place. draw: from h and uniform numbers to tokens.
+    state: of N rows, from `Model.prefill(...).repeat`, changed in place. draw: from h and uniform
+    numbers to tokens.
     """
     tokens = []
     for k in range(times.shape[1]):
@@ -236,34 +251,39 @@ def generate(model, state, times, uniform, draw):
 # --------------------------------------------------------------------------------------------------
 # A forecast that knows its record
 #
-# Before it speaks, the model says P(up) of the last bars that the series already have, each from the
-# bars before it alone. With x = logit P - mean and y whether the close rose, logistic regression gives
+# Before it speaks, the model says P(up) of the last bars that the series already have, each from
+# the bars before it alone. With x = logit P - mean and y whether the close rose, logistic
+# regression gives
 #
-#     logit P' = a + k x,      a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
+#     logit P' = a + k x
+#     a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 #
-# each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the posterior
-# mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says and the next
-# does not.
+# each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the
+# posterior mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says
+# and the next does not.
 
 @torch.no_grad()
 def calibrate(model, tokenizer, histories, since=None):
-    """The Calibration of P(up) from the last bars of histories (Bars), some WINDOWS contexts of them.
+    """The Calibration of P(up) from the last bars of histories (Bars), some WINDOWS contexts of
+    them.
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
     Few bars leave the prior: half the trust, no bias.
     """
     check_histories(histories)
     n, share = model.config.block_size, max(1, len(histories) // WINDOWS)
-    logits, rose, stamps = [], [], []
+    logits, rose, stamps, bands = [], [], [], Bands(model, tokenizer)
+    laws = max(1, LAWS // len(histories[::share]))
     for bars in histories[::share]:
-        first = data.CONTEXT if since is None else max(data.CONTEXT, np.searchsorted(bars.time, since))
+        known = 0 if since is None else np.searchsorted(bars.time, since)
+        first = max(data.CONTEXT, known)
         each = max(1, WINDOWS // len(histories)) * (n // 2)
         first = max(first, len(bars) - each)
         if first >= len(bars):
             continue
         begin = max(0, first - n)                                           # context reaches back
         tokens = data.tokenize(bars[begin:], tokenizer, data.features(bars)[0][begin:])
-        unmoved = unmoved_share(bars, model.config.unmoved)
+        unmoved, table = unmoved_share(bars, model.config.unmoved), None
         for at in range(first, len(bars), n // 2):                          # targets at .. end
             end = min(at + n // 2, len(bars))
             context = slice(max(0, end - 1 - n - begin), end - 1 - begin)
@@ -272,10 +292,13 @@ def calibrate(model, tokenizer, histories, since=None):
             device = model.up_mask.device
             h = model.hidden(coarse.to(device), fine.to(device), time[None].to(device))
             h = h[0, at - end:]                                             # (end - at, C)
+            if table is None:
+                table = bands.table(h[::-(-len(h) // laws)])
             u = torch.from_numpy(unmoved[at:end]).to(device)
+            p_up = Calibration().logits(model, h, bands.staying(h, table, u)[0])[1]
             change = np.diff(bars.ohlcva[at - 1:end, 3])
             moved = torch.from_numpy(change != 0).to(device)
-            logits.append(model.p_up(h, u).double().clamp(1e-6, 1 - 1e-6).logit()[moved].cpu().numpy())
+            logits.append(p_up.logit()[moved].cpu().numpy())
             rose.append((change > 0)[change != 0])
             stamps.append(bars.time[at:end][change != 0])
     if not logits or not sum(map(len, logits)):
@@ -284,7 +307,8 @@ def calibrate(model, tokenizer, histories, since=None):
 
 
 def trust(logit, rose, stamp):
-    """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their stamps."""
+    """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their
+    stamps."""
     mean = logit.mean()
     X, theta = np.stack([np.ones(len(logit)), logit - mean], 1), np.zeros(2)
     block = np.searchsorted(np.unique(stamp), stamp) * TIME_BLOCKS // len(np.unique(stamp))
@@ -332,10 +356,12 @@ def median_path(model, tokenizer, origins, horizon):
 
 
 def stratified(random, paths, horizon):
-    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each other.
+    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each
+    other.
 
-    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair draw of the model, but
-    at each step a half's n paths fall one into each n-th of the distribution, so that means and shares vary less.
+    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair
+    draw of the model, but at each step a half's n paths fall one into each n-th of the
+    distribution, so that means and shares vary less.
     """
     halves = []
     for n in (paths // 2, paths - paths // 2):
@@ -345,13 +371,16 @@ def stratified(random, paths, horizon):
     return np.concatenate(halves).reshape(paths, horizon, 2)
 
 
-# Paths that move together. At each step the pairs of numbers that bars are drawn by keep their values
-# and change their order, to that of a Gaussian copula (Iman and Conover, Communications in Statistics 1982):
+# Paths that move together. At each step the pairs of numbers that bars are drawn by keep their
+# values and change their order, to that of a Gaussian copula (Iman and Conover, Communications in
+# Statistics 1982):
 #
-#     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i],    R = w C + (1 - w) mean C,   w = t^2 / (t^2 + e^2)
+#     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i]
+#     R = w C + (1 - w) mean C,    w = t^2 / (t^2 + e^2)
 #
-# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they truly
-# differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio Management 2004).
+# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they
+# truly differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio
+# Management 2004).
 
 def move_together(uniform, origins, times, seed):
     """Reorders, in place, the numbers [paths, H, 2] of the n origins that share their next stamps.
@@ -416,29 +445,17 @@ def rows_at_once(model):
     return max(1, BATCH_BYTES // n_bytes)
 
 
-def times_ahead(origins, horizon, times):
-    """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each history."""
-    if times is None:
-        return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
-    times = np.asarray(times, np.int64)
-    if times.shape not in ((horizon,), (len(origins), horizon)):
-        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
-    times = np.broadcast_to(times, (len(origins), horizon))
-    for o, row in zip(origins, times):
-        if (np.diff(row, prepend=o.time[-1]) <= 0).any():
-            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise from there on")
-    return times
-
-
 def by_close(tokenizer):
-    """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws them."""
+    """The coarse tokens int64 [2^k1] by rising close: the order in which Model.sample draws
+    them."""
     return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
 
 
 def unmoved_share(bars, prior):
     """Share of bars whose close did not move, before each bar and after the last: [T + 1].
 
-    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for PRIOR_BARS beside.
+    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for
+    PRIOR_BARS beside.
     """
     still = np.diff(bars.ohlcva[:, 3]) == 0
     count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
@@ -480,212 +497,6 @@ def record_of(model, tokenizer, histories, since=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# The report
-
-def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
-    """One symbol's row: what the paths [paths, horizon, 6] say, as fractions; VaR and ES are losses, so positive.
-
-    p_up: of the next bar, given that it moves; p_up_horizon: the share of the paths that end above the last close;
-    p_extreme: the share that end further than EXTREME long-run sigmas from it.
-    """
-    last, horizon = bars.ohlcva[-1, 3], paths.shape[1]
-    close = paths[:, -1, 3]  # (paths,): where they end
-    move = close / last - 1
-    q05, q50, q95 = np.quantile(close, (0.05, 0.5, 0.95))
-    p_extreme = chance_extreme(np.log(close / last), usual_sigma(bars.ohlcva[:, 3]), horizon)
-    times = future_times(bars.time, horizon) if times is None else times
-    years = (times[-1] - bars.time[-1]) / YEAR
-    return dict(symbol=bars.symbol, last_time=iso(bars.time[-1]), last_close=last, p_up=p_up,
-                p_up_horizon=(close > last).mean(), expected_return=move.mean(), q05=q05, q50=q50, q95=q95,
-                var95=1 - q05 / last, es95=-move[close <= q05].mean(), p_extreme=float(p_extreme), rank=None,
-                options=[option(close, last, strike, years, rate) for strike in strikes])
-
-
-def portfolio_of(histories, ohlcva, weights, seed):
-    """What the paths say of a portfolio of n symbols, and of each symbol beside the others.
-
-    weights [n]: shares of the value. -> (dict of the portfolio's figures, {p_best, p_beats: [n]}).
-    `apart` has the same figures for paths that do not move together.
-    """
-    last = np.array([bars.ohlcva[-1, 3] for bars in histories])
-    moves = ohlcva[:, :, -1, 3] / last[:, None] - 1                         # (n, paths)
-    shuffled = np.random.default_rng([seed, 3]).permuted(moves, axis=1)
-    found = dict(weights={bars.symbol: float(w) for bars, w in zip(histories, weights)},
-                 **figures(weights @ moves), apart=figures(weights @ shuffled))
-    best = np.bincount(moves.argmax(0), minlength=len(moves)) / moves.shape[1]
-    return found, dict(p_best=best, p_beats=(moves > moves.mean(0)).mean(1))
-
-
-def figures(move):
-    """Of returns [paths] over the horizon; VaR and ES are losses, so positive."""
-    q05, q50, q95 = np.quantile(move, (0.05, 0.5, 0.95))
-    return dict(expected_return=move.mean(), q05=q05, q50=q50, q95=q95, var95=-q05,
-                es95=-move[move <= q05].mean())
-
-
-def weights_of(given, histories):
-    """Shares of the portfolio [n], from texts such as AAPL=0.6 or a CSV of symbol,weight; None: equal.
-
-    UserError for an unknown symbol or a weight that is no number. A symbol without one has 0.
-    """
-    n = len(histories)
-    if given is None:
-        return np.full(n, 1 / n)
-    texts = [text for item in given for text in item.split(",")]
-    if len(given) == 1 and "=" not in given[0]:
-        try:
-            with open_regular(given[0]) as f:
-                lines = f.read(1 << 20).decode("utf-8-sig", "replace").splitlines()
-        except OSError as e:
-            raise UserError(f"--weights {printable(given[0])}: cannot be read ({e.strerror}); write "
-                            f"{histories[0].symbol}=0.6, or name a CSV of symbol,weight")
-        texts = [line.replace(",", "=") for line in lines if line.strip()]
-        if texts and texts[0].lower().startswith("symbol"):
-            texts = texts[1:]
-    place, weights = {bars.symbol: i for i, bars in enumerate(histories)}, np.zeros(n)
-    for text in texts:
-        symbol, _, weight = (part.strip() for part in text.partition("="))
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if symbol not in place:
-            raise UserError(f"--weights {printable(text)}: no such symbol to forecast; write "
-                            f"{histories[0].symbol}=0.6")
-        if not math.isfinite(value):
-            raise UserError(f"--weights {printable(text)}: not a number; write {symbol}=0.6")
-        weights[place[symbol]] = value
-    if not weights.any():
-        raise UserError("--weights: all are 0; give at least one symbol a share")
-    return weights
-
-
-def option(close, spot, strike, years, rate):
-    """European call and put from the paths' last closes, discounted.
-
-    The paths are scaled so that their mean is the forward spot e^(rT): the market's drift, the model's volatility.
-    """
-    k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
-    gain = close * (spot * math.exp(rate * years) / close.mean()) - k
-    discount = math.exp(-rate * years)
-    return dict(strike=k, years=years, call=discount * np.maximum(gain, 0).mean(),
-                put=discount * np.maximum(-gain, 0).mean())
-
-
-def give_ranks(rows, histories, horizon):
-    """Rank by P(up) the rows of the symbols that did not end long before the others; return their P(up)s."""
-    newest = max(bars.time[-1] for bars in histories)
-    live = []
-    for row, bars in zip(rows, histories):
-        if math.isnan(row["p_up"]):
-            continue
-        if newest - DAY <= bars.time[-1] or newest - DAY <= future_times(bars.time, STALE * horizon)[-1]:
-            live.append(row)
-    for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
-        row["rank"] = rank
-    return np.array([row["p_up"] for row in live])
-
-
-def print_report(rows, horizon, breadth, mean_p_up):
-    """The rows of `describe` as a table of 80 columns (more where a name is long), best rank first."""
-    names = {r["symbol"]: printable(r["symbol"]) for r in rows}
-    width = max(7, *map(len, names.values()))
-    ahead = f"in {horizon}"
-    print(f"{'':{width}} {'':>8} {'P(up) %':>11} {'return':>6} {'close ' + ahead + ' bars':^26} {'95 % risk':>11}")
-    print(f"{'symbol':{width}} {'close':>8} {'next':>5} {ahead:>5} {'%':>6} {'5 %':>8} {'50 %':>8} {'95 %':>8} "
-          f"{'VaR':>5} {'ES':>4}{'rank':>5}")
-    for r in sorted(rows, key=lambda row: row["rank"] or math.inf):
-        p_up, p_end, mean, var, es = (100 * r[k] for k in ("p_up", "p_up_horizon", "expected_return", "var95", "es95"))
-        rank = r["rank"] or f" ended {r['last_time'][:10]}"
-        print(f"{names[r['symbol']]:{width}} {r['last_close']:>8.6g} {p_up:>5.1f} {p_end:>5.1f} {mean:>+6.2f} "
-              f"{r['q05']:>8.6g} {r['q50']:>8.6g} {r['q95']:>8.6g} {var:>5.1f} {es:>4.1f}{rank:>5}"
-              f"{' !' if r['p_extreme'] > WARN else ''}")
-    n_ranked = sum(r["rank"] is not None for r in rows)
-    print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
-    if n_ranked < len(rows):
-        print(f"{len(rows) - n_ranked} symbols ended long before the others: without a rank, and not in the breadth")
-    if any(r["p_extreme"] > WARN for r in rows):
-        print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
-    if rows[0]["options"]:
-        print("\noptions (drift: the forward's; volatility: the model's own)")
-        print(f"{'symbol':{width}} {'strike':>10} {'years':>8} {'call':>10} {'put':>10}")
-    for r in rows:
-        for o in r["options"]:
-            print(f"{names[r['symbol']]:{width}} {o['strike']:>10.6g} {o['years']:>8.3g} "
-                  f"{o['call']:>10.4g} {o['put']:>10.4g}")
-
-
-def print_portfolio(portfolio, rows, horizon):
-    """The portfolio in one line, beside what paths that do not move together would say."""
-    if portfolio is None:
-        return
-    own, apart = portfolio, portfolio["apart"]
-    best = max(rows, key=lambda row: row["p_best"])
-    print(f"portfolio in {horizon} bars: {own['expected_return']:+.2%}, 5 to 95 % {own['q05']:+.2%} to "
-          f"{own['q95']:+.2%}, VaR {own['var95']:.2%}, ES {own['es95']:.2%}\n"
-          f"(symbols apart would say {apart['q05']:+.2%} to {apart['q95']:+.2%}); most likely to end "
-          f"first: {printable(best['symbol'])}, {best['p_best']:.0%}")
-
-
-def print_record(record, calibration, meta):
-    """What the model was worth on these very bars, in plain words."""
-    date = iso(meta["splits"][1])[:10] if meta.get("splits") else None
-    if record is None:
-        return print("no record: too few past bars that the weights were not trained on")
-    right, n = record["da"], record["bars"]
-    print(f"record, the last {n:,} bars of these: {right['value']:.1%} right calls "
-          f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held {record['coverage90']:.1%};\n"
-          f"CRPS to HAR, refitted: " + ", ".join(
-              f"{name} {record[name]:.3f}" for name in ("close", "range", "volume")
-              if record[name] is not None) + (f"; weights of {date}" if date else ""))
-    if right["lo"] <= 0.5:
-        print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
-
-
-def summary(histories, ohlcva, times=None):
-    """One row a bar of every forecast, as a dict of columns [n H] that pandas.DataFrame takes.
-
-    time (datetime64, UTC), symbol, step; p_up, the share of paths above the last close; quantiles
-    and mean of close; medians of all columns, a valid candle, NaN where the history has no such
-    column. histories: Bars; ohlcva [n, paths, H, 6]: see simulate; times [n, H]: its stamps.
-    """
-    times = times_ahead(histories, ohlcva.shape[2], times)
-    close = ohlcva[..., 3]                                                  # (n, paths, H)
-    last = np.array([bars.ohlcva[-1, 3] for bars in histories])[:, None]
-    medians = np.median(ohlcva, axis=1)                                     # (n, H, 6)
-    for row, bars in zip(medians, histories):
-        row[:, np.isnan(bars.ohlcva).all(0)] = np.nan
-    columns = [times.astype("datetime64[s]"),
-               np.repeat([bars.symbol for bars in histories], times.shape[1]),
-               np.broadcast_to(np.arange(1, times.shape[1] + 1), times.shape),
-               (close > last[..., None]).mean(1), *np.quantile(close, QUANTILES, axis=1),
-               close.mean(1), *np.moveaxis(medians, -1, 0)]
-    names = [*FORECAST, *(f"q{q * 100:02.0f}" for q in QUANTILES), "mean", *COLUMNS]
-    return {name: column.ravel() for name, column in zip(names, columns)}
-
-
-def write_csv(path, histories, ohlcva, times):
-    """The summary as a CSV file."""
-    columns = summary(histories, ohlcva, times)
-    with write_atomic(path, text=True) as f:
-        writer = csv.writer(f)
-        writer.writerow(columns)
-        for when, symbol, step, *values in zip(*columns.values()):
-            texts = ["" if math.isnan(v) else f"{v:.8g}" for v in values]
-            writer.writerow([f"{when}Z", csv_text(symbol), step, *texts])
-
-
-def jsonable(value):
-    """Plain JSON values; what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {k: jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 def main(argv=None):
@@ -700,10 +511,11 @@ def main(argv=None):
         plot_codebook(config.plot_codebook, tokenizer, series)
     histories = [bars for bars in series if len(bars) > data.CONTEXT]
     if not histories:
-        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; give more bars")
+        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; "
+                        f"give more bars")
     if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most {data.CONTEXT} bars and are "
-              f"skipped", file=sys.stderr)
+        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most "
+              f"{data.CONTEXT} bars and are skipped", file=sys.stderr)
     warn_of_intervals(histories, meta)
 
     times = read_times(config.times, histories, config.horizon) if config.times else None
@@ -719,7 +531,8 @@ def main(argv=None):
     for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
         rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
     ranked = give_ranks(rows, histories, config.horizon)
-    breadth, mean_p_up = (float((ranked > 0.5).mean()), float(ranked.mean())) if len(ranked) else (math.nan,) * 2
+    breadth = float((ranked > 0.5).mean()) if len(ranked) else math.nan
+    mean_p_up = float(ranked.mean()) if len(ranked) else math.nan
     portfolio = None
     if len(rows) > 1:
         portfolio, beside = portfolio_of(histories, ohlcva, weights, config.seed)
@@ -733,7 +546,8 @@ def main(argv=None):
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
         with write_atomic(config.paths_out) as f:  # a name without .npz stays as it is
-            np.savez_compressed(f, symbols=[bars.symbol for bars in histories], ohlcva=ohlcva, time=times)
+            symbols = [bars.symbol for bars in histories]
+            np.savez_compressed(f, symbols=symbols, ohlcva=ohlcva, time=times)
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva, times)
     if config.json:
@@ -744,148 +558,6 @@ def main(argv=None):
         print_report(rows, config.horizon, breadth, mean_p_up)
         print_portfolio(portfolio, rows, config.horizon)
         print_record(record, calibration, meta)
-
-
-def load_series(sources, meta, symbols=None):
-    """The bars to look at: --data, else what the checkpoint was trained on; only `symbols` where given."""
-    trained = meta["data"] or {}
-    if not sources and not trained:
-        raise UserError("the checkpoint does not say what it was trained on; name bars by --data")
-    named, sources = bool(sources), sources or trained["sources"]
-    if sources == ["synthetic"]:
-        series, _ = data.synthetic(seed=trained.get("seed", meta["seed"]))
-    else:
-        series = data.load(sources) if named else trained_bars(trained)
-    if not symbols:
-        return series
-    known = {bars.symbol: bars for bars in series}
-    for symbol in symbols:
-        if symbol not in known:
-            some = ", ".join(sorted(known)[:8]) + " ..." * (len(known) > 8)
-            raise UserError(f"--symbols {symbol}: not in the data, which has {some}")
-    return [known[symbol] for symbol in dict.fromkeys(symbols)]
-
-
-def trained_until(named, meta):
-    """The stamp from which bars are new to the weights; None where they are of other markets."""
-    own = (meta["data"] or {}).get("sources", ())
-    is_own = not named or {os.path.basename(name) for name in named} & {
-        os.path.basename(name) for name in own}
-    return meta["splits"][0] if is_own and meta["splits"] else None
-
-
-def trained_bars(source):
-    """The bars that a checkpoint names. It may come from anyone: of other files than those not a word is shown."""
-    with contextlib.suppress(UserError, OSError), contextlib.redirect_stderr(io.StringIO()):
-        series = data.load(source["sources"])
-        if source["fingerprint"] == fingerprint(series):
-            return series
-    raise UserError(f"{', '.join(source['sources'][:3])}: not the bars that the checkpoint was trained on; name bars by --data")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A reader may stop here: what follows only refuses what cannot be, and warns
-
-def check(config):
-    """Refuse, before any work, flags that cannot be; without --ckpt, name the weights that come along."""
-    if config.backtest:
-        raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
-    config.ckpt = config.ckpt or base_weights(config.data)
-    for strike in config.strike or ():
-        try:
-            valid = 0 < float(strike.removesuffix("x")) < math.inf
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
-    if config.horizon < 1 or config.paths < 1:
-        raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
-    if not abs(config.rate) <= 1:
-        raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must be 0 or more")
-
-
-def check_outputs(config, meta):
-    """Refuse outputs that are read, are another output, or exist already."""
-    reads = [config.ckpt, config.times, *(config.data or (meta["data"] or {}).get("sources", ()))]
-    outputs = config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss
-    for path in (path for path in outputs if path is not None):
-        check_out(path, True, reads)
-        reads.append(path)
-        if os.path.exists(path) and not config.overwrite:
-            raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
-
-
-def base_weights(sources):
-    """The path of the weights that come along; they need bars of the user's own."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
-    if not os.path.exists(path):
-        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
-    if not sources:
-        raise UserError("--data is missing: name the bars, which the weights that come along have not seen")
-    return path
-
-
-def read_times(path, histories, horizon):
-    """Of each history the next stamps in a file, int64 [n, horizon].
-
-    The file: stamps, one a line; with a header it may have a column symbol beside the time.
-    """
-    try:
-        with open_regular(path) as f:
-            lines = f.read().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
-                        f"give a file of dates, one a line")
-    lines = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-    head = [name.lower() for name in lines[0]] if lines else []
-    has_head = "symbol" in head or bool(head) and any(name in head[0] for name in ("time", "date"))
-    of = head.index("symbol") if "symbol" in head else None
-    at = next(i for i in (0, 1) if i != of)
-    stamps = {}
-    for number, row in enumerate(lines[has_head:], 1 + has_head):
-        if any(row):
-            text = row[at] if len(row) > max(at, of or 0) else ""
-            when = parse_time(text)
-            if math.isnan(when):
-                raise UserError(f"{path}:{number}: {printable(','.join(row))[:40]!r} is no time; "
-                                f"write it as 2018-01-31 or 2018-01-31 14:30")
-            stamps.setdefault(None if of is None else row[of], set()).add(int(when))
-    rows = []
-    for bars in histories:
-        own = np.array(sorted(stamps.get(None if of is None else bars.symbol, ())), np.int64)
-        rows.append(own[own > bars.time[-1]][:horizon])
-        if len(rows[-1]) < horizon:
-            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
-                            f"{iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
-    return np.array(rows)
-
-
-def warn_of_intervals(series, meta, who="the weights"):
-    """A line on stderr for each spacing of bars that is far from all that the checkpoint was trained on."""
-    known = (meta.get("data") or {}).get("intervals")
-    if not known:
-        return  # an older checkpoint does not say
-    far = {}
-    for bars in series:
-        step = float(np.median(np.diff(bars.time)))
-        if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(duration(step), []).append(printable(bars.symbol))
-    lowest, highest = duration(min(known)), duration(max(known))
-    trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
-    for step, symbols in far.items():
-        more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
-        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less",
-              file=sys.stderr)
-
-
-def duration(seconds):
-    """A time as people say it: 5 min."""
-    for unit, size in (("d", DAY), ("h", HOUR), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 if __name__ == "__main__":

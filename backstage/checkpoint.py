@@ -16,7 +16,8 @@ class Source(typing.TypedDict):
     sources: list[str]                      # as --data had them, or ["synthetic"]
     fingerprint: str | None
     seed: int | None                        # of the synthetic market, where it is not the run's
-    overlap: int | bool | None              # up to this time stamp the weights it was tuned from may have seen its bars
+    # up to this time stamp the weights it was tuned from may have seen its bars
+    overlap: int | bool | None
     intervals: list[int] | None             # median spacings of the symbols, in seconds
 
 
@@ -64,11 +65,13 @@ class Checkpoint(typing.TypedDict):
 
 FORMAT_VERSION = 5
 RANGES = dict.fromkeys(("step", "bad_steps", "since_best", "seed"), (0, 2**63 - 1))
-SCORES = "step", "val", "coarse", "fine", "da", "close", "range", "volume", "score"     # a report has all or no score
+# a report has all or no score
+SCORES = "step", "val", "coarse", "fine", "da", "close", "range", "volume", "score"
 
 
 def read_checkpoint(path):
-    """The plain dict of a checkpoint of any stage, its fields checked. Raises UserError for a file that is none."""
+    """The plain dict of a checkpoint of any stage, its fields checked. Raises UserError for a file
+    that is none."""
     entry = load_safe(path)
     if not isinstance(entry, dict) or "format_version" not in entry:
         raise UserError(f"{path}: not a Kronos-R checkpoint; give a file that pretrain.py wrote")
@@ -114,7 +117,8 @@ def damaged(path, reason):
 
 
 def fits(value, kind):
-    """Whether a value of a file is of a type such as int, float | None, list[str], dict[str, int], or a TypedDict.
+    """Whether a value of a file is of a type such as int, float | None, list[str], dict[str, int],
+    or a TypedDict.
 
     The last: a dict with at least these fields; one that is missing counts as None.
     """
@@ -154,23 +158,27 @@ def check_sizes(config):
 
 
 def read_sizes(entry, config_class):
-    """The model's config, a config_class, of a checkpoint; ValueError for one that cannot be that of its weights."""
+    """The model's config, a config_class, of a checkpoint; ValueError for one that cannot be that
+    of its weights."""
     kinds = typing.get_type_hints(config_class)
     for name, value in entry["config"].items():
         if name not in kinds or not fits(value, kinds[name]):
             raise ValueError(f"setting {name!r} of the model is unknown or of a wrong kind")
     config = config_class(**entry["config"])
     if 12 * config.n_layer * config.n_embd**2 > sum(weight.numel() for weight in entry["model"].values()):
-        raise ValueError("its sizes are those of a larger model than its weights")     # it might not fit the memory
+        # it might not fit the memory
+        raise ValueError("its sizes are those of a larger model than its weights")
     return config
 
 
 def check_weights(state, own):
-    """ValueError unless the weights of a file are those of `own`, the model's: names, shapes, types, codes' candles."""
+    """ValueError unless the weights of a file are those of `own`, the model's: names, shapes,
+    types, codes' candles."""
     if state.keys() != own.keys():
         raise ValueError(f"weight {min(state.keys() ^ own.keys())!r} is missing or unknown")
     for name, weight in state.items():
-        half = weight.dtype == torch.float16 and own[name].is_floating_point()      # weights to give away
+        # weights to give away
+        half = weight.dtype == torch.float16 and own[name].is_floating_point()
         if weight.shape != own[name].shape or not (half or weight.dtype == own[name].dtype):
             raise ValueError(f"weight {name!r} is of another shape or type than the sizes ask for")
         if not torch.isfinite(weight).all():

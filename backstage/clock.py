@@ -6,14 +6,18 @@ import zoneinfo
 import numpy as np
 import torch
 
+from backstage.dates import iso
+from backstage.script import UserError
 from backstage.series import DAY, HOUR, WEEK, YEAR
 
 
 def calendar(time):
-    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0), int64 [..., 5].
+    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0),
+    int64 [..., 5].
 
-    In whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years begin in March, so that a leap day
-    comes last; doe is the day of an era of 400 years, doy the day of such a year.
+    In whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years begin in March,
+    so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a
+    year.
     """
     days = time // 86400
     second = time - days * 86400
@@ -25,17 +29,21 @@ def calendar(time):
     return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
 
 
-# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the market keeps.
-MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")  # Chicago's clocks change as New York's
+# Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the
+# market keeps.
+# Chicago's clocks change as New York's
+MARKET_ZONES = ("UTC", "America/New_York", "Europe/London", "Australia/Sydney")
 WEEKS = 5  # that tell when a market is open
 
 
 def future_times(time, horizon):
-    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the history shows.
+    """Stamps of the next bars, int64 [horizon]: the spacing, and the times of the week, that the
+    history shows.
 
-    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed where the last year saw it begin
-    or end, holidays are not known. A last bar that is still live moves nothing. What a history of less than a week has
-    not seen is as its days were, without weekends; one bar is taken as daily.
+    time: int64 [T], UTC seconds, rising. Months keep their day. Summer time is followed where the
+    last year saw it begin or end, holidays are not known. A last bar that is still live moves
+    nothing. What a history of less than a week has not seen is as its days were, without weekends;
+    one bar is taken as daily.
     """
     recent = np.asarray(time[-500:])
     last = int(recent[-1])
@@ -70,7 +78,8 @@ def future_times(time, horizon):
 
 
 def _coming(past, gap, after, span):
-    """Stamps later than `after`, by `span` at most: those times of the week that a third of the last weeks had."""
+    """Stamps later than `after`, by `span` at most: those times of the week that a third of the
+    last weeks had."""
     found, weeks = past[:0], []
     for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
         first, last, end = np.searchsorted(past, np.array([0, span, WEEK]) + after - back, side="right")
@@ -96,7 +105,8 @@ def _coming(past, gap, after, span):
 
 
 def _market_zone(time, last):
-    """The zone on whose clocks each week was most like the one before it, around the last changes of the zones' clocks.
+    """The zone on whose clocks each week was most like the one before it, around the last changes
+    of the zones' clocks.
 
     UTC where none is better.
     """
@@ -146,12 +156,14 @@ def _coming_weeks(recent, gap, horizon):
 
 
 def _coming_months(recent, gap, horizon):
-    """Months, quarters, years to come: the same day, or the last of each month, or their first or last business day.
+    """Months, quarters, years to come: the same day, or the last of each month, or their first or
+    last business day.
 
     A live bar's day does not count.
     """
     month = recent.astype("datetime64[s]").astype("datetime64[M]")
-    since, left = recent - _begin(month), _begin(month + 1) - recent  # seconds from the month's start, to its end
+    # seconds from the month's start, to its end
+    since, left = recent - _begin(month), _begin(month + 1) - recent
     live = len(recent) > 3 and since[-1] not in since[:-1] and left[-1] not in left[:-1]
     last = -2 if live else -1
     months = month[last] + np.arange(1, horizon + 3) * max(1, round(gap / (YEAR / 12)))
@@ -179,3 +191,18 @@ def _first_business_day(months):
 
 def _begin(months):
     return months.astype("datetime64[s]").astype(np.int64)
+
+
+def times_ahead(origins, horizon, times):
+    """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each
+    history."""
+    if times is None:
+        return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
+    times = np.asarray(times, np.int64)
+    if times.shape not in ((horizon,), (len(origins), horizon)):
+        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
+    times = np.broadcast_to(times, (len(origins), horizon))
+    for o, row in zip(origins, times):
+        if (np.diff(row, prepend=o.time[-1]) <= 0).any():
+            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise from there on")
+    return times

@@ -1,4 +1,5 @@
-"""Dates as people write them -> UTC seconds. What can be read in two ways is refused, never guessed."""
+"""Dates as people write them -> UTC seconds. What can be read in two ways is refused, never
+guessed."""
 import contextlib
 import datetime
 import re
@@ -35,9 +36,11 @@ DIGITS = {  # numbers that spell a date -> format of the day, digits of the cloc
 
 
 def parse_time(text):
-    """One time stamp as UTC seconds (float; NaN if it is none, may be two, or lies past 2199). Naive means UTC.
+    """One time stamp as UTC seconds (float; NaN if it is none, may be two, or lies past 2199).
+    Naive means UTC.
 
-    ISO 8601 and the other forms of `read_dates`; of numbers YYYYMMDD[HHMM[SS]] and epochs from 1973 up to now.
+    ISO 8601 and the other forms of `read_dates`; of numbers YYYYMMDD[HHMM[SS]] and epochs from 1973
+    up to now.
     """
     return float(read_dates([str(text)])[0][0])
 
@@ -53,15 +56,16 @@ def is_number(text):
 def read_dates(cells, order=None):
     """(UTC seconds, NaN where a cell is no date; why none is, or ""), in one form for all cells.
 
-    A text is a day, a clock and a zone; each day is read once, in the order that fits most of them; where two do,
-    consecutive weekdays decide, or `order`, one of DATES.
+    A text is a day, a clock and a zone; each day is read once, in the order that fits most of them;
+    where two do, consecutive weekdays decide, or `order`, one of DATES.
     """
     with contextlib.suppress(ValueError):
         return _dates_of_numbers(np.array(cells, np.float64))
     plain = _plain_iso(np.array(cells, str))
     if plain is not None:
         return plain, ""
-    texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)  # '1/1 and ="1/1" are texts
+    # '1/1 and ="1/1" are texts
+    texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)
     if is_number(texts[-1]) or is_number(texts[len(texts) // 2]):
         seconds, why = _dates_of_numbers(np.array([float(t) if is_number(t) else np.nan for t in texts]))
         return seconds[which], why
@@ -71,7 +75,8 @@ def read_dates(cells, order=None):
     found = [STAMP.fullmatch(text) for text in texts.tolist()]
     dates, clocks, zones = zip(*[match.groups("") if match else ("", "", "") for match in found])
     days, day_of = np.unique(dates, return_inverse=True)
-    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]  # Taiwan's
+    # Taiwan's
+    days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
     readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
     if "." in dates[-1]:
@@ -85,8 +90,10 @@ def read_dates(cells, order=None):
 
 
 def _plain_iso(texts):
-    """Plain ISO 8601, array of texts -> UTC seconds in no time; None where one is something else."""
-    starts = texts[:, None].view("U1") if texts.dtype.itemsize > 16 and texts.size else None                # (T, width)
+    """Plain ISO 8601, array of texts -> UTC seconds in no time; None where one is something
+    else."""
+    # (T, width)
+    starts = texts[:, None].view("U1") if texts.dtype.itemsize > 16 and texts.size else None
     if starts is None or not ((starts[:, 0] >= "0") & (starts[:, 0] <= "9") & (starts[:, 4] != "")).all():
         return None
     with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
@@ -98,9 +105,11 @@ def _plain_iso(texts):
 
 
 def _weekdays(readings, is_intraday):
-    """Of days and months that may change places the order that makes them four or more weekdays in a row, or None.
+    """Of days and months that may change places the order that makes them four or more weekdays in
+    a row, or None.
 
-    The other order makes them a day a month: none where bars are of minutes, or one falls on a weekend.
+    The other order makes them a day a month: none where bars are of minutes, or one falls on a
+    weekend.
     """
     found = {}
     for order in ("day/month/year", "month/day/year"):
@@ -121,18 +130,21 @@ def _day(text, formats):
         with contextlib.suppress(ValueError):
             day = datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC)
             is_future = day.timestamp() > time.time() + 2 * DAY
-            if 1770 <= day.year < 2200 and not ("%y" in form and is_future):  # 31/01/20 is no day of 2031
+            # 31/01/20 is no day of 2031
+            if 1770 <= day.year < 2200 and not ("%y" in form and is_future):
                 return day.timestamp()
     return np.nan
 
 
 def clock_seconds(cells):
-    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no clock."""
+    """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no
+    clock."""
     texts, which = np.unique([cell.strip().removesuffix(".0") for cell in cells], return_inverse=True)
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
         numbers = sorted((value, len(text)) for value, text in zip(values, texts) if np.isfinite(value))
-        top, width = numbers[int(0.95 * (len(numbers) - 1))]  # not the largest, which may be mistyped
+        # not the largest, which may be mistyped
+        top, width = numbers[int(0.95 * (len(numbers) - 1))]
         if top <= 24 and width <= 2:  # hours
             values *= 10000
         elif top <= 2400 and width <= 4:
@@ -151,12 +163,14 @@ def clock_seconds(cells):
 
 def _of_hhmmss(values):
     hour, minute, second = values // 10000, values // 100 % 100, values % 100
-    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 60 + (minute == 59))  # with leap seconds
+    # with leap seconds
+    fits = (hour * 60 + minute <= 1440) & (minute < 60) & (second < 60 + (minute == 59))
     return np.where(fits, hour * 3600 + minute * 60 + second, np.nan)
 
 
 def ahead(zone, seconds):
-    """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is unknown."""
+    """Seconds that a zone's clocks are ahead of UTC: Z, +01:00, GMT+0100, US/Eastern; NaN if it is
+    unknown."""
     offset = re.fullmatch(r"(?:z|utc|gmt)?(?:([+-])(\d\d):?(\d\d)?)?", zone, re.I)
     if offset:
         size = int(offset[2] or 0) * 3600 + int(offset[3] or 0) * 60
@@ -170,7 +184,8 @@ def ahead(zone, seconds):
 
 
 def _dates_of_numbers(values):
-    """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial number or a year."""
+    """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial
+    number or a year."""
     sample = values[::max(1, len(values) // 50)]
     seconds_too, milliseconds = (((values > low) & (values < 5 * low)).mean() > 0.05 for low in (9e8, 9e11))
     if seconds_too and milliseconds:
@@ -198,7 +213,8 @@ def _spelled(values, form, n_clock):
 
 
 def _epoch(values):
-    """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN from tomorrow on."""
+    """Seconds of an epoch in s, ms, us or ns, one for all (but Binance went from ms to us); NaN
+    from tomorrow on."""
     sample = np.abs(values[::max(1, len(values) // 1000)])
     sample = sample[sample < 1e19]
     if not len(sample):
@@ -208,7 +224,8 @@ def _epoch(values):
     size = np.quantile(sample, 0.95, method="lower")  # not the largest, which may be mistyped
     now = time.time() + 2 * DAY
     unit = next((unit for unit in (1, 1e3, 1e6, 1e9) if size / unit < now), np.nan)
-    is_windows = 6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17  # 100 ns from year 1, or from 1601
+    # 100 ns from year 1, or from 1601
+    is_windows = 6.2e17 < size < 6.5e17 or 1.2e17 < size < 1.36e17
     is_1970 = unit == 1 and (sample % (1000 * DAY) == 0).mean() > 0.9  # its days in ms
     if is_windows or is_1970 or size / unit < 1e8:  # before 1973 a number may be anything
         return values * np.nan
@@ -217,7 +234,8 @@ def _epoch(values):
 
 
 def _told_apart(readings, prefer=None):
-    """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and differ."""
+    """(seconds by the reading that fits most cells, why or ""); all NaN where two fit as many and
+    differ."""
     fits = {name: int(np.isfinite(seconds).sum()) for name, seconds in readings.items()}
     name, *others = [name for name in readings if fits[name] == max(fits.values())]
     for other in others:

@@ -1,4 +1,5 @@
-"""Files that survive a kill: atomic writes, one writer at a time, reading that runs no code, hashes."""
+"""Files that survive a kill: atomic writes, one writer at a time, reading that runs no code,
+hashes."""
 import contextlib
 import glob
 import hashlib
@@ -23,8 +24,10 @@ import torch
 from backstage.script import UserError, printable, processes
 from backstage.series import HOUR
 
-FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)   # names of files of bars, what else is before
-GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"} | {        # what a checkpoint may call
+# names of files of bars, what else is before
+FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
+# what a checkpoint may call
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"} | {
     f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
 
 # -- what tells two data sets, or two sets of weights, apart
@@ -41,7 +44,8 @@ def fingerprint(series) -> str:
     """A hash of every bar, so that a run can tell that it goes on with the data it began with."""
     digest = hashlib.sha256()
     for bars in series:
-        digest.update(bars.symbol.encode("utf-8", "surrogatepass"))  # a file name may hold bytes that are no text
+        # a file name may hold bytes that are no text
+        digest.update(bars.symbol.encode("utf-8", "surrogatepass"))
         for i in range(0, len(bars), 1 << 16):
             digest.update(bars.time[i:i + (1 << 16)].tobytes() + bars.ohlcva[i:i + (1 << 16)].tobytes())
     return digest.hexdigest()[:16]
@@ -50,7 +54,8 @@ def fingerprint(series) -> str:
 # -- files that survive a kill
 
 def save_atomic(obj, path):
-    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the disk refuses."""
+    """torch.save by write_atomic: a kill leaves the old file or the new one. UserError when the
+    disk refuses."""
     buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
     torch.save(obj, buffer)
     with write_atomic(path) as f:
@@ -59,11 +64,13 @@ def save_atomic(obj, path):
 
 @contextlib.contextmanager
 def write_atomic(path, text=False):
-    """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when all is written.
+    """with write_atomic(path) as f: a new file, bytes or text, that takes the place of path when
+    all is written.
 
-    Written beside path, flushed, renamed: a kill or a full disk leaves the old file or the new one, and of two runs the
-    last wins whole. A symlink stays and its target is replaced; a device, a pipe and the process's own output
-    (/dev/stdout) are written through. Text is UTF-8, with escapes for what is none. UserError where the disk refuses.
+    Written beside path, flushed, renamed: a kill or a full disk leaves the old file or the new one,
+    and of two runs the last wins whole. A symlink stays and its target is replaced; a device, a
+    pipe and the process's own output (/dev/stdout) are written through. Text is UTF-8, with escapes
+    for what is none. UserError where the disk refuses.
     """
     how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
     target = os.path.realpath(path)
@@ -75,7 +82,8 @@ def write_atomic(path, text=False):
                 yield f
             return
         _remove_temporaries(target, older_than=HOUR)
-        with open(temporary, **how | dict(mode=how["mode"].replace("w", "x"))) as f:     # never through a link
+        # never through a link
+        with open(temporary, **how | dict(mode=how["mode"].replace("w", "x"))) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -97,7 +105,8 @@ def write_atomic(path, text=False):
 
 
 def _beside(target, end):
-    """A name in the folder of target that nobody else gives, however long the target's own: .kronos-r-HASH.end"""
+    """A name in the folder of target that nobody else gives, however long the target's own:
+    .kronos-r-HASH.end"""
     folder, name = os.path.split(target)
     return os.path.join(folder, f".kronos-r-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.{end}")
 
@@ -107,7 +116,8 @@ def _temporary(target):
 
 
 def open_regular(path):
-    """Open a file to read its bytes. OSError for what is no regular file: a pipe or a device might never end."""
+    """Open a file to read its bytes. OSError for what is no regular file: a pipe or a device might
+    never end."""
     f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
         f.close()
@@ -124,7 +134,8 @@ def _remove_temporaries(target, older_than):
 
 
 def _own_stream(path):
-    """1 or 2 where path is our standard output or error, else None; what was printed so far goes out first."""
+    """1 or 2 where path is our standard output or error, else None; what was printed so far goes
+    out first."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         with contextlib.suppress(OSError, AttributeError):  # no such path, or a closed stream
             if os.path.samestat(os.stat(path), os.fstat(number)):
@@ -135,7 +146,8 @@ def _own_stream(path):
 def load_safe(path):
     """torch.load that runs no code, onto the CPU; UserError for anything but a whole file of ours.
 
-    A tensor larger than what the file holds of it is refused: it would take any memory once it is copied.
+    A tensor larger than what the file holds of it is refused: it would take any memory once it is
+    copied.
     """
     try:
         with open_regular(path) as f, warnings.catch_warnings():
@@ -160,7 +172,8 @@ def load_safe(path):
 
 
 def _check_pickle(f):
-    """Look at a file of torch.save before it is loaded: bytes of its pickle; an error unless it makes tensors alone."""
+    """Look at a file of torch.save before it is loaded: bytes of its pickle; an error unless it
+    makes tensors alone."""
     with zipfile.ZipFile(f) as file:
         entries = file.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
@@ -174,7 +187,8 @@ def _check_pickle(f):
 
 
 def _tensors_in(obj, at_most):
-    """Every tensor in dicts, lists and tuples inside one another. ValueError where these hold one another without end."""
+    """Every tensor in dicts, lists and tuples inside one another. ValueError where these hold one
+    another without end."""
     left = [(obj, 0)]
     while left:
         obj, depth = left.pop()
@@ -189,9 +203,11 @@ def _tensors_in(obj, at_most):
 
 @contextlib.contextmanager
 def sole_writer(path):
-    """with sole_writer(path): UserError where another run is about to write the file; of many processes, rank 0 asks.
+    """with sole_writer(path): UserError where another run is about to write the file; of many
+    processes, rank 0 asks.
 
-    By a lock on a file beside it, removed at the end. A run that was killed leaves the file, but no lock: the next takes it.
+    By a lock on a file beside it, removed at the end. A run that was killed leaves the file, but no
+    lock: the next takes it.
     """
     target, lock = os.path.realpath(path), None
     name = _beside(target, "lock")
@@ -218,9 +234,11 @@ def sole_writer(path):
 
 
 def check_out(path, overwrite=False, reads=()):
-    """Refuse, before any work, an output that exists, is read or written otherwise, or could not be written at the end.
+    """Refuse, before any work, an output that exists, is read or written otherwise, or could not be
+    written at the end.
 
-    reads: what the run reads, and its other outputs: files, folders and globs of bars, None. Links are followed.
+    reads: what the run reads, and its other outputs: files, folders and globs of bars, None. Links
+    are followed.
     """
     target, exists = os.path.realpath(path), os.path.exists(path)
     folder = os.path.dirname(target)
@@ -268,6 +286,7 @@ def _files_in(sources):
 
 
 def csv_text(text):
-    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get a quote)."""
+    """A name as a cell of a CSV file: printable, and never a formula to a spreadsheet (= + - @ get
+    a quote)."""
     text = printable(text)
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text

@@ -7,10 +7,12 @@ from backstage.series import YEAR, Bars
 
 
 def from_frame(frame, symbol="") -> Bars:
-    """One symbol's bars from a pandas or polars frame, a dict of arrays, or what else has named columns.
+    """One symbol's bars from a pandas or polars frame, a dict of arrays, or what else has named
+    columns.
 
-    The time is a column or the index. Names, dates, numbers and faults as in files (see `load`); zones become UTC,
-    rows are sorted. symbol: its name; else that in a column `symbol`. UserError where no bars are there.
+    The time is a column or the index. Names, dates, numbers and faults as in files (see `load`);
+    zones become UTC, rows are sorted. symbol: its name; else that in a column `symbol`. UserError
+    where no bars are there.
     """
     if hasattr(frame, "reset_index"):  # pandas: the index becomes the first column
         unnamed = getattr(frame.index, "name", None) is None and getattr(frame.index, "nlevels", 1) == 1

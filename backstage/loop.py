@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 import data
-import sample
 from backstage.checkpoint import damaged, fits, read_checkpoint, sources_of
 from backstage.dates import iso
 from backstage.files import check_out, fingerprint, weights_hash
+from backstage.inputs import load_series
 from backstage.script import UserError, pick_device, pick_dtype
 from backstage.series import DAY
 from model import load_checkpoint, save_checkpoint
@@ -32,7 +32,8 @@ MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 def resumed(given, config_class, free, stages):
     """(config, checkpoint) of --resume: the settings of the file --out.
 
-    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who may have written it.
+    given: the flags {name: value}; one that differs, unless in `free`, is a UserError. stages: who
+    may have written it.
     """
     path = given.get("out", config_class.out)
     if not os.path.exists(path):
@@ -53,7 +54,8 @@ def resumed(given, config_class, free, stages):
     wrong += entry["run"].keys() - kinds.keys()
     if wrong:
         raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
-    own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}  # no file names what is written
+    # no file names what is written
+    own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}
     return config_class(**own | dict(overwrite=False, out=path) | given), entry
 
 
@@ -326,7 +328,7 @@ def bars_of(config, base, tokenizer, meta, room):
     if not meta["data"] or not meta["splits"]:
         raise UserError(f"{config.ckpt}: does not say what it was trained on; "
                         f"name a checkpoint of pretrain.py")
-    series = sample.load_series(config.data, meta)
+    series = load_series(config.data, meta)
     source = dict(sources=config.data or meta["data"]["sources"], fingerprint=fingerprint(series),
                   reference=weights_hash(base.state_dict()),
                   seed=meta["data"].get("seed", meta["seed"]))  # of a synthetic market

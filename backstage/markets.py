@@ -8,24 +8,28 @@ from backstage.script import UserError
 from backstage.series import CONTEXT, DAY, Bars, decayed_sum
 
 SESSION = 390                              # minutes of a trading day, from 14:30 UTC
-KINDS = {"edge": 0.1, "reverting": 0.75}   # kinds of synthetic markets, and the signal of each unless told
+# kinds of synthetic markets, and the signal of each unless told
+KINDS = {"edge": 0.1, "reverting": 0.75}
 
 
 def synthetic(seed=0, signal=None, n_symbols=8, n_bars=100_000, *, kind="edge", half_life=8):
-    """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each symbol, that accuracy).
+    """A market whose best one-bar direction accuracy is known: ([n_bars] minute bars for each
+    symbol, that accuracy).
 
-    Both kinds have weekday sessions that open with a gap, volatility clusters, fat tails (Student t, 4 degrees), volume
-    that moves with volatility, symbols that move together. signal=0 is a null market, signal=None the value in KINDS.
-    edge: a long lower wick says that the next bar closes up with probability 0.5 + signal, a long upper one down.
-    reverting: a deviation that halves in half_life bars, around a slow random walk; signal, from 0 (the walk alone) to
-    below 1 (the deviation alone), is its strength. Nothing else tells the direction.
+    Both kinds have weekday sessions that open with a gap, volatility clusters, fat tails (Student
+    t, 4 degrees), volume that moves with volatility, symbols that move together. signal=0 is a null
+    market, signal=None the value in KINDS. edge: a long lower wick says that the next bar closes up
+    with probability 0.5 + signal, a long upper one down. reverting: a deviation that halves in
+    half_life bars, around a slow random walk; signal, from 0 (the walk alone) to below 1 (the
+    deviation alone), is its strength. Nothing else tells the direction.
     """
     series = list(synthetic_series(seed, signal, n_symbols, n_bars, kind, half_life))
     return series, best_accuracy(signal, kind, half_life)
 
 
 def best_accuracy(signal=None, kind="edge", half_life=8):
-    """The best one-bar direction accuracy that anyone can reach on a synthetic market, of bars that moved."""
+    """The best one-bar direction accuracy that anyone can reach on a synthetic market, of bars that
+    moved."""
     signal = _checked_signal(signal, kind, half_life)
     return 0.5 + signal if kind == "edge" else reverting_best(signal, half_life)[0]
 
@@ -35,7 +39,8 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
     signal = _checked_signal(signal, kind, half_life)
     common = np.random.default_rng([seed, 0])
     day, minute = np.divmod(np.arange(n_bars), SESSION)
-    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + minute * 60  # from Monday 2020-01-06, 14:30
+    # from Monday 2020-01-06, 14:30
+    time = 1578268800 + (day // 5 * 7 + day % 5) * DAY + 52200 + minute * 60
     common_vol = decayed_sum(common.normal(0, 0.06, n_bars), decay=0.98)
     coin = common.standard_normal(n_bars)  # moves all symbols
     for i in range(n_symbols):
@@ -65,7 +70,8 @@ def _checked_signal(signal, kind, half_life):
 
 
 def _edge_bars(rng, log_vol, coin, signal):
-    """Open, close, both wicks in log price, |move| in sigma, [n] each: the long wick tells the next direction."""
+    """Open, close, both wicks in log price, |move| in sigma, [n] each: the long wick tells the next
+    direction."""
     n_bars = len(log_vol)
     sigma = rng.uniform(5e-4, 2e-3) * np.exp(log_vol)
     size = np.abs(rng.standard_t(4, n_bars)) / np.sqrt(2) * sigma
@@ -86,11 +92,13 @@ def _gaps(rng, sigma):
     return rng.standard_normal(len(sigma)) * sigma * np.where(np.arange(len(sigma)) % SESSION == 0, 1.5, 0.1)
 
 
-# The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is known from past closes:
+# The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is
+# known from past closes:
 #     r_t = m_t + u_t,    m_{t+1} = phi m_t - k u_t,    phi = 0.5^(1/half_life),    k = signal (1 - phi)
-# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So sign(m_t) is the best
-# call, the best forecast of the log return over h bars m_t (1 - phi^h) / (1 - phi). At k = 1 - phi the random walk is
-# gone; k = 0 leaves it alone. From the closes m follows by m_{t+1} = (phi + k) m_t - k r_t.
+# with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So
+# sign(m_t) is the best call, the best forecast of the log return over h bars m_t (1 - phi^h) / (1 -
+# phi). At k = 1 - phi the random walk is gone; k = 0 leaves it alone. From the closes m follows by
+# m_{t+1} = (phi + k) m_t - k r_t.
 
 def _reverting_moves(rng, log_vol, coin, signal, half_life):
     """(m, gap, body), [n] each, of one symbol: its log return is m + gap + body, u = gap + body."""
@@ -117,7 +125,8 @@ def _reverting_bars(rng, log_vol, coin, signal, half_life):
 
 
 def reverting_path(bars, horizon, half_life=8, signal=None):
-    """[T, horizon]: the true expected log return over the bars that come, of a series of the reverting market."""
+    """[T, horizon]: the true expected log return over the bars that come, of a series of the
+    reverting market."""
     signal = _checked_signal(signal, "reverting", half_life)
     phi = 0.5 ** (1 / half_life)
     k = signal * (1 - phi)
@@ -128,10 +137,11 @@ def reverting_path(bars, horizon, half_life=8, signal=None):
 
 @functools.cache
 def reverting_best(signal=None, half_life=8, horizon=10):
-    """What the best forecast reaches on the reverting market: (direction accuracy, its standard error, path ratio).
+    """What the best forecast reaches on the reverting market: (direction accuracy, its standard
+    error, path ratio).
 
-    The ratio is the mean absolute error of the best path to that of standing still. By simulation; the chance of a right
-    call is exact given m, the gap and the volatility, so its error is small.
+    The ratio is the mean absolute error of the best path to that of standing still. By simulation;
+    the chance of a right call is exact given m, the gap and the volatility, so its error is small.
     """
     signal = _checked_signal(signal, "reverting", half_life)
     phi, n_bars = 0.5 ** (1 / half_life), 1 << 17
@@ -142,7 +152,8 @@ def reverting_best(signal=None, half_life=8, horizon=10):
         log_vol = decayed_sum(slow, decay=0.98) + decayed_sum(fast, decay=0.95)
         m, gap, body = _reverting_moves(rng, log_vol, rng.standard_normal(n_bars), signal, half_life)
         unit = np.exp(log_vol) / np.sqrt(2)
-        chance = _student4((np.abs(m) + gap) / unit) + _student4((np.abs(m) - gap) / unit)  # a gap of either sign
+        # a gap of either sign
+        chance = _student4((np.abs(m) + gap) / unit) + _student4((np.abs(m) - gap) / unit)
         right.append(chance[CONTEXT:].mean() / 2)
         price = np.cumsum(m + gap + body)
         for h in range(1, horizon + 1):

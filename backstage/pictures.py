@@ -12,7 +12,7 @@ from backstage.files import write_atomic
 from backstage.script import UserError, printable
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures: plain SVG, readable on light and dark
 
 # t: title, g: grid, p: a path, f1 and f2: the fan's outer and inner band, m and m2: curves
@@ -43,7 +43,8 @@ def line(points, css, tag="polyline"):
 
 @dataclass
 class Panel:
-    """A rectangle of a picture: n places side by side, and values from low (at the bottom) to high."""
+    """A rectangle of a picture: n places side by side, and values from low (at the bottom) to
+    high."""
     left: float
     top: float
     width: float
@@ -79,7 +80,8 @@ class Panel:
 
 
 def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
-    """Of at most 12 symbols the last bars as candles, the median forecast, its 5-95 and 25-75 % fan and a few paths."""
+    """Of at most 12 symbols the last bars as candles, the median forecast, its 5-95 and 25-75 % fan
+    and a few paths."""
     n, horizon = min(len(histories), 12), times.shape[1]
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
@@ -110,12 +112,14 @@ def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
 
 
 def plot_codebook(path, tokenizer, series, shown=40):
-    """The most used coarse codes as candles with their share of bars, up codes above, down codes below."""
+    """The most used coarse codes as candles with their share of bars, up codes above, down codes
+    below."""
     tokens = np.concatenate([np.asarray(data.tokenize(bars, tokenizer)[data.CONTEXT:, 0]) for bars in series])
     count = np.bincount(tokens, minlength=2 ** tokenizer.config.coarse_bits)
     if not count.sum():
         raise UserError("no series has a bar past its first 32; give longer --data for a codebook picture")
-    close, open_, upper, lower = np.sinh(tokenizer.decode(torch.arange(len(count))).numpy()[:, :4]).T  # (codes,) each
+    # (codes,) each
+    close, open_, upper, lower = np.sinh(tokenizer.decode(torch.arange(len(count))).numpy()[:, :4]).T
     high, low = np.maximum(open_, close) + upper.clip(0), np.minimum(open_, close) - lower.clip(0)
     candles = np.stack([open_, high, low, close], 1)
     W, H, parts = 20 + shown * 22, 170, []
@@ -147,11 +151,13 @@ def plot_loss(path, metrics):
         reports = [report for report in metrics if all(abs(report.get(key) or np.inf) < 1e30 for key in keys)]
         if len(reports) < 2:
             continue
-        values = np.array([[report[key] for key in keys] for report in reports])  # (reports, curves)
+        # (reports, curves)
+        values = np.array([[report[key] for key in keys] for report in reports])
         panel = Panel(60, 30 + n * 340, 510, 260, len(reports), values.min(), values.max() + 1e-9)
         n += 1
         parts += [label(60, panel.top - 12, title, css="t"), *panel.grid(55, "end")]
-        for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):  # of all runs: each counts its steps anew
+        # of all runs: each counts its steps anew
+        for k in sorted({0, (len(reports) - 1) // 2, len(reports) - 1}):
             parts.append(label(panel.x(k), panel.top + 278, f"{reports[k]['step']:,}", "middle"))
         for key, column in zip(keys, values.T):
             css, below, name = ("m", -6, "train") if key == "train" else ("m2", 4, "val")

@@ -24,25 +24,29 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the file, the line and the remedy; exit status 2."""
+    """Something the user can mend: one line that names the file, the line and the remedy; exit
+    status 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line: what every script shares
 
 def printable(text):
-    """Text with control characters, escape codes and what is no letter written as escapes: one harmless line."""
+    """Text with control characters, escape codes and what is no letter written as escapes: one
+    harmless line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def progress(text):
-    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears it."""
+    """One line that rewrites itself on a terminal, and stays out of a file; an empty text clears
+    it."""
     if sys.stderr and sys.stderr.isatty():
         print(f"\r{printable(text)}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def pick_device(name, local_rank=0):
-    """The torch.device of --device; auto takes a GPU where there is one, cuda that of this process."""
+    """The torch.device of --device; auto takes a GPU where there is one, cuda that of this
+    process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -58,8 +62,9 @@ def pick_device(name, local_rank=0):
 def pick_dtype(name, device):
     """(name, torch.dtype, why) of --dtype; auto takes the faster one, and why says what decided.
 
-    On a GPU bf16 where it has it, else fp16. On a processor what is measured: some are three times as fast with bf16,
-    some slower. Keep the name in the checkpoint, so that a resumed run has the same.
+    On a GPU bf16 where it has it, else fp16. On a processor what is measured: some are three times
+    as fast with bf16, some slower. Keep the name in the checkpoint, so that a resumed run has the
+    same.
     """
     why = "as asked"
     if name == "auto" and device.type == "cuda":
@@ -72,7 +77,8 @@ def pick_dtype(name, device):
 
 
 def bf16_gain():
-    """How many times as fast as in float32 this processor maps 4,096 rows of 128 numbers to 512 and back in bf16."""
+    """How many times as fast as in float32 this processor maps 4,096 rows of 128 numbers to 512 and
+    back in bf16."""
     least = {}
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
@@ -87,7 +93,8 @@ def bf16_gain():
 
 
 def peak_memory():
-    """The most memory that this process has held, in bytes; None where the system does not tell (Windows)."""
+    """The most memory that this process has held, in bytes; None where the system does not tell
+    (Windows)."""
     if resource is None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -95,7 +102,8 @@ def peak_memory():
 
 
 def check_numbers(config, positive, others):
-    """UserError for a number in a training's config that cannot be, or switches that exclude each other."""
+    """UserError for a number in a training's config that cannot be, or switches that exclude each
+    other."""
     for name in (*positive, *others):
         value, least = getattr(config, name), "above 0" if name in positive else "0 or more"
         if not 0 <= value < 2**63 or (name in positive and value == 0):  # nor is NaN
@@ -119,9 +127,11 @@ def _integers(text):
 
 
 def cli(config_class, doc, argv=None) -> dict:
-    """The flags given, as {field: value}; there is a flag for each field of the dataclass, and no other.
+    """The flags given, as {field: value}; there is a flag for each field of the dataclass, and no
+    other.
 
-    A field's type is the flag's, the comment behind it the help; a list takes one or more values; a bool is a switch.
+    A field's type is the flag's, the comment behind it the help; a list takes one or more values; a
+    bool is a switch.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = ""
@@ -145,13 +155,15 @@ def cli(config_class, doc, argv=None) -> dict:
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text):    # it would reach the terminal
+            # it would reach the terminal
+            if isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text):
                 raise UserError(f"--{name} {text}: holds control characters; rename the file")
     return given
 
 
 def processes():
-    """(rank, world, local rank) of this process, as torchrun has set them; UserError for what it never sets."""
+    """(rank, world, local rank) of this process, as torchrun has set them; UserError for what it
+    never sets."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     given = [os.environ.get(name) for name in names]
     if not any(given[:2]):
@@ -167,13 +179,15 @@ def processes():
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, to save and then exit."""
+    """SIGTERM, Ctrl-C and a lost terminal as a flag that a loop reads between steps, to save and
+    then exit."""
 
     def __init__(self):
         self.signum, self.before = 0, {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             signum = getattr(signal, name, None)  # Windows has no SIGHUP
-            if signum and threading.current_thread() is threading.main_thread():  # others get no signals
+            # others get no signals
+            if signum and threading.current_thread() is threading.main_thread():
                 self.before[signum] = signal.signal(signum, self._note)
 
     def release(self):
@@ -193,12 +207,14 @@ class StopSignal:
 
 def run(main):
     """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
-    atexit.register(gc.freeze)  # or the last collection walks all objects of torch, a third of a second
+    # or the last collection walks all objects of torch, a third of a second
+    atexit.register(gc.freeze)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what is printed goes nowhere
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
+            # a terminal that lacks a letter is no reason to stop
+            getattr(sys, name).reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

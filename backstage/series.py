@@ -4,8 +4,9 @@ from dataclasses import dataclass
 import numpy as np
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")    # last axis of ohlcva
-FORECAST = ("time", "symbol", "step", "p_up")     # first columns of a file of forecasts, which is never read as bars
-CONTEXT = 32            # first bars of a series: context, never targets (the scales are still settling)
+# first columns of a file of forecasts, which is never read as bars
+FORECAST = ("time", "symbol", "step", "p_up")
+CONTEXT = 32  # first bars of a series: context, never targets (the scales are still settling)
 HALF_LIFE = 32          # bars; of every exponentially weighted mean below
 DECAY = 0.5 ** (1 / HALF_LIFE)
 HOUR, DAY, WEEK, YEAR = 3600, 86400, 7 * 86400, 365.25 * 86400
@@ -29,9 +30,11 @@ class Bars:
 
 
 def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
-    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T) elementwise passes.
+    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T)
+    elementwise passes.
 
-    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no later bar, to the bit.
+    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no
+    later bar, to the bit.
     """
     y = u.copy()
     n, shift = y.shape[-1], 1

@@ -18,7 +18,7 @@ import backtest
 import sample
 import study
 from data import UserError
-from model import Model, ModelConfig, save_checkpoint
+from model import Model, ModelConfig, close_table, save_checkpoint
 from tokenizer import TokenizerConfig, train_tokenizer
 
 BITS = dict(coarse_bits=5, fine_bits=4)
@@ -458,7 +458,7 @@ def test_next_bars_are_the_models_own_distributions(triple):
     t = targets(series, 100)
     f = backtest.next_bars(model, tokenizer, t)
     tables = candle_tables(tokenizer)
-    every = torch.arange(len(tables["close"]))
+    every, moves = torch.arange(len(tables["close"])), close_table(tokenizer)
     crps, off = {name: [] for name in tables}, []
     for k in range(0, len(t.r), 37):
         i, row = int(t.symbol[k]), 100 + k % 200
@@ -468,9 +468,11 @@ def test_next_bars_are_the_models_own_distributions(triple):
         with torch.no_grad():
             h = model.prefill(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(series[i].time[begin:row])[None]).h[0]
             still = (32 * model.config.unmoved + (np.diff(series[i].ohlcva[:row, 3]) == 0).sum()) / (32 + row - 1)
-            up = model.coarse_logits(h).softmax(-1)[model.up_mask].sum().item()
-            assert f["p_up"][k] == pytest.approx(min(1, up / (1 - still)), abs=1e-5)
             p = model.coarse_logits(h).double().softmax(-1)[:, None] * model.fine_logits(h.expand(len(every), -1), every).double().softmax(-1)
+        order = moves.abs().flatten().argsort()     # the least moves stay
+        left = (p.flatten()[order].cumsum(0) - still).clamp(min=0).minimum(p.flatten()[order])
+        up = (left * (moves.flatten()[order] > 0)).sum() / left.sum()
+        assert f["p_up"][k] == pytest.approx(up.item(), abs=0.01)
         _, state = data.features(series[i][:row])
         s, m, d, _ = (float(v) for v in state.scales())
         o, high, low, c, v, _ = series[i].ohlcva[row]

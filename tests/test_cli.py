@@ -334,7 +334,7 @@ def test_weights_that_come_along_are_kept_where_no_update_makes_them_better(mark
 @pytest.mark.parametrize("gain, kept", [(0.0, False), (1e6, True)])
 def test_tuned_weights_must_be_clearly_better_on_val(checkpoint, market, tmp_path, call, monkeypatch, gain, kept):
     """Gains below what the best of ten reports has by chance, of the number of val bars, leave the weights as they came."""
-    monkeypatch.setattr(pretrain, "TUNING_GAIN", gain)
+    monkeypatch.setattr(pretrain, "tuning_margin", lambda n_val: min(0.1, gain))
     status, out, err = call("pretrain", "--data", market, "--init_from", checkpoint, "--steps", 12, "--eval_every", 4, "--batch_size", 8,
                             "--block_size", 48, "--lr", 0.01, "--adam_lr", 1e-3, "--warmup", 2, "--out", tmp_path / "a.pt")
     assert status == 0 and ("its weights are kept" in out) == kept, out + err

@@ -819,7 +819,7 @@ def saved(tmp_path):
     model.read_codes(tokenizer)
     best = {name: p + 1 if "candle" in name else p for name, p in model.state_dict().items()}
     path = str(tmp_path / "out.pt")
-    save_checkpoint(path, model, tokenizer, stage="pretrain", best=best, step=7, metrics=[{"val": 1.5}], splits=(1, 2))
+    save_checkpoint(path, model, tokenizer, stage="pretrain", best=best, step=7, metrics=[{"stage": "pretrain", "step": 7, "val": 1.5}], splits=(1, 2))
     return path, model, tokenizer
 
 
@@ -830,7 +830,7 @@ def test_checkpoint_gives_back_what_it_took(saved):
     assert last.config == model.config and not last.training
     x = torch.randn(50, 6)
     assert all(torch.equal(a, b) for a, b in zip(again.encode(x), tokenizer.encode(x)))
-    assert meta["step"] == 7 and meta["stage"] == "pretrain" and meta["metrics"] == [{"val": 1.5}] and "model" not in meta and "best" not in meta
+    assert meta["step"] == 7 and meta["stage"] == "pretrain" and meta["metrics"] == [{"stage": "pretrain", "step": 7, "val": 1.5}] and "model" not in meta and "best" not in meta
     best, _, _ = load_checkpoint(path)
     assert torch.equal(best.embedding.candle_linear.weight, model.embedding.candle_linear.weight + 1)
     save_checkpoint(path, model, tokenizer, stage="pretrain")

@@ -14,9 +14,10 @@ from backstage.scores import usual_sigma
 from backstage.series import DAY, YEAR
 import data
 import sample
+from backstage import grid, inputs, report
 from conftest import ROOT, complaint, write_csv
 from data import UserError
-from model import load_checkpoint
+from model import close_table, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,52 @@ def test_a_forecast_starts_from_the_last_bar_with_a_window_of_context(loaded, se
     (model, tokenizer), bars = loaded, series[0]
     _, [p_up] = sample.simulate(model, tokenizer, [bars], 1, 1)
     tokens = torch.from_numpy(data.tokenize(bars, tokenizer).astype(np.int64))[-64:]
-    logits = model(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0][0, -1]
+    with torch.no_grad():
+        h = model.hidden(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0, -1]
     still = (32 * model.config.unmoved + (np.diff(bars.ohlcva[:, 3]) == 0).sum()) / (32 + 499)
-    expected = logits.softmax(-1)[32:].sum().item() / (1 - still)  # the upper half of the codes says up
-    assert model.config.block_size == 64 and p_up == pytest.approx(expected, abs=1e-5)
+    assert model.config.block_size == 64 and p_up == pytest.approx(up_of_pairs(model, tokenizer, h, still), abs=0.005)
+
+
+def up_of_pairs(model, tokenizer, h, still):
+    """P(up | moved) over all pairs one by one: those of the least moves stay, up to a mass of `still`."""
+    every, moves = torch.arange(64), close_table(tokenizer)
+    with torch.no_grad():
+        fine = model.fine_logits(h.expand(64, -1), every).double().softmax(-1)
+        p = model.coarse_logits(h).double().softmax(-1)[:, None] * fine
+    order = moves.abs().flatten().argsort()
+    p, up = p.flatten()[order], moves.flatten()[order] > 0
+    left = (p.cumsum(0) - still).clamp(min=0).minimum(p)
+    return (left[up].sum() / left.sum()).item()
+
+
+def test_paths_stay_and_keep_to_the_ticks_of_a_market_that_does(loaded):
+    """Three bars of five repeat the close before, on ticks of a quarter: P(up) is no certainty, and paths agree."""
+    model, tokenizer = loaded
+    [bars] = one_factor(1, 600, 0.0)
+    prices = np.round(4 * bars.ohlcva[:, :4]) / 4
+    for i in np.flatnonzero(np.random.default_rng(1).random(600) < 0.6)[1:]:
+        prices[i] = prices[i - 1, 3]
+    bars = data.Bars("STAYS", bars.time, np.concatenate([prices, bars.ohlcva[:, 4:]], 1))
+    still = sample.unmoved_share(bars, model.config.unmoved)[-1]
+    assert grid.tick_of(bars.ohlcva[:, 3]) == 0.25 and still > 0.5
+    for calibration in (None, sample.Calibration(a=0.4, k=0.0)):
+        paths, [p_up] = sample.simulate(model, tokenizer, [bars], 5, 2000, calibration=calibration)
+        move = np.sign(paths[0, :, 0, 3] - bars.ohlcva[-1, 3])
+        assert 0.3 < p_up < 0.7 and (move > 0).sum() / (move != 0).sum() == pytest.approx(p_up, abs=0.05)
+        if calibration is None:
+            assert (move == 0).mean() == pytest.approx(still, abs=0.03)
+        prices = paths[0, :, :, :4]
+        np.testing.assert_array_equal(prices, np.round(4 * prices) / 4)
+        o, high, low, close = np.moveaxis(prices, -1, 0)
+        assert (low > 0).all() and (low <= np.minimum(o, close)).all() and (high >= np.maximum(o, close)).all()
+
+
+def test_the_tick_is_the_largest_step_of_nearly_all_closes():
+    random = np.random.default_rng(0)
+    for tick, level in ((0.01, 30), (0.25, 4000), (1e-5, 1.1), (5.0, 20000), (1 / 32, 99), (0.005, 5)):
+        close = np.round(level * np.exp(0.02 * random.standard_normal(500)) / tick) * tick
+        assert grid.tick_of(np.append(close, level * 1.00123456)) == pytest.approx(tick), tick    # one print beside
+    assert grid.tick_of(30 * random.random(500)) == grid.tick_of(np.full(500, 5.0)) == 0
 
 
 def test_g1_no_forecast_sees_a_later_bar(loaded, series):
@@ -161,7 +204,7 @@ def test_report_row_against_naive_numbers():
     last = bars.ohlcva[-1, 3]
     paths = np.zeros((1000, 2, 6))
     paths[:, -1, 3] = last * np.exp(rng.normal(0, 0.01, 1000))
-    row = sample.describe(bars, paths, 0.6)
+    row = report.describe(bars, paths, 0.6)
     r = np.sort(paths[:, -1, 3] / last - 1)
     assert row["p_up_horizon"] == (r > 0).mean() and row["expected_return"] == pytest.approx(r.mean())
     assert row["var95"] == pytest.approx(-r[49], abs=2e-4) and row["es95"] == pytest.approx(-r[:50].mean(), abs=1e-4)
@@ -179,7 +222,7 @@ def test_options_agree_with_black_scholes_on_gaussian_paths():
         k = float(strike[:-1]) * spot if strike.endswith("x") else float(strike)
         d1 = (np.log(spot / k) + (rate + sigma ** 2 / 2) * years) / (sigma * years ** 0.5)
         call = spot * N(d1) - k * np.exp(-rate * years) * N(d1 - sigma * years ** 0.5)
-        found = sample.option(close, spot, strike, years, rate)
+        found = report.option(close, spot, strike, years, rate)
         assert found["call"] == pytest.approx(call, abs=0.08)
         assert found["call"] - found["put"] == pytest.approx(spot - k * np.exp(-rate * years), abs=1e-9)
 
@@ -194,10 +237,10 @@ def test_a_symbol_that_ended_is_shown_with_its_date_and_has_no_rank(series, caps
     old = histories[1].time
     old -= 60 * DAY
     paths = np.tile(histories[0].ohlcva[-1], (4, 3, 1))
-    rows = [sample.describe(bars, paths, p) for bars, p in zip(histories, (0.4, 0.9, 0.6))]
-    ranked = sample.give_ranks(rows, histories, 3)
+    rows = [report.describe(bars, paths, p) for bars, p in zip(histories, (0.4, 0.9, 0.6))]
+    ranked = report.give_ranks(rows, histories, 3)
     assert [row["rank"] for row in rows] == [2, None, 1] and sorted(ranked) == [0.4, 0.6]
-    sample.print_report(rows, 3, 0.5, 0.5)
+    report.print_report(rows, 3, 0.5, 0.5)
     out = capsys.readouterr().out
     assert "BTC/USDT-PERP" in out and f"ended {data.iso(old[-1])[:10]}" in out and "of 2 symbols" in out and "\x1b" not in out
     assert out.splitlines()[4].startswith("OLD")       # last
@@ -211,10 +254,10 @@ def test_a_symbol_that_ended_is_shown_with_its_date_and_has_no_rank(series, caps
     ([60, 3600], [300], ["A: bars 5 min"]), ([0, 60], [1], ["A: bars 1 s"]), (None, [25200], []), ([], [25200], [])])
 def test_bars_of_another_spacing_than_those_of_the_training_are_told_once(known, steps, said, capsys):
     series = [data.Bars(symbol, np.cumsum([0, 9 * step, *[step] * 30]), np.ones((32, 6))) for symbol, step in zip("ABC", steps)]
-    sample.warn_of_intervals(series, dict(data=dict(sources=[], intervals=known)))
+    inputs.warn_of_intervals(series, dict(data=dict(sources=[], intervals=known)))
     err = capsys.readouterr().err.splitlines()
     assert len(err) == len(said) and all(line.startswith(text) for line, text in zip(err, said)), err
-    sample.warn_of_intervals(series, dict(data=None))
+    inputs.warn_of_intervals(series, dict(data=None))
     assert not capsys.readouterr().err
 
 
@@ -275,7 +318,7 @@ def test_columns_that_are_not_there_stay_empty_and_no_cell_is_a_formula(series, 
     bars = data.Bars("=1+1", series[0].time, series[0].ohlcva.copy())
     bars.ohlcva[:, 5] = np.nan
     times = data.future_times(bars.time, 2)[None]
-    sample.write_csv(tmp_path / "f.csv", [bars], np.ones((1, 5, 2, 6)), times)
+    report.write_csv(tmp_path / "f.csv", [bars], np.ones((1, 5, 2, 6)), times)
     rows = (tmp_path / "f.csv").read_text().splitlines()
     assert rows[1].endswith(",1,") and ",'=1+1," in rows[1]
 
@@ -365,7 +408,6 @@ def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
     assert first.n_bars > 300
     told = sample.Calibration(a=0.8, k=0.0)     # 69 % up, whatever the model says
     paths, p_up = sample.simulate(model, tokenizer, series, 1, 1000, calibration=told)
-    moved = paths[:, :, 0, 3] != np.array([b.ohlcva[-1, 3] for b in series])[:, None]
     rose = paths[:, :, 0, 3] > np.array([b.ohlcva[-1, 3] for b in series])[:, None]
     assert np.allclose(p_up, 1 / (1 + np.exp(-0.8)))
     for i in range(2):
@@ -385,13 +427,13 @@ def test_a_market_that_stands_and_a_new_listing(loaded, tmp_path, call):
 def test_a_portfolio_has_the_weights_that_are_given():
     series = one_factor(3, 50, 0.0)
     ohlcva = np.random.default_rng(0).normal(50, 5, (3, 200, 2, 6))
-    assert np.allclose(sample.weights_of(None, series), 1 / 3)
-    assert sample.weights_of(["S0=0.5,S2=0.25"], series).tolist() == [0.5, 0, 0.25]
+    assert np.allclose(report.weights_of(None, series), 1 / 3)
+    assert report.weights_of(["S0=0.5,S2=0.25"], series).tolist() == [0.5, 0, 0.25]
     for wrong in ("XX=1", "S0=a", "S0", "S0=nan", "S0=0"):
         with pytest.raises(UserError, match="weights"):
-            sample.weights_of([wrong], series)
+            report.weights_of([wrong], series)
     weights = np.array([0.5, 0.3, 0.2])
-    found, beside = sample.portfolio_of(series, ohlcva, weights, 0)
+    found, beside = report.portfolio_of(series, ohlcva, weights, 0)
     moves = ohlcva[:, :, -1, 3] / np.array([b.ohlcva[-1, 3] for b in series])[:, None] - 1
     assert found["q05"] == pytest.approx(np.quantile(weights @ moves, 0.05)) and found["var95"] == -found["q05"]
     assert beside["p_best"].sum() == pytest.approx(1) and found["apart"]["expected_return"] == pytest.approx(found["expected_return"])
