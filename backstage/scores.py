@@ -32,10 +32,11 @@ def chance_extreme(r, sigma, horizon):
     return np.where(np.isfinite(sigma), share, np.nan)
 
 
-METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse",
-           "mape", "crps", "coverage50", "coverage80", "coverage90", "range_crps", "range_coverage90",
-           "volume_crps", "volume_coverage90", "path_mape", "path_crps", "path_coverage50",
-           "path_coverage80", "path_coverage90", "path_rv_crps", "var95_hits", "es95_ratio",
+METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic",
+           "mae", "rmse", "mape", "crps", "coverage50", "coverage80", "coverage90",
+           "range_crps", "range_coverage90", "volume_crps", "volume_coverage90",
+           "path_mape", "path_crps", "path_coverage50", "path_coverage80", "path_coverage90",
+           "path_rv_crps", "var95_hits", "es95_ratio",
            "extreme_flagged", "extreme_said", "extreme_came")
 # compared as ratios, all others as differences
 RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")
