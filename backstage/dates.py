@@ -13,9 +13,9 @@ from backstage.series import DAY, YEAR
 
 
 def iso(seconds):
-    """UTC seconds as text: a date, with the time of day where it has one."""
-    when = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
-    return when.strftime("%Y-%m-%d" if int(seconds) % DAY == 0 else "%Y-%m-%d %H:%M")
+    """UTC seconds as text: a date, with the time of day where it has one; of any year."""
+    day, clock = str(np.datetime64(int(seconds), "s")).split("T")
+    return day if int(seconds) % DAY == 0 else f"{day} {clock[:5]}"
 
 
 # -- texts -> UTC seconds

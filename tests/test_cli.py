@@ -1,6 +1,7 @@
 """The scripts as users call them: the main job end to end, kills and resumes, and what bad input gets."""
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from backstage.checkpoint import SEEN_DATES
-from backstage.files import _beside, load_safe, save_atomic, sole_writer
+from backstage.files import _beside, check_out, load_safe, save_atomic, sole_writer
 from backstage.loop import Run, resumed
 from backstage.script import cli
 import data
@@ -511,6 +512,33 @@ def test_a_file_of_others_names_nothing_that_is_read_or_written(checkpoint, tmp_
     torch.save(entry, path)
     assert "a secret" not in complaint(call("sample", "--ckpt", path))
     assert resumed(dict(out=str(path)), pretrain.Config, pretrain.FREE, ("pretrain",))[0].release is None
+
+
+@pytest.mark.parametrize("n_letters, why", [(255, None), (256, "cannot be written")])
+def test_a_name_that_cannot_be_made_is_refused_before_the_training(tmp_path, n_letters, why):
+    try:
+        check_out(str(tmp_path / ("a" * n_letters)))
+        said = None
+    except data.UserError as e:
+        said = str(e)
+    assert (why in said if why else said is None) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("holder, change", [
+    ("data", dict(sources=["synthetic"], seed=-5)), ("data", dict(sources=[])),
+    (None, dict(metrics=[dict(stage="pretrain")])), ("run", dict(steps=7)),
+    *((None, dict(metrics=[dict(stage="pretrain", split="val", step=k, train=v, val=v, val_logloss=v)
+                           for k in range(3)])) for v in (math.nan, math.inf, 1e308))])
+def test_numbers_of_a_file_that_cannot_be_get_one_line(checkpoint, tmp_path, call, holder, change):
+    entry, path = load_safe(checkpoint), tmp_path / "a.pt"
+    (entry[holder] if holder else entry).update(change)
+    argv = ["sample", "--ckpt", path, "--paths", 2, "--horizon", 2, "--plot_loss", tmp_path / "a.svg"]
+    if holder == "run":
+        entry |= dict(dtype="fp16", scaler={})
+        argv = ["pretrain", "--out", path, "--resume"]
+    torch.save(entry, path)
+    said = complaint(call(*argv))
+    assert "a.pt" in said or "nothing to draw" in said
 
 
 @pytest.mark.parametrize("given", [dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2")])

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import subprocess
+import time
 import sys
 import threading
 import zipfile
@@ -901,6 +902,22 @@ def test_load_safe_runs_no_code_and_says_what_is_wrong(tmp_path, monkeypatch):
             load_safe(name)
         assert "\n" not in str(e.value)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_pickle_that_takes_memory_or_time_is_refused_before_it_does(tmp_path):
+    """bytearray(4 GB), and lists that hold the same list ten times over, twelve deep: 10^12 visits."""
+    many = []
+    for _ in range(12):
+        many = [many] * 10
+    large = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\1\x85R."
+    for name, raw in (("large.pt", large), ("many.pt", pickle.dumps({"a": many}, 2))):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.writestr("a/data.pkl", raw)
+            file.writestr("a/version", "3\n")
+        began = time.process_time()
+        with pytest.raises(UserError, match=f"{name}: .*(run code|without end)"):
+            load_safe(tmp_path / name)
+        assert time.process_time() - began < 2
 
 
 def test_a_part_of_the_day_is_like_a_session():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from backstage.frame import check_histories
+from backstage.dates import iso
 from backstage.reader import read_files, write_folder
 import data
 from conftest import write_csv
@@ -613,6 +614,11 @@ def test_odd_bytes_in_names_and_symbols(tmp_path):
     rows = days(20, "A,1,3,0.5,2")
     [bars] = read(tmp_path, f"time,symbol,open,high,low,close\n{rows}2020-03-01,\x1b[31m,1,3,0.5,2\n")
     assert bars.symbol == "A" and len(bars) == 20
+
+
+def test_dates_of_any_year_are_written():
+    assert [iso(t) for t in (0, -60, 86_399, 253_402_300_800)] == [
+        "1970-01-01", "1969-12-31 23:59", "1970-01-01 23:59", "10000-01-01"]
 
 
 def test_parse_time():
