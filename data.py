@@ -290,21 +290,6 @@ def _mean(total, weight):
     return total / np.where(weight > 0, weight, 1.0)
 
 
-def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
-    """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T)
-    elementwise passes.
-
-    After pass k each y_t holds its last 2^k terms. Elementwise, so a bar's value depends on no
-    later bar, to the bit.
-    """
-    y = u.copy()
-    n, shift = y.shape[-1], 1
-    while shift < n and decay ** shift > 1e-18:  # weights below the last bit add nothing
-        y[..., shift:] += decay ** shift * y[..., :-shift]
-        shift *= 2
-    return y + carry[..., None] * decay ** np.arange(1, n + 1)
-
-
 def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     """Bars from features: the inverse of `features` to float32's rounding, from a State that has
     seen a bar.
