@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import pretrain
 from backstage.files import load_safe
 from backstage.loop import Run
@@ -85,3 +86,14 @@ def test_ctrl_c_while_the_tokenizer_trains_acts_at_once(market, tmp_path, call, 
     status, out, _ = call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY)
     assert status == 130 and "stopped at step 2 of the tokenizer" in out
     assert os.listdir(tmp_path) == []
+
+
+def test_val_is_each_series_own_last_share_and_nothing_is_test():
+    early = data.Bars("A", np.arange(1000) * 60, np.ones((1000, 6)))
+    late = data.Bars("B", 10**6 + np.arange(500) * 3600, np.ones((500, 6)))
+    borders = data.own_borders([early, late], 0.1)
+    train = data.make_streams([early, late], None, "train", borders, 64, 4).targets
+    val = data.make_streams([early, late], None, "val", borders, 64, 4).targets
+    test = data.make_streams([early, late], None, "test", borders, 64, 4).targets
+    assert train.tolist() == [[32, 900], [32, 450]] and val.tolist() == [[900, 1000], [450, 500]]
+    assert (test[:, 0] >= test[:, 1]).all()
