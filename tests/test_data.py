@@ -868,7 +868,7 @@ def test_text_that_is_none_is_made_harmless(tmp_path, capfd):
     bars = Bars("\udce9", np.arange(3), np.ones((3, 6)))
     assert fingerprint([bars]) != fingerprint([Bars("e", bars.time, bars.ohlcva)])
     name = os.path.join(os.fsencode(tmp_path), b"\xe9.csv")
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), "--data", name], capture_output=True)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), "--data", name], capture_output=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(b"error: ") and b"\\udce9.csv: no such file" in done.stderr
 
 
