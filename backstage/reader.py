@@ -755,7 +755,7 @@ ARRAYS = ("bars.time", "<i8", 1), ("bars.ohlcva", "<f8", 6)     # name, type, nu
 
 def write_folder(series, out):
     """Write Bars as a folder that `load` maps into memory; symbols.json, the seal, comes last. -> (symbols, bars)."""
-    seal, rows = os.path.join(out, "symbols.json"), {}
+    seal, rows, is_new = os.path.join(out, "symbols.json"), {}, not os.path.isdir(out)
     try:
         os.makedirs(out, exist_ok=True)
         with sole_writer(seal):
@@ -771,6 +771,10 @@ def write_folder(series, out):
                 json.dump([[symbol, *parts[0]] for symbol, parts in rows.items()], f)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror or e}); choose another --out")
+    finally:
+        if is_new and not os.path.exists(seal):
+            with contextlib.suppress(OSError):  # nothing was written: no empty folder is left
+                os.rmdir(out)
     progress("")
     return len(rows), n_bars
 
