@@ -49,7 +49,8 @@ FEATURES = dict(channels=CHANNELS, half_life=HALF_LIFE, slots=SLOT_HALF_LIFE)  #
 #
 # r is how many days of factor 1 count beside: the variance of x_k about L_k, over that of L among
 # the slots (James and Stein 1961); infinite where the slots differ no more than by chance. Factors
-# of the week are made alike, of weeks in place of days, from what those of the day leave.
+# of the week are made alike, of weeks in place of days, from what those of the day leave. Summer
+# time moves an exchange's hours: an opening an hour sooner or later than the last moves all slots.
 
 class Slots:
     """How much larger than usual series are at a time of the day and of the week, known before.
@@ -61,12 +62,15 @@ class Slots:
 
     def __init__(self, time, y, levels=2):
         self.levels, self.log_factors = [], np.zeros(y.T.shape)
+        first = time[0] if len(time) else 0
+        self.time, (self.shift, self.opened) = time, summer_time(time, first, first)
+        local = time - self.shift
         # of the first bars alone: no later bar may change it
         step = int(np.median(np.diff(time[:CONTEXT]))) if len(time) >= CONTEXT else WEEK
         spans = [(DAY, max(step, SLOT_SECONDS)), (WEEK, HOUR)] if step < DAY else [(WEEK, DAY)]
         for period, width in spans[:levels] if step < 2 * DAY else ():
-            row = np.cumsum(np.diff(time // period, prepend=time[0] // period) != 0)  # [T], day
-            slot = time % period // width
+            row = np.cumsum(np.diff(local // period, prepend=local[0] // period) != 0)  # [T], day
+            slot = local % period // width
             used = np.bincount(slot) > 0
             slots, column = np.flatnonzero(used), (np.cumsum(used) - 1)[slot]         # [K], [T]
             cell = row * len(slots) + column
@@ -80,8 +84,10 @@ class Slots:
         They are 0 at a time that the bars have never had.
         """
         log_factors = np.zeros((len(stamps), self.log_factors.shape[1]))
+        moved, _ = summer_time(stamps, self.time[row], self.opened[row])
+        local = stamps - self.shift[row] - moved
         for period, width, slots, rows, table in self.levels if row + 1 >= CONTEXT else ():
-            slot = stamps % period // width
+            slot = local % period // width
             column = np.searchsorted(slots, slot).clip(max=len(slots) - 1)
             log_factors += table[rows[row], :, column] * (slots[column] == slot)[:, None]
         return log_factors
@@ -93,6 +99,20 @@ class Slots:
         if not any(table[rows[row]].any() for *_, rows, table in self.levels):
             return np.zeros((horizon, self.log_factors.shape[1]))
         return self.coming(row, future_times(time, horizon))
+
+
+def summer_time(time, last, opened):
+    """Seconds by which the market's day has moved at stamps time [T], int64 [T], and the stamp of
+    the last opening, int64 [T].
+
+    An opening is a bar after half a day without any; last, opened: the stamps of the bar and of
+    the opening before time[0].
+    """
+    opens = np.diff(time, prepend=last) >= DAY // 2
+    openings, n_opened = np.append(opened, time[opens]), np.cumsum(opens)
+    later = (np.diff(openings, prepend=opened) + DAY // 2) % DAY - DAY // 2
+    shift = np.cumsum(np.where(np.abs(later) == HOUR, later, 0))
+    return shift[n_opened], openings[n_opened]
 
 
 def _slot_table(y, cell, n_days, n_slots):
@@ -169,9 +189,8 @@ class State:
     total: np.ndarray    # [..., 4]: the numerators of s / F, m - log G, g, d
     weight: np.ndarray   # [..., 4]: their denominators
     widest: np.ndarray   # [...]: the largest true range so far, in units of its bar's s
-    # [..., 3]: s / F and d where a generation began, and the most that a bar may
-    origin: np.ndarray
-    #                      move in it, in s; NaN outside of one
+    origin: np.ndarray   # [..., 3]: s / F and d where a generation began, and the most that a
+    #                      bar may move in it, in s; NaN outside of one
     coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; of those after them 0
 
     @classmethod
