@@ -531,6 +531,7 @@ def stages_study(argv):
     parser.add_argument("--half_life", type=int, default=8, help="of the reverting market, in bars")
     parser.add_argument("--bars", type=int, default=40_000, help="of each of the planted market's 4 symbols")
     parser.add_argument("--out", default="study_stages", help="folder of checkpoints, scores; what is there is not made again")
+    parser.add_argument("--symbols", type=int, help="of --data, evenly chosen; none: all")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--seeds", type=int, default=3)
@@ -551,6 +552,11 @@ def stages_study(argv):
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             market = data.synthetic(n_symbols=4, n_bars=args.bars, kind=args.market, half_life=args.half_life)[0]
             write_folder(market, args.data[0])
+    elif args.symbols:
+        series, args.data = data.load(args.data), [os.path.join(args.out, "market")]
+        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
+            keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
+            write_folder([series[k] for k in keep], args.data[0])
     scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
@@ -579,8 +585,8 @@ def stage_arm(args, arm, seed):
     if arm != "base" and ARMS[arm][0] is None:
         return arm_file(args, ARMS[arm][1], seed)
     if arm == "base":
-        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--batch_size=16",
-                                     "--block_size=256"]
+        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--n_layer=2",
+                                     "--block_size=128", "--batch_size=16"]
         flags += [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
         flags += ["--tokenizer", arm_file(args, "base", 0)] * bool(seed)  # one for all seeds: scores differ by the model
     else:
@@ -712,7 +718,7 @@ def print_stages(args, scores, t, kept):
         if metric in (*RATIOS, "path_median_mape"):
             scale, digits = 1, 4    # of log returns x 100 and %
         each = [float(at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
-        print(f"base, {label.rpartition(',')[0]}: " + ", ".join(f"{v:.{digits}f}" for v in each))
+        print(f"base, {label.rpartition(',')[0] or label}: " + ", ".join(f"{v:.{digits}f}" for v in each))
     print(f"what came: path volatility {100 * t.path_rv.mean():.1f}; standing still: "
           f"path MAPE {100 * np.abs(np.expm1(-t.path_r)).mean():.4f}")
 
