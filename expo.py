@@ -63,12 +63,6 @@ PIECE = 4            # labelled bars whose candidates are drawn at a time, in th
 COSTS = ("mae", "crps", "range_crps", "volume_crps", "path_crps")
 BAND, BAND_WITHIN = "path_coverage90", 0.005
 VAL_HORIZON = 10     # bars of the paths on val
-SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),
-         ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
-         ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("range_crps", "range CRPS", 1, 4),
-         ("volume_crps", "volume CRPS", 1, 4), (("path_mape", None), "path MAPE %, mean", 1, 3),
-         (("path_crps", None), "path CRPS, mean", 1, 3),
-         ((BAND, None), "in 90 % band, %", 100, 1))  # score, label, factor, digits
 
 
 def check(config):
@@ -104,8 +98,8 @@ def loss_of(model, reference, table, batch, random, config):
     if config.pairs == "set":
         log_ratio, ref_log_ratio = set_pairs(model, pi, ref, move, labelled)
     else:
-        n_labels = config.labels * len(coarse)
-        labelled = some_of(labelled, n_labels, random)
+        most = random.permutation(len(labelled))[:config.labels * len(coarse)]
+        labelled = labelled[torch.from_numpy(np.sort(most)).to(labelled.device)]
         log_ratio, ref_log_ratio = drawn_pairs(
             model, reference, table, pi, ref, target, move, labelled, random, config)
     expo = expo_loss(log_ratio, ref_log_ratio, config.lam).sum() / max(1, len(log_ratio))
@@ -147,12 +141,6 @@ def set_pairs(model, pi, ref, move, labelled):
 
 # --------------------------------------------------------------------------------------------------
 # Drawn pairs: the true bar against the worst of some candidates
-
-def some_of(labelled, most, random):
-    """At most so many of the labelled bars int64 [n], by chance, in order."""
-    keep = np.sort(random.permutation(len(labelled))[:most])
-    return labelled[torch.from_numpy(keep).to(labelled.device)]
-
 
 def drawn_pairs(model, reference, table, pi, ref, target, move, labelled, random, config):
     """As set_pairs, of the true bar and the worst candidate, where it is behind by the margin."""
@@ -202,8 +190,8 @@ def log_odds(model, h, log_coarse, pair):
 # --------------------------------------------------------------------------------------------------
 # The run
 
-def main():
-    given = cli(Config, __doc__)
+def main(argv=None):
+    given = cli(Config, __doc__, argv)
     with sole_writer(given.get("out", Config.out)):
         training(given)
 
@@ -227,8 +215,7 @@ def training(given):
             loss, parts = loss_of(model, stage.base, table, batch, random, config)
         stage.update(loss, parts)
         stage.save_if_due()
-    stage.finish("reference", "log loss", "a surely better log loss on val and nothing worse",
-                 lambda models, t: print_scores(models, stage, t))
+    stage.finish("reference", "log loss", "a surely better log loss on val and nothing worse")
 
 
 def guard(scores, reference, t):
@@ -274,13 +261,6 @@ class Validation(StageValidation):
                      failed=failed)
         shown = f"{backtest.show(gain, 1, 4, '+'):<29}{da:>8.2%}   {', '.join(failed) or '-'}"
         return logloss, not failed, found, shown
-
-
-def print_scores(models, stage, t):
-    """Reference and result {name: model} on test, side by side."""
-    columns = {name: backtest.model_scores(model, stage.tokenizer, t, stage.config.paths)
-               for name, model in models.items()}
-    backtest.print_versus(columns, t, SHOWN)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import backtest
 import data
 from backstage.clock import future_times
 from backstage.files import sole_writer
-from backstage.scores import against, at_step, bootstrap, time_block_sums
+from backstage.scores import against, at_step
 from backstage.script import cli, run
 from backstage.stage import Settings, StageValidation, check_settings, later_weeks, set_up
 from model import kl, mean_nats
@@ -201,8 +201,8 @@ def rollout_loss(model, base, origins, walk, target, config):
 # --------------------------------------------------------------------------------------------------
 # The run
 
-def main():
-    given = cli(Config, __doc__)
+def main(argv=None):
+    given = cli(Config, __doc__, argv)
     with sole_writer(given.get("out", Config.out)):
         training(given)
 
@@ -225,8 +225,7 @@ def training(given):
                 loss, parts = rollout_loss(model, stage.base, origins, walk, target, config)
             stage.update(loss, parts)
         stage.save_if_due()     # between rounds: a resumed run draws the same paths
-    stage.finish("base", "path CRPS", "a surely better path CRPS on val",
-                 lambda models, t: print_paths(models, stage.tokenizer, t, config.paths))
+    stage.finish("base", "path CRPS", "a surely better path CRPS on val")
 
 
 def draw_paths(stage, slots, step):
@@ -274,26 +273,6 @@ class Validation(StageValidation):
         found = dict(path_crps=path_crps, path_crps_ratio=ratio, path_coverage90=inside)
         holds = ratio["hi"] is not None and ratio["hi"] < 1
         return path_crps, holds, found, f"{backtest.show(ratio, 1, 4):<26}{inside:>11.1%}"
-
-
-def print_paths(models, tokenizer, t, paths):
-    """Two models {name: model} and standing still, side by side; then the median-token paths."""
-    columns = {name: backtest.model_scores(model, tokenizer, t, paths)
-               for name, model in models.items()}
-    still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-    columns["still"] = bootstrap(time_block_sums(still, t), t)
-    rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4)]
-    for metric, label, scale, digits in (("path_crps", "path CRPS", 1, 4),
-                                         ("path_mape", "path MAPE %", 1, 4),
-                                         ("path_coverage90", "in 90 % band, %", 100, 1)):
-        rows.append(((metric, None), f"{label}, mean", scale, digits))
-        steps = sorted({1, (t.horizon + 1) // 2, t.horizon})
-        rows += [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
-    backtest.print_versus(columns, t, rows, versus=(1, 0))
-    points = {name: bootstrap(time_block_sums(backtest.median_paths(model, tokenizer, t), t), t)
-              for name, model in models.items()}
-    print("one path of median tokens:")
-    backtest.print_versus(points, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])
 
 
 if __name__ == "__main__":

@@ -4,23 +4,29 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 import backtest
 import data
+from backstage.checkpoint import sources_of
 from backstage.dates import iso
 from backstage.files import check_out, fingerprint, weights_hash
-from backstage.checkpoint import sources_of
 from backstage.inputs import load_series
 from backstage.loop import (
     Clock, Optimizer, Run, load_optimizer, precision, rate, resumed, stop_here)
+from backstage.scores import bootstrap, time_block_sums
 from backstage.script import StopSignal, UserError, check_numbers, pick_device, progress
 from backstage.series import DAY
 from model import load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer
 
-VAL_BARS, VAL_ORIGINS, VAL_PATHS = 12_000, 400, 50  # of val, looked at in training, about
+VAL_BARS, VAL_ORIGINS, VAL_PATHS = 12_000, 400, 24  # of val, looked at in training, about
 ORIGINS = 1000                                      # of paths on test, about
+NEXT_BAR = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),
+            ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
+            ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("range_crps", "range CRPS", 1, 4),
+            ("volume_crps", "volume CRPS", 1, 4))   # score, label, factor, digits
 # flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "resume", "overwrite", "device", "backtest", "paths", "eval_every", "save_every"}
 
@@ -136,10 +142,10 @@ class Stage:
             stage=self.name, average=None, optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), dtype=self.dtype)
 
-    def finish(self, rival, score, wanted, print_test):
-        """Says what was kept and, with --backtest, its worth on test, by print_test(models, t).
+    def finish(self, rival, score, wanted):
+        """Says what was kept and, with --backtest, what it is worth on test.
 
-        rival: what the frozen model is called; score: what chose the weights; wanted: when.
+        rival: what the frozen model is called; score: what chose the weights; wanted: of which.
         """
         self.stop.release()
         config, (name, model) = self.config, self.result()
@@ -153,7 +159,7 @@ class Stage:
             t = backtest.some_targets(self.series, "test", self.meta["splits"], config.horizon,
                                       ORIGINS, config.seed)
             print(f"\n{backtest.heading(t, self.meta)}")
-            print_test({rival: self.base, name: model}, t)
+            print_test({rival: self.base, name: model}, self.tokenizer, t, config.paths)
         print(f"{time.time() - self.began:.0f} s")
 
     def result(self):
@@ -193,6 +199,28 @@ class StageValidation:
         progress("")
         columns = "".join(f"{value:>9.4f}" for value in means.values())
         print(f"{run.step:>5}{columns}{left!s:>9}   {shown}", flush=True)
+
+
+def print_test(models, tokenizer, t, paths):
+    """Two models {name: model} and standing still, side by side; then the median-token paths."""
+    columns = {name: backtest.model_scores(model, tokenizer, t, paths)
+               for name, model in models.items()}
+    still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
+    columns["still"] = bootstrap(time_block_sums(still, t), t)
+    backtest.print_versus(columns, t, [*NEXT_BAR, *path_rows(t.horizon)], versus=(1, 0))
+    points = {name: bootstrap(time_block_sums(backtest.median_paths(model, tokenizer, t), t), t)
+              for name, model in models.items()}
+    print("one path of median tokens:")
+    backtest.print_versus(points, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])
+
+
+def path_rows(horizon):
+    """Rows of print_versus: the mean over a path and, of errors, some of its bars."""
+    rows, steps = [], sorted({1, (horizon + 1) // 2, horizon})
+    for metric, label in (("path_crps", "path CRPS"), ("path_mape", "path MAPE %")):
+        rows.append(((metric, None), f"{label}, mean", 1, 4))
+        rows += [((metric, k - 1), f"  bar {k}", 1, 4) for k in steps]
+    return [*rows, (("path_coverage90", None), "in 90 % band, %", 100, 1)]
 
 
 # --------------------------------------------------------------------------------------------------

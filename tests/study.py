@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 from backstage.checkpoint import read_checkpoint
-from backstage.files import load_safe, save_atomic
+from backstage.files import load_safe, save_atomic, weights_hash
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import volatility_paths
@@ -53,7 +53,9 @@ from backstage.script import run
 from backstage.series import DAY, decayed_sum
 import backtest
 import data
+import expo
 import pretrain
+import rollout
 import sample
 from model import Model, load_checkpoint, norm, save_checkpoint
 from tokenizer import TokenizerConfig, report, train_tokenizer
@@ -557,6 +559,7 @@ def stages_study(argv):
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
             write_folder([series[k] for k in keep], args.data[0])
+    backtest.model_scores = remembering(backtest.model_scores)
     scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
@@ -594,11 +597,23 @@ def stage_arm(args, arm, seed):
         flags = [f"--steps={args.stage_steps}", f"--eval_every={args.stage_steps}", "--no-backtest", *flags,
                  "--ckpt", arm_file(args, start, seed)]
     flags = ["--resume"] if os.path.exists(path) else [*flags, f"--seed={seed}", "--data", *args.data]
-    with open(arm_file(args, arm, seed, ".txt"), "a") as log:
-        subprocess.run([sys.executable, os.path.join(ROOT, script + ".py"), "--out", path, *flags], check=True, stdout=log,
-                       stderr=log)
+    with open(arm_file(args, arm, seed, ".txt"), "a") as log, contextlib.redirect_stdout(log):
+        dict(pretrain=pretrain, expo=expo, rollout=rollout)[script].main(["--out", path, *flags])
     open(done, "w").close()
     return path
+
+
+def remembering(model_scores):
+    """backtest.model_scores that scores the same weights on the same targets once: each arm is checked beside one base."""
+    known = {}
+
+    def scores(model, tokenizer, t, *how):
+        key = (weights_hash(model.state_dict()), hash(t.time.tobytes()), t.path_r.shape, how)
+        if key not in known:
+            known[key] = model_scores(model, tokenizer, t, *how)
+        return known[key]
+
+    return scores
 
 
 def scaled(p, factor):
