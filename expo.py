@@ -231,10 +231,9 @@ def guard(scores, reference, t):
     failed = [] if gain["hi"] is not None and gain["hi"] < 0 else ["logloss"]
     costs = {}
     for metric in (*COSTS, BAND):
-        cost = against(scores, reference, metric, t, None) if metric in reference else None
-        if cost is None:
-            continue  # bars without volume, or too few of them for a path
-        costs[metric] = cost
+        if metric not in reference:
+            continue  # paths not drawn, bars without volume, or too few of them for a path
+        costs[metric] = cost = against(scores, reference, metric, t, None)
         holds = (abs(cost["value"]) <= BAND_WITHIN if metric == BAND
                  else backtest.upper(cost) <= backtest.NO_WORSE)
         failed += [metric] * (not holds)
@@ -245,8 +244,8 @@ class Validation(StageValidation):
     """The guard on val: what chooses the weights."""
 
     def __init__(self, stage):
-        super().__init__(stage, VAL_HORIZON, backtest.VAL_PROBES)
-        base = self.base
+        super().__init__(stage, VAL_HORIZON)
+        base = self.base_next_bars
         print(f"{stage.config.pairs}: {stage}")
         print(f"checked on {len(self.t.r):,} bars of val; the reference: log loss "
               f"{base['logloss'][0]:.4f}, right calls {base['da'][0]:.2%}, "
@@ -254,9 +253,13 @@ class Validation(StageValidation):
         print(f"{'step':>5}{'loss':>9}{'KL':>9}{'odds':>9}{'left':>9}   "
               f"log loss to the reference, val  right   worse")
 
-    def judge(self, now):
-        gain, costs, failed = guard(now, self.base, self.t)
+    def judge(self, model):
+        now = self.next_bars(model)
+        gain, costs, failed = guard(now, self.base_next_bars, self.t)
         logloss, da, up_share = (float(now[metric][0]) for metric in ("logloss", "da", "up_share"))
+        if not failed and logloss < self.stage.run.best_val:    # else no path could change it
+            gain, costs, failed = guard(now | self.paths(model),
+                                        self.base_next_bars | self.base_paths, self.t)
         found = dict(val_logloss=logloss, gain=gain, da=da, up_share=up_share, costs=costs,
                      failed=failed)
         shown = f"{backtest.show(gain, 1, 4, '+'):<29}{da:>8.2%}   {', '.join(failed) or '-'}"

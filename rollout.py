@@ -259,15 +259,16 @@ class Validation(StageValidation):
 
     def __init__(self, stage):
         config = stage.config
-        super().__init__(stage, config.horizon, probes=0)
+        super().__init__(stage, config.horizon)
         print(f"select {config.select}, target {config.target}: {stage}")
         print(f"checked on {len(self.t.path_r):,} origins of val; the base: path CRPS "
-              f"{at_step(self.base, 'path_crps', None)[0]:.4f}, mean over {config.horizon} bars")
+              f"{at_step(self.base_paths, 'path_crps', None)[0]:.4f}, mean over {config.horizon} bars")
         print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>9}{'left':>9}   "
               f"path CRPS to the base, val    in 90 %")
 
-    def judge(self, now):
-        ratio = against(now, self.base, "path_crps", self.t, None)
+    def judge(self, model):
+        now = self.paths(model)
+        ratio = against(now, self.base_paths, "path_crps", self.t, None)
         path_crps, inside = (float(at_step(now, metric, None)[0])
                              for metric in ("path_crps", "path_coverage90"))
         found = dict(path_crps=path_crps, path_crps_ratio=ratio, path_coverage90=inside)

@@ -1,5 +1,6 @@
 """What the later stages, expo.py and rollout.py, share: their flags, what they begin with, what
 ends each step, the choice of weights on val, the result."""
+import functools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from backstage.series import DAY
 from model import load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer
 
-VAL_BARS, VAL_ORIGINS, VAL_PATHS = 12_000, 400, 24  # of val, looked at in training, about
+VAL_BARS, VAL_ORIGINS, VAL_PATHS = 12_000, 400, 50  # of val, looked at in training, about
 ORIGINS = 1000                                      # of paths on test, about
 NEXT_BAR = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),
             ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
@@ -172,25 +173,34 @@ class Stage:
 class StageValidation:
     """The model in training beside the frozen one, on val: what chooses the weights.
 
-    A stage's own has `judge`: scores -> (score, lower is better; whether the weights may be kept;
+    A stage's own has `judge`: model -> (score, lower is better; whether its weights may be kept;
     what the report keeps {name: value}; what it shows, a text).
     """
 
-    def __init__(self, stage, horizon, probes):
+    def __init__(self, stage, horizon):
         config = stage.config
-        self.stage, self.probes = stage, probes
-        self.every = config.eval_every or max(1, config.steps // 6)
+        self.stage, self.every = stage, config.eval_every or max(1, config.steps // 6)
         self.t = backtest.some_targets(stage.series, "val", stage.meta["splits"], horizon,
                                        VAL_ORIGINS, config.seed, most=VAL_BARS)
-        self.base = self.scores(stage.base)
 
-    def scores(self, model):
-        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, self.probes)
+    def next_bars(self, model):
+        return backtest.model_scores(model, self.stage.tokenizer, self.t, 0, backtest.VAL_PROBES)
+
+    def paths(self, model):
+        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, 0)
+
+    @functools.cached_property
+    def base_next_bars(self):
+        return self.next_bars(self.stage.base)
+
+    @functools.cached_property
+    def base_paths(self):
+        return self.paths(self.stage.base)
 
     def report(self, means, grad_norm, left):
         """Scores the model, keeps its weights if they may be and are the best, prints a line."""
         model, run = self.stage.model, self.stage.run
-        score, holds, found, shown = self.judge(self.scores(model))
+        score, holds, found, shown = self.judge(model)
         if holds:
             run.keep_if_best(model, score)
         parts = dict(means)

@@ -589,7 +589,7 @@ def stage_arm(args, arm, seed):
         return arm_file(args, ARMS[arm][1], seed)
     if arm == "base":
         script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--n_layer=2",
-                                     "--block_size=128", "--batch_size=16"]
+                                     "--coarse_bits=8", "--fine_bits=8", "--block_size=128", "--batch_size=16"]
         flags += [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
         flags += ["--tokenizer", arm_file(args, "base", 0)] * bool(seed)  # one for all seeds: scores differ by the model
     else:
@@ -641,7 +641,7 @@ class StageTest:
         kept = path.removesuffix(".pt") + "-shifted" * shifted + "-tempered" * tempered + ".scores.pt"
         if not os.path.exists(kept):
             model, tokenizer, _ = load_checkpoint(path, weights=weights)
-            one = backtest.next_bars(model, tokenizer, self.t)
+            one = backtest.next_bars(model, tokenizer, self.t, backtest.VAL_PROBES)
             if tempered:
                 factor = self.best_factor(backtest.next_bars(model, tokenizer, self.val)["p_up"])
                 one["p_up"] = scaled(one["p_up"], factor)
