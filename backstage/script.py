@@ -137,7 +137,7 @@ def cli(config_class, doc, argv=None) -> dict:
     source = ""
     if {"-h", "--help"} & set(sys.argv if argv is None else map(str, argv)):    # it takes a while
         with contextlib.suppress(OSError, TypeError):   # under a profiler, in a notebook: no help
-            source = inspect.getsource(config_class)
+            source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
         kind, default = field.type, field.default

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 from backstage.checkpoint import read_checkpoint
-from backstage.files import load_safe, save_atomic
+from backstage.files import load_safe, save_atomic, weights_hash
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import volatility_paths
@@ -53,7 +53,9 @@ from backstage.script import run
 from backstage.series import DAY, decayed_sum
 import backtest
 import data
+import expo
 import pretrain
+import rollout
 import sample
 from model import Model, load_checkpoint, norm, save_checkpoint
 from tokenizer import TokenizerConfig, report, train_tokenizer
@@ -531,6 +533,7 @@ def stages_study(argv):
     parser.add_argument("--half_life", type=int, default=8, help="of the reverting market, in bars")
     parser.add_argument("--bars", type=int, default=40_000, help="of each of the planted market's 4 symbols")
     parser.add_argument("--out", default="study_stages", help="folder of checkpoints, scores; what is there is not made again")
+    parser.add_argument("--symbols", type=int, help="of --data, evenly chosen; none: all")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--seeds", type=int, default=3)
@@ -551,6 +554,12 @@ def stages_study(argv):
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             market = data.synthetic(n_symbols=4, n_bars=args.bars, kind=args.market, half_life=args.half_life)[0]
             write_folder(market, args.data[0])
+    elif args.symbols:
+        series, args.data = data.load(args.data), [os.path.join(args.out, "market")]
+        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
+            keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
+            write_folder([series[k] for k in keep], args.data[0])
+    backtest.model_scores = remembering(backtest.model_scores)
     scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
@@ -579,8 +588,8 @@ def stage_arm(args, arm, seed):
     if arm != "base" and ARMS[arm][0] is None:
         return arm_file(args, ARMS[arm][1], seed)
     if arm == "base":
-        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--batch_size=16",
-                                     "--block_size=256"]
+        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--n_layer=2",
+                                     "--coarse_bits=8", "--fine_bits=8", "--block_size=128", "--batch_size=16"]
         flags += [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
         flags += ["--tokenizer", arm_file(args, "base", 0)] * bool(seed)  # one for all seeds: scores differ by the model
     else:
@@ -588,11 +597,23 @@ def stage_arm(args, arm, seed):
         flags = [f"--steps={args.stage_steps}", f"--eval_every={args.stage_steps}", "--no-backtest", *flags,
                  "--ckpt", arm_file(args, start, seed)]
     flags = ["--resume"] if os.path.exists(path) else [*flags, f"--seed={seed}", "--data", *args.data]
-    with open(arm_file(args, arm, seed, ".txt"), "a") as log:
-        subprocess.run([sys.executable, os.path.join(ROOT, script + ".py"), "--out", path, *flags], check=True, stdout=log,
-                       stderr=log)
+    with open(arm_file(args, arm, seed, ".txt"), "a") as log, contextlib.redirect_stdout(log):
+        dict(pretrain=pretrain, expo=expo, rollout=rollout)[script].main(["--out", path, *flags])
     open(done, "w").close()
     return path
+
+
+def remembering(model_scores):
+    """backtest.model_scores that scores the same weights on the same targets once: each arm is checked beside one base."""
+    known = {}
+
+    def scores(model, tokenizer, t, *how):
+        key = (weights_hash(model.state_dict()), hash(t.time.tobytes()), t.path_r.shape, how)
+        if key not in known:
+            known[key] = model_scores(model, tokenizer, t, *how)
+        return known[key]
+
+    return scores
 
 
 def scaled(p, factor):
@@ -620,7 +641,7 @@ class StageTest:
         kept = path.removesuffix(".pt") + "-shifted" * shifted + "-tempered" * tempered + ".scores.pt"
         if not os.path.exists(kept):
             model, tokenizer, _ = load_checkpoint(path, weights=weights)
-            one = backtest.next_bars(model, tokenizer, self.t)
+            one = backtest.next_bars(model, tokenizer, self.t, backtest.VAL_PROBES)
             if tempered:
                 factor = self.best_factor(backtest.next_bars(model, tokenizer, self.val)["p_up"])
                 one["p_up"] = scaled(one["p_up"], factor)
@@ -712,7 +733,7 @@ def print_stages(args, scores, t, kept):
         if metric in (*RATIOS, "path_median_mape"):
             scale, digits = 1, 4    # of log returns x 100 and %
         each = [float(at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
-        print(f"base, {label.rpartition(',')[0]}: " + ", ".join(f"{v:.{digits}f}" for v in each))
+        print(f"base, {label.rpartition(',')[0] or label}: " + ", ".join(f"{v:.{digits}f}" for v in each))
     print(f"what came: path volatility {100 * t.path_rv.mean():.1f}; standing still: "
           f"path MAPE {100 * np.abs(np.expm1(-t.path_r)).mean():.4f}")
 

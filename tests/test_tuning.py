@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from backstage import loop
 from backstage.checkpoint import read_checkpoint
+from backstage.stage import Stage
 import data
 import expo
 import rollout
@@ -54,8 +54,8 @@ def other(loaded):
 
 @pytest.fixture(autouse=True)
 def few_origins(monkeypatch):
-    for name in ("rollout.VAL_ORIGINS", "rollout.ORIGINS", "expo.VAL_ORIGINS", "expo.ORIGINS"):
-        monkeypatch.setattr(name, 20)
+    for name in ("VAL_ORIGINS", "ORIGINS"):
+        monkeypatch.setattr(f"backstage.stage.{name}", 20)
 
 
 # ---- expo: the loss
@@ -458,8 +458,8 @@ def test_what_is_not_kept_is_scored_on_test_as_the_last_weights(checkpoint, tmp_
         args = ["--ckpt", checkpoint, "--out", tmp_path / f"{name}.pt", "--steps", 1, "--batch_size", 2, "--paths", 2]
         status, out, err = call(name, *args, "--horizon", 2, "--lr", 1e-9, "--adam_lr", 1e-9)
         assert status == 0 and "the weights that are not kept" in out, err
-    assert [columns[:2] for columns in scored] == [["reference", "last"], ["base", "last"], ["base", "last"]]
-    result = loop.Stage.result
+    assert [columns[:2] for columns in scored] == 2 * [["reference", "last"]] + 2 * [["base", "last"]]
+    result = Stage.result
     entry = read_checkpoint(str(tmp_path / "rollout.pt"))
     stage = types.SimpleNamespace(run=types.SimpleNamespace(best_val=math.inf), device="cpu",
                                   config=types.SimpleNamespace(out=str(tmp_path / "rollout.pt")))
