@@ -586,6 +586,7 @@ class Config:
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
     order: str | None = None       # of dates that do not tell: month/day/year or the like
+    max_unpacked: int = 16         # MB that a packed file may hold if it is over 30 times its size
     out: str = "bars"              # folder to write
 
 
@@ -595,6 +596,8 @@ def main(argv=None):
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if config.order not in (None, *DATES):
         raise UserError(f"--order {config.order}: must be one of {', '.join(DATES)}")
+    if not 0 < config.max_unpacked < 10**9:
+        raise UserError(f"--max_unpacked {config.max_unpacked}: must be a number of MB above 0")
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
@@ -610,7 +613,7 @@ def main(argv=None):
         series = synthetic_series(config.seed, config.signal, config.n_symbols, n_bars,
                                   config.kind, config.half_life)
     else:
-        series = read_files(config.data, config.order)
+        series = read_files(config.data, config.order, config.max_unpacked * 10**6)
     n_symbols, n_bars = write_folder(series, config.out)
     print(f"{config.out}: {n_symbols} symbols, {n_bars:,} bars; use it with --data {config.out}")
 

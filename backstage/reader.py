@@ -15,7 +15,6 @@ import json
 import lzma
 import os
 import re
-import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -25,7 +24,7 @@ import numpy as np
 
 from backstage.dates import ahead, clock_seconds, is_number, iso, read_dates
 from backstage.files import FILES, open_regular, sole_writer, write_atomic
-from backstage.script import UserError, printable, progress
+from backstage.script import UserError, printable, progress, remark
 from backstage.series import COLUMNS, DAY, FORECAST, YEAR, Bars
 
 HEADERS = {column: names.split() for column, names in {  # names of a column, best first, as `_fold` leaves them
@@ -76,7 +75,7 @@ MISSING = {"", "-", "--", ".", "null", "none", "nan", "na", "n/a", "n.a.", "#n/a
 MAX_BAD = 0.05   # share of bad rows, or of rows with the time of another, above which a file is refused
 ROUNDING = 1e-6  # a high that lies below the close by so little, relative, was rounded
 SPLIT = 1.9      # from this factor between two closes on a word is said: 2 for 1, on a day that moves less than 5 %
-UNPACKED, PACKED = 2**24, 30  # an archive may hold so many bytes, or so many times its own size
+UNPACKED, PACKED = 16 * 10**6, 30   # bytes that an archive may hold, or so many times its own size
 FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Feather", b"\x89HDF": "HDF5", b"{": "JSON", b"[": "JSON",
            b"\xd0\xcf\x11\xe0": "Excel"}
 
@@ -112,7 +111,7 @@ def _joined(parts):
     last = np.append(np.diff(time) != 0, True)
     changed = int((~last[:-1] & _differ(ohlcva[:-1].T, ohlcva[1:].T)).sum())
     if changed:
-        print(f"{symbol}: {changed} of {last.sum()} bars differ between files; the last read counts", file=sys.stderr)
+        remark(f"{symbol}: {changed} of {last.sum()} bars differ between files; the last read counts")
     return Bars(symbol, time[last], ohlcva[last])
 
 
@@ -121,10 +120,11 @@ def _differ(left, right):
     return ((left != right) & ~(np.isnan(left) & np.isnan(right))).any(0)
 
 
-def read_files(paths, order=None):
+def read_files(paths, order=None, unpacked=UNPACKED):
     """Yield Bars file by file, so that a corpus larger than memory can be converted.
 
-    A file that was named must be good. Of others the useless ones are skipped, unless more are bad than good.
+    A file that was named must be good. Of others the useless ones are skipped, unless more are bad
+    than good. order: see `load`. unpacked: bytes that a packed file may hold.
     """
     files = list(_files(paths))
     symbols = _symbols([path for path, _ in files])
@@ -132,7 +132,7 @@ def read_files(paths, order=None):
     for path, named in files:
         try:
             yield from (_open_folder(path) if os.path.isdir(path)
-                        else _read_csv(path, symbols[path], order))
+                        else _read_csv(path, symbols[path], order, unpacked))
         except (UserError, csv.Error) as e:
             if isinstance(e, csv.Error):
                 e = UserError(f"{path}: not CSV ({e}); look for a quote that is never closed")
@@ -145,7 +145,7 @@ def read_files(paths, order=None):
     if skipped:
         others = [os.path.basename(str(e).split(": ")[0]) for e in skipped[3:]]
         why = "; ".join([*map(str, skipped[:3]), *(["and " + ", ".join(others)] if others else [])])
-        print(f"{len(skipped)} of {len(files)} files skipped: {printable(why)}", file=sys.stderr)
+        remark(f"{len(skipped)} of {len(files)} files skipped: {why}")
 
 
 def _files(paths):
@@ -181,8 +181,8 @@ def _symbols(paths):
 
 # -- one file
 
-def _read_csv(path, symbol, order=None):
-    table = _table(path)
+def _read_csv(path, symbol, order=None, unpacked=UNPACKED):
+    table = _table(path, unpacked)
     table.order = order
     return bars_of(table, symbol)
 
@@ -224,7 +224,7 @@ def bars_of(table, symbol):
         ohlcva = np.stack([values.get(columns.get(c), nothing) for c in COLUMNS])         # (6, rows)
         _check_columns(table, columns, cells, ohlcva)
         symbols = _symbol_of_rows(table, columns, cells, time, reasons) if "symbol" in columns else None
-        series += _bars(table, [ticker or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
+        series += _bars(table, [printable(ticker) or symbol] if symbols is None else symbols, time, ohlcva, dict(reasons))
     if not series:
         raise table.error(table.line(0), f"no row has a price; {NO_BAR}")
     return series
@@ -232,17 +232,18 @@ def bars_of(table, symbol):
 
 # -- bytes -> text
 
-def _text(path):
+def _text(path, unpacked):
     """What a text file holds, in whatever encoding and container; UserError if it is none."""
     try:
         with open_regular(path) as f:
             raw = f.read()
-        most = max(UNPACKED, PACKED * len(raw))
+        most = max(unpacked, PACKED * len(raw))
         for magic, opened in CONTAINERS.items():
             if raw.startswith(magic):
                 raw = opened(io.BytesIO(raw)).read(most + 1)
                 if len(raw) > most:
-                    raise ValueError(f"it unpacks to more than {most:,} bytes; if you trust it, unpack it yourself")
+                    raise ValueError(f"it unpacks to over {most / 1e6:.0f} MB; if you trust it, say how "
+                                     f"many to python data.py --max_unpacked")
         for magic, kind in FOREIGN.items():
             if raw[:100].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(magic):
                 raise ValueError(f"it is {kind}")
@@ -300,7 +301,7 @@ class Table:
     line_of: list[int] | None = None  # line of each row, from 1; None: rows are the lines that are not empty
 
     def say(self, text):
-        print(printable(f"{self.path}: {text}"), file=sys.stderr)
+        remark(f"{self.path}: {text}")
 
     def error(self, line, text):
         return UserError(f"{self.path}:{line}: {text}")
@@ -346,9 +347,9 @@ def _split(line, delimiter):
     return [cell[:200] for cell in cells]
 
 
-def _table(path):
+def _table(path, unpacked):
     """The lines and columns of a file: its header is what makes most names of columns known, and more than one."""
-    lines = _text(path).split("\n")
+    lines = _text(path, unpacked).split("\n")
     filled = [k for k, line in enumerate(lines[:200]) if line.strip()][:40]
     if not filled:
         raise _NoBars(f"{path}: the file is empty; it needs a header line and rows of bars")
@@ -589,7 +590,7 @@ def _check_columns(table, columns, cells, ohlcva):
     """Intervals are not mixed, an amount is volume times price, a volume that is not read is named."""
     names = table.names
     _, high, low, close, volume, amount = ohlcva
-    intervals = sorted({printable(cell.strip()) for cell in cells.get(columns.get("interval"), ())})
+    intervals = sorted({cell.strip() for cell in cells.get(columns.get("interval"), ())})
     if len(intervals) > 1:
         column = names[columns["interval"]]
         raise table.error(table.first, f"bars of several intervals ({', '.join(intervals[:4])}) in the column "
@@ -713,7 +714,7 @@ def _good(table, row, ohlcva, reasons):
         if n_bad > MAX_BAD * len(row):
             remedy = "check the columns" if table.has_header else FIRST_LINE
             raise UserError(f"{examples[0]}; {n_bad} of {len(row)} rows are bad, more than {MAX_BAD:.0%}: {remedy}")
-        print(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: " + "; ".join(examples), file=sys.stderr)
+        remark(f"{n_bad} bad row{'s' * (n_bad > 1)} of {len(row)} dropped: {'; '.join(examples)}")
     return ~bad
 
 
@@ -786,7 +787,7 @@ def _append(series, out, rows):
         files = [stack.enter_context(write_atomic(os.path.join(out, name))) for name, _, _ in ARRAYS]
         for bars in series:
             if not _is_symbol(bars.symbol):
-                raise UserError(f"{printable(bars.symbol)[:40]}...: a symbol of over 200 letters; give it a shorter name")
+                raise UserError(f"{bars.symbol[:40]}...: a symbol of over 200 letters; give it a shorter name")
             rows.setdefault(bars.symbol, []).append((n_bars, n_bars + len(bars)))
             n_bars += len(bars)
             for f, array, (_, kind, _) in zip(files, (bars.time, bars.ohlcva), ARRAYS):

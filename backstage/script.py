@@ -23,18 +23,27 @@ except ImportError:  # Windows, where memory is not told
 import torch
 
 
-class UserError(Exception):
-    """Something the user can mend: one line that names the file, the line and the remedy; exit
-    status 2."""
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line: what every script shares
-
 def printable(text):
     """Text with control characters, escape codes and what is no letter written as escapes: one
     harmless line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class UserError(Exception):
+    """Something the user can mend: one harmless line that names the file, the line and the remedy;
+    exit status 2."""
+
+    def __init__(self, text):
+        super().__init__(printable(text))
+
+
+def remark(text):
+    """What a user should know, as one harmless line on stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def progress(text):
@@ -154,11 +163,15 @@ def cli(config_class, doc, argv=None) -> dict:
         parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        for text in value if isinstance(value, list) else [value]:
-            # it would reach the terminal
-            if isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text):
-                raise UserError(f"--{name} {text}: holds control characters; rename the file")
+        if holds_controls(value):
+            raise UserError(f"--{name} {value}: holds control characters; rename the file")
     return given
+
+
+def holds_controls(value):
+    """Whether a text, or one in a list, holds what would do something to a terminal."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text) for text in texts)
 
 
 def processes():
