@@ -18,7 +18,8 @@ from backstage.clock import future_times
 from backstage.dates import DATES, iso, parse_time
 from backstage.frame import from_frame
 from backstage.markets import best_accuracy, reverting_best, synthetic, synthetic_series
-from backstage.reader import load, read_files, write_folder
+from backstage.mapped import write_folder
+from backstage.reader import load, read_files
 from backstage.script import UserError, cli, progress, run
 from backstage.series import COLUMNS, CONTEXT, DAY, DECAY, HALF_LIFE, HOUR, WEEK, Bars, decayed_sum
 
