@@ -177,17 +177,19 @@ def holds_controls(value):
 def processes():
     """(rank, world, local rank) of this process, as torchrun has set them; UserError for what it
     never sets."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-    given = [os.environ.get(name) for name in names]
-    if not any(given[:2]):
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
     try:
-        rank, world, local_rank = (int(text or 0) for text in given)
+        rank, world, local_rank, port = (int(given.get(name, 0)) for name in names[:4])
     except ValueError:
-        rank, world, local_rank = -1, 0, 0
-    if not (0 <= rank < world <= 2**16 and 0 <= local_rank < world and (world == 1 or os.environ.get("MASTER_ADDR"))):
-        raise UserError(f"{' '.join(f'{name}={text}' for name, text in zip(names, given) if text)}: no processes of one run; "
-                        f"unset these variables of the environment, or start with torchrun")
+        rank, world, local_rank, port = -1, 0, 0, 0
+    fits = 0 <= rank < world <= 2**16 and 0 <= local_rank < world
+    if not fits or (world > 1 and not ("MASTER_ADDR" in given and 0 < port < 2**16)):
+        raise UserError(f"{' '.join(f'{name}={text}' for name, text in given.items())}: no "
+                        f"processes of one run; unset these variables of the environment, or start "
+                        f"with torchrun")
     return rank, world, local_rank
 
 

@@ -578,7 +578,9 @@ def test_numbers_of_a_file_that_cannot_be_get_one_line(checkpoint, tmp_path, cal
     assert "a.pt" in said or "nothing to draw" in said
 
 
-@pytest.mark.parametrize("given", [dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2")])
+@pytest.mark.parametrize("given", [
+    dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE="2", MASTER_ADDR="x"),
+    *(dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port) for port in ("x", "-1", "99999"))])
 def test_half_an_environment_of_processes_gets_one_line(tmp_path, call, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
