@@ -19,7 +19,8 @@ from backstage.clock import future_times
 from backstage.dates import DATES, iso, parse_time
 from backstage.frame import from_frame
 from backstage.markets import best_accuracy, reverting_best, synthetic, synthetic_series
-from backstage.reader import load, read_files, write_folder
+from backstage.mapped import write_folder
+from backstage.reader import load, read_files
 from backstage.script import UserError, cli, progress, run
 from backstage.series import COLUMNS, CONTEXT, DAY, DECAY, HALF_LIFE, HOUR, Bars, decayed_sum
 from backstage.slots import SLOT_HALF_LIFE, Slots
@@ -515,6 +516,7 @@ class Config:
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
     order: str | None = None       # of dates that do not tell: month/day/year or the like
+    max_unpacked: int = 16         # MB that a packed file may hold if it is over 30 times its size
     out: str = "bars"              # folder to write
 
 
@@ -524,6 +526,8 @@ def main(argv=None):
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if config.order not in (None, *DATES):
         raise UserError(f"--order {config.order}: must be one of {', '.join(DATES)}")
+    if not 0 < config.max_unpacked < 10**9:
+        raise UserError(f"--max_unpacked {config.max_unpacked}: must be a number of MB above 0")
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
@@ -539,7 +543,7 @@ def main(argv=None):
         series = synthetic_series(config.seed, config.signal, config.n_symbols, n_bars,
                                   config.kind, config.half_life)
     else:
-        series = read_files(config.data, config.order)
+        series = read_files(config.data, config.order, config.max_unpacked * 10**6)
     n_symbols, n_bars = write_folder(series, config.out)
     print(f"{config.out}: {n_symbols} symbols, {n_bars:,} bars; use it with --data {config.out}")
 

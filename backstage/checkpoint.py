@@ -6,7 +6,7 @@ import torch
 
 import data
 from backstage.files import load_safe
-from backstage.script import UserError
+from backstage.script import UserError, holds_controls
 
 SEEN_DATES = "the weights that were tuned may have seen these dates, so that scores flatter them"
 
@@ -88,6 +88,8 @@ def read_checkpoint(path):
                 raise damaged(path, f"{name!r} is {holder[name]}")
     if source and not (source["sources"] and all(source["sources"]) and all(k > 0 for k in source.get("intervals") or ())):
         raise damaged(path, "its bars have no name, or an interval that is none")
+    if any(map(holds_controls, [source.get("sources"), *(entry["run"] or {}).values()])):
+        raise damaged(path, "its texts hold control characters")
     if any(report.get("step") is None for report in entry["metrics"]):
         raise damaged(path, "a report has no step")
     if not fits(entry.get("losses", []), list[float | dict[str, float]]):

@@ -21,7 +21,7 @@ except ImportError:  # Windows: there the last writer wins
 import numpy as np
 import torch
 
-from backstage.script import UserError, printable, processes
+from backstage.script import UserError, printable, processes, remark
 from backstage.series import HOUR
 
 # names of files of bars, what else is before
@@ -258,7 +258,7 @@ def check_out(path, overwrite=False, reads=()):
     if _identity(target) in map(_identity, _files_in(reads)):
         raise UserError(f"{path}: this run reads it, or writes something else to it; choose another --out")
     if any(source and os.path.isdir(source) and os.path.samefile(source, folder) for source in reads) and FILES.search(path)[0]:
-        print(f"{printable(path)}: lies in a folder that is read for bars; better choose another place", file=sys.stderr)
+        remark(f"{path}: lies in a folder that is read for bars; better choose another place")
     if exists and not overwrite:
         raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
                         f"or choose another --out")

@@ -1,9 +1,11 @@
 """Bars from a notebook: data frames, and the check of arrays that no file reader has seen."""
 import numpy as np
 
-from backstage.reader import Table, bars_of, faults, names_of
+from backstage.names import names_of
+from backstage.reader import bars_of
 from backstage.script import UserError
-from backstage.series import YEAR, Bars
+from backstage.series import YEAR, Bars, faults
+from backstage.table import Table
 
 
 def from_frame(frame, symbol="") -> Bars:

@@ -4,14 +4,13 @@ import csv
 import io
 import math
 import os
-import sys
 
 import numpy as np
 
 import data
 from backstage.dates import iso, parse_time
 from backstage.files import check_out, fingerprint, open_regular
-from backstage.script import UserError, printable
+from backstage.script import UserError, remark
 from backstage.series import DAY, HOUR
 
 FAR = 2.5  # factor between the spacings of bars from which on a model knows little of them
@@ -79,7 +78,7 @@ def check(config):
 
 def check_outputs(config, meta):
     """Refuse outputs that are read, are another output, or exist already."""
-    reads = [config.ckpt, config.times, *(config.data or (meta["data"] or {}).get("sources", ()))]
+    reads = [config.ckpt, config.times, *(config.weights or ()), *(config.data or (meta["data"] or {}).get("sources", ()))]
     outputs = config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss
     for path in (path for path in outputs if path is not None):
         check_out(path, True, reads)
@@ -120,7 +119,7 @@ def read_times(path, histories, horizon):
             text = row[at] if len(row) > max(at, of or 0) else ""
             when = parse_time(text)
             if math.isnan(when):
-                raise UserError(f"{path}:{number}: {printable(','.join(row))[:40]!r} is no time; "
+                raise UserError(f"{path}:{number}: {','.join(row)[:40]!r} is no time; "
                                 f"write it as 2018-01-31 or 2018-01-31 14:30")
             stamps.setdefault(None if of is None else row[of], set()).add(int(when))
     rows = []
@@ -143,13 +142,13 @@ def warn_of_intervals(series, meta, who="the weights"):
     for bars in series:
         step = float(np.median(np.diff(bars.time)))
         if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(duration(step), []).append(printable(bars.symbol))
+            far.setdefault(duration(step), []).append(bars.symbol)
     lowest, highest = duration(min(known)), duration(max(known))
     trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
     for step, symbols in far.items():
         more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
-        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less",
-              file=sys.stderr)
+        remark(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: "
+               f"trust this less")
 
 
 def duration(seconds):

@@ -52,7 +52,11 @@ def join_processes(config):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # broadcasts and barriers use the current device
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        except RuntimeError as e:  # the port is taken, or the like
+            raise UserError(f"the {world} processes cannot meet ({str(e).splitlines()[0][:80]}); "
+                            f"start them with torchrun, on a free --master_port")
     return rank, world, device
 
 

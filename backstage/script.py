@@ -23,18 +23,27 @@ except ImportError:  # Windows, where memory is not told
 import torch
 
 
-class UserError(Exception):
-    """Something the user can mend: one line that names the file, the line and the remedy; exit
-    status 2."""
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line: what every script shares
-
 def printable(text):
     """Text with control characters, escape codes and what is no letter written as escapes: one
     harmless line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class UserError(Exception):
+    """Something the user can mend: one harmless line that names the file, the line and the remedy;
+    exit status 2."""
+
+    def __init__(self, text):
+        super().__init__(printable(text))
+
+
+def remark(text):
+    """What a user should know, as one harmless line on stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def progress(text):
@@ -154,27 +163,33 @@ def cli(config_class, doc, argv=None) -> dict:
         parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        for text in value if isinstance(value, list) else [value]:
-            # it would reach the terminal
-            if isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text):
-                raise UserError(f"--{name} {text}: holds control characters; rename the file")
+        if holds_controls(value):
+            raise UserError(f"--{name} {value}: holds control characters; rename the file")
     return given
+
+
+def holds_controls(value):
+    """Whether a text, or one in a list, holds what would do something to a terminal."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text) for text in texts)
 
 
 def processes():
     """(rank, world, local rank) of this process, as torchrun has set them; UserError for what it
     never sets."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-    given = [os.environ.get(name) for name in names]
-    if not any(given[:2]):
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
     try:
-        rank, world, local_rank = (int(text or 0) for text in given)
+        rank, world, local_rank, port = (int(given.get(name, 0)) for name in names[:4])
     except ValueError:
-        rank, world, local_rank = -1, 0, 0
-    if not (0 <= rank < world <= 2**16 and 0 <= local_rank < world and (world == 1 or os.environ.get("MASTER_ADDR"))):
-        raise UserError(f"{' '.join(f'{name}={text}' for name, text in zip(names, given) if text)}: no processes of one run; "
-                        f"unset these variables of the environment, or start with torchrun")
+        rank, world, local_rank, port = -1, 0, 0, 0
+    fits = 0 <= rank < world <= 2**16 and 0 <= local_rank < world
+    if not fits or (world > 1 and not ("MASTER_ADDR" in given and 0 < port < 2**16)):
+        raise UserError(f"{' '.join(f'{name}={text}' for name, text in given.items())}: no "
+                        f"processes of one run; unset these variables of the environment, or start "
+                        f"with torchrun")
     return rank, world, local_rank
 
 

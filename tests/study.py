@@ -46,7 +46,7 @@ from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import volatility_paths
 from backstage.pictures import Panel, grid_line, label, line, write_svg
-from backstage.reader import write_folder
+from backstage.mapped import write_folder
 from backstage.scores import (
     RATIOS, against, at_step, time_block_sums, bootstrap, direction_sums, score_draws, scored, sums_of, versus)
 from backstage.script import run

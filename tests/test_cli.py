@@ -493,6 +493,43 @@ def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, cal
     assert [(tmp_path / name).read_bytes() for name in ("a.pt", "bars.csv")] == before
 
 
+def test_weights_of_a_portfolio_are_no_output(checkpoint, tmp_path, call):
+    (tmp_path / "w.csv").write_text("symbol,weight\nSYN0,1\n")
+    argv = ["sample", "--ckpt", checkpoint, "--weights", tmp_path / "w.csv"]
+    assert "reads it" in complaint(call(*argv, "--out", tmp_path / "w.csv", "--overwrite"))
+
+
+@pytest.mark.parametrize("name", ["sample", "backtest", "data", "pretrain", "expo", "rollout"])
+def test_no_escape_code_of_a_file_or_a_symbol_reaches_the_terminal(market, checkpoint, tmp_path, call, name):
+    """In the name of a file with a bad row, in a header's symbols, in a useless file, in a column of symbols, in a seal."""
+    red, lines = "\x1b[31m", (market / "SYN0.csv").read_text().splitlines()
+    head, *rows = lines
+    for file, text in ((f"A{red}.csv", [*lines, rows[0].replace(",", ",x", 1)]), (f"B{red}.csv", [f"no bars {red}"]),
+                       ("C.csv", [head + ",symbol", *(row + ",C" for row in rows), rows[0] + "," + red]),
+                       ("D.csv", [head.replace("close", f"close.D{red}").replace("open", f"open.D{red}").replace("high", f"high.D{red}")
+                                  .replace("low", f"low.D{red}"), *rows])):
+        (tmp_path / file).write_text("\n".join(text) + "\n")
+    argv = {"data": ["--out", tmp_path / "out"], "pretrain": [*TINY, "--steps", 1, "--out", tmp_path / "out"]}.get(name, ["--ckpt", checkpoint])
+    argv += {"expo": ["--steps", 1, "--no-backtest"], "rollout": ["--steps", 1, "--no-backtest"], "sample": ["--horizon", 2, "--paths", 2],
+             "backtest": ["--paths", 2, "--stride", 50, "--horizon", 2]}.get(name, [])
+    if name in ("expo", "rollout"):
+        argv += ["--out", tmp_path / "out", "--block_size", 32]
+    status, out, err = call(name, *argv, "--data", tmp_path)
+    assert status == 0 and "A\\x1b[31m.csv:" in err and "B\\x1b[31m.csv:1: no header" in err
+    assert all(line.isprintable() for line in (out + err).splitlines()), out + err
+    if name == "sample":
+        assert "D\\x1b[31m" in out
+
+
+def test_no_text_of_a_checkpoint_reaches_the_terminal_with_escape_codes(checkpoint, tmp_path, call):
+    for holder, name, value in (("run", "init_from", "\x1b[2J"), ("data", "sources", ["a", "\x1b[2J"])):
+        entry = load_safe(checkpoint)
+        entry[holder][name] = value
+        torch.save(entry, tmp_path / "a.pt")
+        for argv in (("sample", "--ckpt"), ("pretrain", "--resume", "--out")):
+            assert "its texts hold control characters" in complaint(call(*argv, tmp_path / "a.pt"))
+
+
 def test_no_output_is_reached_by_a_glob_a_folder_a_link_or_the_checkpoints_own_bars(market, checkpoint, tmp_path, call):
     bars, link = market / "SYN0.csv", tmp_path / "link.csv"
     link.symlink_to(bars)
@@ -541,7 +578,9 @@ def test_numbers_of_a_file_that_cannot_be_get_one_line(checkpoint, tmp_path, cal
     assert "a.pt" in said or "nothing to draw" in said
 
 
-@pytest.mark.parametrize("given", [dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2")])
+@pytest.mark.parametrize("given", [
+    dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE="2", MASTER_ADDR="x"),
+    *(dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port) for port in ("x", "-1", "99999"))])
 def test_half_an_environment_of_processes_gets_one_line(tmp_path, call, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)

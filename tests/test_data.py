@@ -19,7 +19,7 @@ import torch
 from backstage.clock import calendar
 from backstage.files import _beside, check_out, csv_text, fingerprint, load_safe, save_atomic, write_atomic, sole_writer
 from backstage.markets import KINDS, _student4, reverting_best, reverting_path
-from backstage.reader import write_folder
+from backstage.mapped import write_folder
 from backstage.script import StopSignal, bf16_gain, cli, peak_memory, pick_dtype, printable, run
 from backstage.opponents import log_range
 from backstage.series import DAY, HOUR, WEEK, decayed_sum
