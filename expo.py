@@ -87,21 +87,21 @@ def loss_of(model, reference, table, batch, random, config):
     close_table; random: a numpy generator. Shown: the loss without its KL; kl; odds, the median of
     log ref(w)/ref(l), NaN without a pair.
     """
-    coarse, fine, time, *target = batch
-    counts = target[0] >= 0
-    target = torch.stack((target[0][counts], target[1][counts]), 1)             # (N, 2)
-    pi = Predictions.of(model, (coarse, fine, time), counts, target)
+    *inputs, target_coarse, target_fine = batch
+    counts = target_coarse >= 0
+    target = torch.stack((target_coarse[counts], target_fine[counts]), 1)       # (N, 2)
+    pi = Predictions.of(model, inputs, counts, target)
     with torch.no_grad():
-        ref = Predictions.of(reference, (coarse, fine, time), counts, target)
+        ref = Predictions.of(reference, inputs, counts, target)
     move = table[target[:, 0], target[:, 1]].sinh()                             # (N,): in s_t
     labelled = (move.abs() > config.noise).nonzero()[:, 0]
     if config.pairs == "set":
-        log_ratio, ref_log_ratio = set_pairs(model, pi, ref, move, labelled)
+        log_ratio, ref_log_ratio = set_pairs(pi, ref, move, labelled)
     else:
-        most = random.permutation(len(labelled))[:config.labels * len(coarse)]
+        most = random.permutation(len(labelled))[:config.labels * len(counts)]
         labelled = labelled[torch.from_numpy(np.sort(most)).to(labelled.device)]
         log_ratio, ref_log_ratio = drawn_pairs(
-            model, reference, table, pi, ref, target, move, labelled, random, config)
+            pi, ref, table, target, move, labelled, random, config)
     expo = expo_loss(log_ratio, ref_log_ratio, config.lam).sum() / max(1, len(log_ratio))
     divergence = (kl(pi.log_coarse, ref.log_coarse) + kl(pi.log_fine, ref.log_fine)).mean()
     odds = ref_log_ratio.median().item() if len(ref_log_ratio) else math.nan
@@ -111,6 +111,7 @@ def loss_of(model, reference, table, batch, random, config):
 @dataclass
 class Predictions:
     """What a model says of N targets."""
+    model: torch.nn.Module
     h: torch.Tensor           # [N, C]
     log_coarse: torch.Tensor  # [N, 2^k1]
     log_fine: torch.Tensor    # [N, 2^k2], given the target's coarse token
@@ -120,7 +121,7 @@ class Predictions:
         h = model.hidden(*inputs)[counts]                                       # (N, C)
         log_coarse = model.coarse_logits(h).float().log_softmax(-1)             # (N, 2^k1)
         log_fine = model.fine_logits(h, target[:, 0]).float().log_softmax(-1)   # (N, 2^k2)
-        return cls(h, log_coarse, log_fine)
+        return cls(model, h, log_coarse, log_fine)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,27 +133,26 @@ def logit_up(model, log_coarse):
     return up.logsumexp(-1) - down.logsumexp(-1)
 
 
-def set_pairs(model, pi, ref, move, labelled):
+def set_pairs(pi, ref, move, labelled):
     """log pi(w)/pi(l) and log ref(w)/ref(l) of the labelled bars [n]: w is the side that came."""
     side = move[labelled].sign()
-    return (side * logit_up(model, pi.log_coarse[labelled]),
-            side * logit_up(model, ref.log_coarse[labelled]))
+    return [side * logit_up(p.model, p.log_coarse[labelled]) for p in (pi, ref)]
 
 
 # --------------------------------------------------------------------------------------------------
 # Drawn pairs: the true bar against the worst of some candidates
 
-def drawn_pairs(model, reference, table, pi, ref, target, move, labelled, random, config):
+def drawn_pairs(pi, ref, table, target, move, labelled, random, config):
     """As set_pairs, of the true bar and the worst candidate, where it is behind by the margin."""
     uniform = random.random((len(labelled), config.candidates, 2), np.float32)
     uniform = torch.from_numpy(uniform).to(move.device)
-    losers, behind = draw_losers(reference, table, ref.h[labelled], move[labelled], uniform)
+    losers, behind = draw_losers(ref.model, table, ref.h[labelled], move[labelled], uniform)
     clear = behind >= config.margin
     rows = labelled[clear]
     pair = torch.stack((target[rows], losers[clear]), 1)                        # (n, 2, 2): w, l
-    log_ratio = log_odds(model, pi.h[rows], pi.log_coarse[rows], pair)
+    log_ratio = log_odds(pi, rows, pair)
     with torch.no_grad():
-        return log_ratio, log_odds(reference, ref.h[rows], ref.log_coarse[rows], pair)
+        return log_ratio, log_odds(ref, rows, pair)
 
 
 @torch.no_grad()
@@ -178,12 +178,13 @@ def draw_losers(reference, table, h, move, uniform):
     return torch.cat(losers), torch.cat(behind)
 
 
-def log_odds(model, h, log_coarse, pair):
-    """log pi(w)/pi(l) [N] of pairs of tokens [N, 2, 2], from h [N, C] and log_coarse [N, 2^k1]."""
-    coarse, fine = pair.unbind(-1)                                              # (N, 2)
-    h = h[:, None].expand(-1, 2, -1)                                            # (N, 2, C)
-    log_fine = model.fine_logits(h, coarse).float().log_softmax(-1)             # (N, 2, 2^k2)
-    log_p = log_coarse.gather(1, coarse) + log_fine.gather(2, fine[..., None])[..., 0]
+def log_odds(p, rows, pair):
+    """log p(w)/p(l) [n] of the Predictions p in these rows [n], of pairs of tokens [n, 2, 2]."""
+    coarse, fine = pair.unbind(-1)                                              # (n, 2)
+    h = p.h[rows, None].expand(-1, 2, -1)                                       # (n, 2, C)
+    log_fine = p.model.fine_logits(h, coarse).float().log_softmax(-1)           # (n, 2, 2^k2)
+    log_coarse = p.log_coarse[rows].gather(1, coarse)                           # (n, 2)
+    log_p = log_coarse + log_fine.gather(2, fine[..., None])[..., 0]
     return log_p[:, 0] - log_p[:, 1]
 
 

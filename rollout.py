@@ -261,8 +261,9 @@ class Validation(StageValidation):
         config = stage.config
         super().__init__(stage, config.horizon)
         print(f"select {config.select}, target {config.target}: {stage}")
+        path_crps = at_step(self.base_paths, "path_crps", None)[0]
         print(f"checked on {len(self.t.path_r):,} origins of val; the base: path CRPS "
-              f"{at_step(self.base_paths, 'path_crps', None)[0]:.4f}, mean over {config.horizon} bars")
+              f"{path_crps:.4f}, mean over {config.horizon} bars")
         print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>9}{'left':>9}   "
               f"path CRPS to the base, val    in 90 %")
 

@@ -45,7 +45,8 @@ def resumed(given, config_class, free, stages):
     wrong = [name for name, kind in kinds.items() if not fits(entry["run"].get(name), kind)]
     wrong += entry["run"].keys() - kinds.keys()
     if wrong:
-        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
+        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong "
+                            f"kind")
     # no file names what is written
     own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}
     return config_class(**own | dict(overwrite=False, out=path) | given), entry

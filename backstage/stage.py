@@ -103,8 +103,9 @@ class Stage:
 
     def __str__(self):
         n = self.config.batch_size
-        return (f"{len(self.series)} symbols, {int(self.streams.windows[-1]):,} windows, {n} a step,"
-                f" {self.config.steps} steps; {self.device}, {self.dtype} ({self.why})")
+        windows = int(self.streams.windows[-1])
+        return (f"{len(self.series)} symbols, {windows:,} windows, {n} a step, "
+                f"{self.config.steps} steps; {self.device}, {self.dtype} ({self.why})")
 
     @property
     def done(self):
@@ -116,7 +117,7 @@ class Stage:
         self.clock = Clock(self.run.step, self.config.steps, self.config.save_every)
 
     def update(self, loss, parts):
-        """Backward, clip, update by the optimizer; at its turn a report of `parts` {name: float}."""
+        """Backward, clip, update; at its turn a report of `parts` {name: float}."""
         config, run, val = self.config, self.run, self.val
         self.optimizer.set_rate(rate(run.step, config.steps, config.warmup))
         self.scaler.scale(loss).backward()

@@ -689,7 +689,7 @@ class StageTest:
 def print_stages(args, scores, t, kept):
     """A row for each arm: its scores less those of its base or, of errors, their change in %."""
     print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; "
-          f"{len(t.path_r):,} origins, {t.blocks_of('path')} blocks; {args.seeds} seeds; best weights kept of `kept`")
+          f"{len(t.path_r):,} origins, {t.blocks_of('path')} blocks; {args.seeds} seeds; kept: runs whose weights were kept on val, all scores are of the last ones")
 
     def over_seeds(metric, of_seed, scale, digits):
         """The mean over seeds of of_seed(seed) -> (value, replicates), as text."""
