@@ -476,21 +476,6 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
 
 # -- more series to train on, from those at hand
 
-def around_the_clock(bars):
-    """Whether a series has bars in every hour of the day, each within one of them: crypto,
-    currencies."""
-    if len(bars) < 2 or np.median(np.diff(bars.time)) > HOUR:
-        return False
-    return len(np.unique(bars.time // HOUR % 24)) == 24
-
-
-def part_of_day(bars, random):
-    """The bars of some hours of the day, 5 to 9 of them, drawn by `random`: like an exchange that
-    opens and closes."""
-    first, length = random.integers(24), random.integers(5, 10)
-    return bars[(bars.time // HOUR - first) % 24 < length]
-
-
 def mirrored(bars):
     """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price,
     volume stays.

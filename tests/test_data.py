@@ -937,20 +937,6 @@ def test_a_pickle_that_takes_memory_or_time_is_refused_before_it_does(tmp_path):
         assert time.process_time() - began < 2
 
 
-def test_a_part_of_the_day_is_like_a_session():
-    """The same few hours of every day; only of what trades in all hours."""
-    hourly = data.Bars("A", 1_600_000_000 // 3600 * 3600 + 3600 * np.arange(500), np.ones((500, 6)))
-    daily = data.Bars("B", DAY * np.arange(500), np.ones((500, 6)))
-    session = hourly[(hourly.time // 3600 % 24 >= 9) & (hourly.time // 3600 % 24 < 17)]
-    assert [data.around_the_clock(bars) for bars in (hourly, daily, session, hourly[:1])] == [True, False, False, False]
-    found = [data.part_of_day(hourly, np.random.default_rng(seed)) for seed in range(20)]
-    hours = [frozenset(bars.time // 3600 % 24) for bars in found]
-    assert {len(h) for h in hours} == {5, 6, 7, 8, 9} and len(set(hours)) > 10
-    for bars, own in zip(found, hours):
-        assert len(bars) == sum(stamp // 3600 % 24 in own for stamp in hourly.time)
-        assert sum((h + 1) % 24 not in own for h in own) == 1      # hours that follow each other
-
-
 # ---- the machine it finds
 
 def test_auto_takes_bf16_where_it_is_faster(monkeypatch):
