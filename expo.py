@@ -1,4 +1,4 @@
-"""Stage 2: lean the model up before rises and down before falls, at no cost in numeric accuracy.
+"""Stage 2: train P(up), so that directions improve and no other score gets worse.
 
     python expo.py --ckpt out.pt --out expo.pt                     # on the bars of out.pt
     python expo.py --ckpt out.pt --data bars.csv --pairs drawn --out expo.pt
@@ -12,13 +12,16 @@ beside a frozen copy `ref` of the model:
     y    = lam sigmoid(log ref(w) / ref(l)) + (1 - lam)
 
 Two ways to a pair. `set`, the default, takes all up tokens against all down tokens where the bar
-rose, and the reverse where it fell. Then log pi(w) / pi(l) = logit P(up) exactly: with lam = 0 the
-first term is the Brier score of P(up), a proper score, and KL is in closed form too; nothing is
-drawn. `drawn` is nearer to the publication: candidates come from the reference, each is scored by
-its direction and its error, the true bar is w and the worst candidate l.
+rose, and the reverse where it fell. Then log pi(w) / pi(l) is logit P(up) where the bar rose, and
+-logit P(up) where it fell: with lam = 0 the first term is the Brier score of P(up), a proper score,
+and nothing is drawn. `drawn` is nearer to the publication: candidates come from the reference, each
+is scored by its direction and its error, the true bar is w and the worst candidate l.
 
-How much of an edge is kept? Where the reference says 1/2 and the truth is 1/2 + e, the optimum of
-`set` is, for small e, as KL is 2 d^2 at 1/2 + d,
+KL is in closed form, of the coarse token plus of the fine token after the true coarse one; the sum
+over all coarse tokens would cost 2^k1 times as much.
+
+How far does P(up) move? Where the reference says 1/2 and the truth is 1/2 + e, with small e, KL is
+about 2 d^2 at 1/2 + d, and the optimum of `set` is
 
     P(up) = 1/2 + e (1 - lam) / (1 + 2 beta)
 
@@ -84,22 +87,22 @@ def loss_of(model, reference, table, batch, random, config):
     """The loss of a batch, and what the report shows of it, a dict of floats.
 
     batch: coarse, fine, time, target_coarse, target_fine int64 [B, T]; table [2^k1, 2^k2]: see
-    close_table; random: a numpy generator. Shown: the loss without its KL; kl; odds, the median of
+    close_table; random: a numpy generator. The dict: loss, without KL; kl; odds, the median of
     log ref(w)/ref(l), NaN without a pair.
     """
     *inputs, target_coarse, target_fine = batch
-    counts = target_coarse >= 0
-    target = torch.stack((target_coarse[counts], target_fine[counts]), 1)       # (N, 2)
-    pi = Predictions.of(model, inputs, counts, target)
+    counted = target_coarse >= 0
+    target = torch.stack((target_coarse[counted], target_fine[counted]), 1)     # (N, 2)
+    pi = Predictions.of(model, inputs, counted, target)
     with torch.no_grad():
-        ref = Predictions.of(reference, inputs, counts, target)
+        ref = Predictions.of(reference, inputs, counted, target)
     move = table[target[:, 0], target[:, 1]].sinh()                             # (N,): in s_t
     labelled = (move.abs() > config.noise).nonzero()[:, 0]
     if config.pairs == "set":
         log_ratio, ref_log_ratio = set_pairs(pi, ref, move, labelled)
     else:
-        most = random.permutation(len(labelled))[:config.labels * len(counts)]
-        labelled = labelled[torch.from_numpy(np.sort(most)).to(labelled.device)]
+        chosen = random.permutation(len(labelled))[:config.labels * len(counted)]
+        labelled = labelled[torch.from_numpy(np.sort(chosen)).to(labelled.device)]
         log_ratio, ref_log_ratio = drawn_pairs(
             pi, ref, table, target, move, labelled, random, config)
     expo = expo_loss(log_ratio, ref_log_ratio, config.lam).sum() / max(1, len(log_ratio))
@@ -117,8 +120,8 @@ class Predictions:
     log_fine: torch.Tensor    # [N, 2^k2], given the target's coarse token
 
     @classmethod
-    def of(cls, model, inputs, counts, target):
-        h = model.hidden(*inputs)[counts]                                       # (N, C)
+    def of(cls, model, inputs, counted, target):
+        h = model.hidden(*inputs)[counted]                                      # (N, C)
         log_coarse = model.coarse_logits(h).float().log_softmax(-1)             # (N, 2^k1)
         log_fine = model.fine_logits(h, target[:, 0]).float().log_softmax(-1)   # (N, 2^k2)
         return cls(model, h, log_coarse, log_fine)
@@ -134,7 +137,7 @@ def logit_up(model, log_coarse):
 
 
 def set_pairs(pi, ref, move, labelled):
-    """log pi(w)/pi(l) and log ref(w)/ref(l) of the labelled bars [n]: w is the side that came."""
+    """log pi(w)/pi(l) and log ref(w)/ref(l) of the labelled bars [n]: w is the true side."""
     side = move[labelled].sign()
     return [side * logit_up(p.model, p.log_coarse[labelled]) for p in (pi, ref)]
 
@@ -143,11 +146,11 @@ def set_pairs(pi, ref, move, labelled):
 # Drawn pairs: the true bar against the worst of some candidates
 
 def drawn_pairs(pi, ref, table, target, move, labelled, random, config):
-    """As set_pairs, of the true bar and the worst candidate, where it is behind by the margin."""
+    """As set_pairs, of the true bar and the worst candidate, if that is worse by the margin."""
     uniform = random.random((len(labelled), config.candidates, 2), np.float32)
     uniform = torch.from_numpy(uniform).to(move.device)
-    losers, behind = draw_losers(ref.model, table, ref.h[labelled], move[labelled], uniform)
-    clear = behind >= config.margin
+    losers, gap = draw_losers(ref.model, table, ref.h[labelled], move[labelled], uniform)
+    clear = gap >= config.margin
     rows = labelled[clear]
     pair = torch.stack((target[rows], losers[clear]), 1)                        # (n, 2, 2): w, l
     log_ratio = log_odds(pi, rows, pair)
@@ -157,7 +160,7 @@ def drawn_pairs(pi, ref, table, target, move, labelled, random, config):
 
 @torch.no_grad()
 def draw_losers(reference, table, h, move, uniform):
-    """The worst candidate for each next bar, drawn from the reference, and how far it is behind.
+    """The worst candidate for each next bar, drawn from the reference, and how much worse it is.
 
     A candidate's score is 1 if its direction is right, less a quarter of its error relative to the
     true move. The true bar, which is one of the candidates, has the score 1: none is better, so it
@@ -166,7 +169,7 @@ def draw_losers(reference, table, h, move, uniform):
     int64 [N, 2], and 1 - its score [N].
     """
     coarse = draw(reference.coarse_logits(h), 1.0, 1.0, uniform[..., 0].contiguous())
-    losers, behind = [], []
+    losers, gap = [], []
     for h, move, coarse, u in zip(*(a.split(PIECE) for a in (h, move, coarse, uniform[..., 1:]))):
         fine = draw(reference.fine_logits(h[:, None], coarse), 1.0, 1.0, u)[..., 0]
         close, true = table[coarse, fine].sinh(), move[:, None]                 # (n, candidates)
@@ -174,8 +177,8 @@ def draw_losers(reference, table, h, move, uniform):
         score = right.float() - ERROR_WEIGHT * (close - true).abs() / true.abs()
         worst = score.argmin(1, keepdim=True)                                   # (n, 1)
         losers.append(torch.cat((coarse.gather(1, worst), fine.gather(1, worst)), 1))
-        behind.append(1 - score.gather(1, worst)[:, 0])
-    return torch.cat(losers), torch.cat(behind)
+        gap.append(1 - score.gather(1, worst)[:, 0])
+    return torch.cat(losers), torch.cat(gap)
 
 
 def log_odds(p, rows, pair):

@@ -1,4 +1,4 @@
-"""Stage 3: learn on the model's own bars, the truth as their filter: rollouts.
+"""Stage 3: train on contexts that end in the model's own bars; the true future selects among them.
 
     python rollout.py --ckpt out.pt --out rollout.pt                 # on the bars of out.pt
     python rollout.py --ckpt out.pt --select path --target chosen --out rollout.pt
@@ -8,25 +8,26 @@ In pretraining every bar of the context is real; in a forecast all but the first
 model's own bars. Here the model learns after such bars: it goes on from the end of a window for H
 bars, K times over, and the truth picks which of its bars count. Two filters:
 
-    step    at each step of K candidates that one goes on whose close is nearest to the true close:
-            the nearest path, not the nearest return (an oracle as guide; learning under the own
-            states from an expert: Ross, Gordon and Bagnell, arXiv 1011.0686)
+    step    at each step draw K candidates and continue with the one whose close is nearest to the
+            true close: the nearest path, not the nearest return (learning from an expert in the
+            states that the learner visits: Ross, Gordon and Bagnell, arXiv 1011.0686)
     path    K whole paths, of which the best quarter by path error, mean |log C_k - log C*_k|, is
             kept; after ROUND updates they are drawn anew from the model as it then is (expert
             iteration: Anthony, Tian and Barber, arXiv 1705.08439; STaR: arXiv 2203.14465)
 
 and two targets: the `true` bars, the path being context alone, or the `chosen` path itself.
 
-    loss = walk mean_k w_k CE(target of bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
-    w_k = 1 + 0.75 k / (H - 1),   H = 3, then 6, then 10
+    loss = a mean_k w_k CE(target of bar k) + b mean_k KL_k(pi || base) + CE of the real bars
+    w_k = 1 + 0.75 k / (H - 1),   a = --walk, b = --kl,   H = 3, then 6, then 10
 
-Scale. A token is a bar in units of s_t. The model reads the path in the path's own scale, as in a
-forecast; a true target keeps its token, the true bar by the scale of the true past. To encode it
-anew, from the path's last close and by its scale, would teach the model to jump back to the truth:
-measured, that made paths 40 % more volatile.
+Scale. A token is a move in units of s_t. On its own path the model works with the path's s_t, as in
+a forecast. A true target keeps the token that it has in the real series. Encoding it anew, from the
+path's last close, would teach the model to jump back to the truth: measured, paths then became 40 %
+more volatile. KL of a fine token is after the target's coarse one.
 
-No true value enters the context, and a forecast needs no guide. Kept are the weights with the best
-path CRPS on val, if it is surely (95 %) better than the base's; else the base.
+After the origin the context holds the model's own bars alone; the truth merely selects. Kept are
+the weights with the best path CRPS on val, if it is surely (95 %) better than the base's; else the
+base.
 """
 from dataclasses import dataclass, replace
 
@@ -56,7 +57,7 @@ class Config(Settings):
 
 
 CURRICULUM = 3, 6       # bars of a path in the first and the second third of the updates
-ROUND = dict(step=1, path=5)  # updates on paths of one and the same model
+ROUND = dict(step=1, path=5)  # updates before paths are drawn anew
 KEPT = 4                # of the K paths of a window the best K / KEPT are kept
 LATER = 0.75            # by how much the last step of a path weighs more than the first
 HISTORY = 512           # bars that a scale is made from: 16 half-lives, what is older weighs 1e-5
@@ -73,7 +74,7 @@ def check(config):
 @dataclass
 class Origins:
     """The ends of B windows, and where the market really went from there."""
-    context: tuple         # coarse, fine, time int64 [B, L] of the real bars, and their targets
+    context: tuple         # coarse, fine, time int64 [B, L] of the real bars; a list, their targets
     times: torch.Tensor    # int64 [B, H]: stamps of the next bars, as a forecast would guess them
     tokens: torch.Tensor   # int64 [B, H, 2]: the next bars, coarse and fine
     state: data.State      # of shape [B, 1]: what decodes the next bar
@@ -104,7 +105,7 @@ def origins_of(streams, series, slots, which, ends, horizon, longest):
     slots: the data.Slots of each series.
     """
     coarse, fine, when, target = data.gather(streams, which, ends)
-    n = coarse.shape[1] - longest + 1  # real bars of a window up to the origin
+    n = coarse.shape[1] - longest + 1  # real bars of a window: the origin is its row n - 1
     tokens = torch.stack(target, -1)[:, n - 1:n - 1 + horizon]
     target = [a[:, :n].clone() for a in target]
     for a in target:
@@ -128,11 +129,11 @@ def origins_of(streams, series, slots, which, ends, horizon, longest):
 
 @torch.no_grad()
 def guided_walk(model, tokenizer, state, origins, uniform, temperature):
-    """Step level: of K candidates that one goes on whose close is nearest to the true close.
+    """Step level: of K candidates at each step the one whose close is nearest to the true close.
 
-    state: of Model.prefill at the origins, used up. uniform [B, K, H, 2]: what the candidates are
-    drawn by; with K = 1 the truth has no say. -> tokens int64 [B, H, 2] and log returns since the
-    origin float64 [B, H] of the walks.
+    state: of Model.prefill at the origins, changed in place. uniform [B, K, H, 2]: what the
+    candidates are drawn by; with K = 1 the truth has no say. -> tokens int64 [B, H, 2] and log
+    returns since the origin float64 [B, H] of the walks.
     """
     B, K, H, _ = uniform.shape
     before, rows, tokens, path = origins.state, np.arange(B), [], []
@@ -159,8 +160,8 @@ def best_paths(model, tokenizer, state, origins, uniform, temperature):
     """
     B, K, H, _ = uniform.shape
     every = origins.repeat(K)
-    free = uniform.flatten(0, 1)[:, None]                                       # (B K, 1, H, 2)
-    tokens, path = guided_walk(model, tokenizer, state.repeat(K), every, free, temperature)
+    one = uniform.flatten(0, 1)[:, None]    # one candidate: no filter          # (B K, 1, H, 2)
+    tokens, path = guided_walk(model, tokenizer, state.repeat(K), every, one, temperature)
     error = np.abs(path - every.path).mean(1).reshape(B, K)
     best = error.argsort(1, kind="stable")[:, :max(1, K // KEPT)]               # (B, K')
     rows = (best + K * np.arange(B)[:, None]).ravel()
@@ -173,7 +174,7 @@ def best_paths(model, tokenizer, state, origins, uniform, temperature):
 def rollout_loss(model, base, origins, walk, target, config):
     """The loss of `walk` [B, H, 2] as context and `target` [B, H, 2]; its parts as floats.
 
-        loss = walk mean_k w_k CE(target of bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
+        loss = a mean_k w_k CE(target of bar k) + b mean_k KL_k(pi || base) + CE of the real bars
     """
     coarse, fine, when, real = origins.context
     n, H = coarse.shape[1], walk.shape[1]
