@@ -9,7 +9,7 @@ HEADERS = {column: names.split() for column, names in {  # best first, as `folde
         opentime tradetime tradedate windowstart barstart begin starttime startat exchangedate
         traddt candlebegintime bartime bardate tradingdate tradingday startdate periodstart start
         day trddt gmttime localtime utctime utc dtyyyymmdd unix unixtime unixtimestamp epoch ts
-        tsevent mts dt t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자""",
+        tsevent mts dt ds t datum zeit data fecha tarih дата 时间 日期 交易日期 日付 날짜 일자""",
     "clock": """time hour clock minute timeofday tradetime localtime starttime opentime bartime
         timestamp zeit uhrzeit hora время 时间""",
     "open": """open opening bidopen erster eröffnung eröffn mido pxopen opnpric openprc dayopen
@@ -35,7 +35,7 @@ HEADERS = {column: names.split() for column, names in {  # best first, as `folde
         成交金額 거래대금 金额""",
     "symbol": """symbol ticker tckrsymb tscode code name instrument instrumentname indexname pair
         asset secid stock stockcode stockid stocksymbol tradingsymbol security contract coin ric
-        isin stkcd orderbookid 股票代码 代码 名称""",
+        isin stkcd orderbookid uniqueid itemid 股票代码 代码 名称""",
     "interval": "timeframe interval resolution per granularity freq frequency",
 }.items()}
 PRICES = COLUMNS[:4]

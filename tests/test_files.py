@@ -199,6 +199,7 @@ LAYOUTS = {
     "Kronos": ("timestamps,open,high,low,close,volume,amount\n2020-01-02 00:00:00,1,3,0.5,2,7,9\n", "a", [1, 3, 0.5, 2, 7, 9]),
     "Alpha Vantage": ("timestamp,1. open,2. high,3. low,4. close,5. volume\n2020-01-02,1,3,0.5,2,7\n", "a", BAR),
     "qlib": ("instrument,datetime,$open,$high,$low,$close,$volume,$factor\nSH600000,2020-01-02,1,3,0.5,2,7,1.0\n", "SH600000", BAR),
+    "frames of forecasting libraries": ("unique_id,ds,open,high,low,close,volume\nA,2020-01-02,1,3,0.5,2,7\n", "A", BAR),
     "Polygon": ("ticker,volume,open,close,high,low,window_start,transactions\nA,7,1,2,3,0.5,1577923200000000000,7\n", "A", BAR),
     "letters": ("v,vw,o,c,h,l,t,n\n7,2,1,2,3,0.5,1577923200000,7\n", "a", BAR),
     "NASDAQ": ("Date,Close/Last,Volume,Open,High,Low\n01/13/2020,$2,7,$1,$3,$0.5\n", "a", BAR),

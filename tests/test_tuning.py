@@ -505,7 +505,7 @@ def test_paths_grow_and_are_drawn_anew_each_round(checkpoint, tmp_path, call, mo
     ("expo", "--pairs drawn --candidates 8", signal.SIGKILL), ("rollout", "--horizon 4", signal.SIGKILL),
     ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target chosen --select path", signal.SIGTERM)])
 def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags, signum):
-    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 40 --batch_size 2 --eval_every 40 --save_every 1 --no-backtest".split()]
+    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 24 --batch_size 2 --eval_every 24 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
     command = [sys.executable, os.path.join(ROOT, name + ".py"), *args, "--out", str(tmp_path / "broken.pt")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -517,7 +517,7 @@ def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(che
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum]
     assert ("go on with --resume" in text) == (signum == signal.SIGTERM)
     entry = read_checkpoint(str(tmp_path / "broken.pt"))
-    assert entry["step"] < 40 and entry["stage"] == name
+    assert entry["step"] < 24 and entry["stage"] == name
     done = call(name, "--out", tmp_path / "broken.pt", "--resume")
     assert done[0] == 0, done[2]
     whole, broken = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
