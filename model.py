@@ -682,10 +682,8 @@ def kl(log_p, log_q):
 @torch.no_grad()
 def close_table(tokenizer):
     """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
-    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
-    fine = torch.arange(2**k2)
-    return torch.stack([tokenizer.decode(torch.full_like(fine, c), fine)[..., 0]
-                        for c in range(2**k1)])
+    coarse, fine = map(torch.arange, (2**tokenizer.config.coarse_bits, 2**tokenizer.config.fine_bits))
+    return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
 
 
 def save_checkpoint(path, model, tokenizer, **meta):

@@ -171,7 +171,7 @@ def sample(model, h, temperature, top_p, generator, u, order, logits):
     one = u.dim() == h.dim()
     u = u[..., None, :] if one else u                                       # [..., K, 2]
     logits = model.coarse_logits(h) if logits is None else logits
-    logits = logits if order is None else logits[..., order]
+    logits = logits if order is None else logits.index_select(-1, order)
     coarse = draw(logits, temperature, top_p, u[..., 0])                    # [..., K]
     coarse = coarse if order is None else order[coarse]
     logits = model.fine_logits(h[..., None, :].expand(*coarse.shape, -1), coarse)
