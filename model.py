@@ -233,7 +233,17 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.register_buffer("slope", slope, persistent=False)
 
-    def forward(self, q, k, v):
+    def weights(self, T, dtype):
+        """What hangs on places alone, of T bars: the decays below, in their order."""
+        m, L = self.slope, CHUNK
+        i, n = torch.arange(L, device=m.device), torch.arange(min(GROUP, -(-T // L)) + 1).to(m.device)
+        own = decay(m, i[:, None] - i)[:, None, None]                       # [H, 1, 1, L, L]
+        to_end, since = (decay(m, a)[:, None, None, :, None] for a in (L - 1 - i, i + 1))
+        chunks = decay(m * L, n[:, None] - 1 - n[:-1])                      # [H, n + 1, n]
+        fade = decay(m * L, n)[:, None, :, None]                            # [H, 1, n + 1, 1]
+        return own.to(dtype), to_end.to(dtype), chunks, fade, since.to(dtype)
+
+    def forward(self, q, k, v, weights):
         """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and the state after the last
         bar in float32, S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H B, D, D].
 
@@ -246,27 +256,22 @@ class LinearAttention(nn.Module):
         chunks, since S_n = sum_{n' <= n} exp(-m L (n - n')) U_n'. No exponent is above 0: nothing
         can overflow.
         """
-        H, B, T, D = q.shape
-        L, m, dtype = CHUNK, self.slope, q.dtype
+        (H, B, T, D), L, dtype = q.shape, CHUNK, q.dtype
+        own, to_end, chunks, fade, since = weights
         if T % L:   # zeros in front add nothing, and the last chunk ends with the last bar
             q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
         q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))            # [H, B, N, L, D]
-        i, per_bar = torch.arange(L, device=q.device), (H, 1, 1, L, 1)
-        within = decay(m, i[:, None] - i).to(dtype)[:, None, None]          # [H, 1, 1, L, L]
-        A = (q @ k.mT).mul_(within)                                         # [H, B, N, L, L]
-        K = k * decay(m, L - 1 - i).to(dtype).view(per_bar)
-        U = (K.mT @ v).float().flatten(-2)                                  # [H, B, N, D * D]
+        A = (q @ k.mT).mul_(own)                                            # [H, B, N, L, L]
+        U = ((k * to_end).mT @ v).float().flatten(-2)                       # [H, B, N, D * D]
         S, before = U.new_zeros(H, B, 1, D * D), []
         with torch.autocast(q.device.type, enabled=False):
             for u in U.split(GROUP, dim=2):
-                n = torch.arange(u.shape[2] + 1, device=q.device)
-                W = decay(m * L, n[:, None] - 1 - n[:-1])                   # [H, n + 1, n]
-                s = W[:, None] @ u + decay(m * L, n)[:, None, :, None] * S  # [H, B, n + 1, D * D]
+                n = u.shape[2]
+                s = chunks[:, None, :n + 1, :n] @ u + fade[:, :, :n + 1] * S    # [H, B, n + 1, D * D]
                 S = s[:, :, -1:]
                 before.append(s[:, :, :-1].to(dtype))
         before = torch.cat(before, dim=2).unflatten(-1, (D, D))             # S_{n-1} of chunk n
-        Q = q * decay(m, i + 1).to(dtype).view(per_bar)
-        o = (A @ v).add_(Q @ before)                                        # [H, B, N, L, D]
+        o = (A @ v).add_((q * since) @ before)                              # [H, B, N, L, D]
         return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H * B, D, D)
 
 
@@ -282,27 +287,29 @@ class LocalAttention(nn.Module):
         self.window = window
         self.register_buffer("slope", slope, persistent=False)
 
-    def forward(self, q, k, v):
+    def weights(self, T, dtype):
+        """What is added to the scores, of T bars: [H, 1, N, w, 2 w]."""
+        w, back = min(self.window, T), int(T > self.window)
+        i = torch.arange(w, device=self.slope.device)
+        d = i[:, None] - torch.arange(-w * back, w, device=i.device)        # [w, 2 w]
+        bias = (-self.slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)
+        bias = bias[:, None].repeat(1, -(-T // w), 1, 1)                    # [H, N, w, 2 w]
+        bias[:, 0, :, :w * back] = -math.inf                                # nothing before bar 0
+        return bias[:, None].to(dtype)
+
+    def forward(self, q, k, v, weights):
         """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and keys and values of the
         last bars, 2 of [H, B, at most W, D].
 
         In blocks of W = `window` bars: a block's queries need the keys of their own block and of
         the one before it.
         """
-        T = q.shape[2]
-        w, back = min(self.window, T), int(T > self.window)
+        T, w, back = q.shape[2], weights.shape[3], int(weights.shape[4] > weights.shape[3])
         last = k[:, :, -w:], v[:, :, -w:]
         if T % w:
             q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
-        N = q.shape[2] // w
-        i, j = torch.arange(w, device=q.device), torch.arange(-w * back, w, device=q.device)
-        d = i[:, None] - j                                                  # [w, 2w]
-        bias = (-self.slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)
-        bias = bias[:, None].repeat(1, N, 1, 1)                             # [H, N, w, 2w]
-        bias[:, 0, :, :w * back] = -math.inf                                # nothing before bar 0
-        q, k, v = q.unflatten(2, (N, w)), *(with_block_before(a, w, back) for a in (k, v))
-        o = softmax_attention(q, k, v, bias[:, None].to(q.dtype))
-        return o.flatten(2, 3)[:, :, :T], last
+        q, k, v = q.unflatten(2, (-1, w)), *(with_block_before(a, w, back) for a in (k, v))
+        return softmax_attention(q, k, v, weights).flatten(2, 3)[:, :, :T], last
 
 
 # --- The layer ------------------------------------------------------------------------------------
@@ -324,20 +331,22 @@ class Layer(nn.Module):
             self.kinds.extend(LocalAttention(w, slopes(n, -1, decays)) for w in config.windows)
         self.shares = [len(kind.slope) for kind in self.kinds]
 
-    def forward(self, x, rot, drop=None):
+    def forward(self, x, places, drop=None):
         """x [B, T, C] -> [B, T, C], and the states of attention after the last bar.
 
-        rot: see rotation. drop [2, B, 1, C]: masks of dropout.
+        places: see Model.places. drop [2, B, 1, C]: masks of dropout.
         """
-        o, states = self.attend(x, rot)
+        o, states = self.attend(x, places)
         return self.add(x, o, drop), states
 
-    def attend(self, x, rot):
+    def attend(self, x, places):
         """Each kind of attention by its share of the heads: o [B, T, C], and their states."""
+        rot, weights = places
         qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))     # [2 or 1, H, B, T, D]
         q, k = rotate(qk, rot)
         shares = zip(*(a.split(self.shares) for a in (q, k, v[0])))
-        outs, states = zip(*(kind(q, k, v) for kind, (q, k, v) in zip(self.kinds, shares)))
+        outs, states = zip(*(kind(*share, weight)
+                             for kind, share, weight in zip(self.kinds, shares, weights)))
         return heads_last(torch.cat(outs)), states
 
     def add(self, x, o, drop=None):
@@ -501,14 +510,21 @@ class Model(nn.Module):
         drop: see forward.
         """
         x, _ = self.embedding(*self.candles(coarse, fine), time)            # [B, T, C]
-        rot = self.rotation(torch.arange(time.shape[1], device=time.device), x.dtype)
+        places = self.places(x)
         for n, layer in enumerate(self.layers):
-            x, _ = self.run(layer, x, rot, None if drop is None else drop[n])
+            x, _ = self.run(layer, x, places, None if drop is None else drop[n])
         return norm(x)
 
-    def rotation(self, pos, dtype):
+    def places(self, x):
+        """What attention needs that hangs on places alone, the same in all layers: of x [B, T, C]
+        the rotation of bars 0 to T - 1, and the weights of each kind."""
+        T, kinds = x.shape[1], self.layers[0].kinds
+        rot = self.rotation(torch.arange(T, device=x.device))
+        return [a.to(x.dtype) for a in rot], [kind.weights(T, x.dtype) for kind in kinds]
+
+    def rotation(self, pos):
         D, turns = self.config.n_embd // self.config.n_head, self.config.pos != "alibi"
-        return [a.to(dtype) for a in rotation(pos, D, turns)]
+        return rotation(pos, D, turns)
 
     def run(self, part, *args):
         """part(*args); with grad_ckpt its activations are made again in the backward pass."""
@@ -682,10 +698,8 @@ def kl(log_p, log_q):
 @torch.no_grad()
 def close_table(tokenizer):
     """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
-    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
-    fine = torch.arange(2**k2)
-    return torch.stack([tokenizer.decode(torch.full_like(fine, c), fine)[..., 0]
-                        for c in range(2**k1)])
+    coarse, fine = map(torch.arange, (2**tokenizer.config.coarse_bits, 2**tokenizer.config.fine_bits))
+    return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
 
 
 def save_checkpoint(path, model, tokenizer, **meta):

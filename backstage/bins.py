@@ -19,10 +19,9 @@ def candle_tables(tokenizer):
 
     close and range in units of s_t, volume in units of d_t above m_t.
     """
-    fine = torch.arange(2**tokenizer.config.fine_bits)
-    x = [tokenizer.decode(torch.full_like(fine, c), fine)
-         for c in range(2**tokenizer.config.coarse_bits)]
-    close, open_, upper, lower, volume, _ = torch.stack(x).double().sinh().unbind(-1)
+    coarse, fine = map(torch.arange, (2**tokenizer.config.coarse_bits, 2**tokenizer.config.fine_bits))
+    x = torch.cat([tokenizer.decode(some[:, None], fine) for some in coarse.split(64)])
+    close, open_, upper, lower, volume, _ = x.double().sinh().unbind(-1)
     size = (close - open_).abs() + upper.clamp(min=0) + lower.clamp(min=0)
     return dict(close=close.contiguous(), range=size, volume=volume.contiguous())
 

@@ -48,12 +48,11 @@ def prefill(model, coarse, fine, time):
     parts are kept, and of the last layer only the last bar is asked for."""
     T, last = time.shape[1], model.layers[-1]
     x, means = model.embedding(*model.candles(coarse, fine), time)
-    rot = model.rotation(torch.arange(T, device=time.device), x.dtype)
-    layers = []
+    places, layers = model.places(x), []
     for layer in model.layers[:-1]:
-        x, states = layer(x, rot)
+        x, states = layer(x, places)
         layers.append(states)
-    o, states = last.attend(x, rot)
+    o, states = last.attend(x, places)
     h = norm(last.add(x[:, -1:], o[:, -1:]))[:, 0]
     layers = [rings(layer, states, T) for layer, states in zip(model.layers, [*layers, states])]
     steps = model.cache.get(("steps", x.dtype), list(model.layers.parameters()),
@@ -80,7 +79,7 @@ def look_ahead(model, time, state):
     """Makes all that the next bars need besides their tokens, time [B, n]."""
     n, stamps = time.shape[1], torch.cat((state.stamps, time), dim=1)
     pos = torch.arange(state.pos, state.pos + n, device=time.device)
-    rot = (a[:, 0].split(1, dim=-2) for a in model.rotation(pos, torch.float32))    # [2, 1, 1, D]
+    rot = (a[:, 0].split(1, dim=-2) for a in model.rotation(pos))    # [2, 1, 1, D]
     places = zip(*(places_of(kind, pos) for kind in model.layers[0].kinds))
     clock = (a.split(1, 1) for a in model.embedding.clock(stamps, n))
     state.ahead = list(zip(zip(*rot, places), zip(*clock)))
@@ -171,7 +170,7 @@ def sample(model, h, temperature, top_p, generator, u, order, logits):
     one = u.dim() == h.dim()
     u = u[..., None, :] if one else u                                       # [..., K, 2]
     logits = model.coarse_logits(h) if logits is None else logits
-    logits = logits if order is None else logits[..., order]
+    logits = logits if order is None else logits.index_select(-1, order)
     coarse = draw(logits, temperature, top_p, u[..., 0])                    # [..., K]
     coarse = coarse if order is None else order[coarse]
     logits = model.fine_logits(h[..., None, :].expand(*coarse.shape, -1), coarse)

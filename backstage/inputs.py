@@ -68,8 +68,9 @@ def check(config):
             valid = False
         if not valid:
             raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
-    if config.horizon < 1 or config.paths < 1:
-        raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
+    for name, value in (("horizon", config.horizon), ("paths", config.paths)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     if not abs(config.rate) <= 1:
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:

@@ -136,7 +136,7 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     heads, (q, k, v) = M.LinearAttention(slope), random_qkv(T)
     want = naive_linear(q, k, v, slope)
     q = q / 4       # by sqrt(D), as it comes from rotate
-    o, S = heads(q, k, v)
+    o, S = heads(q, k, v, heads.weights(T, q.dtype))
     close(o, normed(want), 1e-4)
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
     close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()).flatten(0, 1), 1e-5)
@@ -147,7 +147,7 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         q, k, v = half(T)
-        o, S = heads(q / 4, k, v)
+        o, S = heads(q / 4, k, v, heads.weights(T, q.dtype))
     close_half(o, naive_linear(*half(T), slope))
     assert S.dtype == torch.float32
 
@@ -155,7 +155,7 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
 def test_linear_attention_over_many_groups_of_chunks():
     T, slope = 64 * 300 + 7, torch.tensor([0.0, 0.001])
     heads, (q, k, v) = M.LinearAttention(slope), random_qkv(T, H=2, B=1, D=4)
-    o, _ = heads(q / 2, k, v)
+    o, _ = heads(q / 2, k, v, heads.weights(T, q.dtype))
     d = torch.arange(T - 50, T)[:, None] - torch.arange(T)
     weight = torch.exp(-slope.double()[:, None, None, None] * d.clamp(min=0)) * (d >= 0)
     close(o[:, :, -50:], normed((q[:, :, -50:].double() @ k.double().mT * weight) @ v.double() / 2), 1e-4)
@@ -168,26 +168,26 @@ def test_local_attention_is_softmax_with_a_band_mask(T, window):
     for slope in (torch.zeros(3), torch.tensor([0.5, 0.05, 0.001])):
         heads, (q, k, v) = M.LocalAttention(window, slope), random_qkv(T)
         want, q = naive_local(q, k, v, window, slope), q / 4
-        close(heads(q, k, v)[0], want, 1e-5)
+        close(heads(q, k, v, heads.weights(T, q.dtype))[0], want, 1e-5)
         n, places = T // 2, generate.places_of(heads, torch.arange(T))
-        last = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 3, 2, 0, 16)
+        last = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n], heads.weights(n, q.dtype))[1] if n else torch.zeros(2, 3, 2, 0, 16)
         ring = [generate.ring(a.flatten(0, 1), window, n) for a in last]
         for t in range(n, T):
             close(generate.local_step(*one_bar(q, k, v, t), ring, places[t]), want[:, :, t].flatten(0, 1)[:, None], 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             q, k, v = half(T)
-            close_half(heads(q / 4, k, v)[0], naive_local(q, k, v, window, slope))
+            close_half(heads(q / 4, k, v, heads.weights(T, q.dtype))[0], naive_local(q, k, v, window, slope))
 
 
 @pytest.mark.parametrize("pos", ["rope", "alibi", "both"])
 @pytest.mark.parametrize("T", [1, 50, 333])
 def test_layer_is_its_naive_form(T, pos):
     """Heads divided among linear, window 16 and window 64; rotation, decay or both; norm per head; MLP; dropout of either part."""
-    layer = make(pos=pos, windows=(16, 64)).layers[0]
-    x = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T))
+    model = make(pos=pos, windows=(16, 64))
+    layer, x = model.layers[0], torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T))
     drop = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = layer(x, kernels.rotation(torch.arange(T), 8, turns=pos != "alibi"), drop=drop)[0]
+        got = layer(x, model.places(x), drop=drop)[0]
     weight = {name: p.detach().double() for name, p in layer.named_parameters()}
     qkv = normed(x.double()) @ weight["qkv.weight"].T
     q, k, v = qkv.view(2, T, 3, 4, 8).permute(2, 3, 0, 1, 4)         # [3, H, B, T, D]

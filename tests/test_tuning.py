@@ -450,6 +450,22 @@ def test_the_guard_refuses_whatever_one_condition_refuses(monkeypatch, metric):
         assert failed(path_coverage90=(moved, moved - 0.01, moved + 0.01)) == ["path_coverage90"]
 
 
+@pytest.mark.parametrize("gain, best, drawn", [(-0.01, math.inf, True), (-0.01, 0.5, False), (0.01, math.inf, False)])
+def test_paths_on_val_are_drawn_where_they_can_decide(monkeypatch, gain, best, drawn):
+    """Where the next bar holds and is the best so far; and a path that is worse then refuses."""
+    asked = []
+    one = dict(logloss=(0.6, None), da=(0.5, None), up_share=(0.5, None), mae=(1.0, None))
+    val = object.__new__(expo.Validation)
+    val.stage, val.t = types.SimpleNamespace(run=types.SimpleNamespace(best_val=best), base="base"), None
+    val.next_bars = lambda model: one
+    val.paths = lambda model: asked.append(model) or dict(path_crps=(1.0, None))
+    scores = dict(logloss=dict(value=gain, lo=gain, hi=gain), mae=dict(value=1.0, lo=1.0, hi=1.0), path_crps=dict(value=1.1, lo=1.1, hi=1.1))
+    monkeypatch.setattr("expo.against", lambda a, b, metric, *rest: scores[metric])
+    score, holds, found, _ = val.judge("model")
+    assert (score, asked) == (0.6, ["model", "base"] if drawn else [])
+    assert found["failed"] == (["path_crps"] if drawn else ["logloss"] if gain > 0 else []) and holds == (not found["failed"])
+
+
 def test_what_is_not_kept_is_scored_on_test_as_the_last_weights(checkpoint, tmp_path, call, monkeypatch):
     """Beside the base, which the file goes on to hold."""
     scored = []
