@@ -70,6 +70,7 @@ BATCH_BARS = 2**13   # bars of the contexts that are read side by side
 PATHS, ALL_PATHS, LEAST_PATHS = 200, 200_000, 40     # of a symbol; of all together; of a symbol
 COMMON = 500         # last bars from which the correlation of symbols is known
 FEWEST = 20          # common bars without which a pair has the mean correlation
+HALF_PAST = 125      # bars back that count half in it
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
 WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
@@ -118,10 +119,10 @@ class Calibration:
         stays.
         """
         logits = model.coarse_logits(h).float()
-        moving = torch.stack((1 - stay, (1 - stay) * model.up_mask), -1)        # [n, 2^k1, 2]
-        moving = logits.softmax(-1).view(len(h), -1, len(model.up_mask)) @ moving   # [n, K, 2]
-        moved, up = moving.double().view(*h.shape[:-1], 2).unbind(-1)
-        p_up = (up / moved.clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6)
+        moving = logits.softmax(-1).view(len(h), -1, len(model.up_mask))        # [n, K, 2^k1]
+        moved = moving.mul_(1 - stay[:, None]).sum(-1).double()
+        up = moving.mul_(model.up_mask).sum(-1).double()
+        p_up = (up / moved.clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).view(h.shape[:-1])
         trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
         shift = (trusted.logit() - p_up.logit()).float()
         return torch.addcmul(logits, shift[..., None], model.up_mask.float()), trusted
@@ -415,12 +416,12 @@ def stratified(random, paths, horizon):
 #     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i]
 #     R = w C + (1 - w) mean C,    w = t^2 / (t^2 + e^2)
 #
-# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they
-# truly differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio
-# Management 2004).
+# C: correlations of the normal scores of past closes, a bar HALF_PAST bars back of half the weight;
+# e: their standard errors; t: how much they truly differ (shrinkage to a constant correlation, as
+# Ledoit and Wolf, Journal of Portfolio Management 2004).
 
 def move_together(uniform, origins, times, seed):
-    """Reorders, in place, the numbers [n, paths, H, 2] of the origins that share their next stamps.
+    """Reorders, in place, the numbers [paths, H, 2] of the n origins that share their next stamps.
 
     Each half of the paths by itself, so that the halves stay independent. times: int64 [n, H].
     """
@@ -433,49 +434,59 @@ def move_together(uniform, origins, times, seed):
             continue
         factor = root_of(correlation([origins[i] for i in rows]))
         random = np.random.default_rng([seed, abs(stamp), len(rows)])
-        paths, horizon = uniform.shape[1:3]
+        paths, horizon, _ = uniform[rows[0]].shape
         for half in (slice(0, paths // 2), slice(paths // 2, paths)):
-            for k in range(horizon):
-                pairs = uniform[rows, half, k]                              # (n, paths / 2, 2)
-                z = factor @ random.standard_normal(pairs.shape[:2], np.float32)
-                rank = z.argsort(1).argsort(1)
-                in_order = np.take_along_axis(pairs, pairs[..., :1].argsort(1), 1)
-                uniform[rows, half, k] = np.take_along_axis(in_order, rank[..., None], 1)
+            u = np.stack([uniform[i][half] for i in rows], -2)              # (K, H, n, 2)
+            z = random.standard_normal((horizon, len(u), len(rows)), np.float32) @ factor.T
+            rank = z.argsort(1).argsort(1).swapaxes(0, 1)                   # (K, H, n)
+            u = np.take_along_axis(u, u[..., :1].argsort(0), 0)             # in order of the first
+            u = np.take_along_axis(u, rank[..., None], 0)
+            for k, i in enumerate(rows):
+                uniform[i][half] = u[:, :, k]
 
 
 def correlation(origins):
     """R float32 [n, n] of the closes of n origins, from their last COMMON stamps."""
-    stamps = np.unique(np.concatenate([o.time[-len(o.closes):] for o in origins]))[-COMMON:]
-    scores, known = np.zeros((2, len(origins), len(stamps)), np.float32)
-    for row, own, o in zip(scores, known, origins):
-        time = o.time[-len(o.closes):]
-        recent = time >= stamps[0]
-        rank = o.closes[recent].argsort().argsort()
-        level = torch.from_numpy((rank + 0.5) / max(1, len(rank)))
-        place = np.searchsorted(stamps, time[recent])
-        row[place], own[place] = torch.special.ndtri(level).numpy(), 1
-    R = np.empty((len(origins), len(origins)), np.float32)
+    scores = normal_scores(origins)                                         # (n, T)
+    known, scores = (~np.isnan(scores)).astype(np.float32), np.nan_to_num(scores)
+    weight = 0.5 ** (np.arange(scores.shape[1], dtype=np.float32)[::-1] / HALF_PAST)    # (T,)
+    R = np.empty((len(scores), len(scores)), np.float32)
 
-    def blocks():
-        """Yield rows of R, and of these C, its errors squared, common bars; not all at once."""
+    def pairs():
+        """Yield some rows of R at a time, and of these C, e^2 and which are known; bars in all."""
         for i in range(0, len(R), 256):
-            n = known[i:i + 256] @ known.T
-            C = (scores[i:i + 256] @ scores.T / n.clip(1)).clip(-1, 1)
-            yield R[i:i + 256], C, (1 - C**2)**2 / n.clip(1), n * ~np.eye(len(C), len(R), i, bool)
+            own, a = known[i:i + 256], scores[i:i + 256]
+            variance = (a**2 * weight @ known.T) * (own @ (scores**2 * weight).T)
+            C = (a * weight @ scores.T / np.sqrt(variance.clip(1e-12))).clip(-1, 1)
+            bars = (own * weight @ known.T)**2 / (own * weight**2 @ known.T).clip(1e-12)
+            enough = (own @ known.T >= FEWEST) & ~np.eye(len(C), len(R), i, bool)
+            yield R[i:i + 256], C, (1 - C**2)**2 / bars.clip(1), enough, bars
 
-    enough, total, mean, spread = 0, 0, 0.0, 0.0
-    for _, C, _, n in blocks():
-        enough, total = enough + (n >= FEWEST).sum(), total + n.sum(where=n >= FEWEST)
-        mean += (C * n).sum(where=n >= FEWEST, dtype=float)
-    mean /= max(1, total)
-    for _, C, error, n in blocks():
-        spread += ((C - mean)**2 - error).sum(where=n >= FEWEST, dtype=float)
-    spread = max(0.0, spread / max(1, enough))
-    for rows, C, error, n in blocks():
-        weight = np.where(n >= FEWEST, spread / np.maximum(spread + error, 1e-12), 0)
-        rows[:] = weight * C + (1 - weight) * mean
+    sums = np.zeros(3)
+    for _, C, _, enough, bars in pairs():
+        sums += enough.sum(), bars.sum(where=enough), (C * bars).sum(where=enough)
+    n, mean, spread = max(1.0, float(sums[0])), float(sums[2] / max(1, sums[1])), 0.0
+    for _, C, error, enough, _ in pairs():
+        spread += float(((C - mean)**2 - error).sum(where=enough)) / n
+    for rows, C, error, enough, _ in pairs():
+        w = np.where(enough, max(0.0, spread) / np.maximum(max(0.0, spread) + error, 1e-12), 0)
+        rows[:] = w * C + (1 - w) * mean
     np.fill_diagonal(R, 1)
     return R
+
+
+def normal_scores(origins):
+    """Of each origin's closes at the last COMMON stamps the normal scores of their ranks, NaN where
+    there is no bar: float32 [n, T]."""
+    stamps = np.unique(np.concatenate([o.time[-len(o.closes):] for o in origins]))[-COMMON:]
+    scores = np.full((len(origins), len(stamps)), np.nan, np.float32)
+    for row, o in zip(scores, origins):
+        time = o.time[-len(o.closes):]
+        known = time >= stamps[0]
+        rank = o.closes[known].argsort().argsort()
+        level = torch.from_numpy((rank + 0.5) / max(1, len(rank)))
+        row[np.searchsorted(stamps, time[known])] = torch.special.ndtri(level).numpy()
+    return scores
 
 
 def root_of(R):
