@@ -72,7 +72,7 @@ COMMON = 500         # last bars from which the correlation of symbols is known
 FEWEST = 20          # common bars without which a pair has the mean correlation
 HALF_PAST = 125      # bars back that count half in it
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
-WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
+PAST_BARS = 8064     # that a calibration reads, in all: 21 contexts, each for its later 3/4
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
 MOST_TRUST = 1.5
@@ -290,29 +290,77 @@ def generate(model, state, times, uniform, draw):
 # errors of half the model's own bias is not believed (after James and Stein 1961): few such drifts
 # last into the next months.
 
-@torch.no_grad()
 def calibrate(model, tokenizer, histories, since=None):
-    """The Calibration of P(up) from the last bars of histories (Bars), of some WINDOWS contexts.
+    """The Calibration of P(up) from the last PAST_BARS bars, about, of histories (Bars).
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
     Few bars leave the prior: half the trust.
     """
+    return calibration_of(model, tokenizer, read_pasts(model, tokenizer, histories, since))
+
+
+@dataclass
+class Past:
+    """Bars whose last ones, from number `first` on, the model has forecast one by one."""
+    bars: data.Bars
+    first: int
+    h: torch.Tensor | None = None   # [len(bars) - first, C]: what it forecasts them from
+
+
+@torch.no_grad()
+def read_pasts(model, tokenizer, histories, since=None):
+    """The Pasts of some histories, evenly chosen; see calibrate. Each bar is forecast from a
+    quarter of a window at least, where there are so many bars before it."""
     check_histories(histories)
-    pasts, each = [], max(1, WINDOWS // len(histories)) * (model.config.block_size // 2)
-    for bars in histories[::max(1, len(histories) // WINDOWS)]:
-        known = 0 if since is None else np.searchsorted(bars.time, since)
-        first = max(data.CONTEXT, int(known), len(bars) - each)
+    n, pasts = model.config.block_size, []
+    step = n - n // 4                                                       # targets of a window
+    each = max(1, PAST_BARS // step // len(histories)) * step
+    for bars in histories:
+        known = 0 if since is None else int(np.searchsorted(bars.time, since))
+        first = max(data.CONTEXT, known, len(bars) - each)
         if first < len(bars):
-            pasts.append((bars, first))
+            pasts.append(Past(bars, first))
+    pasts = pasts[::-(-sum(len(past.bars) - past.first for past in pasts) // PAST_BARS) or 1]
+    contexts, times = [], []
+    x = [data.features(past.bars)[0][max(0, past.first - n):] for past in pasts]
+    tokens = torch.stack(tokenizer.encode(np.concatenate([*x, np.empty((0, 6))])), -1)
+    for past, own in zip(pasts, tokens.split([len(own) for own in x])):
+        before = len(past.bars) - len(own)                                  # bars without tokens
+        for at in range(past.first, len(past.bars), step):
+            end = min(at + step, len(past.bars)) - 1                        # of the context
+            begin = max(0, end - n)
+            contexts.append(own[begin - before:end - before])
+            times.append(torch.from_numpy(past.bars.time[begin:end].copy()))
+    found, device = [None] * len(contexts), model.up_mask.device
+    for rows in side_by_side([len(context) for context in contexts], len(contexts)):
+        coarse, fine = torch.stack([contexts[i] for i in rows]).to(device).unbind(-1)
+        time = torch.stack([times[i] for i in rows]).to(device)
+        for i, h in zip(rows, model.hidden(coarse, fine, time)):            # (L, C) each
+            found[i] = h[-step:]
+    found = iter(found)
+    for past in pasts:
+        wanted = len(past.bars) - past.first
+        own = [next(found) for _ in range(-(-wanted // step))]
+        own[-1] = own[-1][-((wanted - 1) % step + 1):]
+        past.h = torch.cat(own)
+    return pasts
+
+
+@torch.no_grad()
+def calibration_of(model, tokenizer, pasts):
+    """See calibrate."""
     if not pasts:
         return Calibration(k=PRIOR_TRUST)
-    h, bands = teacher_forced(model, tokenizer, pasts), Bands(model, tokenizer)     # (N, C)
+    h, bands = torch.cat([past.h for past in pasts]), Bands(model, tokenizer)       # (N, C)
     table = bands.table(h[::-(-len(h) // LAWS)])
-    unmoved = np.concatenate([unmoved_share(bars, model.config.unmoved)[first:-1]
-                              for bars, first in pasts])
-    change = np.concatenate([np.diff(bars.ohlcva[first - 1:, 3]) for bars, first in pasts])
-    stamp = np.concatenate([bars.time[first:] for bars, first in pasts])
-    logit = []
+
+    def flat(values):
+        """Of arrays over each past's bars, those of the last ones."""
+        return np.concatenate([v[past.first:] for v, past in zip(values, pasts)])
+
+    unmoved = flat([unmoved_share(past.bars, model.config.unmoved)[:-1] for past in pasts])
+    change = flat([np.diff(past.bars.ohlcva[:, 3], prepend=0) for past in pasts])
+    stamp, logit = flat([past.bars.time for past in pasts]), []
     for part, share in zip(h.split(1024), torch.from_numpy(unmoved).to(h.device).split(1024)):
         stay = bands.staying(part, table, share)[0]
         logit.append(Calibration().logits(model, part, stay)[1].logit().cpu())
@@ -321,28 +369,6 @@ def calibrate(model, tokenizer, histories, since=None):
         return Calibration(k=PRIOR_TRUST)
     found = trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
     return replace(found, table=table)
-
-
-def teacher_forced(model, tokenizer, pasts):
-    """h [N, C] from which the model forecasts the last bars of pasts, pairs (Bars, first of these),
-    each from the half window before it at least, where there are so many bars."""
-    n, contexts, times, wanted = model.config.block_size, [], [], []
-    x = [data.features(bars)[0][max(0, first - n):] for bars, first in pasts]
-    tokens = torch.stack(tokenizer.encode(np.concatenate(x)), -1).split([len(own) for own in x])
-    for (bars, first), own in zip(pasts, tokens):
-        for at in range(first, len(bars), n // 2):                          # targets at .. end
-            end = min(at + n // 2, len(bars))
-            last, length = end - 1 - len(bars), min(end - 1, n)             # of the context
-            contexts.append(own[last - length + len(own):last + len(own)])
-            times.append(torch.from_numpy(bars.time[end - 1 - length:end - 1].copy()))
-            wanted.append(end - at)
-    found, device = [None] * len(contexts), model.up_mask.device
-    for rows in side_by_side([len(context) for context in contexts], len(contexts)):
-        coarse, fine = torch.stack([contexts[i] for i in rows]).to(device).unbind(-1)
-        time = torch.stack([times[i] for i in rows]).to(device)
-        for i, h in zip(rows, model.hidden(coarse, fine, time)):            # (L, C) each
-            found[i] = h[-wanted[i]:]
-    return torch.cat(found)
 
 
 def trust(logit, rose, stamp):
@@ -520,29 +546,35 @@ def by_close(tokenizer):
     return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
 
 
-def record_of(model, tokenizer, histories, since=None):
-    """What the model, as it comes, was worth on the last bars of histories: a dict, or None.
+def record_of(model, tokenizer, pasts):
+    """What the model, as it comes, was worth on the last bars of pasts: a dict, or None.
 
     bars; da {value, lo, hi}; coverage90, the share of closes in the 90 % band; close, range,
     volume: CRPS as a ratio to HAR's, None where there is none. None for too few bars.
     """
     import backtest  # which imports this file
-    each = max(64, RECORD // len(histories))
-    long = [bars for bars in histories if len(bars) > each + RECORD_PAST]
-    long = long[::max(1, len(long) * each // RECORD)] or [
-        bars for bars in histories if len(bars) > 3 * RECORD_PAST][:8]
-    if not long:
-        return None
-    starts = [bars.time[-min(each, len(bars) // 3)] for bars in long]
-    start = max(int(np.median(starts)), since or 0)
+    each = [min(max(64, RECORD // len(pasts)), len(past.bars) // 3) for past in pasts]
+    starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n]
+    start = int(np.median(starts)) if starts else 0
+    places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
+    fit = {id(past.bars): past.h for past, place in zip(pasts, places)
+           if max(RECORD_PAST, past.first) <= place < len(past.bars)}
     try:
-        t = backtest.Targets(long, start, 2**62, 1, 2**31, 0)
-    except UserError:
+        bars = [past.bars for past in pasts if id(past.bars) in fit]
+        t = backtest.Targets(bars, start, 2**62, 1, 2**31, 0)
+    except (UserError, ValueError):
         return None
-    if t.n_blocks < 2 or min(first for first, _ in t.ranges) < RECORD_PAST:
+    if t.n_blocks < 2:
         return None
-    own = backtest.model_scores(model, tokenizer, t, probes=backtest.VAL_PROBES)
-    rival = bootstrap(time_block_sums(har(t, 2), t), t)
+    parts = [fit[id(bars)].split([len(fit[id(bars)]) - last + first, last - first])
+             for bars, (first, last) in zip(t.series, t.ranges)]
+    before, ahead = map(torch.cat, zip(*parts))
+    if not len(before):
+        return None
+    before = before[::-(-len(before) // LAWS)]
+    states = before, ahead.split(256)
+    own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES, states=states)
+    own, rival = (bootstrap(time_block_sums(f, t), t) for f in (own, har(t, 2)))
     value, spread = own["da"]
     lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)
     found = dict(bars=len(t.r), da=dict(value=float(value), lo=float(lo), hi=float(hi)),
@@ -588,9 +620,11 @@ def main(argv=None):
     times = read_times(config.times, histories, config.horizon) if config.times else None
     times = times_ahead(histories, config.horizon, times)  # (n, H)
     weights = weights_of(config.weights, histories)
-    calibration = None
+    calibration = record = None
     if config.calibrate:
-        calibration = calibrate(model, tokenizer, histories, trained_until(config.data, meta))
+        pasts = read_pasts(model, tokenizer, histories, trained_until(config.data, meta))
+        calibration = calibration_of(model, tokenizer, pasts)
+        record = record_of(model, tokenizer, pasts)
     paths = config.paths or paths_of_each(len(histories))
     ohlcva, p_up = simulate(
         model, tokenizer, histories, config.horizon, paths, config.temperature, config.top_p,
@@ -607,9 +641,6 @@ def main(argv=None):
         for i, row in enumerate(rows):
             row |= {name: values[i] for name, values in beside.items()}
 
-    record = None
-    if config.calibrate:
-        record = record_of(model, tokenizer, histories, trained_until(config.data, meta))
     if config.out:
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:

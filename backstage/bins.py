@@ -36,10 +36,10 @@ class Bins:
 
     def __init__(self, table):
         x = table.asinh()
-        ordered = x.flatten().sort().values
+        ordered = x.flatten()[::7].sort().values                # of every 7th pair: near enough
         inner = torch.linspace(0, 1, BINS // 2 + 1, dtype=x.dtype, device=x.device)[1:-1]
         common = ordered[(inner * (len(ordered) - 1)).round().long()]
-        even = ordered[0] + inner * (ordered[-1] - ordered[0])
+        even = x.min() + inner * (x.max() - x.min())
         edges = torch.cat((common, even)).unique()
         _, self.bin_of = torch.searchsorted(edges, x).unique(return_inverse=True)
         flat = self.bin_of.flatten()

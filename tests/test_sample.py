@@ -399,6 +399,28 @@ def test_trust_is_found_and_shrunk_by_its_error():
     assert abs(few.k - sample.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
 
 
+def test_the_share_of_unmoved_bars_is_a_mixture_by_likelihood_and_follows_a_market_that_changes():
+    random = np.random.default_rng(3)
+    still = random.random(3000) < np.where(np.arange(3000) < 2000, 0.05, 0.5)
+    close = 100 + np.cumsum(np.append(0, ~still))
+    bars = data.Bars("S", np.arange(3001), np.repeat(close[:, None], 6, 1).astype(float))
+    share, prior = sample.unmoved_share(bars, 0.1), 0.1
+    assert len(share) == 3002 and share[0] == share[1] == pytest.approx(prior)
+    for k in (2, 5, 90, 300):                       # bars before the forecast one
+        forecasts, weights = [], []
+        for half_life in grid.HALF_LIVES:
+            def mean(n):        # of still[:n], the last one weighs 1
+                w = 0.5 ** (np.arange(n)[::-1] / half_life)
+                return (32 * prior + (w * still[:n]).sum()) / (32 + w.sum())
+            p = [mean(n) if still[n] else 1 - mean(n) for n in range(k - 1)]
+            forecasts.append(mean(k - 1))
+            weights.append(np.prod(p))
+        assert share[k] == pytest.approx(np.average(forecasts, weights=weights), rel=1e-9)
+    assert abs(share[2001] - 0.05) < 0.02 and abs(share[2300] - 0.5) < 0.1 and abs(share[-1] - 0.5) < 0.06
+    changed = data.Bars("S", bars.time, np.where(np.arange(3001)[:, None] < 900, bars.ohlcva, 7.0))
+    np.testing.assert_array_equal(sample.unmoved_share(changed, 0.1)[:901], share[:901])
+
+
 def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
     model, tokenizer = loaded
     series = one_factor(2, 700, 0.0)
