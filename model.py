@@ -698,7 +698,8 @@ def kl(log_p, log_q):
 @torch.no_grad()
 def close_table(tokenizer):
     """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
-    coarse, fine = map(torch.arange, (2**tokenizer.config.coarse_bits, 2**tokenizer.config.fine_bits))
+    sizes = tokenizer.config
+    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
     return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
 
 

@@ -232,9 +232,9 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
         state = model.prefill(coarse, fine, seen)
         h = state.h
     unmoved = torch.tensor([o.unmoved for o in origins], device=device)
-    stay, width = staying(bands, h, unmoved, calibration.table)             # (n, 2^k1), (n,)
-    p_up = calibration.logits(model, h, stay)[1]
+    stay, width, p_up = next_move(h, unmoved, calibration, bands)           # (n, 2^k1), (n,), (n,)
     p_up = p_up.masked_fill(unmoved > STANDS, math.nan).cpu().numpy()
+
     uniform = uniform.to(device)
     if parallel:
         uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)        # (n, H, paths, 2)
@@ -247,15 +247,18 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
     return [torch.cat(level) for level in zip(*pieces)], p_up, width.cpu().numpy()
 
 
-def staying(bands, h, unmoved, usual):
-    """Bands.staying for h [n, C] and unmoved [n], by each state's own law of narrow moves.
+def next_move(h, unmoved, calibration, bands):
+    """Bands.staying for h [n, C] and unmoved [n], and P(up | moved) [n], one by one: the number of
+    rows changes the last bits.
 
-    It takes as long as a dozen paths: where bars rarely stay, the usual law does, if there is one.
+    A state's own law of narrow moves takes as long as a dozen paths: where bars rarely stay, that
+    of the calibration does, if there is one.
     """
-    parts = []
+    usual, parts = calibration.table, []
     for row, share in zip(h.split(1), unmoved.split(1)):
         law = bands.table(row) if usual is None or share >= RARELY else usual
-        parts.append(bands.staying(row, law, share))
+        stay, width = bands.staying(row, law, share)
+        parts.append((stay, width, calibration.logits(bands.model, row, stay)[1]))
     return [torch.cat(column) for column in zip(*parts)]
 
 

@@ -19,7 +19,8 @@ def candle_tables(tokenizer):
 
     close and range in units of s_t, volume in units of d_t above m_t.
     """
-    coarse, fine = map(torch.arange, (2**tokenizer.config.coarse_bits, 2**tokenizer.config.fine_bits))
+    sizes = tokenizer.config
+    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
     x = torch.cat([tokenizer.decode(some[:, None], fine) for some in coarse.split(64)])
     close, open_, upper, lower, volume, _ = x.double().sinh().unbind(-1)
     size = (close - open_).abs() + upper.clamp(min=0) + lower.clamp(min=0)

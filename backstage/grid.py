@@ -7,7 +7,8 @@ from backstage.series import decayed_sum
 from model import close_table
 
 HALF_LIVES = (30, 100, 300, 1000, 1e9)   # bars, of the share of those that stay
-PRIOR_BARS = 32      # that the share in training counts for, beside a symbol's own
+PRIOR_BARS = 16      # that the share in training counts for, beside a symbol's own
+FORGET = 300         # bars back that count half in the choice of a half-life
 
 TICKS = sorted((m * 10.0**k for k in range(-9, 5) for m in (1, 1.25, 2, 2.5, 3.125, 5, 6.25)),
                reverse=True)  # quarters to 32nds and decimals
@@ -20,18 +21,21 @@ def unmoved_share(bars, prior):
     [T + 1], from the bars before alone.
 
     Ticks differ, and liquidity comes and goes. So u is a mean of forecasts with different memories,
-    each by the likelihood of all that it said before (Bayesian mixture):
+    each by the likelihood of what it said before (a Bayesian mixture that forgets):
 
-        u_t = sum_k w_k u_k / sum_k w_k,    log w_k = sum_{i<t} log P(bar i stays or not | u_k,i)
         u_k = (prior n_0 + sum_{i<t} b_k^(t-i) still_i) / (n_0 + sum_{i<t} b_k^(t-i))
+        log w_k = sum_{i<t} c^(t-i) log P(what bar i did | u_k then)
+        u_t = sum_k w_k u_k / sum_k w_k
     """
     still = (np.diff(bars.ohlcva[:, 3]) == 0).astype(float)                     # [T - 1]
     u = np.full((len(HALF_LIVES), len(bars) + 1), float(prior))
     for row, half_life in zip(u, HALF_LIVES):
-        came, n = decayed_sum(np.stack([still, np.ones_like(still)]), np.zeros(2), 0.5**(1 / half_life))
+        pair = np.stack([still, np.ones_like(still)])
+        came, n = decayed_sum(pair, np.zeros(2), 0.5**(1 / half_life))
         row[2:] = (prior * PRIOR_BARS + came) / (PRIOR_BARS + n)
     log_p = np.log(np.where(still, u[:, 1:-1], 1 - u[:, 1:-1]).clip(1e-6))
-    log_w = np.concatenate([np.zeros((len(u), 2)), log_p.cumsum(1)], 1)         # [K, T + 1]
+    log_w = np.zeros_like(u)                                                    # [K, T + 1]
+    log_w[:, 2:] = decayed_sum(log_p, np.zeros(len(u)), 0.5**(1 / FORGET))
     w = np.exp(log_w - log_w.max(0))
     return (w * u).sum(0) / w.sum(0)
 
