@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import io
 import math
+import itertools
 import os
 import statistics
 import subprocess
@@ -42,6 +43,7 @@ import torch
 
 from backstage.checkpoint import read_checkpoint
 from backstage.files import load_safe, save_atomic, weights_hash
+from backstage.grid import Bands
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import volatility_paths
@@ -850,6 +852,47 @@ HEADLINES = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_
 TAIL = {"90 % band, bar 1": ".1%", "bar 10": ".1%", "log loss": ".4f"}     # columns behind the ratios
 
 
+def still_markets(bars):
+    """Yield (name, Bars) of markets that stay: hours of `bars` forward-filled, a pegged rate, a penny stock."""
+    random, n = np.random.default_rng(0), len(bars)
+    for share in (0.3, 0.6, 0.8):
+        ohlcva = bars.ohlcva.copy()
+        for i in np.flatnonzero(random.random(n) < share)[1:]:
+            ohlcva[i, :4] = ohlcva[i - 1, 3]
+        yield f"{share:.0%} of {bars.symbol} repeated", data.Bars("FILLED", bars.time, ohlcva)
+    peg = 3.75 + 1e-4 * random.choice([-1, 0, 1], n, p=[0.05, 0.9, 0.05])
+    penny = np.maximum(np.round(0.10 * np.exp(0.03 * random.standard_normal(n).cumsum()) / 0.005), 1) * 0.005
+    for name, close in (("pegged rate", peg), ("penny stock", penny)):
+        open_ = np.append(close[0], close[:-1])
+        volume = np.round(np.exp(random.normal(8, 1, n)))
+        high, low = np.maximum(open_, close), np.minimum(open_, close)
+        yield name, data.Bars(name, bars.time, np.stack([open_, high, low, close, volume, volume * close], 1))
+
+
+@torch.no_grad()
+def unmoved_study(argv):
+    """P(up) where bars stay: what the share of unmoved bars was said to be and was, and the log loss of P(up | moved) as it
+    comes and calibrated on earlier bars, of each symbol's last bars."""
+    args = of_files("unmoved").parse_args(argv)
+    model, tokenizer, _ = load_checkpoint(args.ckpt[0])
+    bands, markets = Bands(model, tokenizer), []
+    for path in args.data:
+        series = sorted(data.load(path), key=len)[-args.symbols:]
+        markets += [(bars.symbol, bars[-args.bars:]) for bars in series]
+    print_row("market", "bars", "said, %", "came, %", "log loss as it comes", "calibrated", "trust")
+    print_row(*["---"] * 7)
+    for name, bars in itertools.chain(still_markets(markets[0][1]), markets):
+        cut = int((1 - args.share) * len(bars))
+        trust = sample.calibrate(model, tokenizer, [bars[:cut]])
+        [past] = sample.read_pasts(model, tokenizer, [bars], since=bars.time[cut])
+        said = torch.from_numpy(sample.unmoved_share(bars, model.config.unmoved)[past.first:-1])
+        stay, _ = bands.staying(past.h, trust.table, said)
+        change = np.diff(bars.ohlcva[past.first - 1:, 3])
+        loss = [np.logaddexp(0, -np.sign(change) * own.logits(model, past.h, stay)[1].logit().numpy())[change != 0].mean()
+                for own in (sample.Calibration(), trust)]
+        print_row(name, f"{len(change):,}", f"{said.mean():.1%}", f"{(change == 0).mean():.1%}", *(f"{v:.4f}" for v in loss), f"{trust.k:.2f}")
+
+
 def print_heads():
     print("CRPS as a ratio to HAR's, of the close also to that of FHS; 95 % intervals\n")
     print_row("market", "weights", *(head for _, _, head in HEADLINES), *TAIL)
@@ -1191,7 +1234,7 @@ def ratio_over_blocks(a, b, length=2, replicates=2000):
 
 SECTIONS = {"portfolio": portfolio_study, "null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
-            "parallel": parallel_study, "few": few_study, "budgets": budgets_study, "clock": clock_study}
+            "parallel": parallel_study, "few": few_study, "unmoved": unmoved_study, "budgets": budgets_study, "clock": clock_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
