@@ -74,8 +74,9 @@ HALF_PAST = 125      # bars back that count half in it
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
 PAST_BARS = 8064     # that a calibration reads, in all: 21 contexts, each for its later 3/4
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
-PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
-MOST_TRUST = 1.5
+PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.35  # in P(up), where the past is too short to tell
+MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
+KEPT_BIAS = 0.15     # share of the model's own mean log odds that the last bars must contradict
 LAWS = 16            # bars whose fine codes are read in full in a calibration
 STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
 RARELY = 0.05        # and below which the calibration's law of narrow moves does for all
@@ -285,13 +286,13 @@ def generate(model, state, times, uniform, draw):
 # regression gives
 #
 #     logit P' = a + k x
-#     a <- a0 + (a - a0) (1 - (2 e_a / (a - a0))^2)+,     a0 = k0 mean
+#     a <- a0 + (a - a0) (1 - (2 e_a / (a - a0))^2)+,     a0 = KEPT_BIAS mean
 #     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 #
 # each shrunk by its own error e over blocks of time, since one market rewards what the model says
 # and the next does not: for k the posterior mean from a prior k0 +- e0. Of a, what is within two
-# errors of half the model's own bias is not believed (after James and Stein 1961): few such drifts
-# last into the next months.
+# errors of a0 is not believed (after James and Stein 1961): few such drifts last into the next
+# months.
 
 def calibrate(model, tokenizer, histories, since=None):
     """The Calibration of P(up) from the last PAST_BARS bars, about, of histories (Bars).
@@ -388,7 +389,7 @@ def trust(logit, rose, stamp):
     inverse = np.linalg.inv(H)
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
-    prior = PRIOR_TRUST * mean
+    prior = KEPT_BIAS * mean
     a = prior + (a - prior) * max(0.0, 1 - 4 * var_a / max((a - prior)**2, 1e-12))
     k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
     return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))
