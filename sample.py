@@ -660,7 +660,7 @@ def main(argv=None):
     else:
         print_report(rows, config.horizon, breadth, mean_p_up)
         print_portfolio(portfolio, rows, config.horizon)
-        print_record(record, calibration, meta)
+        print_record(record, calibration, meta, histories)
 
 
 if __name__ == "__main__":

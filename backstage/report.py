@@ -168,21 +168,24 @@ def print_portfolio(portfolio, rows, horizon):
           f"first: {printable(best['symbol'])}, {best['p_best']:.0%}")
 
 
-def print_record(record, calibration, meta):
+def print_record(record, calibration, meta, histories):
     """What the model was worth on these very bars, in plain words."""
     if calibration is None:
         return
-    date = iso(meta["splits"][1])[:10] if meta.get("splits") else None
     if record is None:
-        return print("no record: too few past bars that move and that the weights have not seen")
-    right, n = record["da"], record["bars"]
-    print(f"record, the last {n:,} bars of these: {right['value']:.1%} right calls "
-          f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held {record['coverage90']:.1%};\n"
-          f"CRPS to HAR, refitted: " + ", ".join(
-              f"{name} {record[name]:.3f}" for name in ("close", "range", "volume")
-              if record[name] is not None) + (f"; weights of {date}" if date else ""))
-    if right["lo"] <= 0.5:
-        print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
+        print("no record: too few past bars that move and that the weights have not seen")
+    else:
+        right, ratios = record["da"], (
+            f"{name} {record[name]:.3f}" for name in ("close", "range", "volume")
+            if record[name] is not None)
+        print(f"record, the last {record['bars']:,} bars of these: {right['value']:.1%} right calls "
+              f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held "
+              f"{record['coverage90']:.1%};\nCRPS to HAR, refitted: {', '.join(ratios)}")
+        if right["lo"] <= 0.5:
+            print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
+    border = meta["splits"][1] if meta.get("splits") else None
+    if border is not None and max(bars.time[-1] for bars in histories) < border:
+        print(f"weights of {iso(border)[:10]}: they have seen years after these bars, if of others")
 
 
 def summary(histories, ohlcva, times=None):

@@ -12,6 +12,7 @@ import torch
 from backstage.pictures import QUANTILES
 from backstage.scores import usual_sigma
 from backstage.series import DAY, YEAR
+import backtest
 import data
 import sample
 from backstage import grid, inputs, report
@@ -444,6 +445,58 @@ def test_a_market_that_stands_and_a_new_listing(loaded, tmp_path, call):
     calibration = sample.calibrate(model, tokenizer, [flat, still[-40:]])
     paths, p_up = sample.simulate(model, tokenizer, [flat, still[-40:]], 3, 50, calibration=calibration)
     assert np.isnan(p_up[0]) and 0 < p_up[1] < 1 and np.isfinite(paths[..., :5]).all()
+
+
+def test_g1_the_past_is_forecast_from_earlier_bars_alone(loaded):
+    """What a calibration and a record are made of: each bar's own and later ones change nothing before, to the bit."""
+    model, tokenizer = loaded
+    series = one_factor(2, 700, 0.0)
+    wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 500, b.ohlcva, b.ohlcva * 3)) for b in series]
+    for one, other in zip(*(sample.read_pasts(model, tokenizer, each) for each in (series, wild))):
+        k = 501 - one.first         # bar 500 itself is forecast from those before it
+        assert one.first == other.first < 300 and len(one.h) == 700 - one.first
+        assert torch.equal(one.h[:k], other.h[:k]) and not torch.equal(one.h[k], other.h[k])
+        n = model.config.block_size     # and as a forecast from there has it
+        tokens = torch.from_numpy(data.tokenize(one.bars, tokenizer).astype(np.int64))[700 - 1 - n:-1]
+        time = torch.from_numpy(one.bars.time[700 - 1 - n:-1].copy())
+        torch.testing.assert_close(one.h[-1], model.hidden(*tokens.T[:, None], time[None])[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_g1_a_backtest_is_calibrated_on_bars_before_its_first_target(loaded):
+    model, tokenizer = loaded
+    series = one_factor(2, 700, 0.0)
+    wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 500, b.ohlcva, b.ohlcva[::-1])) for b in series]
+    start, val = series[0].time[[500, 300]]
+    for splits, n_bars in ((None, 2 * (500 - 16)), ((val, start), 2 * 200)):
+        found = [backtest.past_calibration(model, tokenizer, dict(splits=splits), backtest.Targets(each, start, 2**62, 1, 50, 0))
+                 for each in (series, wild)]
+        assert found[0] == found[1] and torch.equal(found[0].table, found[1].table) and found[0].n_bars == n_bars
+
+
+def test_strange_histories_get_a_forecast_and_a_true_line(checkpoint, tmp_path, call):
+    """A bad tick, a market that stands, a new listing, bars that end before the weights' dates."""
+    [usual] = one_factor(1, 900, 0.0)
+    tick, stands, early = (data.Bars(name, usual.time, usual.ohlcva.copy()) for name in ("TICK", "STANDS", "EARLY"))
+    tick.ohlcva[850, [1, 3]] *= 100
+    stands.ohlcva[:, :4] = 5.0
+    early.time = usual.time - 20_000 * DAY
+    cases = {"TICK": (tick, "record, the last 300 bars"), "STANDS": (stands, "no record"), "NEW": (usual[-40:], "no record"),
+             "EARLY": (early, "weights of 2")}
+    splits = load_checkpoint(checkpoint)[2]["splits"]
+    assert early.time[-1] < splits[1] < usual.time[0]
+    for name, (bars, line) in cases.items():
+        path = write_csv(tmp_path / f"{name}.csv", bars)
+        status, out, _ = call("sample", "--ckpt", checkpoint, "--data", path, "--paths", 20, "--horizon", 3)
+        assert status == 0 and line in out and ("they have seen years after" in out) == (name == "EARLY"), out
+        status, out, _ = call("sample", "--ckpt", checkpoint, "--data", path, "--paths", 20, "--horizon", 3, "--json")
+        report = json.loads(out)
+        [row] = report["symbols"]
+        assert (report["record"] is None) == (name in ("STANDS", "NEW"))
+        if name == "STANDS":
+            assert row["p_up"] is None and row["rank"] is None and row["q05"] == row["q95"] == 5
+        else:
+            last = bars.ohlcva[-1, 3]
+            assert 0 < row["p_up"] < 1 and 0.5 * last < row["q05"] < row["q50"] < row["q95"] < 2 * last, name
 
 
 def test_a_portfolio_has_the_weights_that_are_given():
