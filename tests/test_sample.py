@@ -467,7 +467,7 @@ def test_g1_a_backtest_is_calibrated_on_bars_before_its_first_target(loaded):
     series = one_factor(2, 700, 0.0)
     wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 500, b.ohlcva, b.ohlcva[::-1])) for b in series]
     start, val = series[0].time[[500, 300]]
-    for splits, n_bars in ((None, 2 * (500 - 16)), ((val, start), 2 * 200)):
+    for splits, n_bars in ((None, 2 * (500 - data.CONTEXT)), ((val, start), 2 * 200)):
         found = [backtest.past_calibration(model, tokenizer, dict(splits=splits), backtest.Targets(each, start, 2**62, 1, 50, 0))
                  for each in (series, wild)]
         assert found[0] == found[1] and torch.equal(found[0].table, found[1].table) and found[0].n_bars == n_bars
