@@ -22,12 +22,14 @@ import torch
 
 import data
 from backstage.clock import times_ahead
+from backstage.copula import COMMON, move_together, stratified  # handed on
 from backstage.files import write_atomic
 from backstage.frame import check_histories
 from backstage.grid import Bands, on_grid, tick_of, unmoved_share
 from backstage.inputs import (
-    check, check_outputs, load_series, read_times, trained_until, warn_of_intervals)
+    check, check_outputs, load_series, paths_of_each, read_times, trained_until, warn_of_intervals)
 from backstage.opponents import har
+from backstage.past import read_pasts, side_by_side
 from backstage.pictures import plot_codebook, plot_forecast, plot_loss
 from backstage.report import (  # summary is handed on
     describe, give_ranks, jsonable, portfolio_of, print_portfolio, print_record, print_report,
@@ -66,13 +68,7 @@ class Config:
 
 
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
-BATCH_BARS = 2**13   # bars of the contexts that are read side by side
-PATHS, ALL_PATHS, LEAST_PATHS = 200, 200_000, 40     # of a symbol; of all together; of a symbol
-COMMON = 500         # last bars from which the correlation of symbols is known
-FEWEST = 20          # common bars without which a pair has the mean correlation
-HALF_PAST = 125      # bars back that count half in it
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
-PAST_BARS = 8064     # that a calibration reads, in all: 21 contexts, each for its later 3/4
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.35  # in P(up), where the past is too short to tell
 MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
@@ -191,15 +187,6 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     return ohlcva, p_up
 
 
-def side_by_side(lengths, most):
-    """Yield the places of at most `most` contexts of one length, int64 [n], of all with these
-    lengths."""
-    lengths = np.array(lengths)
-    for length in np.unique(lengths):
-        alike, size = np.flatnonzero(lengths == length), max(1, min(most, BATCH_BARS // length))
-        yield from np.split(alike, range(size, len(alike), size))
-
-
 def origins_of(model, tokenizer, histories):
     """The Origins after all bars of each of histories."""
     found, features = [], []
@@ -303,53 +290,6 @@ def calibrate(model, tokenizer, histories, since=None):
     return calibration_of(model, tokenizer, read_pasts(model, tokenizer, histories, since))
 
 
-@dataclass
-class Past:
-    """Bars whose last ones, from number `first` on, the model has forecast one by one."""
-    bars: data.Bars
-    first: int
-    h: torch.Tensor | None = None   # [len(bars) - first, C]: what it forecasts them from
-
-
-@torch.no_grad()
-def read_pasts(model, tokenizer, histories, since=None):
-    """The Pasts of some histories, evenly chosen; see calibrate. Each bar is forecast from a
-    quarter of a window at least, where there are so many bars before it."""
-    check_histories(histories)
-    n, pasts = model.config.block_size, []
-    step = n - n // 4                                                       # targets of a window
-    each = max(1, PAST_BARS // step // len(histories)) * step
-    for bars in histories:
-        known = 0 if since is None else int(np.searchsorted(bars.time, since))
-        first = max(data.CONTEXT, known, len(bars) - each)
-        if first < len(bars):
-            pasts.append(Past(bars, first))
-    pasts = pasts[::-(-sum(len(past.bars) - past.first for past in pasts) // PAST_BARS) or 1]
-    contexts, times = [], []
-    x = [data.features(past.bars)[0][max(0, past.first - n):] for past in pasts]
-    tokens = torch.stack(tokenizer.encode(np.concatenate([*x, np.empty((0, 6))])), -1)
-    for past, own in zip(pasts, tokens.split([len(own) for own in x])):
-        before = len(past.bars) - len(own)                                  # bars without tokens
-        for at in range(past.first, len(past.bars), step):
-            end = min(at + step, len(past.bars)) - 1                        # of the context
-            begin = max(0, end - n)
-            contexts.append(own[begin - before:end - before])
-            times.append(torch.from_numpy(past.bars.time[begin:end].copy()))
-    found, device = [None] * len(contexts), model.up_mask.device
-    for rows in side_by_side([len(context) for context in contexts], len(contexts)):
-        coarse, fine = torch.stack([contexts[i] for i in rows]).to(device).unbind(-1)
-        time = torch.stack([times[i] for i in rows]).to(device)
-        for i, h in zip(rows, model.hidden(coarse, fine, time)):            # (L, C) each
-            found[i] = h[-step:]
-    found = iter(found)
-    for past in pasts:
-        wanted = len(past.bars) - past.first
-        own = [next(found) for _ in range(-(-wanted // step))]
-        own[-1] = own[-1][-((wanted - 1) % step + 1):]
-        past.h = torch.cat(own)
-    return pasts
-
-
 @torch.no_grad()
 def calibration_of(model, tokenizer, pasts):
     """See calibrate."""
@@ -423,114 +363,6 @@ def median_path(model, tokenizer, origins, horizon):
     return ohlcva
 
 
-def stratified(random, paths, horizon):
-    """Uniform numbers float32 [paths, horizon, 2] for one origin: two halves, independent of each
-    other.
-
-    Each is a Latin hypercube (McKay, Beckman and Conover, Technometrics 1979): a path is a fair
-    draw of the model, but at each step a half's n paths fall one into each n-th of the
-    distribution, so that means and shares vary less.
-    """
-    halves = []
-    for n in (paths // 2, paths - paths // 2):
-        rows = np.broadcast_to(np.arange(n, dtype=np.float32)[:, None], (n, 2 * horizon))
-        rows = random.permuted(rows, axis=0)  # each column in an order of its own
-        halves.append((rows + random.random(rows.shape, np.float32)) / max(n, 1))
-    return np.concatenate(halves).reshape(paths, horizon, 2)
-
-
-# Paths that move together. At each step the pairs of numbers that bars are drawn by keep their
-# values and change their order, to that of a Gaussian copula (Iman and Conover, Communications in
-# Statistics 1982):
-#
-#     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i]
-#     R = w C + (1 - w) mean C,    w = t^2 / (t^2 + e^2)
-#
-# C: correlations of the normal scores of past closes, a bar HALF_PAST bars back of half the weight;
-# e: their standard errors; t: how much they truly differ (shrinkage to a constant correlation, as
-# Ledoit and Wolf, Journal of Portfolio Management 2004).
-
-def move_together(uniform, origins, times, seed):
-    """Reorders, in place, the numbers [paths, H, 2] of the n origins that share their next stamps.
-
-    Each half of the paths by itself, so that the halves stay independent. times: int64 [n, H].
-    """
-    groups = {}
-    for i, o in enumerate(origins):
-        if o.closes is not None:
-            groups.setdefault((int(o.time[-1]), times[i].tobytes()), []).append(i)
-    for (stamp, _), rows in groups.items():
-        if len(rows) < 2:
-            continue
-        factor = root_of(correlation([origins[i] for i in rows]))
-        random = np.random.default_rng([seed, abs(stamp), len(rows)])
-        paths, horizon, _ = uniform[rows[0]].shape
-        for half in (slice(0, paths // 2), slice(paths // 2, paths)):
-            u = np.stack([uniform[i][half] for i in rows], -2)              # (K, H, n, 2)
-            z = random.standard_normal((horizon, len(u), len(rows)), np.float32) @ factor.T
-            rank = z.argsort(1).argsort(1).swapaxes(0, 1)                   # (K, H, n)
-            u = np.take_along_axis(u, u[..., :1].argsort(0), 0)             # in order of the first
-            u = np.take_along_axis(u, rank[..., None], 0)
-            for k, i in enumerate(rows):
-                uniform[i][half] = u[:, :, k]
-
-
-def correlation(origins):
-    """R float32 [n, n] of the closes of n origins, from their last COMMON stamps."""
-    scores = normal_scores(origins)                                         # (n, T)
-    known, scores = (~np.isnan(scores)).astype(np.float32), np.nan_to_num(scores)
-    weight = 0.5 ** (np.arange(scores.shape[1], dtype=np.float32)[::-1] / HALF_PAST)    # (T,)
-    R = np.empty((len(scores), len(scores)), np.float32)
-
-    def pairs():
-        """Yield some rows of R at a time, and of these C, e^2 and which are known; bars in all."""
-        for i in range(0, len(R), 256):
-            own, a = known[i:i + 256], scores[i:i + 256]
-            variance = (a**2 * weight @ known.T) * (own @ (scores**2 * weight).T)
-            C = (a * weight @ scores.T / np.sqrt(variance.clip(1e-12))).clip(-1, 1)
-            bars = (own * weight @ known.T)**2 / (own * weight**2 @ known.T).clip(1e-12)
-            enough = (own @ known.T >= FEWEST) & ~np.eye(len(C), len(R), i, bool)
-            yield R[i:i + 256], C, (1 - C**2)**2 / bars.clip(1), enough, bars
-
-    sums = np.zeros(3)
-    for _, C, _, enough, bars in pairs():
-        sums += enough.sum(), bars.sum(where=enough), (C * bars).sum(where=enough)
-    n, mean, spread = max(1.0, float(sums[0])), float(sums[2] / max(1, sums[1])), 0.0
-    for _, C, error, enough, _ in pairs():
-        spread += float(((C - mean)**2 - error).sum(where=enough)) / n
-    for rows, C, error, enough, _ in pairs():
-        w = np.where(enough, max(0.0, spread) / np.maximum(max(0.0, spread) + error, 1e-12), 0)
-        rows[:] = w * C + (1 - w) * mean
-    np.fill_diagonal(R, 1)
-    return R
-
-
-def normal_scores(origins):
-    """Of each origin's closes at the last COMMON stamps the normal scores of their ranks, NaN where
-    there is no bar: float32 [n, T]."""
-    stamps = np.unique(np.concatenate([o.time[-len(o.closes):] for o in origins]))[-COMMON:]
-    scores = np.full((len(origins), len(stamps)), np.nan, np.float32)
-    for row, o in zip(scores, origins):
-        time = o.time[-len(o.closes):]
-        known = time >= stamps[0]
-        rank = o.closes[known].argsort().argsort()
-        level = torch.from_numpy((rank + 0.5) / max(1, len(rank)))
-        row[np.searchsorted(stamps, time[known])] = torch.special.ndtri(level).numpy()
-    return scores
-
-
-def root_of(R):
-    """The Cholesky factor of correlations R float32 [n, n]; R, changed in place, is drawn towards
-    the identity until it has one."""
-    for lift in (1e-6, *np.geomspace(1e-4, 1, 14)):
-        try:
-            return np.linalg.cholesky(R)
-        except np.linalg.LinAlgError:
-            R *= np.float32(1 - lift)
-            np.fill_diagonal(R, 1)
-    return np.eye(len(R), dtype=R.dtype)
-
-
 def rows_at_once(model):
     """How many paths' states BATCH_BYTES hold."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.up_mask.device)
@@ -591,16 +423,6 @@ def record_of(model, tokenizer, pasts):
 
 # --------------------------------------------------------------------------------------------------
 # The run
-
-def paths_of_each(n):
-    """How many paths each of n symbols has unless told, with a word where that is less."""
-    paths = max(LEAST_PATHS, min(PATHS, ALL_PATHS // n))
-    if paths < PATHS:
-        error, usual = (math.sqrt(0.05 * 0.95 / k) / 0.103 for k in (paths, PATHS))     # normal
-        print(f"{n:,} symbols: {paths} paths of each, so that 5 and 95 % are known to {error:.2f} "
-              f"standard deviations; with --paths {PATHS} to {usual:.2f}", file=sys.stderr)
-    return paths
-
 
 def main(argv=None):
     config = Config(**cli(Config, __doc__, argv))

@@ -13,6 +13,7 @@ from backstage.files import check_out, fingerprint, open_regular
 from backstage.script import UserError, remark
 from backstage.series import DAY, HOUR
 
+PATHS, ALL_PATHS, LEAST_PATHS = 200, 200_000, 40     # of a symbol; of all together; of a symbol
 FAR = 2.5  # factor between the spacings of bars from which on a model knows little of them
 
 
@@ -75,6 +76,16 @@ def check(config):
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be 0 or more")
+
+
+def paths_of_each(n):
+    """How many paths each of n symbols has unless told, with a word where that is less."""
+    paths = max(LEAST_PATHS, min(PATHS, ALL_PATHS // n))
+    if paths < PATHS:
+        error, usual = (math.sqrt(0.05 * 0.95 / k) / 0.103 for k in (paths, PATHS))     # normal
+        remark(f"{n:,} symbols: {paths} paths of each, so that 5 and 95 % are known to {error:.2f} "
+               f"standard deviations; with --paths {PATHS} to {usual:.2f}")
+    return paths
 
 
 def check_outputs(config, meta):

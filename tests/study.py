@@ -47,6 +47,7 @@ from backstage.grid import Bands
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import volatility_paths
+from backstage.past import read_pasts
 from backstage.pictures import Panel, grid_line, label, line, write_svg
 from backstage.mapped import write_folder
 from backstage.scores import (
@@ -884,7 +885,7 @@ def unmoved_study(argv):
     for name, bars in itertools.chain(still_markets(markets[0][1]), markets):
         cut = int((1 - args.share) * len(bars))
         trust = sample.calibrate(model, tokenizer, [bars[:cut]])
-        [past] = sample.read_pasts(model, tokenizer, [bars], since=bars.time[cut])
+        [past] = read_pasts(model, tokenizer, [bars], since=bars.time[cut])
         said = torch.from_numpy(sample.unmoved_share(bars, model.config.unmoved)[past.first:-1])
         stay, _ = bands.staying(past.h, trust.table, said)
         change = np.diff(bars.ohlcva[past.first - 1:, 3])

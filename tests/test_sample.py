@@ -15,7 +15,7 @@ from backstage.series import DAY, YEAR
 import backtest
 import data
 import sample
-from backstage import grid, inputs, report
+from backstage import copula, grid, inputs, past, report
 from conftest import ROOT, complaint, write_csv
 from data import UserError
 from model import close_table, load_checkpoint
@@ -381,7 +381,7 @@ def test_the_correlation_is_drawn_to_the_mean_where_little_is_known():
     def origin(bars, n):
         return types.SimpleNamespace(time=bars.time, closes=np.diff(np.log(bars.ohlcva[:, 3]))[-n:])
 
-    R = sample.correlation([*(origin(bars, 400) for bars in series[:7]), origin(short, 10)])
+    R = copula.correlation([*(origin(bars, 400) for bars in series[:7]), origin(short, 10)])
     np.linalg.cholesky(R)
     known = R[:7, :7][~np.eye(7, dtype=bool)]
     assert (np.diag(R) == 1).all() and np.abs(known - 0.6).max() < 0.1
@@ -452,7 +452,7 @@ def test_g1_the_past_is_forecast_from_earlier_bars_alone(loaded):
     model, tokenizer = loaded
     series = one_factor(2, 700, 0.0)
     wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 500, b.ohlcva, b.ohlcva * 3)) for b in series]
-    for one, other in zip(*(sample.read_pasts(model, tokenizer, each) for each in (series, wild))):
+    for one, other in zip(*(past.read_pasts(model, tokenizer, each) for each in (series, wild))):
         k = 501 - one.first         # bar 500 itself is forecast from those before it
         assert one.first == other.first < 300 and len(one.h) == 700 - one.first
         assert torch.equal(one.h[:k], other.h[:k]) and not torch.equal(one.h[k], other.h[k])
