@@ -87,8 +87,11 @@ def check_outputs(config, meta):
     reads = [config.ckpt, config.times, *(config.weights or ()), *bars]
     outputs = config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss
     for path in (path for path in outputs if path is not None):
-        check_out(path, config.overwrite, reads)
+        check_out(path, True, reads)
         reads.append(path)
+        if os.path.exists(path) and not config.overwrite:
+            raise UserError(f"{path}: exists already; replace it with --overwrite or choose "
+                            f"another name")
 
 
 def base_weights(sources):
