@@ -149,7 +149,7 @@ def training(given):
         elif job.rank == 0:
             progress(f"step {run.step}/{end}  loss {loss:.4f}")
         if job.clock.save_due(run.step) or stopping or run.step == end:
-            save(job, ended=run.step == end)
+            save(job, ended=run.step == end < config.steps)
         if stopping:
             stop_here(job.stop, run, config.out, job.say)
     result(job)

@@ -26,7 +26,7 @@ class State:
     """What generation carries from bar to bar, of B rows; it does not grow."""
     pos: int                # bars seen, the same of all rows
     h: torch.Tensor         # [B, C]: hidden state of the last bar, from which the heads read on
-    stamps: torch.Tensor    # int64 [B, GAPS]: of the last bars, those ahead included
+    stamps: torch.Tensor    # int64 [B, GAPS]: of the last bars
     means: torch.Tensor     # float64 [B, 2, n]: see Embedding.past_means
     layers: list            # per layer and kind of attention its state, [H B, ...]
     steps: list             # of LayerStep
@@ -37,53 +37,71 @@ class State:
         def rows(a):
             return a.repeat_interleave(n, 0) if torch.is_tensor(a) else [rows(part) for part in a]
 
-        names = "h", "stamps", "means", "layers"
-        own = {name: rows(getattr(self, name)) for name in names}
-        ahead = [(place, rows(stamp)) for place, stamp in self.ahead]
-        return replace(self, ahead=ahead, **own)
+        own = {name: rows(getattr(self, name)) for name in ("h", "stamps", "means", "layers")}
+        return replace(self, ahead=[], **own)
 
 
 def prefill(model, coarse, fine, time):
     """The State after coarse, fine, time int64 [B, T]: Model.hidden, but that the states of all
-    parts are kept, and of the last layer only the last bar is asked for."""
-    T, last = time.shape[1], model.layers[-1]
+    parts are kept; of the last layer only the last bar is asked for, which is a step."""
     x, means = model.embedding(*model.candles(coarse, fine), time)
-    places, layers = model.places(x), []
+    (B, T, _), rot_and_weights, layers = x.shape, model.places(x), []
     for layer in model.layers[:-1]:
-        x, states = layer(x, places)
-        layers.append(states)
-    o, states = last.attend(x, places)
-    h = norm(last.add(x[:, -1:], o[:, -1:]))[:, 0]
-    layers = [rings(layer, states, T) for layer, states in zip(model.layers, [*layers, states])]
-    steps = model.cache.get(("steps", x.dtype), list(model.layers.parameters()),
-                            lambda: [LayerStep(layer, x.dtype) for layer in model.layers])
-    return State(T, h.float(), model.embedding.recent(time), means, layers, steps, ahead=[])
+        x, states = layer(x, rot_and_weights)
+        layers.append(rings(layer, states, T))
+    rot = rot_and_weights[0]
+    layers.append(states_after(model.layers[-1], x[:, :-1], [a[..., :-1, :] for a in rot]))
+    dtype = x.dtype
+    steps = model.cache.get(("steps", dtype), model.layers,
+                            lambda: [LayerStep(layer, dtype) for layer in model.layers])
+    with torch.autocast(x.device.type, enabled=False):
+        [place] = places_of(model, torch.tensor([T - 1], device=x.device), B)
+        h = unit(steps[-1](x[:, -1], place, layers[-1]).float())
+    return State(T, h, model.embedding.recent(time), means, layers, steps, ahead=[])
+
+
+def states_after(layer, x, rot):
+    """The states of a layer's attention after bars x [B, T, C], without its output."""
+    B, T, C = x.shape
+    kv = F.linear(norm(x), layer.qkv.weight[C:]).view(B, T, 2, layer.H, C // layer.H)
+    k, v = kv.permute(2, 3, 0, 1, 4)                                        # [H, B, T, D]
+    k = rotate(k[None], [a[1:] for a in rot])[0]
+    return [end_of(kind, *share, T)
+            for kind, *share in zip(layer.kinds, k.split(layer.shares), v.split(layer.shares))]
+
+
+def end_of(kind, k, v, T):
+    """The state of a kind of attention after bars k, v [H, B, T, D]."""
+    if kind.window:
+        return [ring(a[:, :, -kind.window:].flatten(0, 1).float(), kind.window, T) for a in (k, v)]
+    age = torch.arange(T - 1, -1, -1, device=k.device)
+    k = k.float() * torch.exp(-kind.slope[:, None] * age)[:, None, :, None]
+    with torch.autocast(k.device.type, enabled=False):
+        return (k.mT @ v.float()).flatten(0, 1)
 
 
 def step(model, coarse, fine, time, state):
     """One bar more: see Model.step."""
     if not state.ahead:
         look_ahead(model, time.view(len(time), -1)[:, :AHEAD], state)
-    (cos, sin, places), clock = state.ahead.pop(0)
+    place, clock, state.stamps = state.ahead.pop(0)
     z, values = model.candles(coarse[:, None], fine[:, None])
     means, state.means = model.embedding.past_means(values, state.means)
     x = model.embedding.read(z, means, *clock)[:, 0]
     x = x.to(state.steps[0].up.dtype)                                       # [B, C]
     for layer, states in zip(state.steps, state.layers):
-        x = layer(x, (cos, sin), places, states)
+        x = layer(x, place, states)
     state.h, state.pos = unit(x.float()), state.pos + 1
     return state.h, state
 
 
 def look_ahead(model, time, state):
     """Makes all that the next bars need besides their tokens, time [B, n]."""
-    n, stamps = time.shape[1], torch.cat((state.stamps, time), dim=1)
+    (B, n), stamps = time.shape, torch.cat((state.stamps, time), dim=1)
     pos = torch.arange(state.pos, state.pos + n, device=time.device)
-    rot = (a[:, 0].split(1, dim=-2) for a in model.rotation(pos))    # [2, 1, 1, D]
-    places = zip(*(places_of(kind, pos) for kind in model.layers[0].kinds))
-    clock = (a.split(1, 1) for a in model.embedding.clock(stamps, n))
-    state.ahead = list(zip(zip(*rot, places), zip(*clock)))
-    state.stamps = model.embedding.recent(stamps)
+    clock = zip(*(a.split(1, 1) for a in model.embedding.clock(stamps, n)))
+    recent = stamps.unfold(1, state.stamps.shape[1], 1)[:, 1:].unbind(1)    # n of [B, GAPS]
+    state.ahead = list(zip(places_of(model, pos, B), clock, recent))
 
 
 class LayerStep:
@@ -95,24 +113,24 @@ class LayerStep:
         for name in ("qkv", "out", "up", "down"):
             weight = getattr(layer, name).weight.detach().to(dtype)
             setattr(self, name, weight.T.contiguous().T if dtype == torch.float32 else weight)
+        self.out, self.down = self.out.T, self.down.T       # as addmm wants them
         self.kinds = [local_step if kind.window else linear_step for kind in layer.kinds]
 
-    def __call__(self, x, rot, places, states):
+    def __call__(self, x, place, states):
         """x [B, C] -> [B, C]: one bar more; updates the states, which are float32, in place.
 
         A batched product of three axes costs least around it.
         """
-        B, H = len(x), self.H
+        B, H, (rot, weights) = len(x), self.H, place
         qkv = F.linear(unit(x), self.qkv).float().view(B, 3 * H, -1)        # [B, 3 H, D]
-        qk, v = qkv.transpose(0, 1).reshape(3, H * B, 1, -1).split((2, 1))  # [2 or 1, H B, 1, D]
+        qkv = qkv.transpose(0, 1).reshape(3, H * B, 1, -1)
         shares = [B * n for n in self.shares]
-        q, k = rotate(qk, rot)
-        parts = zip(*(a.split(shares) for a in (q, k, v[0])))
-        outs = [kind(*part, state, place)
-                for kind, part, state, place in zip(self.kinds, parts, states, places)]
+        parts = zip(rotate(qkv[:2], rot).split(shares, 1), qkv[2].split(shares))
+        outs = [kind(*qk, v, state, weight) for kind, (qk, v), state, weight
+                in zip(self.kinds, parts, states, weights)]
         o = torch.cat(outs).view(H, B, -1).transpose(0, 1).reshape(B, -1)   # [B, C]
-        x = x + F.linear(o.to(x.dtype), self.out)
-        return x + F.linear(F.silu(F.linear(unit(x), self.up)), self.down)
+        x = torch.addmm(x, o.to(x.dtype), self.out)
+        return torch.addmm(x, F.silu(F.linear(unit(x), self.up)), self.down)
 
 
 def unit(x):
@@ -120,31 +138,38 @@ def unit(x):
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def linear_step(q, k, v, S, per_bar):
+def linear_step(q, k, v, S, fade):
     """Linear attention's recurrence of q, k, v [H B, 1, D]: S = exp(-m) S + k^T v, o = q S; S
-    [H B, D, D] in place."""
-    S.unflatten(0, (len(per_bar), -1)).mul_(per_bar)
-    return unit(torch.bmm(q, S.addcmul_(k.mT, v)))
+    [H B, D, D] in place, fade exp(-m) [H B, 1, 1]."""
+    return unit(torch.bmm(q, S.mul_(fade).addcmul_(k.mT, v)))
 
 
 def local_step(q, k, v, ring, place):
     """Local attention of q [H B, 1, D] over a ring of the last W keys and values, 2 of
-    [H B, W, D], in place."""
+    [H B, W, D], in place; place: that of the bar, [1], and the bias of all places [H B, 1, W]."""
     (keys, values), (at, bias) = ring, place
-    score = torch.bmm(q, keys.index_copy_(1, at, k).mT)                     # [H B, 1, W]
-    score.unflatten(0, (len(bias), -1)).add_(bias)
+    score = torch.baddbmm(bias, q, keys.index_copy_(1, at, k).mT)           # [H B, 1, W]
     return torch.bmm(score.softmax(-1), values.index_copy_(1, at, v))
 
 
-def places_of(kind, pos):
-    """What the step of a kind of attention needs of bars at pos [n], n times: the decay, or the
-    place in the ring [1] and the bias of all places [H, 1, 1, W]."""
+def places_of(model, pos, B):
+    """What the steps of bars at pos [n], of B rows, need of their place: n times the rotation, 2 of
+    [2, 1, 1, D], and the weights of each kind of attention."""
+    rot = (a[:, 0].split(1, dim=-2) for a in model.rotation(pos))
+    weights = (step_weights(kind, pos, B) for kind in model.layers[0].kinds)
+    return list(zip(zip(*rot), zip(*weights)))
+
+
+def step_weights(kind, pos, B):
+    """Those of one kind, n times: the decay [H B, 1, 1], or the place in the ring [1] and the bias
+    of all its places [H B, 1, W]."""
+    slope = kind.slope.repeat_interleave(B)[:, None, None]                  # [H B, 1, 1]
     if not kind.window:
-        return [torch.exp(-kind.slope)[:, None, None, None]] * len(pos)
+        return [torch.exp(-slope)] * len(pos)
     at = pos[:, None] % kind.window                                         # [n, 1]
     age = (at - torch.arange(kind.window, device=pos.device)) % kind.window     # of what it holds
-    bias = -kind.slope[:, None, None, None] * age[:, None, None, None]      # [n, H, 1, 1, W]
-    return list(zip(at, bias.masked_fill((age > pos[:, None])[:, None, None, None], -math.inf)))
+    age = age[:, None, None]                                                # [n, 1, 1, W]
+    return list(zip(at, (-slope * age).masked_fill(age > pos[:, None, None, None], -math.inf)))
 
 
 def rings(layer, states, T):

@@ -85,27 +85,32 @@ def kept(model, make):
         model.cache.clear()
         return make()
     kind, heads = model.g.device.type, (model.coarse_head, model.fine_given, model.fine_head)
-    weights = [*(p for head in heads for p in head.parameters()), model.D1, model.M, model.g]
     half = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if half else model.g.dtype
 
     def cast():
         with torch.autocast(kind, enabled=False):       # the same for callers in any precision
             return [a.to(dtype) for a in make()]
-    return model.cache.get((make.__name__, dtype), weights, cast)
+    return model.cache.get((make.__name__, dtype), heads, cast, (model.D1, model.M, model.g))
 
 
 class Cache:
-    """What was made from weights, until one of them changes, which its version tells.
+    """What was made from the weights of modules, until one of them changes, which its version
+    tells.
 
     But tensors of inference mode have none: there it is made anew. So it is where gradients are
     wanted: see kept.
     """
 
     def __init__(self):
-        self.made = {}
+        self.made, self.holders = {}, {}
 
-    def get(self, name, weights, make):
+    def get(self, name, modules, make, weights=()):
+        if name not in self.holders:        # looked up each time in these, as weights are exchanged
+            self.holders[name] = [(part._parameters, key) for module in modules
+                                  for part in module.modules() for key in part._parameters]
+        weights = [*(place[key] for place, key in self.holders[name]), *weights]
+        weights = [w for w in weights if w is not None]
         if any(w.is_inference() for w in weights):
             return make()
         key = [(w.data_ptr(), w._version) for w in weights]

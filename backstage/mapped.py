@@ -56,6 +56,10 @@ def write_folder(series, out):
             if os.path.exists(seal):
                 raise UserError(f"{out}: holds a data set already; choose another --out or "
                                 f"remove it")
+            own = [name for name, _, _ in ARRAYS]       # of a run that was killed
+            others = [n for n in os.listdir(out) if n not in own and not n.startswith(".")]
+            if others:      # which nobody would read any more
+                raise UserError(f"{out}: holds {others[0]!r}; choose a new folder by --out")
             n_bars = _append(series, out, rows)
             if any(len(parts) > 1 for parts in rows.values()):     # put side by side what belongs
                 parts, rows = rows, {}

@@ -87,8 +87,10 @@ def weights_of(given, histories):
         if symbol not in place:
             raise UserError(f"--weights {text}: no such symbol to forecast; write "
                             f"{histories[0].symbol}=0.6")
-        if not math.isfinite(value):
-            raise UserError(f"--weights {text}: not a number; write {symbol}=0.6")
+        if not abs(value) < 1e9:
+            raise UserError(f"--weights {text}: not a share; write {symbol}=0.6")
+        if weights[place[symbol]]:
+            raise UserError(f"--weights {text}: {symbol} is named twice; give it one share")
         weights[place[symbol]] = value
     if not weights.any():
         raise UserError("--weights: all are 0; give at least one symbol a share")

@@ -65,7 +65,8 @@ def pick_device(name, local_rank=0):
             raise RuntimeError("neither cpu nor cuda")
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
+        why = str(e).splitlines()[0][:80]
+        raise UserError(f"--device {name}: not available here ({why}); use --device cpu")
 
 
 def pick_dtype(name, device):
@@ -81,7 +82,8 @@ def pick_dtype(name, device):
         why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
     elif name == "auto":
         gain = bf16_gain()
-        name, why = "bf16" if gain > 1.5 else "fp32", f"bf16 multiplies {gain:.1f} times as fast here"
+        name = "bf16" if gain > 1.5 else "fp32"
+        why = f"bf16 multiplies {gain:.1f} times as fast here"
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
 
 
@@ -91,7 +93,8 @@ def bf16_gain():
     least = {}
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            x, up, down = (torch.ones(shape, dtype=dtype) for shape in ((4096, 128), (128, 512), (512, 128)))
+            shapes = (4096, 128), (128, 512), (512, 128)
+            x, up, down = (torch.ones(shape, dtype=dtype) for shape in shapes)
             times = []
             for _ in range(3):
                 began = time.perf_counter()
@@ -118,7 +121,8 @@ def check_numbers(config, positive, others):
         if not 0 <= value < 2**63 or (name in positive and value == 0):  # nor is NaN
             raise UserError(f"--{name} {value}: must be a finite number, {least}")
     if config.resume and config.overwrite:
-        raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
+        raise UserError("--resume and --overwrite exclude each other: go on from --out, or "
+                        "replace it")
     if config.dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise UserError(f"--dtype {config.dtype}: choose auto, bf16, fp16 or fp32")
 
@@ -142,7 +146,8 @@ def cli(config_class, doc, argv=None) -> dict:
     A field's type is the flag's, the comment behind it the help; a list takes one or more values; a
     bool is a switch.
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     source = ""
     if {"-h", "--help"} & set(sys.argv if argv is None else map(str, argv)):    # it takes a while
         with contextlib.suppress(OSError, TypeError):   # under a profiler, in a notebook: no help
@@ -160,9 +165,13 @@ def cli(config_class, doc, argv=None) -> dict:
         elif typing.get_origin(kind) is tuple:
             how, default = dict(type=_integers, metavar="N,N"), ",".join(map(str, default))
         told = comments.get(field.name, "") + ("" if default is None else f" (default {default})")
-        parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"),
+                            default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
+        if "" in (value if isinstance(value, list) else [value]):
+            raise UserError(f"--{name} '': empty, not the name of a file or a value; give it one, "
+                            f"or drop the flag")
         if holds_controls(value):
             raise UserError(f"--{name} {value}: holds control characters; rename the file")
     return given
@@ -236,7 +245,7 @@ def run(main):
         return
     except UserError as e:
         why = str(e)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
+    except BrokenPipeError:  # who reads our output went away, as `| head` does: stop as it is usual
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as e:

@@ -5,10 +5,10 @@
     python tests/edited.py 1 --first 7 # one of them again
 
 A file (bars, packed or not, a mapped folder, a folder of files, a checkpoint, stamps to come,
-weights of a portfolio) or the environment is edited, and a script meets it in a fork of this process,
-which has 2 GB of memory more than it begins with, and 10 s. It must end with status 0 and prices, or
-with 2 and one line, and leave every file but its output as it was. A table counts what came; exit
-status 1 if anything else did.
+weights of a portfolio) or the environment is edited, and a script meets it in a fork of this
+process, which has 2 GB of memory more than it begins with, and 10 s. It must end with status 0 and
+prices, or with 2 and one line, and leave every file but its output as it was. A table counts what
+came; exit status 1 if anything else did.
 """
 import argparse
 import bz2
@@ -88,7 +88,7 @@ def spoiled_table(raw, chance):
             rows[0][k] = chance.choice((put, *rows[0]))
         elif how == 2:
             chance.shuffle(rows)
-        elif how == 3:
+        elif how == 3 and len(rows) < 10_000:
             rows += rows[1:] * chance.choice((1, 30))
         elif how == 4:
             rows[i:i] = rows[i:i + chance.randrange(40)]

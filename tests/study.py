@@ -735,9 +735,11 @@ def print_stages(args, scores, t, kept):
     for metric, label, scale, digits in columns:
         if metric in (*RATIOS, "path_median_mape"):
             scale, digits = 1, 4    # of log returns x 100 and %
+        elif metric == "path_volatility":
+            digits = 3
         each = [float(at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
         print(f"base, {label.rpartition(',')[0] or label}: " + ", ".join(f"{v:.{digits}f}" for v in each))
-    print(f"what came: path volatility {100 * t.path_rv.mean():.1f}; standing still: "
+    print(f"what came: path volatility {100 * t.path_rv.mean():.3f}; standing still: "
           f"path MAPE {100 * np.abs(np.expm1(-t.path_r)).mean():.4f}")
 
 

@@ -500,6 +500,14 @@ def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, cal
     assert [(tmp_path / name).read_bytes() for name in ("a.pt", "bars.csv")] == before
 
 
+@pytest.mark.parametrize("flag, value, why", [
+    ("--strike", "1e300", "--strike 1e300"), ("--strike", "1e-300x", "--strike 1e-300x"), ("--weights", "SYN0=1e308", "not a share"),
+    ("--weights", "SYN0=1,SYN0=2", "SYN0 is named twice"), ("--ckpt", "", "--ckpt '': empty"), ("--data", "", "--data '': empty")])
+def test_values_that_cannot_be_meant_get_one_line(market, checkpoint, call, flag, value, why):
+    argv = ["--ckpt", checkpoint, "--data", market, "--paths", 2, "--horizon", 2]
+    assert why in complaint(call("sample", *argv, flag, value))
+
+
 def test_weights_of_a_portfolio_are_no_output(checkpoint, tmp_path, call):
     (tmp_path / "w.csv").write_text("symbol,weight\nSYN0,1\n")
     argv = ["sample", "--ckpt", checkpoint, "--weights", tmp_path / "w.csv"]

@@ -494,10 +494,10 @@ def test_consecutive_weekdays_tell_day_from_month_or_the_order_is_given(tmp_path
 @pytest.mark.parametrize("text, want", [
     ("1970-01-06\n1970-01-08\n\n1970-01-09\n", [[6, 8], [6, 8]]), ("Date\n1970-01-08\n1970-01-06\n1970-01-06\n", [[6, 8], [6, 8]]),
     ("symbol,time\nA,1970-01-04\nB,1970-01-06\nA,1970-01-05\nB,1970-01-09\n", [[4, 5], [6, 9]]),
-    ("open_time,Symbol\n1970-01-04,A\n1970-01-06,B\n1970-01-09,A\n1970-01-09,B\n", [[4, 9], [6, 9]]),
+    ("date\n06/01/1970\n13/01/1970\n", [[6, 13], [6, 13]]), ("open_time,Symbol\n1970-01-04,A\n1970-01-06,B\n1970-01-09,A\n1970-01-09,B\n", [[4, 9], [6, 9]]),
     ("time,symbol\n1970-01-04,A\n1970-01-05,A\n", "0 stamps after the last bar of B, 1970-01-05; 2 are needed"),
     ("symbol,time\nA,1970-01-04\nB,soon\n", "t.csv:3: 'B,soon' is no time"), ("symbol,time\nA\n", "t.csv:2: 'A' is no time"),
-    ("", "0 stamps after the last bar of A")])
+    ("", "0 stamps after the last bar of A"), ("2" * 200_000, "cannot be read"), ("a\xff\0", r"'aÿ\x00' is no time")])
 def test_stamps_to_come_of_all_symbols_or_of_each(tmp_path, text, want):
     """Two symbols whose last bars are of 3 and 5 January 1970."""
     histories = [Bars(name, np.arange(n) * DAY, np.ones((n, 6))) for name, n in (("A", 3), ("B", 5))]
@@ -720,6 +720,14 @@ def test_bombs_devices_forecasts_and_long_cells_are_refused_in_one_line(tmp_path
         with pytest.raises(UserError, match=why) as e:
             data.load(str(tmp_path / name))
         assert "\n" not in str(e.value)
+
+
+def test_a_data_set_never_hides_what_lies_in_its_folder(tmp_path):
+    (tmp_path / "A.csv").write_text(CSV)
+    (tmp_path / "B.csv").write_text(CSV)
+    with pytest.raises(UserError, match="holds '[AB].csv'; choose a new folder"):
+        data.main(["--data", str(tmp_path / "A.csv"), "--out", str(tmp_path)])
+    assert sorted(os.listdir(tmp_path)) == ["A.csv", "B.csv"] and len(data.load(str(tmp_path))) == 2
 
 
 def test_what_unpacks_to_more_is_read_where_that_is_allowed(tmp_path):

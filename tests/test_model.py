@@ -141,8 +141,8 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
     close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()).flatten(0, 1), 1e-5)
     state = torch.zeros_like(S)
-    [per_bar] = generate.places_of(heads, torch.zeros(1))
-    steps = [generate.linear_step(*one_bar(q, k, v, t), state, per_bar) for t in range(T)]
+    [fade] = generate.step_weights(heads, torch.zeros(1), 2)
+    steps = [generate.linear_step(*one_bar(q, k, v, t), state, fade) for t in range(T)]
     close(torch.cat(steps, dim=1), normed(want).flatten(0, 1), 1e-4)
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,7 +169,7 @@ def test_local_attention_is_softmax_with_a_band_mask(T, window):
         heads, (q, k, v) = M.LocalAttention(window, slope), random_qkv(T)
         want, q = naive_local(q, k, v, window, slope), q / 4
         close(heads(q, k, v, heads.weights(T, q.dtype))[0], want, 1e-5)
-        n, places = T // 2, generate.places_of(heads, torch.arange(T))
+        n, places = T // 2, generate.step_weights(heads, torch.arange(T), 2)
         last = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n], heads.weights(n, q.dtype))[1] if n else torch.zeros(2, 3, 2, 0, 16)
         ring = [generate.ring(a.flatten(0, 1), window, n) for a in last]
         for t in range(n, T):

@@ -321,7 +321,7 @@ def test_the_median_path_is_the_naive_one(loaded, market):
     """Each step the coarse token at the median of the close, its likeliest fine one, from a parallel forward."""
     model, tokenizer, _ = loaded
     histories = [bars[:n] for bars, n in zip(data.load([str(market)]), (200, 40, 300))]
-    origins = [sample.origin_of(model, tokenizer, bars) for bars in histories]
+    origins = sample.origins_of(model, tokenizer, histories)
     got = sample.median_path(model, tokenizer, origins, 3)
     rising = tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
     for bars, origin, path in zip(histories, origins, got):
