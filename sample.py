@@ -236,8 +236,7 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
 
 
 def next_move(h, unmoved, calibration, bands):
-    """Bands.staying for h [n, C] and unmoved [n], and P(up | moved) [n], one by one: the number of
-    rows changes the last bits.
+    """Bands.staying for h [n, C] and unmoved [n], and P(up | moved) [n].
 
     A state's own law of narrow moves takes as long as a dozen paths: where bars rarely stay, that
     of the calibration does, if there is one.

@@ -364,7 +364,7 @@ def test_paths_of_symbols_move_as_the_symbols_did_and_keep_their_margins(loaded)
     alone, p_alone = sample.simulate(model, tokenizer, series[:1], 2, 400)
     np.testing.assert_array_equal(np.sort(joint[:, :, 0, 3]), np.sort(apart[:, :, 0, 3]))
     np.testing.assert_array_equal(np.sort(joint[0, :, 0, 3]), np.sort(alone[0, :, 0, 3]))
-    assert p_up[0] == p_alone[0]
+    assert p_up[0] == pytest.approx(p_alone[0], rel=1e-6)      # six rows or one: the last bits may differ
     pairs = ~np.eye(6, dtype=bool)
     assert abs(np.corrcoef(np.log(joint[:, :, 0, 3]))[pairs].mean() - 0.5) < 0.1
     assert abs(np.corrcoef(np.log(apart[:, :, 0, 3]))[pairs].mean()) < 0.05
