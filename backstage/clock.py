@@ -1,6 +1,7 @@
 """The clock: of bars, and of those to come."""
 import datetime
 import functools
+import hashlib
 import zoneinfo
 
 import numpy as np
@@ -204,7 +205,12 @@ def times_ahead(origins, horizon, times):
     """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each
     history."""
     if times is None:
-        times = [future_times(o.time, horizon) for o in origins]
+        coming = {}     # of each series of stamps, which many symbols share
+        keys = [hashlib.sha256(np.ascontiguousarray(o.time)).digest() for o in origins]
+        for key, o in zip(keys, origins):
+            if key not in coming:
+                coming[key] = future_times(o.time, horizon)
+        times = [coming[key] for key in keys]
         return np.array(times, np.int64).reshape(len(origins), horizon)
     times = np.asarray(times, np.int64)
     if times.shape not in ((horizon,), (len(origins), horizon)):

@@ -10,8 +10,8 @@ HALF_LIVES = (30, 100, 300, 1000, 1e9)   # bars, of the share of those that stay
 PRIOR_BARS = 16      # that the share in training counts for, beside a symbol's own
 FORGET = 300         # bars back that count half in the choice of a half-life
 
-TICKS = sorted((m * 10.0**k for k in range(-9, 5) for m in (1, 1.25, 2, 2.5, 3.125, 5, 6.25)),
-               reverse=True)  # quarters to 32nds and decimals
+TICKS = np.array(sorted(  # quarters to 32nds and decimals
+    (m * 10.0**k for k in range(-9, 5) for m in (1, 1.25, 2, 2.5, 3.125, 5, 6.25)), reverse=True))
 ON_TICK = 0.98       # share of the closes that must lie on it
 N_WIDTHS = 64        # of bands around no move
 
@@ -85,12 +85,12 @@ def tick_of(close):
     seven digits could show, as of adjusted prices."""
     price = np.unique(close)
     error = 3e-7 * price                                                        # of seven digits
-    for step in TICKS:
-        if len(price) < 3 or step < 20 * error.max():
-            return 0.0
-        if (np.abs(price - np.round(price / step) * step) <= error).mean() >= ON_TICK:
-            return float(step)
-    return 0.0
+    steps = TICKS[TICKS >= 20 * error.max(), None]                              # (n, 1)
+    if len(price) < 3:
+        return 0.0
+    on_step = np.abs(price - np.round(price / steps) * steps) <= error          # (n, T)
+    fits = np.flatnonzero(on_step.mean(1) >= ON_TICK)
+    return float(steps[fits[0], 0]) if len(fits) else 0.0
 
 
 def on_grid(ohlcva, last, tick):
