@@ -75,7 +75,8 @@ def decayed_means(terms, growth, decay, before):
     while shift < T:            # after each pass a term is the sum of twice as many bars
         e = e + b ** shift * F.pad(e[..., :-shift], (shift, 0))
         shift *= 2
-    e = (e + before[..., None] * b ** torch.arange(1, T + 1, device=b.device)) / growth[:, None, None]
+    e = e + before[..., None] * b ** torch.arange(1, T + 1, device=b.device)
+    e = e / growth[:, None, None]
     return e, e[..., -1]
 
 
