@@ -69,6 +69,7 @@ class Config:
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
 BATCH_ORIGINS = 16   # contexts read side by side
 COMMON = 500         # last bars from which the correlation of symbols is known
+HALF_PAST = 125      # bars back that count half in it
 FEWEST = 20          # common bars without which a pair has the mean correlation
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
 WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
@@ -378,9 +379,9 @@ def stratified(random, paths, horizon):
 #     Z ~ N(0, R),    u_i <- sorted(u_i)[rank of Z_i]
 #     R = w C + (1 - w) mean C,    w = t^2 / (t^2 + e^2)
 #
-# C: correlations of the normal scores of past closes; e: their standard errors; t: how much they
-# truly differ (shrinkage to a constant correlation, as Ledoit and Wolf, Journal of Portfolio
-# Management 2004).
+# C: correlations of the normal scores of past closes, a bar HALF_PAST bars back of half the weight;
+# e: their standard errors; t: how much they truly differ (shrinkage to a constant correlation, as
+# Ledoit and Wolf, Journal of Portfolio Management 2004).
 
 def move_together(uniform, origins, times, seed):
     """Reorders, in place, the numbers [paths, H, 2] of the n origins that share their next stamps.
@@ -398,15 +399,37 @@ def move_together(uniform, origins, times, seed):
         random = np.random.default_rng([seed, abs(stamp), len(rows)])
         paths, horizon, _ = uniform[rows[0]].shape
         for half in (slice(0, paths // 2), slice(paths // 2, paths)):
-            for k in range(horizon):
-                z = random.standard_normal((len(uniform[0][half]), len(rows))) @ factor.T
-                for i, rank in zip(rows, z.argsort(0).argsort(0).T):
-                    pairs = uniform[i][half, k]                             # (paths / 2, 2)
-                    uniform[i][half, k] = pairs[pairs[:, 0].argsort()][rank]
+            u = np.stack([uniform[i][half] for i in rows], -2)              # (K, H, n, 2)
+            z = random.standard_normal((horizon, len(u), len(rows))) @ factor.T     # (H, K, n)
+            rank = z.argsort(1).argsort(1).swapaxes(0, 1)                   # (K, H, n)
+            u = np.take_along_axis(u, u[..., :1].argsort(0), 0)             # in order of the first
+            u = np.take_along_axis(u, rank[..., None], 0)
+            for k, i in enumerate(rows):
+                uniform[i][half] = u[:, :, k]
 
 
 def correlation(origins):
     """R [n, n] of the closes of n origins, positive definite, from their last COMMON stamps."""
+    scores = normal_scores(origins)                                         # (n, T)
+    known, scores = (~np.isnan(scores)).astype(float), np.nan_to_num(scores)
+    weight = 0.5 ** (np.arange(scores.shape[1])[::-1] / HALF_PAST)          # (T,)
+    variance = (scores**2 * weight) @ known.T                               # of i, beside j
+    C = (scores * weight) @ scores.T / np.sqrt(np.maximum(variance * variance.T, 1e-12))
+    C, common = C.clip(-1, 1), known @ known.T
+    bars = (known * weight @ known.T)**2 / np.maximum(known * weight**2 @ known.T, 1e-12)
+    error = (1 - C**2)**2 / np.maximum(bars, 1)                             # squared
+    pairs = ~np.eye(len(C), dtype=bool) & (common >= FEWEST)
+    if not pairs.any():
+        return np.eye(len(C))
+    mean = np.average(C[pairs], weights=bars[pairs])
+    spread = max(0.0, ((C[pairs] - mean)**2 - error[pairs]).mean())
+    w = np.where(common >= FEWEST, spread / np.maximum(spread + error, 1e-12), 0.0)
+    return definite(w * C + (1 - w) * mean)
+
+
+def normal_scores(origins):
+    """Of each origin's closes at the last COMMON stamps the normal scores of their ranks, NaN where
+    there is no bar: [n, T]."""
     stamps = np.unique(np.concatenate([o.time[-len(o.closes):] for o in origins]))[-COMMON:]
     scores = np.full((len(origins), len(stamps)), np.nan)
     for row, o in zip(scores, origins):
@@ -415,21 +438,19 @@ def correlation(origins):
         rank = o.closes[known].argsort().argsort()
         level = torch.from_numpy((rank + 0.5) / max(1, len(rank)))
         row[np.searchsorted(stamps, time[known])] = torch.special.ndtri(level).numpy()
-    known, scores = ~np.isnan(scores), np.nan_to_num(scores)
-    n = known.astype(float) @ known.T                                       # (n, n): common bars
-    C = (scores @ scores.T / np.maximum(n, 1)).clip(-1, 1)
-    error = (1 - C**2)**2 / np.maximum(n, 1)                                # squared
-    pairs = ~np.eye(len(C), dtype=bool) & (n >= FEWEST)
-    if not pairs.any():
-        return np.eye(len(C))
-    mean = np.average(C[pairs], weights=n[pairs])
-    spread = max(0.0, ((C[pairs] - mean)**2 - error[pairs]).mean())
-    weight = np.where(n >= FEWEST, spread / np.maximum(spread + error, 1e-12), 0.0)
-    R = weight * C + (1 - weight) * mean
+    return scores
+
+
+def definite(R):
+    """R [n, n] with a diagonal of 1 and no eigenvalue below 1e-4, as it can come of pairs that have
+    not the same bars in common."""
     np.fill_diagonal(R, 1.0)
-    least = np.linalg.eigvalsh(R)[0]
-    lift = max(0.0, (1e-6 - least) / (1 - least))                           # towards the identity
-    return (1 - lift) * R + lift * np.eye(len(R))
+    value, vector = np.linalg.eigh(R)
+    if value[0] >= 1e-4:
+        return R
+    R = (vector * np.maximum(value, 1e-4)) @ vector.T
+    size = np.sqrt(np.diag(R))
+    return R / (size * size[:, None])
 
 
 def rows_at_once(model):

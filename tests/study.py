@@ -44,7 +44,7 @@ from backstage.checkpoint import read_checkpoint
 from backstage.files import load_safe, save_atomic
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
-from backstage.opponents import volatility_paths
+from backstage.opponents import RESIDUALS, volatility_paths
 from backstage.pictures import Panel, grid_line, label, line, write_svg
 from backstage.reader import write_folder
 from backstage.scores import (
@@ -1102,7 +1102,8 @@ def room_study(argv):
     borders = data.split_borders(series, args.val_start, args.test_start)
     t = backtest.some_targets(series, args.split, borders, HORIZON, args.origins)
     random = np.random.default_rng(0)
-    moves = [volatility_paths(har, at, args.paths, HORIZON, random) for har, at in zip(t.volatility, t.origins)]
+    moves = [volatility_paths(har, at, random.integers(RESIDUALS, size=(len(at), args.paths, HORIZON)))
+             for har, at in zip(t.volatility, t.origins)]
     r, came = np.concatenate(moves).sum(-1), t.path_r[:, -1]            # [n, paths], [n]
     factors = np.exp(np.linspace(-0.7, 0.7, 29))
     crps = np.stack([score_draws(f * r, came)["crps"] for f in factors])       # [factors, n]

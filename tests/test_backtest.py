@@ -709,7 +709,7 @@ def test_har_paths_follow_the_volatility_drawn():
     t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
     har = t.volatility[0]
     har.weights[:] = 0.1, 0.9, 0, 0, 0  # in each fit
-    moves = volatility_paths(har, np.array([1100]), 20_000, 5, rng)[0]
+    moves = volatility_paths(har, np.array([1100]), rng.integers(500, size=(1, 20_000, 5)))[0]
     size = np.log(np.abs(moves) + 1e-9)
     assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
     z, ratio = har.residuals
@@ -793,7 +793,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert result["start"] == data.iso(series[0].time[200]) and result["end"] == data.iso(series[0].time[299])
     assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs", "har"]
     for entry in result["checkpoints"]:
-        assert list(entry) == ["ckpt", *SCORES, "tokens"]
+        assert list(entry) == ["ckpt", *SCORES, "tokens", "portfolio"]
         assert sorted(entry["tokens"]) == ["coarse_perplexity", "coarse_used", "fine_perplexity", "fine_used", "pairs"]
     for entry in result["checkpoints"] + list(result["baselines"].values()):
         for name in SCORES:
