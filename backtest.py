@@ -33,6 +33,7 @@ import math
 import os
 import zlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -436,37 +437,50 @@ def portfolios(loaded, trust, t, paths, stride):
     together = Together(t, stride)
     if not together.n_dates:
         return {}
-    closes = {i: data.features(t.series[i], t.slots[i])[0][:, 0]
-              for i in np.unique(together.symbol)}
+    return together.score(paths_together(loaded, trust, t, together, paths))
+
+
+def paths_together(loaded, trust, t, together, paths):
+    """{name: log returns [J, paths, H]} of paths that move together; FHS and HAR by the copula of
+    the model's."""
     moves = {}
     for name, (model, tokenizer, _) in loaded.items():
-        origins = np.empty(len(together.bar), object)
-        for i, own in closes.items():
-            rows = together.symbol == i
-            at = together.bar[rows]
-            states = data.states_at(t.series[i], at, t.slots[i], horizon=0)
-            origins[rows] = origins_after(model, tokenizer, t, i, at, states, own)
-        moves[name] = moves_together(model, tokenizer, origins, together, t, paths, trust[name])
-    uniform = [stratified(np.random.default_rng([t.seed, zlib.crc32(o.symbol.encode()),
-                                                 int(o.time[-1]), 5]), paths, t.horizon)
-               for o in origins]                                            # J of (paths, H, 2)
-    times = np.zeros((len(origins), t.horizon), np.int64)  # the same of all of a date
-    move_together(uniform, origins, times, t.seed)
-    moves |= joint_paths(t, together, np.stack(uniform)[..., 0])
-    return together.score(moves)
-
-
-def moves_together(model, tokenizer, origins, together, t, paths, calibration):
-    """Log returns [J, paths, H] of paths that begin at the Origins, date by date."""
-    parts = []
-    for d in range(together.n_dates):
-        part = list(origins[together.date == d])
-        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
-                             calibration=calibration)
-        parts.append(log_returns(ohlcva, part))
-        progress(f"symbols together: {d + 1} of {together.n_dates} dates")
+        origins, parts = joint_origins(t, together, model, tokenizer), []
+        for d in range(together.n_dates):
+            part = list(origins[together.date == d])
+            ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
+                                 calibration=trust[name])
+            parts.append(log_returns(ohlcva, part))
+            progress(f"symbols together: {d + 1} of {together.n_dates} dates")
+        moves[name] = np.concatenate(parts)
     progress("")
-    return np.concatenate(parts)
+    return moves | joint_paths(t, together, np.stack(uniform_numbers(t, together, paths)))
+
+
+def joint_origins(t, together, model, tokenizer):
+    """The Origins of the J places, with the closes that the copula is made of."""
+    origins = np.empty(len(together.bar), object)
+    for i in np.unique(together.symbol):
+        rows = together.symbol == i
+        at, closes = together.bar[rows], data.features(t.series[i], t.slots[i])[0][:, 0]
+        states = data.states_at(t.series[i], at, t.slots[i], horizon=0)
+        origins[rows] = origins_after(model, tokenizer, t, i, at, states, closes)
+    return origins
+
+
+def uniform_numbers(t, together, paths):
+    """J of [paths, H]: numbers that move together, as those do by which the model's paths are
+    drawn."""
+    closes = {i: data.features(t.series[i], t.slots[i])[0][:, 0]
+              for i in np.unique(together.symbol)}
+    pasts = [SimpleNamespace(symbol=t.series[i].symbol, time=t.series[i].time[:o + 1],
+                             closes=closes[i][max(0, o + 1 - COMMON):o + 1])
+             for i, o in zip(together.symbol, together.bar)]
+    seeds = [[t.seed, zlib.crc32(past.symbol.encode()), int(abs(past.time[-1])), 5]
+             for past in pasts]
+    uniform = [stratified(np.random.default_rng(seed), paths, t.horizon) for seed in seeds]
+    move_together(uniform, pasts, np.zeros((len(pasts), t.horizon), np.int64), t.seed)
+    return [u[..., 0] for u in uniform]
 
 
 def log_returns(ohlcva, origins):

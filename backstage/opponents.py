@@ -161,18 +161,18 @@ def joint_paths(t, together, uniform):
     """{name: log returns [J, paths, H]} of FHS and HAR at the places of `together` (see Together).
 
     Each draws its residuals, in order of size, by the numbers uniform [J, paths, H]: where these
-    move together over the symbols, so do the paths.
+    move together over the symbols, so do the paths. No bar moves by more than data.MAX_MOVE.
     """
-    fhs, har = np.empty(uniform.shape), np.empty(uniform.shape)
+    moves = dict(fhs=np.empty(uniform.shape), har=np.empty(uniform.shape))
     for i in np.unique(together.symbol):
         rows = together.symbol == i
         origins, u = together.bar[rows], uniform[rows]
         vol, z = filtered(t.returns[i], t.ranges[i][0])
         n = z.shape[1]
         z = np.sort(z[origins + 1 - n], 1)                                      # (origins, n)
-        fhs[rows] = filtered_paths(vol[origins], z, place(u, n))
-        har[rows] = volatility_paths(t.volatility[i], origins, place(u, RESIDUALS))
-    return dict(fhs=fhs, har=har)
+        moves["fhs"][rows] = filtered_paths(vol[origins], z, place(u, n))
+        moves["har"][rows] = volatility_paths(t.volatility[i], origins, place(u, RESIDUALS))
+    return {name: r.clip(-data.MAX_MOVE, data.MAX_MOVE) for name, r in moves.items()}
 
 
 def place(u, n):
