@@ -570,7 +570,7 @@ def main(argv=None):
             symbols = [bars.symbol for bars in histories]
             np.savez_compressed(f, symbols=symbols, ohlcva=ohlcva, time=times)
     if config.plot:
-        plot_forecast(config.plot, histories, ohlcva, times)
+        plot_forecast(config.plot, histories, ohlcva, times, weights)
     if config.json:
         found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth,
                      mean_p_up=mean_p_up, record=record, portfolio=portfolio, symbols=rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from backstage import opponents
+from backstage import opponents, pictures
 from backstage.bins import Bins, BinnedLaw, candle_tables, pair_law
 from backstage.opponents import baselines, early_error, filtered_paths, fit_form, fit_har, give_residuals, har, historical, joint_paths, place, range_volatility, slow_scale, volatility_paths
 from backstage.portfolio import Together
@@ -911,6 +911,26 @@ def test_a_portfolio_needs_five_symbols_and_does_not_see_what_comes(triple):
     for name in ("own", "fhs"):      # HAR is fitted anew as the targets come
         np.testing.assert_array_equal(before[name][g.date <= 2], after[name][g.date <= 2])
         assert (before[name][g.date > 2] != after[name][g.date > 2]).any()
+
+
+def test_the_picture_of_many_symbols_begins_with_their_portfolio(tmp_path):
+    series, rng = daily(80, 6), np.random.default_rng(0)
+    weights, ohlcva = rng.normal(size=6), rng.uniform(40, 60, (6, 5, 3, 6))
+    times = np.tile(series[0].time[-1] + DAY * np.arange(1, 4), (6, 1))
+    view = pictures.portfolio_view(series, ohlcva, times, weights, 60)
+    for k in (0, 59):
+        gain = sum(w * (bars.ohlcva[20 + k, 3] / bars.ohlcva[-1, 3] - 1) for w, bars in zip(weights, series))
+        assert view.past[k] == pytest.approx(100 * gain)
+    assert view.past[-1] == 0 and len(view.past) == 60 and view.first_time == series[0].time[20]
+    gain = sum(w * (paths[4, 1, 3] / bars.ohlcva[-1, 3] - 1) for w, bars, paths in zip(weights, series, ohlcva))
+    assert view.paths[4, 2] == pytest.approx(100 * gain) and (view.paths[:, 0] == 0).all()
+    late = [*series[:5], series[5][:40]]        # what ended long ago: to its last stamp, then today
+    view = pictures.portfolio_view(late, ohlcva, times, weights, 60)
+    assert len(view.past) == 41 and view.past[-1] == 0 and np.isfinite(view.past).all()
+    pictures.plot_forecast(tmp_path / "a.svg", series, ohlcva, times, weights)
+    pictures.plot_forecast(tmp_path / "b.svg", series[:4], ohlcva, times, weights[:4])
+    assert (tmp_path / "a.svg").read_text().index("portfolio of 6 symbols") < (tmp_path / "a.svg").read_text().index("D0, 3 bars")
+    assert "portfolio" not in (tmp_path / "b.svg").read_text()
 
 
 def test_the_best_opponent_is_the_one_shown():
