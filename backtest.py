@@ -7,7 +7,8 @@
 From bars to intervals, as `backtest` goes: the bars to forecast (`Targets`); forecasters, the model
 (`next_bars`, `simulated`) and its opponents (`baselines`); sums of each score over stretches of
 time (`time_block_sums`); scores of such time blocks drawn anew (`bootstrap`, G7: all symbols of a
-time together); intervals (`scored`).
+time together); intervals (`scored`). Five symbols and more also together, as a portfolio of equal
+weights and as spreads of pairs (`portfolios`).
 
     CRPS = E|X - y| - E|X - X'| / 2         of a law X for the outcome y, in the units of y
     log loss = -log P(what came: up, down)  of bars that moved; a coin's is log 2 = .6931
@@ -300,6 +301,11 @@ class Targets:
         return [data.states_at(*one, horizon=0) for one in each]
 
     @functools.cached_property
+    def closes(self):
+        """Of each series the close features of all bars: what a copula is made of."""
+        return [data.features(*one)[0][:, 0] for one in zip(self.series, self.slots)]
+
+    @functools.cached_property
     def volatility(self):
         return fit_volatility(self)
 
@@ -392,8 +398,9 @@ def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
     origins, parts = origins_of(model, tokenizer, t), []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
-        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
-                             parallel=parallel, calibration=calibration)        # (n, K, H, 6)
+        ohlcva, _ = simulate(
+            model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel, joint=False,
+            calibration=calibration)                                            # (n, K, H, 6)
         parts.append(score_paths(log_returns(ohlcva, part), t, slice(i, i + len(part))))
         progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
     progress("")
@@ -414,9 +421,8 @@ def origins_of(model, tokenizer, t):
             for origin in origins_after(model, tokenizer, t, i, at, states)]
 
 
-def origins_after(model, tokenizer, t, i, at, states, closes=None):
-    """Origins after the bars `at` [n] of symbol i, with the model's context; closes [T]: the close
-    features of all of its bars, for paths that move together."""
+def origins_after(model, tokenizer, t, i, at, states):
+    """Origins after the bars `at` [n] of symbol i, with the model's context."""
     bars, tokens, n = t.series[i], t.tokens(tokenizer)[i], model.config.block_size
     unmoved, origins = unmoved_share(bars, model.config.unmoved), []
     for o, state in zip(at, states):
@@ -424,7 +430,7 @@ def origins_after(model, tokenizer, t, i, at, states, closes=None):
         last = slice(max(0, o + 1 - COMMON), o + 1)
         origins.append(Origin(
             bars.symbol, context, bars.time[:o + 1], state, t.slots[i], unmoved[o + 1],
-            tick_of(bars.ohlcva[last, 3]), None if closes is None else closes[last]))
+            tick_of(bars.ohlcva[last, 3]), t.closes[i][last]))
     return origins
 
 
@@ -458,23 +464,21 @@ def paths_together(loaded, trust, t, together, paths):
 
 
 def joint_origins(t, together, model, tokenizer):
-    """The Origins of the J places, with the closes that the copula is made of."""
+    """The Origins of the J places."""
     origins = np.empty(len(together.bar), object)
     for i in np.unique(together.symbol):
         rows = together.symbol == i
-        at, closes = together.bar[rows], data.features(t.series[i], t.slots[i])[0][:, 0]
+        at = together.bar[rows]
         states = data.states_at(t.series[i], at, t.slots[i], horizon=0)
-        origins[rows] = origins_after(model, tokenizer, t, i, at, states, closes)
+        origins[rows] = origins_after(model, tokenizer, t, i, at, states)
     return origins
 
 
 def uniform_numbers(t, together, paths):
     """J of [paths, H]: numbers that move together, as those do by which the model's paths are
     drawn."""
-    closes = {i: data.features(t.series[i], t.slots[i])[0][:, 0]
-              for i in np.unique(together.symbol)}
     pasts = [SimpleNamespace(symbol=t.series[i].symbol, time=t.series[i].time[:o + 1],
-                             closes=closes[i][max(0, o + 1 - COMMON):o + 1])
+                             closes=t.closes[i][max(0, o + 1 - COMMON):o + 1])
              for i, o in zip(together.symbol, together.bar)]
     seeds = [[t.seed, zlib.crc32(past.symbol.encode()), int(abs(past.time[-1])), 5]
              for past in pasts]

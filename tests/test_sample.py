@@ -387,6 +387,25 @@ def test_the_correlation_is_drawn_to_the_mean_where_little_is_known():
     assert np.allclose(R[7, :7], known.mean(), atol=0.02)
 
 
+def test_the_correlation_is_that_of_the_last_bars_and_positive_definite():
+    """A market that came closer lately; a symbol of other bars than the others, which no matrix of pairs allows."""
+    early, late = one_factor(6, 250, 0.1), one_factor(6, 250, 0.7, seed=1)
+    closes = [np.append(np.diff(np.log(a.ohlcva[:, 3])), np.diff(np.log(b.ohlcva[:, 3]))) for a, b in zip(early, late)]
+    time = DAY * np.arange(498)
+    R = sample.correlation([types.SimpleNamespace(time=time, closes=row) for row in closes])
+    away = ~np.eye(6, dtype=bool)
+    share = 0.5 ** (249 / 125)      # of the early bars in the weights, about
+    expected = (0.1 * share + 0.7) / (1 + share)
+    assert R[away].mean() == pytest.approx(expected, abs=0.06) and R[away].mean() > 0.5
+    wrong = np.full((3, 3), 0.9)
+    wrong[0, 2] = wrong[2, 0] = -0.9
+    R = sample.definite(wrong)
+    np.linalg.cholesky(R)
+    assert np.allclose(np.diag(R), 1) and R[0, 1] > 0.4 and R[0, 2] < -0.4     # nearest, not the identity
+    right = np.full((3, 3), 0.5)
+    assert (sample.definite(right)[~np.eye(3, dtype=bool)] == 0.5).all()
+
+
 def test_trust_is_found_and_shrunk_by_its_error():
     """Beside the planted law; noise earns none, little data leaves the prior, a bias is found."""
     random = np.random.default_rng(0)
