@@ -131,7 +131,7 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
         split=split, start=iso(t.time.min()), end=iso(t.time.max()), blocks=t.n_blocks,
         checkpoints=[dict(ckpt=name, **row[name], tokens=tokens_in_use(name, loaded, t),
                           portfolio=together.get(name)) for name in forecasts],
-        baselines={name: row[name] | {"portfolio": own for own in [together.get(name)] if own}
+        baselines={name: row[name] | (dict(portfolio=together[name]) if name in together else {})
                    for name in rivals},
         paired=pairs_of(list(forecasts), list(rivals), replicates, t),
         by=[dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask))
