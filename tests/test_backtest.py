@@ -905,6 +905,10 @@ def test_a_portfolio_needs_five_symbols_and_does_not_see_what_comes(triple):
         g = Together(t, 20)
         return g, backtest.paths_together({"own": (model, tokenizer, meta)}, {"own": None}, t, g, 6)
     g, before = paths(series)
+    for d in range(2):      # the model's are those that sample.simulate has of the bars themselves
+        past = [series[i][:o + 1] for i, o in zip(g.symbol[g.date == d], g.bar[g.date == d])]
+        ohlcva, _ = sample.simulate(model, tokenizer, past, 4, 6)
+        np.testing.assert_allclose(before["own"][g.date == d].sum(2), np.log(ohlcva[:, :, -1, 3]) - np.log([[bars.ohlcva[-1, 3]] for bars in past]), atol=1e-6)
     cut = int(g.bar[g.start[2]])
     wild = [data.Bars(b.symbol, b.time, np.where(np.arange(300)[:, None] <= cut, b.ohlcva, b.ohlcva[::-1] * 3)) for b in series]
     _, after = paths(wild)
