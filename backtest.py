@@ -56,7 +56,7 @@ from backstage.scores import (
     usual_sigma)
 from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars
-from backstage.table import (  # all but print_backtest are handed on
+from backstage.results import (  # all but print_backtest are handed on
     RIVALRY, best_rival, print_backtest, print_versus, show)
 from model import load_checkpoint
 from sample import (
@@ -329,13 +329,14 @@ def past_calibration(model, tokenizer, meta, t):
 
 
 @torch.no_grad()
-def next_bars(model, tokenizer, t, probes=PROBES, calibration=None):
+def next_bars(model, tokenizer, t, probes=PROBES, calibration=None, states=None):
     """Forecast every target from the bars before it, teacher-forced: a forecaster.
 
     A context is half a window at least, where there are so many bars. P(up) is exact; close, range
-    and volume are counted in bins (see BinnedLaw), in units of s_t and d_t.
+    and volume are counted in bins (see BinnedLaw), in units of s_t and d_t. states: past_states and
+    hidden_states of all targets, where at hand.
     """
-    past = past_states(model, tokenizer, t)
+    past = past_states(model, tokenizer, t) if states is None else states[0]
     law, bands = BinnedLaw(model, tokenizer, past, probes), Bands(model, tokenizer)
     table = bands.table(past)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
@@ -344,7 +345,8 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None):
     windows = [(i, j, min(j + half, last)) for i, (first, last) in enumerate(t.ranges)
                for j in range(first, last, half)]
     parts, done = [], 0
-    for h in hidden_states(model, tokenizer, t, windows):                           # (m, C)
+    ahead = hidden_states(model, tokenizer, t, windows) if states is None else states[1]
+    for h in ahead:                                                                 # (m, C)
         now = slice(done, done + len(h))
         s, m, d = t.s[now, None], level[now], width[now]                            # (m, 1) each
         value = dict(

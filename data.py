@@ -1,166 +1,176 @@
-"""Bars in, features and batches out: everything that touches market data, once, for every stage.
+"""Market data: bars become features, features become tokens and batches; and features bars again.
 
-    python data.py --data 'csv/*.csv' --out folder     # CSV -> a folder of mapped arrays for --data
-    python data.py --synthetic 100000 --out folder       # the same from the synthetic market
-    python data.py --synthetic 100000 --kind reverting   # another one, in which a deviation decays
+    python data.py --data 'csv/*.csv' --out folder       # CSV -> a mapped folder, for --data
+    python data.py --synthetic 100000 --out folder       # the same of the synthetic market
+    python data.py --synthetic 100000 --kind reverting   # of one in which a deviation decays
 
-CSV -> clean `Bars` -> causal features [T, 6] -> (tokenizer) -> tokens -> batches; and back to bars
-with `inverse`.
+Bars (backstage/series.py) are symbol, time int64 [T] in UTC seconds, and ohlcva float64 [T, 6]:
+open, high, low, close, volume, amount, NaN where a column is missing. All that is learned from them
+passes through here, once, for every stage.
 """
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
-# some of these names are handed on: data.load, data.synthetic, data.future_times, data.parse_time,
-# data.iso, data.Bars
+# some names are imported for callers, who write data.load, data.synthetic, data.future_times,
+# data.parse_time, data.iso, data.Bars, data.from_frame
 from backstage.clock import future_times
 from backstage.dates import DATES, iso, parse_time
 from backstage.frame import from_frame
 from backstage.markets import best_accuracy, reverting_best, synthetic, synthetic_series
-from backstage.reader import load, read_files, write_folder
+from backstage.mapped import write_folder
+from backstage.reader import load, read_files
 from backstage.script import UserError, cli, progress, run
-from backstage.series import COLUMNS, CONTEXT, DAY, DECAY, HALF_LIFE, HOUR, WEEK, Bars, decayed_sum
+from backstage.series import COLUMNS, CONTEXT, DAY, DECAY, HALF_LIFE, HOUR, Bars, decayed_sum
+from backstage.slots import SLOT_HALF_LIFE, Slots
 
 CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
-PIECE = 512             # bars of one pass: in cache, and memory bounded on mapped bars
-S_FLOOR, D_FLOOR = 1e-5, 1e-2  # least scale of log prices, of log volume
-MAX_MOVE = np.log(10.0)        # most that one generated bar may move, in log price
-FARTHEST = 10.0  # and in units of s_t in a generation, where history shows nothing wilder
-SETTLED = 16.0                 # weight of the bars from which on s_t is taken to be settled
-SLOT_HALF_LIFE = 15  # days (weeks) after which what a day (a week) showed of its slots counts half
-SLOT_SECONDS = 60       # least width of a slot
-SURE = 3  # slots differ by so many standard errors more than by chance, or have factor 1
-SLOT_FLOOR = 0.1        # a range counts for its slot as at least this share of the mean before
-COMING = 64             # bars to come whose factors a State holds
+PIECE = 512              # bars computed at a time: fits the cache, bounds memory
+S_FLOOR, D_FLOOR = 1e-5, 1e-2  # smallest scale of log price and of log volume
+MAX_MOVE = np.log(10.0)  # largest move of one decoded bar, in log price: a factor of 10
+FARTHEST = 10.0          # a bar of a forecast may move so many s_t, whatever the past was
+SETTLED = 16.0           # sum of weights from which s_t is reliable: about 20 bars
+SLOT_FLOOR = 0.1         # added to a true range before its log, as a share of the mean so far
+COMING = 64              # future bars whose factors a State holds
 FEATURES = dict(channels=CHANNELS, half_life=HALF_LIFE, slots=SLOT_HALF_LIFE)  # for checkpoints
 
 
 # --------------------------------------------------------------------------------------------------
-# The hours of the market
+# Causal features
 #
-# An open is five times a lunch. Each bar has a slot in the day, its time of day in steps of the
-# bar, and one in the week, its hour; of daily bars the weekday is the only one. With y_dk the log
-# of a positive series on day d in slot k, or its mean there, the factor of the slot is exp(L_k),
-#
-#     x_dk = y_dk - mean_k(y_dk - L_k)      what day d showed of slot k, less the level of the day
-#     S_k = sum_d b^(age of d) x_dk,        W_k = sum_d b^(age of d),           b = 0.5^(1/15)
-#     L_k = S_k / (W_k + r)                 over the days before that of the last bar
-#
-# r is how many days of factor 1 count beside: the variance of x_k about L_k, over that of L among
-# the slots (James and Stein 1961); infinite where the slots differ no more than by chance. Factors
-# of the week are made alike, of weeks in place of days, from what those of the day leave.
-
-class Slots:
-    """How much larger than usual series are at a time of the day and of the week, known before.
-
-    time: int64 [T]; y: float64 [k, T], logs of k positive series, NaN where a bar has none;
-    levels: 0: no factors, 1: of the day (of daily bars the week), 2: also of the week.
-    log_factors [T, k]: of each bar, 0 for the first CONTEXT bars.
-    """
-
-    def __init__(self, time, y, levels=2):
-        self.levels, self.log_factors = [], np.zeros(y.T.shape)
-        # of the first bars alone: no later bar may change it
-        step = int(np.median(np.diff(time[:CONTEXT]))) if len(time) >= CONTEXT else WEEK
-        spans = [(DAY, max(step, SLOT_SECONDS)), (WEEK, HOUR)] if step < DAY else [(WEEK, DAY)]
-        for period, width in spans[:levels] if step < 2 * DAY else ():
-            row = np.cumsum(np.diff(time // period, prepend=time[0] // period) != 0)  # [T], day
-            slot = time % period // width
-            used = np.bincount(slot) > 0
-            slots, column = np.flatnonzero(used), (np.cumsum(used) - 1)[slot]         # [K], [T]
-            cell = row * len(slots) + column
-            table = _slot_table(y - self.log_factors.T, cell, row[-1] + 1, len(slots))
-            self.levels.append((period, width, slots, row, table))
-            self.log_factors[CONTEXT:] += table[row[CONTEXT - 1:-1], :, column[CONTEXT:]]
-
-    def coming(self, row, stamps):
-        """Log factors [H, k] of bars at stamps int64 [H], as known after bar `row`.
-
-        They are 0 at a time that the bars have never had.
-        """
-        log_factors = np.zeros((len(stamps), self.log_factors.shape[1]))
-        for period, width, slots, rows, table in self.levels if row + 1 >= CONTEXT else ():
-            slot = stamps % period // width
-            column = np.searchsorted(slots, slot).clip(max=len(slots) - 1)
-            log_factors += table[rows[row], :, column] * (slots[column] == slot)[:, None]
-        return log_factors
-
-    def next(self, time, horizon):
-        """`coming` for the bars after those at time [T], the first of the series, by their
-        clock."""
-        row = len(time) - 1
-        if not any(table[rows[row]].any() for *_, rows, table in self.levels):
-            return np.zeros((horizon, self.log_factors.shape[1]))
-        return self.coming(row, future_times(time, horizon))
-
-
-def _slot_table(y, cell, n_days, n_slots):
-    """L as known before each day, [days, k, slots], of y [k, T], bar t in cell day * slots +
-    slot."""
-    cells = np.empty((n_days, 2, len(y), n_slots))  # the mean of y, 0 if it has none; 1, 0 if none
-    for i, values in enumerate(y):
-        known = ~np.isnan(values)
-        counts = np.bincount(cell, known, n_days * n_slots).reshape(n_days, n_slots)
-        sums = np.bincount(cell, np.where(known, values, 0.0), counts.size).reshape(counts.shape)
-        cells[:, 0, i], cells[:, 1, i] = sums / np.maximum(counts, 1), counts > 0
-    n_seen = cells[:, 1].sum(-1)                                                # [days, k]
-    n_ever = np.maximum.accumulate(cells[:, 1]).sum(-1)
-    by_chance = n_ever + SURE * np.sqrt(2 * n_ever)  # most of sum_k S^2 / W, in units of the error
-    # Sums over slots by cumsum, in turn: the 0 of a slot that only later bars have changes no bit
-    n, mean = np.maximum(n_seen, 1), cells[:, 0].cumsum(-1)[..., -1]
-    mean /= n
-
-    table, b = np.zeros((n_days, len(y), n_slots)), 0.5 ** (1 / SLOT_HALF_LIFE)
-    sums, squares = np.zeros((2, 2, len(y), n_slots))
-    S, W = sums
-    error, age, weight = np.zeros(len(y)), 0.0, 1e-9
-    for d in range(n_days - 1):
-        x, seen = cells[d]
-        L = table[d] * seen
-        x -= (mean[d] - L.cumsum(-1)[:, -1] / n[d])[:, None] * seen
-        sums *= b
-        sums += cells[d]
-        squares[:] = np.square(x - L), S * S / np.maximum(W, 1e-9)
-        missed, signal = squares.cumsum(-1)[..., -1]                            # [k] each
-        error, age, weight = b * error + missed / n[d], b * age + 1, b * weight + n_seen[d]
-        noise = error / age
-        variance = np.maximum((signal - noise * n_ever[d]) / weight, 1e-9)
-        r = np.where(signal > noise * by_chance[d], np.maximum(noise / variance, 0.5), np.inf)
-        np.divide(S, W + r[:, None], out=table[d + 1])
-    return table
-
-
-def slots_of(bars, levels=2):
-    """The Slots of a series' true range and volume: log_factors are log F, log G."""
-    _, h, l, c, v, _ = np.asarray(bars.ohlcva, np.float64).T
-    true_range = _true_range(h, l, np.append(c[:1], c[:-1]))
-    usual = np.maximum(np.cumsum(true_range) / np.arange(1, len(c) + 1), S_FLOOR)
-    y = np.stack([np.log(true_range + SLOT_FLOOR * usual), np.log1p(np.where(v > 0, v, np.nan))])
-    y[0, :1] = np.nan  # bar 0 has no previous close
-    return Slots(bars.time, y, levels)
-
-
-# --------------------------------------------------------------------------------------------------
-# Causal features and their inverse
-#
-# Six numbers for bar t. The scales s, m, d, g come from the bars before t, so that no input can see
-# its own target:
+# Six numbers for bar t:
 #
 #     close   log(C_t / C_{t-1}) / s_t          upper   log(H_t / max(O_t, C_t)) / s_t
 #     open    log(O_t / C_{t-1}) / s_t          lower   log(min(O_t, C_t) / L_t) / s_t
 #     volume  (log(1 + V_t) - m_t) / d_t        vwap    (log(A_t / (V_t C_t)) - g_t) / s_t
 #
-# then asinh, which shrinks tails and clips nothing. With F and G, the factors of range and volume
-# in the slots of bar t, and the decayed means
+# then asinh, which shrinks tails and clips nothing. The scales s, m, g, d come from the bars before
+# t, so that no input can see its own target. With the true range and a decayed mean,
 #
+#     TR = log(max(H, previous C) / min(L, previous C))
 #     mean_t(u) = sum_{i<t} a^(t-i) w_i u_i / sum_{i<t} a^(t-i) w_i,        a = 0.5^(1/32),
 #
-# where the weight w is 0 for a bar that has no u, and for bar 0, which has no previous close,
+# where w_i is 1, or 0 where bar i has no u (bar 0 has no previous close, and counts in no mean),
 #
-#     s_t = F_t mean_t(TR / F),   TR = log(max(H, previous C) / min(L, previous C)) the true range
-#     m_t = log G_t + mean_t(log(1 + V) - log G)
-#     d_t = mean_t(|log(1 + V) - m|),      g_t = mean_t(log(A / (V C)))
+#     s_t = F_t mean_t(TR / F)                           g_t = mean_t(log(A / (V C)))
+#     m_t = log G_t + mean_t(log(1 + V) - log G)         d_t = mean_t(|log(1 + V) - m|)
+#
+# F and G say how wide and how busy bars usually are at this time of the day: see slots_of.
+
+def features(bars, slots=None) -> tuple[np.ndarray, "State"]:
+    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after.
+
+    Row 0 is zero; a channel without data is exactly 0. The State holds the factors of the bars to
+    come, by the clock. slots: those of the bars, where at hand. ValueError for no bars.
+    """
+    slots = slots_of(bars) if slots is None else slots
+    pieces = list(feature_pieces(bars, log_factors=slots.log_factors))
+    x, state = np.concatenate([x for x, _ in pieces]), pieces[-1][1]
+    return x, replace(state, coming=slots.next(bars.time, COMING))
+
+
+def feature_pieces(bars, state=None, log_factors=None):
+    """Yield (x float32 [n, 6], State after them), PIECE bars at a time: mapped bars need no memory.
+
+    state: after the bars before, none at the start of a series; log_factors [T, 2]: log F, log G
+    of the bars; None: those of their own Slots.
+    """
+    state = START if state is None else state
+    log_factors = slots_of(bars).log_factors if log_factors is None else log_factors
+    for i in range(0, len(bars), PIECE):
+        log_F, log_G = log_factors[i:i + PIECE].T                              # (n,) each
+        F = np.exp(log_F)
+        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T  # (n,) each
+        first = np.isnan(state.close)
+        previous = np.append(c[0] if first else state.close, c[:-1])
+
+        # weights: 1.0 where a bar has what a mean is of, else 0.0
+        has_previous = np.ones(len(c))
+        has_previous[0] = 0.0 if first else 1.0
+        has_v = np.where(v > 0, has_previous, 0.0)
+        has_a = np.where(a > 0, has_v, 0.0)
+
+        # scales
+        true_range = _true_range(h, l, previous)
+        volume = np.log1p(np.where(v > 0, v, 0.0))
+        vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
+        u, w = [true_range / F, volume - log_G, vwap], [has_previous, has_v, has_a]
+        total, weight = _sums(state, S_M_G, u, w)
+        s, m, g = _mean(total, weight)[:, :-1]                                 # (n,) each
+        s, m = F * np.maximum(s, S_FLOOR), log_G + m
+        has_level = has_v * (weight[1, :-1] > 0)
+        total_d, weight_d = _sums(state, ONLY_D, [np.abs(volume - m)], [has_level])
+        [d] = _mean(total_d, weight_d)[:, :-1]
+        s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
+
+        # features
+        price = np.log(np.stack([c / previous, o / previous,
+                                 h / np.maximum(o, c), np.minimum(o, c) / l])) / s
+        if first:
+            price[:, 0] = 0.0
+        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])  # (6, n)
+
+        # what the next piece needs
+        widest = (true_range / s).max(where=weight[0, :-1] > SETTLED, initial=state.widest)
+        total = np.append(total[:, -1], total_d[:, -1])
+        weight = np.append(weight[:, -1], weight_d[:, -1])
+        state = State(c[-1], total, weight, widest, state.origin, START.coming)
+        yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
+
+
+S_M_G, ONLY_D = slice(3), slice(3, 4)   # of the means s, m, g, d; d needs m first
+
+
+def _true_range(high, low, previous):
+    return np.log(np.maximum(high, previous) / np.minimum(low, previous))
+
+
+def _sums(state, which, u, w):
+    """Numerators and denominators of the means `which`, before each bar and at the end:
+    [2, k, n + 1]."""
+    before = np.stack([state.total[which], state.weight[which]])      # (2, k)
+    after = decayed_sum(np.stack([np.multiply(u, w), w]), before)     # (2, k, n)
+    return np.concatenate([before[..., None], after], axis=-1)
+
+
+def _mean(total, weight):
+    return total / np.where(weight > 0, weight, 1.0)
+
+
+def scales(bars, log_factors=None):
+    """s_t of every bar, [T]: log return = sinh(close feature) * s_t. See feature_pieces."""
+    _, h, l, c = bars.ohlcva[:, :4].T
+    F = np.exp((slots_of(bars).log_factors if log_factors is None else log_factors)[:, 0])
+    has_previous = (np.arange(len(c)) > 0).astype(float)
+    true_range = _true_range(h, l, np.append(c[0], c[:-1]))
+    total, weight = _sums(START, slice(1), [true_range / F], [has_previous])
+    return np.maximum(F * np.maximum(_mean(total, weight)[0, :-1], S_FLOOR), S_FLOOR)
+
+
+# --------------------------------------------------------------------------------------------------
+# The hours of the market
+#
+# An open is five times a lunch, so each time of the day (of daily bars each weekday) has a factor F
+# of range and G of volume: the decayed geometric mean of what earlier days showed there, relative
+# to the whole day, drawn to 1 by its own error. backstage/slots.py has the formulas.
+
+def slots_of(bars, levels=2):
+    """The Slots of a series' true range and volume: log_factors are log F, log G."""
+    _, h, l, c, v, _ = np.asarray(bars.ohlcva, np.float64).T
+    true_range = _true_range(h, l, np.append(c[:1], c[:-1]))
+    mean_range = np.maximum(np.cumsum(true_range) / np.arange(1, len(c) + 1), S_FLOOR)
+    floor = SLOT_FLOOR * mean_range                                   # (T,), of the bars so far
+    y = np.stack([np.log(true_range + floor), np.log1p(np.where(v > 0, v, np.nan))])
+    y[0, :1] = np.nan  # bar 0 has no previous close
+    return Slots(bars.time, y, levels)
+
+
+# --------------------------------------------------------------------------------------------------
+# The way back: bars from features
+#
+# A State is what a series hands on to its next bar: to the features of real bars, or to bars made
+# of features, in a forecast.
 
 @dataclass
 class State:
@@ -169,10 +179,9 @@ class State:
     total: np.ndarray    # [..., 4]: the numerators of s / F, m - log G, g, d
     weight: np.ndarray   # [..., 4]: their denominators
     widest: np.ndarray   # [...]: the largest true range so far, in units of its bar's s
-    # [..., 3]: s / F and d where a generation began, and the most that a bar may
-    origin: np.ndarray
-    #                      move in it, in s; NaN outside of one
-    coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; of those after them 0
+    origin: np.ndarray   # [..., 3]: s / F and d where a forecast began, and its largest move in s;
+    #                      NaN outside of a forecast
+    coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; 0 beyond
 
     @classmethod
     def stack(cls, states):
@@ -190,12 +199,11 @@ class State:
         return np.maximum(np.exp(log_F) * s, S_FLOOR), log_G + mean[..., 1], d, mean[..., 2]
 
     def anchored(self, log_factors=None):
-        """The same state as the origin of a generation, in which s / F and d stay within [1/8, 8]
-        of now.
+        """The state as the start of a forecast: from here on s / F and d move at most 8-fold.
 
-        And no bar moves by more than twice the widest so far: a code of wild days, which a model of
-        many markets gives a chance of 1 in 10,000, would else multiply a calm stock's price by ten
-        now and then. log_factors [..., H, 2]: of the bars to come, in place of the state's own.
+        And no bar moves further than twice the widest so far. Otherwise a rare wild code (a chance
+        of 1 in 10,000) would now and then multiply the price of a calm stock by ten. log_factors
+        [..., H, 2]: of the bars to come, in place of the state's own.
         """
         s, d = np.moveaxis(_mean(self.total, self.weight)[..., ::3], -1, 0)
         s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
@@ -210,95 +218,23 @@ class State:
 
 START = State(np.float64(np.nan), np.zeros(4), np.zeros(4), np.float64(0.0), np.full(3, np.nan),
               np.zeros((0, 2)))
-SMG, D = slice(3), slice(3, 4)                               # places of the means in a State
 
 
 def _bounds(origin):
-    """The least and the greatest s / F and d, [..., 2] each. A NaN does not bind."""
+    """The least and the greatest s / F and d, [..., 2] each; outside of a forecast floors alone."""
     scales = origin[..., :2]
     return np.fmax(scales / 8, (S_FLOOR, D_FLOOR)), np.fmin(scales * 8, np.inf)
 
 
-def features(bars, slots=None) -> tuple[np.ndarray, State]:
-    """Causal features of a series: x float32 [T, 6], columns as in CHANNELS, and the State after
-    it.
-
-    Row 0 is zero; a channel without data is exactly 0. The State holds the factors of the bars to
-    come, by the clock. slots: those of the bars, where at hand. ValueError for no bars.
-    """
-    slots = slots_of(bars) if slots is None else slots
-    pieces = list(feature_pieces(bars, log_factors=slots.log_factors))
-    x, state = np.concatenate([x for x, _ in pieces]), pieces[-1][1]
-    return x, replace(state, coming=slots.next(bars.time, COMING))
-
-
-def feature_pieces(bars, state=START, log_factors=None):
-    """Yield (x float32 [n, 6], State after them) piece by piece, so that mapped bars need no
-    memory.
-
-    log_factors [T, 2]: log F, log G of the bars; None: those of their own Slots.
-    """
-    log_factors = slots_of(bars).log_factors if log_factors is None else log_factors
-    for i in range(0, len(bars), PIECE):
-        log_F, log_G = log_factors[i:i + PIECE].T                     # (n,) each
-        F = np.exp(log_F)
-        o, h, l, c, v, a = np.asarray(bars.ohlcva[i:i + PIECE], np.float64).T  # (n,) each
-        first = np.isnan(state.close)
-        previous = np.append(c[0] if first else state.close, c[:-1])
-        begun = np.ones(len(c))
-        begun[0] = 0.0 if first else 1.0
-        has_v = np.where(v > 0, begun, 0.0)
-        has_a = np.where(a > 0, has_v, 0.0)
-        volume = np.log1p(np.where(v > 0, v, 0.0))
-        vwap = np.log(np.where(has_a > 0, a, 1.0) / np.where(has_a > 0, v * c, 1.0))
-
-        true_range = _true_range(h, l, previous)
-        u, w = [true_range / F, volume - log_G, vwap], [begun, has_v, has_a]
-        total, weight = _sums(state, SMG, u, w)
-        s, m, g = _mean(total, weight)[:, :-1]                        # (n,) each
-        s, m = F * np.maximum(s, S_FLOOR), log_G + m
-        deviates = has_v * (weight[1, :-1] > 0)  # a deviation needs a level to deviate from
-        total_d, weight_d = _sums(state, D, [np.abs(volume - m)], [deviates])
-        [d] = _mean(total_d, weight_d)[:, :-1]
-
-        s, d = np.maximum(s, S_FLOOR), np.maximum(d, D_FLOOR)
-        price = np.stack([c / previous, o / previous, h / np.maximum(o, c), np.minimum(o, c) / l])
-        price = np.log(price) / s
-        if first:
-            price[:, 0] = 0.0
-        x = np.concatenate([price, [(volume - m) / d * has_v, (vwap - g) / s * has_a]])   # (6, n)
-        widest = (true_range / s).max(where=weight[0, :-1] > SETTLED, initial=state.widest)
-        total = np.append(total[:, -1], total_d[:, -1])
-        weight = np.append(weight[:, -1], weight_d[:, -1])
-        state = State(c[-1], total, weight, widest, state.origin, START.coming)
-        yield np.ascontiguousarray(np.arcsinh(x).astype(np.float32).T), state
-
-
-def _true_range(high, low, previous):
-    return np.log(np.maximum(high, previous) / np.minimum(low, previous))
-
-
-def _sums(state, which, u, w):
-    """Numerators and denominators of the means `which` before each of n bars and after the last,
-    [2, k, n + 1]."""
-    before = np.stack([state.total[which], state.weight[which]])                          # (2, k)
-    after = decayed_sum(np.stack([np.multiply(u, w), w]), before)     # (2, k, n)
-    return np.concatenate([before[..., None], after], axis=-1)
-
-
-def _mean(total, weight):
-    return total / np.where(weight > 0, weight, 1.0)
-
-
 def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
-    """Bars from features: the inverse of `features` to float32's rounding, from a State that has
-    seen a bar.
+    """Bars from features, to float32's rounding; the state must have seen a bar.
 
     x: [..., T, 6], finite (ValueError if not), state: of shape [...] -> ohlcva float64 [..., T, 6],
     the State after. log_factors [..., T, 2]: log F, log G of these bars; None: those that the state
-    holds, then 0. Whatever x holds, each bar is a valid candle: negative wicks become 0, a move at
-    most a factor of 10, volume >= 0. Without volume in the history, volume is 0; without amounts,
-    amount is volume times close. A volume or vwap feature of exactly 0 says "no data".
+    holds, then 0. Whatever x holds, each bar is a valid candle: negative wicks become 0, no move
+    exceeds a factor of 10, volume is at least 0. Volume is 0 if no bar before had volume; amount is
+    volume times close if no bar before had an amount. A volume or vwap feature of exactly 0 says
+    "no data".
     """
     x = np.asarray(x, np.float64)
     if not np.isfinite(x).all():
@@ -312,25 +248,29 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     known = np.moveaxis(coming[..., :n, :], (-1, -2), (0, 1))         # (2, T or fewer, ...)
     log_F[:known.shape[1]], log_G[:known.shape[1]] = known
     F = np.exp(log_F)
-    total = np.moveaxis(np.broadcast_to(state.total, (*batch, 4)), -1, 0)                 # (4, ...)
+    total = np.moveaxis(np.broadcast_to(state.total, (*batch, 4)), -1, 0)           # (4, ...)
     weight = np.moveaxis(np.broadcast_to(state.weight, (*batch, 4)), -1, 0)
-    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))  # (2, ...) each
+    low, high = (np.moveaxis(bound, -1, 0) for bound in _bounds(origin))            # (2, ...) each
+    # bounds of the log moves of c, o, h, l, in units of the farthest: h only up, l only down
     ones = [1] * len(batch)
-    # where c, o, h, l may go
     down, up = np.reshape([-1, -1, 0, -1], (4, *ones)), np.reshape([1, 1, 1, 0], (4, *ones))
-    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))  # (T, 6, ...)
+    y = np.moveaxis(np.sinh(np.clip(x, -30.0, 30.0)), (-2, -1), (0, 1))             # (T, 6, ...)
     y[:, 3] *= -1.0  # the low moves down
     out = np.empty((n, 6) + batch)
     u, w = np.ones((2, 4) + batch)  # what each bar adds to the means: values and weights
     for t in range(n):
+        # scales
         mean = _mean(total, weight)
         s, d = np.minimum(np.maximum(mean[::3], low), high)
         s, m, g = np.maximum(F[t] * s, S_FLOOR), log_G[t] + mean[1], mean[2]
+
+        # prices
         farthest = np.fmin(origin[..., 2] * s, MAX_MOVE)
         factor = np.exp(np.minimum(np.maximum(y[t, :4] * s, down * farthest), up * farthest))
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
-        # after bar 0 alone nothing says yet that a column is missing
+
+        # volume and amount; after bar 0 alone nothing says yet that a column is missing
         seen = (weight > 0) | (weight[0] == 0)
         has_v = (y[t, 4] != 0) & seen[1]
         has_a = (y[t, 5] != 0) & seen[2] & has_v
@@ -338,6 +278,8 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
         vwap = np.minimum(np.maximum(g + y[t, 5] * s * has_a, -80.0), 80.0)
         v = np.expm1(volume)
         out[t] = o, h, l, c, v, v * c * np.exp(vwap)
+
+        # means after the bar
         true_range = _true_range(h, l, close)
         widest = np.where(weight[0] > SETTLED, np.maximum(widest, true_range / s), widest)
         u[...] = true_range / F[t], volume - log_G[t], vwap, np.abs(volume - m)
@@ -348,20 +290,8 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     return np.moveaxis(out, (0, 1), (-2, -1)), after
 
 
-def scales(bars, log_factors=None):
-    """s_t of every bar, [T]: log return = sinh(close feature) * s_t. log_factors: see
-    feature_pieces."""
-    _, h, l, c = bars.ohlcva[:, :4].T
-    F = np.exp((slots_of(bars).log_factors if log_factors is None else log_factors)[:, 0])
-    begun = (np.arange(len(c)) > 0).astype(float)  # bar 0 enters no mean
-    true_range = _true_range(h, l, np.append(c[0], c[:-1]))
-    total, weight = _sums(START, slice(1), [true_range / F], [begun])
-    return np.maximum(F * np.maximum(_mean(total, weight)[0, :-1], S_FLOOR), S_FLOOR)
-
-
 def states_at(bars, origins, slots=None, horizon=COMING):
-    """The States after bars `origins` (rising, below len(bars)), as `features` of the bars up to
-    each gives them.
+    """The States after bars `origins` (rising), as `features` of the bars up to each gives them.
 
     slots: those of the bars, where at hand; horizon: of how many bars to come the States hold
     factors.
@@ -546,21 +476,6 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
 
 # -- more series to train on, from those at hand
 
-def around_the_clock(bars):
-    """Whether a series has bars in every hour of the day, each within one of them: crypto,
-    currencies."""
-    if len(bars) < 2 or np.median(np.diff(bars.time)) > HOUR:
-        return False
-    return len(np.unique(bars.time // HOUR % 24)) == 24
-
-
-def part_of_day(bars, random):
-    """The bars of some hours of the day, 5 to 9 of them, drawn by `random`: like an exchange that
-    opens and closes."""
-    first, length = random.integers(24), random.integers(5, 10)
-    return bars[(bars.time // HOUR - first) % 24 < length]
-
-
 def mirrored(bars):
     """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price,
     volume stays.
@@ -586,6 +501,7 @@ class Config:
     n_symbols: int = 8             # synthetic: among so many symbols
     seed: int = 0                  # synthetic: seed
     order: str | None = None       # of dates that do not tell: month/day/year or the like
+    max_unpacked: int = 16         # MB that a packed file may hold if it is over 30 times its size
     out: str = "bars"              # folder to write
 
 
@@ -595,6 +511,8 @@ def main(argv=None):
         raise UserError(f"--seed {config.seed}: must be 0 or more")
     if config.order not in (None, *DATES):
         raise UserError(f"--order {config.order}: must be one of {', '.join(DATES)}")
+    if not 0 < config.max_unpacked < 10**9:
+        raise UserError(f"--max_unpacked {config.max_unpacked}: must be a number of MB above 0")
     if (config.data is None) == (config.synthetic is None):
         raise UserError("give either --data FILES or --synthetic N_BARS")
     if config.data is None:
@@ -610,7 +528,7 @@ def main(argv=None):
         series = synthetic_series(config.seed, config.signal, config.n_symbols, n_bars,
                                   config.kind, config.half_life)
     else:
-        series = read_files(config.data, config.order)
+        series = read_files(config.data, config.order, config.max_unpacked * 10**6)
     n_symbols, n_bars = write_folder(series, config.out)
     print(f"{config.out}: {n_symbols} symbols, {n_bars:,} bars; use it with --data {config.out}")
 

@@ -1,4 +1,4 @@
-"""Stage 2: lean the model up before rises and down before falls, at no cost in numeric accuracy.
+"""Stage 2: train P(up), so that directions improve and no other score gets worse.
 
     python expo.py --ckpt out.pt --out expo.pt                     # on the bars of out.pt
     python expo.py --ckpt out.pt --data bars.csv --pairs drawn --out expo.pt
@@ -12,13 +12,16 @@ beside a frozen copy `ref` of the model:
     y    = lam sigmoid(log ref(w) / ref(l)) + (1 - lam)
 
 Two ways to a pair. `set`, the default, takes all up tokens against all down tokens where the bar
-rose, and the reverse where it fell. Then log pi(w) / pi(l) = logit P(up) exactly: with lam = 0 the
-first term is the Brier score of P(up), a proper score, and KL is in closed form too; nothing is
-drawn. `drawn` is nearer to the publication: candidates come from the reference, each is scored by
-its direction and its error, the true bar is w and the worst candidate l.
+rose, and the reverse where it fell. Then log pi(w) / pi(l) is logit P(up) where the bar rose, and
+-logit P(up) where it fell: with lam = 0 the first term is the Brier score of P(up), a proper score,
+and nothing is drawn. `drawn` is nearer to the publication: candidates come from the reference, each
+is scored by its direction and its error, the true bar is w and the worst candidate l.
 
-How much of an edge is kept? Where the reference says 1/2 and the truth is 1/2 + e, the optimum of
-`set` is, for small e, as KL is 2 d^2 at 1/2 + d,
+KL is in closed form, of the coarse token plus of the fine token after the true coarse one; the sum
+over all coarse tokens would cost 2^k1 times as much.
+
+How far does P(up) move? Where the reference says 1/2 and the truth is 1/2 + e, with small e, KL is
+about 2 d^2 at 1/2 + d, and the optimum of `set` is
 
     P(up) = 1/2 + e (1 - lam) / (1 + 2 beta)
 
@@ -27,7 +30,6 @@ if it is surely (95 %) better than the reference's and nothing else is worse (se
 CRPS of close, range, volume and of ten-bar paths, and their 90 % band; else the reference.
 """
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,78 +38,40 @@ import torch
 import backtest
 import data
 from backstage.files import sole_writer
-from backstage.loop import Clock, later_weeks, means, rate, set_up, stop_here
 from backstage.scores import against
-from backstage.script import StopSignal, UserError, check_numbers, cli, progress, run
+from backstage.script import UserError, cli, run
+from backstage.stage import (
+    FREE, Settings, StageValidation, check_settings, later_weeks, set_up)
 from model import close_table, draw, kl
 
 
 @dataclass
-class Config:
-    ckpt: str | None = None           # checkpoint to start from, the frozen reference
-    data: list[str] | None = None     # bars; none: those that the checkpoint was trained on
+class Config(Settings):
     out: str = "expo.pt"              # checkpoint to write
-    resume: bool = False              # go on from --out
-    overwrite: bool = False           # replace an existing --out
     pairs: str = "set"                # set or drawn
     lam: float = 0.0                  # share of the reference in the target: 1 holds still
     beta: float = 0.1                 # weight of KL(pi || ref), nats per bar
+    noise: float = 0.1                # a close that moved by less, in s_t, carries no label
     candidates: int = 192             # drawn for each labelled bar (pairs drawn)
     labels: int = 32                  # labelled bars with candidates, a window on average (drawn)
     margin: float = 0.5               # by which w's score must exceed that of l (pairs drawn)
-    noise: float = 0.1                # a close that moved by less, in s_t, carries no label
-    steps: int = 150                  # updates
-    batch_size: int = 16              # windows per update
-    block_size: int = 0               # bars in a window; 0: as the checkpoint was trained
     lr: float = 0.02                  # peak learning rate of Muon (matrices of the layers)
     adam_lr: float = 3e-3             # peak learning rate of AdamW (all else)
-    warmup: int = 10                  # updates of warm-up
-    weight_decay: float = 0.0         # on matrices
-    clip: float = 1.0                 # largest gradient norm
-    shift_weeks: int = 104            # move each window by a chance number of weeks, at most this
-    backtest: bool = True             # at the end, reference beside result on the test bars
-    horizon: int = 10                 # bars ahead, in that backtest
-    paths: int = 50                   # sampled futures of each origin, in that backtest
-    device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
-    dtype: str = "auto"               # bf16, fp16 or fp32; auto takes what is faster here
-    grad_ckpt: bool = False           # recompute activations in the backward pass: less memory
-    seed: int = 0                     # of everything
-    eval_every: int = 0               # updates between checks on val; 0: a sixth of the run
-    save_every: int = 50              # updates between saves (and at least each 30 s)
+    paths: int = 50                   # sampled futures of each origin, in the backtest at the end
 
 
-# flags that may differ on --resume; every other must be as the run began
-FREE = {"out", "resume", "overwrite", "device", "backtest", "horizon", "paths", "eval_every",
-        "save_every"}
 ERROR_WEIGHT = 0.25  # of a candidate's error, beside 1 for the right direction
 PIECE = 4            # labelled bars whose candidates are drawn at a time, in the cache
-# the guard
+# the guard: errors that may not grow, the share within 90 % bands and by how much it may move
 COSTS = ("mae", "crps", "range_crps", "volume_crps", "path_crps")
-BAND, BAND_WITHIN = "path_coverage90", 0.005  # share in the 90 % band, by how much it may move
-VAL_BARS, VAL_ORIGINS = 12_000, 400  # of val, looked at in training, about
-VAL_HORIZON, VAL_PATHS = 10, 50      # of the paths from each of these origins
-ORIGINS = 1000       # origins of paths on test, about
-SHOWN = (("da", "right calls, %", 100, 2), ("up_share", "called up, %", 100, 1),
-         ("logloss", "log loss of P(up)", 1, 4), ("ece", "calibration, %", 100, 2),
-         ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4), ("range_crps", "range CRPS", 1, 4),
-         ("volume_crps", "volume CRPS", 1, 4), (("path_mape", None), "path MAPE %, mean", 1, 3),
-         (("path_crps", None), "path CRPS, mean", 1, 3),
-         ((BAND, None), "in 90 % band, %", 100, 1))  # score, label, factor, digits
+BAND, BAND_WITHIN = "path_coverage90", 0.005
+VAL_HORIZON = 10     # bars of the paths on val
 
 
 def check(config):
-    check_numbers(config, ("candidates", "labels", "steps", "batch_size", "lr", "adam_lr", "clip",
-                           "horizon", "paths", "save_every"),
-                  ("lam", "beta", "margin", "noise", "block_size", "warmup", "weight_decay",
-                   "shift_weeks", "eval_every", "seed"))
-    if config.ckpt is None:
-        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
+    check_settings(config, ("labels",), ("lam", "beta", "margin", "noise"), pairs=("set", "drawn"))
     if config.lam > 1:
         raise UserError(f"--lam {config.lam}: a share, at most 1")
-    if config.paths < 2:
-        raise UserError(f"--paths {config.paths}: at least 2")
-    if config.pairs not in ("set", "drawn"):
-        raise UserError(f"--pairs {config.pairs}: choose set or drawn")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,24 +87,24 @@ def loss_of(model, reference, table, batch, random, config):
     """The loss of a batch, and what the report shows of it, a dict of floats.
 
     batch: coarse, fine, time, target_coarse, target_fine int64 [B, T]; table [2^k1, 2^k2]: see
-    close_table; random: a numpy generator. Shown: the loss without its KL; kl; odds, the median of
+    close_table; random: a numpy generator. The dict: loss, without KL; kl; odds, the median of
     log ref(w)/ref(l), NaN without a pair.
     """
-    coarse, fine, time, *target = batch
-    counts = target[0] >= 0
-    target = torch.stack((target[0][counts], target[1][counts]), 1)             # (N, 2)
-    pi = Predictions.of(model, (coarse, fine, time), counts, target)
+    *inputs, target_coarse, target_fine = batch
+    counted = target_coarse >= 0
+    target = torch.stack((target_coarse[counted], target_fine[counted]), 1)     # (N, 2)
+    pi = Predictions.of(model, inputs, counted, target)
     with torch.no_grad():
-        ref = Predictions.of(reference, (coarse, fine, time), counts, target)
+        ref = Predictions.of(reference, inputs, counted, target)
     move = table[target[:, 0], target[:, 1]].sinh()                             # (N,): in s_t
     labelled = (move.abs() > config.noise).nonzero()[:, 0]
     if config.pairs == "set":
-        log_ratio, ref_log_ratio = set_pairs(model, pi, ref, move, labelled)
+        log_ratio, ref_log_ratio = set_pairs(pi, ref, move, labelled)
     else:
-        n_labels = config.labels * len(coarse)
-        labelled = some_of(labelled, n_labels, random)
+        chosen = random.permutation(len(labelled))[:config.labels * len(counted)]
+        labelled = labelled[torch.from_numpy(np.sort(chosen)).to(labelled.device)]
         log_ratio, ref_log_ratio = drawn_pairs(
-            model, reference, table, pi, ref, target, move, labelled, random, config)
+            pi, ref, table, target, move, labelled, random, config)
     expo = expo_loss(log_ratio, ref_log_ratio, config.lam).sum() / max(1, len(log_ratio))
     divergence = (kl(pi.log_coarse, ref.log_coarse) + kl(pi.log_fine, ref.log_fine)).mean()
     odds = ref_log_ratio.median().item() if len(ref_log_ratio) else math.nan
@@ -150,16 +114,17 @@ def loss_of(model, reference, table, batch, random, config):
 @dataclass
 class Predictions:
     """What a model says of N targets."""
+    model: torch.nn.Module
     h: torch.Tensor           # [N, C]
     log_coarse: torch.Tensor  # [N, 2^k1]
     log_fine: torch.Tensor    # [N, 2^k2], given the target's coarse token
 
     @classmethod
-    def of(cls, model, inputs, counts, target):
-        h = model.hidden(*inputs)[counts]                                       # (N, C)
+    def of(cls, model, inputs, counted, target):
+        h = model.hidden(*inputs)[counted]                                      # (N, C)
         log_coarse = model.coarse_logits(h).float().log_softmax(-1)             # (N, 2^k1)
         log_fine = model.fine_logits(h, target[:, 0]).float().log_softmax(-1)   # (N, 2^k2)
-        return cls(h, log_coarse, log_fine)
+        return cls(model, h, log_coarse, log_fine)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,38 +136,31 @@ def logit_up(model, log_coarse):
     return up.logsumexp(-1) - down.logsumexp(-1)
 
 
-def set_pairs(model, pi, ref, move, labelled):
-    """log pi(w)/pi(l) and log ref(w)/ref(l) of the labelled bars [n]: w is the side that came."""
+def set_pairs(pi, ref, move, labelled):
+    """log pi(w)/pi(l) and log ref(w)/ref(l) of the labelled bars [n]: w is the true side."""
     side = move[labelled].sign()
-    return (side * logit_up(model, pi.log_coarse[labelled]),
-            side * logit_up(model, ref.log_coarse[labelled]))
+    return [side * logit_up(p.model, p.log_coarse[labelled]) for p in (pi, ref)]
 
 
 # --------------------------------------------------------------------------------------------------
 # Drawn pairs: the true bar against the worst of some candidates
 
-def some_of(labelled, most, random):
-    """At most so many of the labelled bars int64 [n], by chance, in order."""
-    keep = np.sort(random.permutation(len(labelled))[:most])
-    return labelled[torch.from_numpy(keep).to(labelled.device)]
-
-
-def drawn_pairs(model, reference, table, pi, ref, target, move, labelled, random, config):
-    """As set_pairs, of the true bar and the worst candidate, where it is behind by the margin."""
+def drawn_pairs(pi, ref, table, target, move, labelled, random, config):
+    """As set_pairs, of the true bar and the worst candidate, if that is worse by the margin."""
     uniform = random.random((len(labelled), config.candidates, 2), np.float32)
     uniform = torch.from_numpy(uniform).to(move.device)
-    losers, behind = draw_losers(reference, table, ref.h[labelled], move[labelled], uniform)
-    clear = behind >= config.margin
+    losers, gap = draw_losers(ref.model, table, ref.h[labelled], move[labelled], uniform)
+    clear = gap >= config.margin
     rows = labelled[clear]
     pair = torch.stack((target[rows], losers[clear]), 1)                        # (n, 2, 2): w, l
-    log_ratio = log_odds(model, pi.h[rows], pi.log_coarse[rows], pair)
+    log_ratio = log_odds(pi, rows, pair)
     with torch.no_grad():
-        return log_ratio, log_odds(reference, ref.h[rows], ref.log_coarse[rows], pair)
+        return log_ratio, log_odds(ref, rows, pair)
 
 
 @torch.no_grad()
 def draw_losers(reference, table, h, move, uniform):
-    """The worst candidate for each next bar, drawn from the reference, and how far it is behind.
+    """The worst candidate for each next bar, drawn from the reference, and how much worse it is.
 
     A candidate's score is 1 if its direction is right, less a quarter of its error relative to the
     true move. The true bar, which is one of the candidates, has the score 1: none is better, so it
@@ -211,7 +169,7 @@ def draw_losers(reference, table, h, move, uniform):
     int64 [N, 2], and 1 - its score [N].
     """
     coarse = draw(reference.coarse_logits(h), 1.0, 1.0, uniform[..., 0].contiguous())
-    losers, behind = [], []
+    losers, gap = [], []
     for h, move, coarse, u in zip(*(a.split(PIECE) for a in (h, move, coarse, uniform[..., 1:]))):
         fine = draw(reference.fine_logits(h[:, None], coarse), 1.0, 1.0, u)[..., 0]
         close, true = table[coarse, fine].sinh(), move[:, None]                 # (n, candidates)
@@ -219,62 +177,49 @@ def draw_losers(reference, table, h, move, uniform):
         score = right.float() - ERROR_WEIGHT * (close - true).abs() / true.abs()
         worst = score.argmin(1, keepdim=True)                                   # (n, 1)
         losers.append(torch.cat((coarse.gather(1, worst), fine.gather(1, worst)), 1))
-        behind.append(1 - score.gather(1, worst)[:, 0])
-    return torch.cat(losers), torch.cat(behind)
+        gap.append(1 - score.gather(1, worst)[:, 0])
+    return torch.cat(losers), torch.cat(gap)
 
 
-def log_odds(model, h, log_coarse, pair):
-    """log pi(w)/pi(l) [N] of pairs of tokens [N, 2, 2], from h [N, C] and log_coarse [N, 2^k1]."""
-    coarse, fine = pair.unbind(-1)                                              # (N, 2)
-    h = h[:, None].expand(-1, 2, -1)                                            # (N, 2, C)
-    log_fine = model.fine_logits(h, coarse).float().log_softmax(-1)             # (N, 2, 2^k2)
-    log_p = log_coarse.gather(1, coarse) + log_fine.gather(2, fine[..., None])[..., 0]
+def log_odds(p, rows, pair):
+    """log p(w)/p(l) [n] of the Predictions p in these rows [n], of pairs of tokens [n, 2, 2]."""
+    coarse, fine = pair.unbind(-1)                                              # (n, 2)
+    h = p.h[rows, None].expand(-1, 2, -1)                                       # (n, 2, C)
+    log_fine = p.model.fine_logits(h, coarse).float().log_softmax(-1)           # (n, 2, 2^k2)
+    log_coarse = p.log_coarse[rows].gather(1, coarse)                           # (n, 2)
+    log_p = log_coarse + log_fine.gather(2, fine[..., None])[..., 0]
     return log_p[:, 0] - log_p[:, 1]
 
 
 # --------------------------------------------------------------------------------------------------
 # The run
 
-def main():
-    given = cli(Config, __doc__)
+def main(argv=None):
+    given = cli(Config, __doc__, argv)
     with sole_writer(given.get("out", Config.out)):
         training(given)
 
 
 def training(given):
     """The whole run, by the flags given {name: value}."""
-    stop, began = StopSignal(), time.time()
-    stage = set_up("expo", given, Config, FREE, check)
+    stage = set_up("expo", given, Config, check, FREE | {"horizon"})
     if stage is None:
         return
-    config, model, state, optimizer = stage.config, stage.model, stage.run, stage.optimizer
+    config, model = stage.config, stage.model
     model.lean.fill_(1.0)   # direction is what is trained: not to be drawn to the base rate
     table = close_table(stage.tokenizer).to(stage.device)
-    val = Validation(stage)
-    clock = Clock(state.step, config.steps, config.save_every)
-    while state.step < config.steps:
-        random = np.random.default_rng([config.seed, state.step, 1])
-        coarse, fine, when, target = data.get_batch(stage.streams, config.seed, state.step)
+    stage.begin(Validation(stage))
+    while not stage.done:
+        step = stage.run.step
+        random = np.random.default_rng([config.seed, step, 1])
+        coarse, fine, when, target = data.get_batch(stage.streams, config.seed, step)
         when = when + later_weeks(random, config.batch_size, config.shift_weeks)
         batch = [a.to(stage.device) for a in (coarse, fine, when, *target)]
-        optimizer.set_rate(rate(state.step, config.steps, config.warmup))
         with stage.autocast():
             loss, parts = loss_of(model, stage.base, table, batch, random, config)
-        stage.scaler.scale(loss).backward()
-        grad_norm = state.update(model, optimizer, stage.scaler, loss.item(), config.clip)
-        state.losses.append(parts)
-        if state.step % val.every == 0 or state.step == config.steps:
-            val.report(means(state.losses), grad_norm, clock.left(state.step))
-            state.losses = []
-        else:
-            progress(f"step {state.step}/{config.steps}  loss {parts['loss']:.4f}")
-        if clock.save_due(state.step) or stop.signum:
-            stage.save()
-        if stop.signum:
-            stop_here(stop, state, config.out)
-    stop.release()
-    print_result(stage)
-    print(f"{time.time() - began:.0f} s")
+        stage.update(loss, parts)
+        stage.save_if_due()
+    stage.finish("reference", "log loss", "a surely better log loss on val and nothing worse")
 
 
 def guard(scores, reference, t):
@@ -290,70 +235,39 @@ def guard(scores, reference, t):
     failed = [] if gain["hi"] is not None and gain["hi"] < 0 else ["logloss"]
     costs = {}
     for metric in (*COSTS, BAND):
-        cost = against(scores, reference, metric, t, None) if metric in reference else None
-        if cost is None:
-            continue  # bars without volume, or too few of them for a path
-        costs[metric] = cost
+        if metric not in reference:
+            continue  # paths not drawn, bars without volume, or too few of them for a path
+        costs[metric] = cost = against(scores, reference, metric, t, None)
         holds = (abs(cost["value"]) <= BAND_WITHIN if metric == BAND
                  else backtest.upper(cost) <= backtest.NO_WORSE)
         failed += [metric] * (not holds)
     return gain, costs, failed
 
 
-class Validation:
+class Validation(StageValidation):
     """The guard on val: what chooses the weights."""
 
     def __init__(self, stage):
-        config = stage.config
-        self.stage, self.every = stage, config.eval_every or max(1, config.steps // 6)
-        self.t = backtest.some_targets(stage.series, "val", stage.meta["splits"], VAL_HORIZON,
-                                       VAL_ORIGINS, config.seed, most=VAL_BARS)
-        self.base = base = self.scores(stage.base)
-        print(f"{config.pairs}: {stage}")
+        super().__init__(stage, VAL_HORIZON)
+        base = self.base_next_bars
+        print(f"{stage.config.pairs}: {stage}")
         print(f"checked on {len(self.t.r):,} bars of val; the reference: log loss "
               f"{base['logloss'][0]:.4f}, right calls {base['da'][0]:.2%}, "
               f"called up {base['up_share'][0]:.1%}")
-        print(f"{'step':>5}{'loss':>8}{'KL':>7}{'odds':>7}   log loss to the reference, val"
-              f"{'right':>7}{'left':>9}   worse")
+        print(f"{'step':>5}{'loss':>9}{'KL':>9}{'odds':>9}{'left':>9}   "
+              f"log loss to the reference, val  right   worse")
 
-    def scores(self, model):
-        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS,
-                                     backtest.VAL_PROBES)
-
-    def report(self, mean, grad_norm, left):
-        """Scores the model, keeps its weights if the guard lets them pass, and prints a line."""
-        now, state = self.scores(self.stage.model), self.stage.run
-        gain, costs, failed = guard(now, self.base, self.t)
+    def judge(self, model):
+        now = self.next_bars(model)
+        gain, costs, failed = guard(now, self.base_next_bars, self.t)
         logloss, da, up_share = (float(now[metric][0]) for metric in ("logloss", "da", "up_share"))
-        if not failed:
-            state.keep_if_best(self.stage.model, logloss)
-        state.metrics.append(dict(
-            stage="expo", step=state.step, train=mean["loss"], kl=mean["kl"], ref_odds=mean["odds"],
-            grad_norm=grad_norm, val_logloss=logloss, gain=gain, da=da, up_share=up_share,
-            costs=costs, failed=failed))
-        progress("")
-        print(f"{state.step:>5}{mean['loss']:>8.4f}{mean['kl']:>7.4f}{mean['odds']:>7.2f}"
-              f"   {backtest.show(gain, 1, 4, '+'):<31}{da:>7.2%}{left!s:>9}   "
-              f"{', '.join(failed) or '-'}", flush=True)
-
-
-def print_result(stage):
-    """What was kept and, with --backtest, its scores on test beside those of the reference."""
-    config = stage.config
-    name, model = stage.result()
-    if name == "last":
-        print(f"no weights had a surely better log loss on val and nothing worse: {config.out} "
-              f"holds the reference (last: the weights that are not kept)")
-    else:
-        print(f"{config.out}: weights of log loss {stage.run.best_val:.4f} on val; "
-              f"forecast with: python sample.py --ckpt {config.out}")
-    if config.backtest:
-        t = backtest.some_targets(stage.series, "test", stage.meta["splits"], config.horizon,
-                                  ORIGINS, config.seed)
-        columns = {key: backtest.model_scores(m, stage.tokenizer, t, config.paths)
-                   for key, m in (("reference", stage.base), (name, model))}
-        print(f"\n{backtest.heading(t, stage.meta)}")
-        backtest.print_versus(columns, t, SHOWN)
+        if not failed and logloss < self.stage.run.best_val:    # else no path could change it
+            gain, costs, failed = guard(now | self.paths(model),
+                                        self.base_next_bars | self.base_paths, self.t)
+        found = dict(val_logloss=logloss, gain=gain, da=da, up_share=up_share, costs=costs,
+                     failed=failed)
+        shown = f"{backtest.show(gain, 1, 4, '+'):<29}{da:>8.2%}   {', '.join(failed) or '-'}"
+        return logloss, not failed, found, shown
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ codebook costs no weights. Each layer has heads with linear attention over the w
 with softmax attention over short windows. To the side, a latent reasoner names the next 16 bars at
 once.
 
-In order: the embedding, attention, the layer, the reasoner, the model. Then generation, bar by
-bar: the same function as a recurrence.
+In order: the embedding, attention, the layer, the reasoner, the model. Bar by bar the same function
+is a recurrence: backstage/generate.py.
 
 Shapes: H heads, B rows of the batch, T bars, D channels of a head, C = H D; tokens of k1 and k2
 bits. In attention heads come first, so that each kind takes its share of them in one piece.
 """
 import math
 import typing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -29,16 +29,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import data
+from backstage import generate
 from backstage.checkpoint import (
     FORMAT_VERSION, Checkpoint, check_sizes, check_weights, damaged, read_checkpoint, read_sizes)
 from backstage.clock import calendar
 from backstage.files import save_atomic
+from backstage.generate import draw  # handed on
+from backstage.kernels import Cache, decayed_means, kept, norm, rotate, rotation
 from backstage.script import UserError
 from backstage.series import DAY, DECAY
 from tokenizer import Tokenizer
 
 N_CHANNELS = len(data.CHANNELS)
-EPS = 1e-6          # of the RMS norm
 CHUNK = 64          # bars in a chunk of linear attention: as much work within as between them
 GROUP = 32          # chunks whose states are made in one product
 # what the model reads of bars, beside their candles
@@ -48,7 +50,6 @@ MAX_MOVE = 10.0     # and of moves
 HARMONICS = 6       # of the day, waves that tell the time of day
 CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
 GAPS = 7            # spacings whose median tells the bars' interval
-AHEAD = 16          # bars of generation whose clock is read at once
 NO_BAR = -2**62     # stands for the stamp of a bar before the first one
 
 
@@ -86,17 +87,6 @@ def mlp(n_in, n, n_out):
     return nn.Sequential(nn.Linear(n_in, n), nn.SiLU(), nn.Linear(n, n_out))
 
 
-def norm(x):
-    """x [..., C] / its root mean square (Zhang and Sennrich, arXiv 1910.07467).
-
-    Without gain: a linear map follows.
-    """
-    if x.dtype in (torch.bfloat16, torch.float16):
-        return HalfNorm.apply(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (length.square() / x.shape[-1] + EPS).rsqrt()
-
-
 # --- The embedding --------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
@@ -119,55 +109,49 @@ class Embedding(nn.Module):
     def forward(self, z, values, time):
         """z [B, T, 6]: candles; values: see Model.values; time int64 [B, T] -> x [B, T, C], and
         what generation goes on from, the past means."""
-        close, high, low, _ = values
-        k = true_range(high, low)                                       # [B, T], TR_t / s_t
-        means, after = self.past_means(k, close)                        # [B, T, 2 n]
-        return self.read(z, means, waves(time), self.stamp(time)), after
+        means, after = self.past_means(values)                          # [B, T, 2 n]
+        return self.read(z, means, *self.clock(time)), after
 
     def read(self, z, means, waves, stamp):
-        """The stream x [B, T, C] from all that is read: the sizes at the right of forward."""
+        """The stream x [B, T, C] from all that is read; waves, stamp: see clock."""
         read = torch.cat((z, means, waves), -1)                   # [B, T, n_read]
         x = self.candle(read) + self.candle_linear(read)
         return norm(x + stamp.to(x.dtype))                              # [B, T, C]
 
-    def stamp(self, time, n=None):
-        """The sum of the calendar's rows of the last n stamps (None: all), [B, n, C]."""
+    def clock(self, time, n=None):
+        """What the last n stamps tell (None: all): waves of the time of day, [B, n, 2 HARMONICS],
+        and the sum of the calendar's rows, [B, n, C]."""
         n = n or time.shape[1]
         gaps = F.pad(time, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:].unfold(1, GAPS, 1)
-        rows = torch.cat((calendar(time[:, -n:]), gap_bucket(gaps)), -1)    # [B, n, 6]
-        rows = rows + self.offsets
+        time = time[:, -n:]
+        rows = torch.cat((calendar(time), gap_bucket(gaps)), -1) + self.offsets     # [B, n, 6]
         rows = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
-        return rows.view(len(time), n, -1)
+        return waves(time), rows.view(len(time), n, -1)
 
-    def past_means(self, k, move, before=None):
+    def recent(self, time):
+        """The stamps that those to come are told from, int64 [B, GAPS]."""
+        return F.pad(time, (GAPS, 0), value=NO_BAR)[:, -GAPS:].clone()
+
+    def past_means(self, values, before=None):
         """Decayed means of bars over the n half-lives HALF_LIVES, relative to s_t: [B, T, 2 n],
         logs of those of the true range, then those of the close's moves. Also the means after the
-        last bar, float64 [B, 2, n].
+        last bar, float64 [B, 2, n]; before: these of the bars before the first, else 1 and 0.
 
-        before: the means before the first bar, else 1 and 0. All follows from k_t = TR_t / s_t:
+        With k_t = TR_t / s_t, decays a of s and b of e:
             s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
-        with the decays a of s and b of e. The means e_{t+1} / s_{t+1} are known once bar t is. For
-        moves alike, with move [B, T], close / s_t, in place of k_t.
+        The means e_{t+1} / s_{t+1} are known once bar t is. For moves alike, with close / s_t in
+        place of k_t.
         """
-        b, T = self.decay, k.shape[1]                                       # [n]
-        growth = DECAY + (1 - DECAY) * k                                    # [B, T], s_{t+1} / s_t
-        terms = torch.stack((k, move.clamp(-1e3, 1e3)), dim=1)              # [B, 2, T]
-        if T > 1:
-            growth = growth.log().cumsum(-1).exp()                          # [B, T], s_{t+1} / s_0
-            terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)  # relative to s_0
-        e = (1 - b)[:, None] * terms[:, :, None]                            # [B, 2, n, T]
-        shift = 1
-        while shift < T:            # after each pass a term is the sum of twice as many bars
-            e = e + (b ** shift)[:, None] * F.pad(e[..., :-shift], (shift, 0))
-            shift *= 2
+        close, high, low, _ = values                                        # [B, T]
+        k, b = true_range(high, low), self.decay                            # [n]
         if before is None:
             before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [2, n]
-        fades = b[:, None] if T == 1 else b[:, None] ** torch.arange(1, T + 1, device=k.device)
-        e = (e + before[..., None] * fades) / growth[:, None, None]
+        terms = torch.stack((k, close.clamp(-1e3, 1e3)), dim=1)             # [B, 2, T]
+        e, after = decayed_means(terms, DECAY + (1 - DECAY) * k, b, before)
         ranges, moves = e.unbind(1)                                         # [B, n, T]
         ranges = ranges.log().clamp(-MAX_LOG, MAX_LOG)
         moves = (moves * self.unit).clamp(-MAX_MOVE, MAX_MOVE)
-        return torch.cat((ranges, moves), dim=1).mT.float(), e[..., -1]
+        return torch.cat((ranges, moves), dim=1).mT.float(), after
 
 
 def gap_bucket(gaps):
@@ -201,28 +185,6 @@ def heads_first(x, n, H):
 def heads_last(x):
     """[H, B, ..., D] -> [B, ..., C]."""
     return x.movedim(0, -2).flatten(-2)
-
-
-def rotation(pos, dim, turns=True):
-    """What rotate needs of bars at pos [T]: cos and signed sin of pos * theta, for q and k, each
-    [2, 1, 1, T, dim].
-
-    Those for q are divided by sqrt(dim), so that no attention has to. Without turns, theta is 0.
-    """
-    # float32 is off by 1e-3 at bar 20,000
-    even = torch.arange(0, dim, 2, device=pos.device, dtype=torch.float64)
-    theta = turns * 10000.0 ** (-even / dim)                            # [dim / 2]
-    angle = pos.double()[:, None] * theta                               # [T, dim / 2]
-    cos, sin = angle.cos(), angle.sin()
-    cos, sin = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)      # [T, dim]
-    return [torch.stack((a * dim**-0.5, a))[:, None, None].float() for a in (cos, sin)]
-
-
-def rotate(qk, rot):
-    """Rotary positions (Su et al., arXiv 2104.09864): turns pairs (x_i, x_{i + D/2}) of q and k
-    [2, H, B, T, D]."""
-    cos, sin = rot
-    return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
 
 
 def slopes(n, most, decays):
@@ -265,11 +227,23 @@ class LinearAttention(nn.Module):
     2307.08621). slope: [H], 0 without decay.
     """
 
+    window = None       # the whole past
+
     def __init__(self, slope):
         super().__init__()
         self.register_buffer("slope", slope, persistent=False)
 
-    def forward(self, q, k, v):
+    def weights(self, T, dtype):
+        """What hangs on places alone, of T bars: the decays below, in their order."""
+        m, L = self.slope, CHUNK
+        i, n = torch.arange(L, device=m.device), torch.arange(min(GROUP, -(-T // L)) + 1).to(m.device)
+        own = decay(m, i[:, None] - i)[:, None, None]                       # [H, 1, 1, L, L]
+        to_end, since = (decay(m, a)[:, None, None, :, None] for a in (L - 1 - i, i + 1))
+        chunks = decay(m * L, n[:, None] - 1 - n[:-1])                      # [H, n + 1, n]
+        fade = decay(m * L, n)[:, None, :, None]                            # [H, 1, n + 1, 1]
+        return own.to(dtype), to_end.to(dtype), chunks, fade, since.to(dtype)
+
+    def forward(self, q, k, v, weights):
         """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and the state after the last
         bar in float32, S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H B, D, D].
 
@@ -282,27 +256,22 @@ class LinearAttention(nn.Module):
         chunks, since S_n = sum_{n' <= n} exp(-m L (n - n')) U_n'. No exponent is above 0: nothing
         can overflow.
         """
-        H, B, T, D = q.shape
-        L, m, dtype = CHUNK, self.slope, q.dtype
+        (H, B, T, D), L, dtype = q.shape, CHUNK, q.dtype
+        own, to_end, chunks, fade, since = weights
         if T % L:   # zeros in front add nothing, and the last chunk ends with the last bar
             q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
         q, k, v = (a.reshape(H, B, -1, L, D) for a in (q, k, v))            # [H, B, N, L, D]
-        i, per_bar = torch.arange(L, device=q.device), (H, 1, 1, L, 1)
-        within = decay(m, i[:, None] - i).to(dtype)[:, None, None]          # [H, 1, 1, L, L]
-        A = (q @ k.mT).mul_(within)                                         # [H, B, N, L, L]
-        K = k * decay(m, L - 1 - i).to(dtype).view(per_bar)
-        U = (K.mT @ v).float().flatten(-2)                                  # [H, B, N, D * D]
+        A = (q @ k.mT).mul_(own)                                            # [H, B, N, L, L]
+        U = ((k * to_end).mT @ v).float().flatten(-2)                       # [H, B, N, D * D]
         S, before = U.new_zeros(H, B, 1, D * D), []
         with torch.autocast(q.device.type, enabled=False):
             for u in U.split(GROUP, dim=2):
-                n = torch.arange(u.shape[2] + 1, device=q.device)
-                W = decay(m * L, n[:, None] - 1 - n[:-1])                   # [H, n + 1, n]
-                s = W[:, None] @ u + decay(m * L, n)[:, None, :, None] * S  # [H, B, n + 1, D * D]
+                n = u.shape[2]
+                s = chunks[:, None, :n + 1, :n] @ u + fade[:, :, :n + 1] * S    # [H, B, n + 1, D * D]
                 S = s[:, :, -1:]
                 before.append(s[:, :, :-1].to(dtype))
         before = torch.cat(before, dim=2).unflatten(-1, (D, D))             # S_{n-1} of chunk n
-        Q = q * decay(m, i + 1).to(dtype).view(per_bar)
-        o = (A @ v).add_(Q @ before)                                        # [H, B, N, L, D]
+        o = (A @ v).add_((q * since) @ before)                              # [H, B, N, L, D]
         return norm(o.view(H, B, -1, D)[:, :, -T:]), S.view(H * B, D, D)
 
 
@@ -318,27 +287,29 @@ class LocalAttention(nn.Module):
         self.window = window
         self.register_buffer("slope", slope, persistent=False)
 
-    def forward(self, q, k, v):
+    def weights(self, T, dtype):
+        """What is added to the scores, of T bars: [H, 1, N, w, 2 w]."""
+        w, back = min(self.window, T), int(T > self.window)
+        i = torch.arange(w, device=self.slope.device)
+        d = i[:, None] - torch.arange(-w * back, w, device=i.device)        # [w, 2 w]
+        bias = (-self.slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)
+        bias = bias[:, None].repeat(1, -(-T // w), 1, 1)                    # [H, N, w, 2 w]
+        bias[:, 0, :, :w * back] = -math.inf                                # nothing before bar 0
+        return bias[:, None].to(dtype)
+
+    def forward(self, q, k, v, weights):
         """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and keys and values of the
         last bars, 2 of [H, B, at most W, D].
 
         In blocks of W = `window` bars: a block's queries need the keys of their own block and of
         the one before it.
         """
-        T = q.shape[2]
-        w, back = min(self.window, T), int(T > self.window)
+        T, w, back = q.shape[2], weights.shape[3], int(weights.shape[4] > weights.shape[3])
         last = k[:, :, -w:], v[:, :, -w:]
         if T % w:
             q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
-        N = q.shape[2] // w
-        i, j = torch.arange(w, device=q.device), torch.arange(-w * back, w, device=q.device)
-        d = i[:, None] - j                                                  # [w, 2w]
-        bias = (-self.slope[:, None, None] * d).masked_fill((d < 0) | (d >= w), -math.inf)
-        bias = bias[:, None].repeat(1, N, 1, 1)                             # [H, N, w, 2w]
-        bias[:, 0, :, :w * back] = -math.inf                                # nothing before bar 0
-        q, k, v = q.unflatten(2, (N, w)), *(with_block_before(a, w, back) for a in (k, v))
-        o = softmax_attention(q, k, v, bias[:, None].to(q.dtype))
-        return o.flatten(2, 3)[:, :, :T], last
+        q, k, v = q.unflatten(2, (-1, w)), *(with_block_before(a, w, back) for a in (k, v))
+        return softmax_attention(q, k, v, weights).flatten(2, 3)[:, :, :T], last
 
 
 # --- The layer ------------------------------------------------------------------------------------
@@ -360,20 +331,22 @@ class Layer(nn.Module):
             self.kinds.extend(LocalAttention(w, slopes(n, -1, decays)) for w in config.windows)
         self.shares = [len(kind.slope) for kind in self.kinds]
 
-    def forward(self, x, rot, drop=None):
+    def forward(self, x, places, drop=None):
         """x [B, T, C] -> [B, T, C], and the states of attention after the last bar.
 
-        rot: see rotation. drop [2, B, 1, C]: masks of dropout.
+        places: see Model.places. drop [2, B, 1, C]: masks of dropout.
         """
-        o, states = self.attend(x, rot)
+        o, states = self.attend(x, places)
         return self.add(x, o, drop), states
 
-    def attend(self, x, rot):
+    def attend(self, x, places):
         """Each kind of attention by its share of the heads: o [B, T, C], and their states."""
+        rot, weights = places
         qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))     # [2 or 1, H, B, T, D]
         q, k = rotate(qk, rot)
         shares = zip(*(a.split(self.shares) for a in (q, k, v[0])))
-        outs, states = zip(*(kind(q, k, v) for kind, (q, k, v) in zip(self.kinds, shares)))
+        outs, states = zip(*(kind(*share, weight)
+                             for kind, share, weight in zip(self.kinds, shares, weights)))
         return heads_last(torch.cat(outs)), states
 
     def add(self, x, o, drop=None):
@@ -464,7 +437,7 @@ class Model(nn.Module):
         self.fine_mix = linear(C, C)
         self.fine_head = mlp(N_CHANNELS, C, C)
         self.grad_ckpt = False                      # see run
-        self.cache = Cache()                         # see kept
+        self.cache = Cache()                        # see kept
         self.initialize()
 
     def register_codes(self):
@@ -537,14 +510,21 @@ class Model(nn.Module):
         drop: see forward.
         """
         x, _ = self.embedding(*self.candles(coarse, fine), time)            # [B, T, C]
-        rot = self.rotation(torch.arange(time.shape[1], device=time.device), x.dtype)
+        places = self.places(x)
         for n, layer in enumerate(self.layers):
-            x, _ = self.run(layer, x, rot, None if drop is None else drop[n])
+            x, _ = self.run(layer, x, places, None if drop is None else drop[n])
         return norm(x)
 
-    def rotation(self, pos, dtype):
+    def places(self, x):
+        """What attention needs that hangs on places alone, the same in all layers: of x [B, T, C]
+        the rotation of bars 0 to T - 1, and the weights of each kind."""
+        T, kinds = x.shape[1], self.layers[0].kinds
+        rot = self.rotation(torch.arange(T, device=x.device))
+        return [a.to(x.dtype) for a in rot], [kind.weights(T, x.dtype) for kind in kinds]
+
+    def rotation(self, pos):
         D, turns = self.config.n_embd // self.config.n_head, self.config.pos != "alibi"
-        return [a.to(dtype) for a in rotation(pos, D, turns)]
+        return rotation(pos, D, turns)
 
     def run(self, part, *args):
         """part(*args); with grad_ckpt its activations are made again in the backward pass."""
@@ -575,12 +555,12 @@ class Model(nn.Module):
 
     def coarse_logits(self, h):
         """h [..., C] -> [..., 2^k1]: of every code its candle's vector, times h."""
-        [vectors] = self.kept(self.coarse_vectors)
+        [vectors] = kept(self, self.coarse_vectors)
         return self.shrunk(F.linear(h, vectors, self.coarse_share))
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
-        given, vectors = self.kept(self.fine_vectors)
+        given, vectors = kept(self, self.fine_vectors)
         mixed = F.silu(self.fine_mix(h) + F.embedding(coarse, given))
         return F.linear(mixed, vectors, self.fine_share)
 
@@ -641,17 +621,7 @@ class Model(nn.Module):
         u [..., K, 2]: K draws from each h, [..., K]. order int64 [2^k1]: the coarse tokens as u
         runs through them; by rising close, models that hardly differ draw bars that hardly do.
         """
-        if u is None:
-            u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator)
-        one = u.dim() == h.dim()
-        u = u[..., None, :] if one else u                                   # [..., K, 2]
-        logits = self.coarse_logits(h) if logits is None else logits
-        logits = logits if order is None else logits[..., order]
-        coarse = draw(logits, temperature, top_p, u[..., 0])                # [..., K]
-        coarse = coarse if order is None else order[coarse]
-        logits = self.fine_logits(h[..., None, :].expand(*coarse.shape, -1), coarse)
-        fine = draw(logits, temperature, top_p, u[..., 1:]).squeeze(-1)
-        return (coarse.squeeze(-1), fine.squeeze(-1)) if one else (coarse, fine)
+        return generate.sample(self, h, temperature, top_p, generator, u, order, logits)
 
     # ---- the next 16 bars at once
 
@@ -683,14 +653,15 @@ class Model(nn.Module):
     @torch.no_grad()
     def stamps(self, time):
         """What the reasoner knows of stamps int64 [B, T]: [B, T, C + 2 HARMONICS]."""
-        return torch.cat((self.embedding.stamp(time), waves(time)), -1)
+        wave, rows = self.embedding.clock(time)
+        return torch.cat((rows, wave), -1)
 
-    # ---- bar by bar: see Generation
+    # ---- bar by bar
 
     @torch.no_grad()
     def prefill(self, coarse, fine, time):
         """The State after coarse, fine, time int64 [B, T], from which step goes on."""
-        return prefill(self, coarse, fine, time)
+        return generate.prefill(self, coarse, fine, time)
 
     @torch.no_grad()
     def step(self, coarse, fine, time, state):
@@ -701,26 +672,7 @@ class Model(nn.Module):
         for many at once. Matmuls run in the type of the prefill, the states are float32; call step
         itself outside of autocast.
         """
-        return step(self, coarse, fine, time, state)
-
-    def kept(self, make):
-        """make(), one of the methods that make the codes' vectors, in the type that matmuls run in:
-        kept until a weight changes, where no gradient is wanted."""
-        kind, weights = self.g.device.type, [*self.head_parameters(), self.D1, self.M, self.g]
-        half = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if half else self.g.dtype
-
-        def cast():
-            with torch.autocast(kind, enabled=False):   # the same for callers in any precision
-                return [a.to(dtype) for a in make()]
-        if torch.is_grad_enabled():
-            self.cache.clear()
-            return make()
-        return self.cache.get((make.__name__, dtype), weights, cast)
-
-    def head_parameters(self):
-        for head in (self.coarse_head, self.fine_given, self.fine_head):
-            yield from head.parameters()
+        return generate.step(self, coarse, fine, time, state)
 
 
 def centred(a):
@@ -743,30 +695,12 @@ def kl(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def draw(logits, temperature, top_p, u):
-    """Tokens int64 [..., n] from logits [..., V]: where uniform numbers u [..., n] fall in the
-    cumulative distribution.
-
-    temperature divides the logits; top_p keeps the likeliest tokens of that total probability.
-    """
-    u = u.clamp(max=1 - 2**-23)  # rounded up to 1 it would fall behind the last token that can be
-    p = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:       # the likeliest up to a mass of top_p, the one that crosses it included
-        value, order = p.sort(dim=-1, descending=True)
-        value = value.masked_fill(value.cumsum(-1) - value >= top_p, 0)
-        p = torch.zeros_like(p).scatter(-1, order, value)
-    c = p.cumsum(-1)
-    at = torch.searchsorted(c, (u * c[..., -1:]).contiguous(), right=True)
-    return at.clamp(max=p.shape[-1] - 1)
-
-
 @torch.no_grad()
 def close_table(tokenizer):
     """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
-    k1, k2 = tokenizer.config.coarse_bits, tokenizer.config.fine_bits
-    fine = torch.arange(2**k2)
-    return torch.stack([tokenizer.decode(torch.full_like(fine, c), fine)[..., 0]
-                        for c in range(2**k1)])
+    sizes = tokenizer.config
+    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
+    return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
 
 
 def save_checkpoint(path, model, tokenizer, **meta):
@@ -810,199 +744,3 @@ def load_checkpoint(path, device="cpu", weights="best"):
     rest = entry.keys() - {"model", "best", "average", "tokenizer"}
     meta = {key: value for key, value in entry.items() if key in rest}
     return model.to(device).eval(), tokenizer, meta
-
-
-# --- Generation -----------------------------------------------------------------------------------
-# The same function bar by bar. A reader of the model may stop here: what follows makes it fast.
-
-@dataclass
-class State:
-    """What generation carries from bar to bar, of B rows; it does not grow."""
-    pos: int                # bars seen, the same of all rows
-    h: torch.Tensor         # [B, C]: hidden state of the last bar, from which the heads read on
-    stamps: torch.Tensor    # int64 [B, GAPS]: of the last bars, those ahead included
-    means: torch.Tensor     # float64 [B, 2, len(HALF_LIVES)]: see Embedding.past_means
-    layers: list            # per layer and kind of attention its state, [H B, ...]
-    steps: list             # of LayerStep
-    ahead: list             # of each bar to come what hangs on its place and stamp alone
-
-    def repeat(self, n):
-        """Each row n times, as copies of its own: many paths go on from one prefill."""
-        def rows(a):
-            return a.repeat_interleave(n, 0) if torch.is_tensor(a) else [rows(part) for part in a]
-
-        names = "h", "stamps", "means", "layers"
-        own = {name: rows(getattr(self, name)) for name in names}
-        ahead = [(place, rows(stamp)) for place, stamp in self.ahead]
-        return replace(self, ahead=ahead, **own)
-
-
-def prefill(model, coarse, fine, time):
-    """Model.hidden, but that the states of all parts are kept, and of the last layer only the last
-    bar is asked for."""
-    T, last = time.shape[1], model.layers[-1]
-    x, means = model.embedding(*model.candles(coarse, fine), time)
-    rot = model.rotation(torch.arange(T, device=time.device), x.dtype)
-    layers = []
-    for layer in model.layers[:-1]:
-        x, states = layer(x, rot)
-        layers.append(states)
-    o, states = last.attend(x, rot)
-    h = norm(last.add(x[:, -1:], o[:, -1:]))[:, 0]
-    layers = [rings(layer, states, T) for layer, states in zip(model.layers, [*layers, states])]
-    steps = model.cache.get(("steps", x.dtype), list(model.layers.parameters()),
-                            lambda: [LayerStep(layer, x.dtype) for layer in model.layers])
-    stamps = F.pad(time, (GAPS, 0), value=NO_BAR)[:, -GAPS:].clone()
-    return State(T, h.float(), stamps, means, layers, steps, ahead=[])
-
-
-def step(model, coarse, fine, time, state):
-    """See Model.step."""
-    if not state.ahead:
-        look_ahead(model, time.view(len(time), -1)[:, :AHEAD], state)
-    (cos, sin, places), stamp = state.ahead.pop(0)
-    x = embed(model.embedding, *model.candles(coarse[:, None], fine[:, None]), *stamp, state)
-    x = x[:, 0].to(state.steps[0].up.dtype)                                 # [B, C]
-    for layer, states in zip(state.steps, state.layers):
-        x = layer(x, (cos, sin), places, states)
-    state.h, state.pos = unit(x.float()), state.pos + 1
-    return state.h, state
-
-
-def look_ahead(model, time, state):
-    """Makes all that the next bars need besides their tokens, time [B, n]."""
-    n, stamps = time.shape[1], torch.cat((state.stamps, time), dim=1)
-    pos = torch.arange(state.pos, state.pos + n, device=time.device)
-    rot = (a[:, 0].split(1, dim=-2) for a in model.rotation(pos, torch.float32))    # [2, 1, 1, D]
-    places = zip(*(places_of(kind, pos) for kind in model.layers[0].kinds))
-    stamp = waves(time), model.embedding.stamp(stamps, n)
-    state.ahead = list(zip(zip(*rot, places), zip(*(a.split(1, 1) for a in stamp))))
-    state.stamps = stamps[:, -GAPS:]
-
-
-def embed(embedding, z, values, waves, stamp, state):
-    """Embedding.forward of one bar more; updates the state's means of the bars before."""
-    close, high, low, _ = values
-    means, state.means = embedding.past_means(true_range(high, low), close, state.means)
-    return embedding.read(z, means, waves, stamp)
-
-
-class LayerStep:
-    """A layer's recurrence, with weights of a type. Those in float32 lie by columns, with which a
-    CPU is up to three times as fast on a few rows."""
-
-    def __init__(self, layer, dtype):
-        self.H, self.shares = layer.H, layer.shares
-        for name in ("qkv", "out", "up", "down"):
-            weight = getattr(layer, name).weight.detach().to(dtype)
-            setattr(self, name, weight.T.contiguous().T if dtype == torch.float32 else weight)
-        self.kinds = [linear_step if isinstance(kind, LinearAttention) else local_step
-                      for kind in layer.kinds]
-
-    def __call__(self, x, rot, places, states):
-        """x [B, C] -> [B, C]: one bar more; updates the states, which are float32, in place.
-
-        Here heads and rows are one axis, [H B, ...]: a batched product of three axes costs least
-        around it.
-        """
-        B, H = len(x), self.H
-        qkv = F.linear(unit(x), self.qkv).float().view(B, 3 * H, -1)        # [B, 3 H, D]
-        qk, v = qkv.transpose(0, 1).reshape(3, H * B, 1, -1).split((2, 1))  # [2 or 1, H B, 1, D]
-        shares = [B * n for n in self.shares]
-        q, k = rotate(qk, rot)
-        parts = zip(*(a.split(shares) for a in (q, k, v[0])))
-        outs = [kind(*part, state, place)
-                for kind, part, state, place in zip(self.kinds, parts, states, places)]
-        o = torch.cat(outs).view(H, B, -1).transpose(0, 1).reshape(B, -1)   # [B, C]
-        x = x + F.linear(o.to(x.dtype), self.out)
-        return x + F.linear(F.silu(F.linear(unit(x), self.up)), self.down)
-
-
-def unit(x):
-    """norm, the fastest of one bar."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
-def linear_step(q, k, v, S, per_bar):
-    """Linear attention's recurrence of q, k, v [H B, 1, D]: S = exp(-m) S + k^T v, o = q S; S
-    [H B, D, D] in place."""
-    S.unflatten(0, (len(per_bar), -1)).mul_(per_bar)
-    return unit(torch.bmm(q, S.addcmul_(k.mT, v)))
-
-
-def local_step(q, k, v, ring, place):
-    """Local attention of q [H B, 1, D] over a ring of the last W keys and values, 2 of
-    [H B, W, D], in place."""
-    (keys, values), (at, bias) = ring, place
-    score = torch.bmm(q, keys.index_copy_(1, at, k).mT)                     # [H B, 1, W]
-    score.unflatten(0, (len(bias), -1)).add_(bias)
-    return torch.bmm(score.softmax(-1), values.index_copy_(1, at, v))
-
-
-def places_of(kind, pos):
-    """What the step of a kind of attention needs of bars at pos [n], n times: the decay, or the
-    place in the ring [1] and the bias of all places [H, 1, 1, W]."""
-    if isinstance(kind, LinearAttention):
-        return [torch.exp(-kind.slope)[:, None, None, None]] * len(pos)
-    at = pos[:, None] % kind.window                                         # [n, 1]
-    age = (at - torch.arange(kind.window, device=pos.device)) % kind.window     # of what it holds
-    bias = -kind.slope[:, None, None, None] * age[:, None, None, None]      # [n, H, 1, 1, W]
-    return list(zip(at, bias.masked_fill((age > pos[:, None])[:, None, None, None], -math.inf)))
-
-
-def rings(layer, states, T):
-    """The states that a layer's forward over T bars leaves, as its steps want them: keys and values
-    become rings, bar p in place p % W."""
-    return [state if isinstance(kind, LinearAttention) else
-            [ring(a.flatten(0, 1).float(), kind.window, T) for a in state]
-            for kind, state in zip(layer.kinds, states)]
-
-
-def ring(a, W, T):
-    """The last bars of T, a [H B, at most W, D], as a ring [H B, W, D]."""
-    if T <= W:
-        return F.pad(a, (0, 0, 0, W - T))
-    return a.roll(T % W, dims=1)    # the first is bar T - W, whose place is T % W
-
-
-class Cache:
-    """What was made from weights, until one of them changes, which its version tells.
-
-    But tensors of inference mode have none: there it is made anew. So it is where gradients are
-    wanted: see Model.kept.
-    """
-
-    def __init__(self):
-        self.made = {}
-
-    def get(self, name, weights, make):
-        if any(w.is_inference() for w in weights):
-            return make()
-        key = [(w.data_ptr(), w._version) for w in weights]
-        if name not in self.made or self.made[name][0] != key:
-            self.made[name] = key, make()
-        return self.made[name][1]
-
-    def clear(self):
-        self.made.clear()
-
-    def __deepcopy__(self, memo):
-        return Cache()
-
-
-class HalfNorm(torch.autograd.Function):
-    """norm with a backward of its own: of half precision a step of training is 9 % faster."""
-
-    @staticmethod
-    def forward(ctx, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        r = length.square().div(x.shape[-1]).add(EPS).rsqrt().to(x.dtype)
-        y = x * r
-        ctx.save_for_backward(y, r)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        y, r = ctx.saved_tensors
-        along = (g * y).mean(-1, keepdim=True, dtype=torch.float32).to(y.dtype)
-        return torch.addcmul(g, y, along, value=-1).mul_(r)

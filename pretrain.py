@@ -32,17 +32,15 @@ import data
 from backstage.checkpoint import SEEN_DATES
 from backstage.files import sole_writer
 from backstage.loop import (
-    Clock, Optimizer, Run, average_gradients, load_optimizer, load_tokenizer, precision, rate,
-    resumed, stop_here)
+    Clock, Optimizer, Run, average_gradients, load_optimizer, precision, resumed, stop_here)
 from backstage.prepare import (
-    check, check_outputs, compile_layers, count_bars, fit_window, join_processes, more_markets,
-    release, source_of, split, tuning_margin)
+    Market, check, check_outputs, code_shares, compile_layers, fit_market, join_processes,
+    make_windows, read_market, release, tokenize_market, tuning_margin)
 from backstage.script import StopSignal, UserError, cli, progress, run
 from backstage.series import DAY
 from backstage.validation import evaluate, print_result, say_heading, say_report
-from data import iso
 from model import Model, ModelConfig, load_checkpoint, save_checkpoint
-from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Config:
     val_start: str | None = None      # first date of val, after train (default: after 80 % of time)
     test_start: str | None = None     # first date of test, after val (default: after 90 %)
     # how much, and how large: 0 is by the number of bars
-    steps: int = 0                    # updates of the model
+    steps: int = 0                    # updates of the model; 0: as long as val gains
     tok_steps: int = 1200             # updates of the tokenizer
     batch_size: int = 0               # windows per update, over all processes
     block_size: int = 0               # bars in a window
@@ -68,15 +66,15 @@ class Config:
     n_embd: int = 0                   # width
     # the model and its tokens
     windows: tuple[int, ...] = ModelConfig.windows  # bars that the local heads see
-    pos: str = ModelConfig.pos        # position: rope, alibi or both
-    reasoner: bool = True             # a head to the side that names the next 16 bars at once
     coarse_bits: int = 10             # bits of the coarse token
     fine_bits: int = 10               # bits of the fine token
     direction_bit: bool = True        # the top coarse bit says whether close rose
     # the optimizer
     lr: float = 0.0                   # peak rate of Muon; 0: 0.02, or less with --init_from
     adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or less with --init_from
-    warmup: int = 20                  # updates of warm-up; then one cosine to a fiftieth
+    warmup: int = 20                  # updates in which the rate rises; it falls in the last fifth
+    patience: int = -1                # reports without a gain until it falls; 0: at the end of
+                                      # --steps; -1: 0 with --steps, else 4
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
     average: float = 0.95             # decay of the averaged weights, per update
@@ -84,11 +82,8 @@ class Config:
     dropout: float = -1.0             # share of a layer's outputs dropped; -1: by the bars
     mirror: int = -1                  # also the market quoted the other way round; -1: by the bars
     shift_weeks: int = 104            # weeks by which a training window moves in time, at most
-    # for weights of many markets
+    # for weights of many markets, drawn by the root of their bars
     val_share: float = 0.0            # val is the last share of each series, no test; 0: by date
-    balance: bool = False             # draw markets and intervals by the root of their bars
-    shift_hours: int = 0              # hours by which half the windows move within the day, at most
-    sessions: int = 0                 # chance parts of the day of what trades around the clock
     release: str | None = None        # also write the best weights alone, in half precision
     # the machine
     device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
@@ -105,9 +100,8 @@ class Config:
 
 # flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
-TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 ORIGIN_BARS = 512     # bars of training for each origin of the reasoner: 5 % of the time
-PATIENCE = 4          # reports without a better score that end it
+PATIENCE = 4          # reports without a gain after which the rate falls
 AVERAGE_START = 10    # updates after which half of the averaged weights is past
 
 # up to so many bars (see budget): sizes, windows of an update, bars of one, updates, dropout
@@ -132,134 +126,96 @@ def main(argv=None):
 
 def training(given):
     """The whole run, by the flags given {name: value}: set-up, the loop, the result."""
-    config, entry = Config(**given), None
-    if config.resume:
-        config, entry = resumed(given, Config, FREE, ("pretrain",))
-    check(config)
-    rank, world, device = join_processes(config)
-    say = print if rank == 0 else lambda *a, **k: None
-    if rank == 0 and entry is None:
-        check_outputs(config, False)
-    run = Run.of(entry) if entry else Run()
-    if entry and (run.step >= config.steps or entry["ended"]):
-        return say(f"{config.out}: finished at step {run.step}; nothing to do")
-    if rank == 0 and entry:
-        check_outputs(config, True)
-    stop, began = StopSignal(), time.time()
-
-    # ---- bars, tokens, windows
-    base = load_checkpoint(config.init_from) if config.init_from and not entry else None
-    market = read_market(config, entry, base, say)
-    size_by_bars(config, market, entry, base, world, say)
-    tokenizer, tokens = tokenize_market(config, market, entry, base, run, stop, rank, world, device)
-    train_series, train, val = make_windows(config, market, tokenizer, tokens)
-    tiles = data.tiles(val, config.eval_windows)
-
-    # ---- model, averaged weights, optimizer
-    model, average = model_and_average(config, entry, base, tokenizer, train_series, train)
-    model.to(device).train()
-    average.to(device).requires_grad_(False)
-    model.grad_ckpt = config.grad_ckpt
-    autocast, scaler, config.dtype, why = precision(config, device, entry)
-    optimizer = Optimizer(model, config.lr, config.adam_lr, config.weight_decay)
-    threads = torch.get_num_threads()
-    if entry:
-        load_optimizer(optimizer, entry, config.out)
-        if (entry["world"], entry["threads"]) != (world, threads):
-            say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of "
-                f"{threads} now: the weights will agree to rounding, not to the bit")
-    if config.compile:
-        rows = -(-config.batch_size // world)
-        shape = min(rows, config.micro_batch or rows), market.block_size
-        compile_layers(model, shape, device, autocast, say)
-    n_params = [p.numel() for p in model.parameters()]
-    say(f"{sum(n_params) / 1e6:.2f} M parameters, {config.batch_size} windows of "
-        f"{market.block_size} bars a step, {config.steps} steps; {device}, {config.dtype} ({why}), "
-        f"{world} process{'es' * (world > 1)} of {threads} threads")
-    meta = dict(data=market.source, splits=market.splits, seed=config.seed, run=asdict(config),
-                world=world, threads=threads, features=data.FEATURES)
-
-    def save(ended):
-        if rank == 0:
-            save_checkpoint(config.out, model, tokenizer, **meta, **vars(run), stage="pretrain",
-                            average=average.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), dtype=config.dtype, ended=ended)
-
-    def report_scores(grad_norm=None):
-        scores = evaluate(average, val, tiles, market.series, autocast, rank, world)
-        run.keep_if_best(average, scores["score"])
-        say_report(run, scores, grad_norm, clock, say)
-
-    eval_every = config.eval_every or max(1, config.steps // 10)
-    clock, ended = Clock(run.step, config.steps, config.save_every), False
-    say_heading(say)
-    if base:    # the weights of --init_from stay where no update makes them clearly better
-        report_scores()
-        run.best_val *= 1 - tuning_margin(market.n_val)
-
-    # ---- the loop
-    while run.step < config.steps and not ended:
-        # batch: a function of (seed, step) alone
-        batch = draw_batch(train, config, model.config, run.step, rank, world)
-
-        # loss and gradients, a micro-batch at a time
-        loss = 0.0
-        for part in micro_batches(batch, config.micro_batch):
-            bars, targets, dropout, origins = (to_device(a, device) for a in part)
-            share = len(bars[0]) * world / config.batch_size
-            with autocast():
-                part_loss = model(*bars, targets, dropout, origins)[2]
-            scaler.scale(part_loss * share).backward()
-            loss += part_loss.item() * share / world
-        loss_and_stop = torch.tensor([loss, stop.signum], dtype=torch.float64, device=device)
-        if world > 1:
-            average_gradients(model, n_params, world)
-            dist.all_reduce(loss_and_stop)  # the whole batch's loss, and an agreement to stop
-        loss, stopping = loss_and_stop[0].item(), loss_and_stop[1].item() > 0
-
-        # update
-        optimizer.set_rate(rate(run.step, config.steps, config.warmup))
-        grad_norm = run.update(model, optimizer, scaler, loss, config.clip, say)
+    job = set_up(given)
+    if job is None:
+        return
+    config, run, model, optimizer = job.config, job.run, job.model, job.optimizer
+    start, end = decay(run.metrics, config)
+    while run.step < end:
+        # a batch, its loss and gradients, an update
+        share = rate(run.step, start, end, config.warmup)
+        batch = draw_batch(job, run.step, share)
+        loss, stopping = gradients(job, batch)
+        optimizer.set_rate(share)
+        grad_norm = run.update(model, optimizer, job.scaler, loss, config.clip, job.say)
         run.losses.append(loss)
         if run.bad_steps == 0:
-            update_average(average, model, config.average, run.step)
+            update_average(job.average, model, config.average, run.step)
 
         # report, save
-        if run.step % eval_every == 0 or run.step == config.steps:
-            report_scores(grad_norm)
-            ended = run.since_best >= PATIENCE and run.step < config.steps
-        elif rank == 0:
-            progress(f"step {run.step}/{config.steps}  loss {loss:.4f}")
-        if clock.save_due(run.step) or stopping or ended:
-            save(ended)
+        if run.step % job.eval_every == 0 or run.step == end:
+            report_scores(job, grad_norm)
+            start, end = decay(run.metrics, config)
+        elif job.rank == 0:
+            progress(f"step {run.step}/{end}  loss {loss:.4f}")
+        if job.clock.save_due(run.step) or stopping or run.step == end:
+            save(job, ended=run.step == end < config.steps)
         if stopping:
-            stop_here(stop, run, config.out, say)
-
-    # ---- the result
-    if ended:
-        say(f"stopped at step {run.step}: no better score on val for {PATIENCE} reports")
-    if rank == 0:
-        if config.release and run.best:
-            release(config.release, run, average, tokenizer, meta)
-        print_result(config, run, average, val, market.best_da, time.time() - began)
-        if market.source.get("overlap"):
-            print(SEEN_DATES)
-    if world > 1:
-        dist.destroy_process_group()
+            stop_here(job.stop, run, config.out, job.say)
+    result(job)
 
 
 # --------------------------------------------------------------------------------------------------
 # The step
 
-def draw_batch(train, config, sizes, step, rank, world):
+def decay(metrics, config):
+    """(update from which the rate falls, last update), as far as the reports tell.
+
+    The rate falls in the last fifth of the run: of all config.steps, or of fewer where val has
+    gained no more for config.patience reports.
+    """
+    best, since = math.inf, 0
+    for report in (row for row in metrics if row["stage"] == "pretrain"):
+        since = 0 if report["score"] < best else since + 1
+        best, step = min(best, report["score"]), report["step"]
+        if since == config.patience > 0 and step + step // 4 < config.steps:
+            return step, step + max(1, step // 4)
+    return config.steps - config.steps // 5, config.steps
+
+
+def rate(step, start, end, warmup):
+    """The learning rate as a share of its peak: it rises, stays, and from `start` falls to `end`
+    in a straight line."""
+    return min(1.0, (step + 1) / max(1, warmup), (end - step) / max(1, end - start))
+
+
+def draw_batch(job, step, share):
     """This process's rows of the batch: (coarse, fine, time) and targets [B, T], dropout's masks or
-    None, the reasoner's origins [B, M] or None. All of it a function of (seed, step)."""
-    coarse, fine, when, targets = data.get_batch(train, config.seed, step, rank, world)
+    None, the reasoner's origins [B, M] or None. All of it a function of (seed, step).
+
+    share: of the learning rate, to its peak. As it falls, so does the share of mirrored windows,
+    from one half: the last updates see the market as it is.
+    """
+    config, train, own = job.config, job.train, slice(job.rank, None, job.world)
+    which, ends = data.draw_windows(train, config.seed, step, job.rank, job.world)
     random = np.random.default_rng([config.seed, step, 1])  # one order of draws on every process
-    origins = reasoner_origins(random, config, sizes, step, rank, world)
-    when = shift_in_time(when, random, config, rank, world)
-    masks = dropout_masks(random, config, rank, world)
+    if config.mirror == 1:  # the second half of the symbols is the first, mirrored
+        n_symbols = len(train.tokens) // 2
+        mirrored = random.random(config.batch_size)[own] < share / 2                     # [B]
+        which = which % n_symbols + n_symbols * mirrored
+    coarse, fine, when, targets = data.gather(train, which, ends)
+    origins = reasoner_origins(random, config, job.model.config, step, own)
+    when = shift_in_time(when, random, config, own)
+    masks = dropout_masks(random, config, own)
     return (coarse, fine, when), targets, masks, origins
+
+
+def gradients(job, batch):
+    """Adds up the gradients of the batch, a micro-batch at a time; -> (its mean loss, whether a
+    process was told to stop), the same on every process."""
+    loss = 0.0
+    for part in micro_batches(batch, job.config.micro_batch):
+        bars, targets, masks, origins = (to_device(a, job.device) for a in part)
+        share = len(bars[0]) * job.world / job.config.batch_size
+        with job.autocast():
+            part_loss = job.model(*bars, targets, masks, origins)[2]
+        job.scaler.scale(part_loss * share).backward()
+        loss += part_loss.item() * share / job.world
+    loss_and_stop = torch.tensor([loss, job.stop.signum], dtype=torch.float64, device=job.device)
+    if job.world > 1:
+        average_gradients(job.model, [p.numel() for p in job.model.parameters()], job.world)
+        dist.all_reduce(loss_and_stop)
+    return loss_and_stop[0].item(), loss_and_stop[1].item() > 0
 
 
 def micro_batches(batch, n_rows):
@@ -279,37 +235,39 @@ def to_device(a, device):
     return None if a is None else a.to(device, non_blocking=True)
 
 
-def reasoner_origins(random, config, sizes, step, rank, world):
+def reasoner_origins(random, config, sizes, step, own):
     """Bars of each window [B, M] after which the reasoner learns, one for each ORIGIN_BARS bars of
-    training; None in steps without any."""
+    training; None in steps without any. own: this process's rows of the batch."""
     if step % max(1, ORIGIN_BARS // sizes.block_size):
         return None
     last = max(1, sizes.block_size - sizes.latents)
     shape = config.batch_size, max(1, sizes.block_size // ORIGIN_BARS)
-    return torch.from_numpy(random.integers(1, last + 1, shape)[rank::world])
+    return torch.from_numpy(random.integers(1, last + 1, shape)[own])
 
 
-def shift_in_time(when, random, config, rank, world):
-    """Stamps of windows [B, T], each window moved by some weeks, half of those within the day by
-    quarters of an hour too.
+def shift_in_time(when, random, config, own):
+    """Stamps of windows [B, T], each window moved by some weeks; for weights of many markets half
+    of those within the day by quarters of an hour too.
 
     Symbols of one day move together: a model that can tell the date learns the days by heart.
     """
-    shape, weeks, quarters = (config.batch_size, 1), config.shift_weeks, 4 * config.shift_hours
-    weeks = random.integers(-weeks, weeks + 1, shape)[rank::world]                       # [B, 1]
-    quarters = random.integers(-quarters, quarters + 1, shape)[rank::world]              # [B, 1]
-    half = (random.random(shape) < 0.5)[rank::world]                                     # [B, 1]
+    shape, most = (config.batch_size, 1), config.shift_weeks
+    weeks = random.integers(-most, most + 1, shape)[own]                                 # [B, 1]
+    when = when + torch.from_numpy(7 * DAY * weeks)                                      # [B, T]
+    if not config.val_share:
+        return when
+    quarters = random.integers(-DAY // 1800, DAY // 1800 + 1, shape)[own]                # [B, 1]
+    half = random.random(shape)[own] < 0.5                                               # [B, 1]
     within_day = when.diff().median(1, keepdim=True).values < DAY                        # [B, 1]
-    hours = 900 * torch.from_numpy(quarters * half) * within_day
-    return when + torch.from_numpy(7 * DAY * weeks) + hours                              # [B, T]
+    return when + 900 * torch.from_numpy(quarters * half) * within_day                   # [B, T]
 
 
-def dropout_masks(random, config, rank, world):
+def dropout_masks(random, config, own=slice(None)):
     """[n_layer, 2, B, 1, C], 0 or 1 / (1 - dropout), or None: one mask for all bars of a window."""
     if not config.dropout:
         return None
     shape = config.n_layer, 2, config.batch_size, 1, config.n_embd
-    keep = random.random(shape, np.float32)[:, :, rank::world] >= config.dropout
+    keep = random.random(shape, np.float32)[:, :, own] >= config.dropout
     return torch.from_numpy(keep) / (1 - config.dropout)
 
 
@@ -321,160 +279,155 @@ def update_average(average, model, decay, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# Bars, tokens, windows, the model
+# Reports, saves, the result
+
+def report_scores(job, grad_norm=None):
+    """A line of the table; the averaged weights are kept where they are the best so far."""
+    config, run, clock = job.config, job.run, job.clock
+    scores = evaluate(job.average, job.val, job.tiles, job.market.series, job.autocast, job.rank,
+                      job.world)
+    run.keep_if_best(job.average, scores["score"])
+    _, end = decay(run.metrics, config)
+    clock.steps = end
+    say_report(run, scores, grad_norm, clock, job.say)
+    _, clock.steps = decay(run.metrics, config)
+    if clock.steps != end:
+        job.say(f"val has gained nothing for {config.patience} reports: the rate falls until step "
+                f"{clock.steps}, the last")
+
+
+def save(job, ended):
+    if job.rank == 0:
+        save_checkpoint(job.config.out, job.model, job.tokenizer, **job.meta, **vars(job.run),
+                        stage="pretrain", average=job.average.state_dict(), ended=ended,
+                        optimizer=job.optimizer.state_dict(), scaler=job.scaler.state_dict(),
+                        dtype=job.config.dtype)
+
+
+def result(job):
+    config, market = job.config, job.market
+    if job.rank == 0:
+        if config.release and job.run.best:
+            release(config.release, job.run, job.average, job.tokenizer, job.meta)
+        print_result(config, job.run, job.average, job.val, market.best_da,
+                     time.time() - job.began)
+        if market.source.get("overlap"):
+            print(SEEN_DATES)
+    if job.world > 1:
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up
 
 @dataclass
-class Market:
-    series: list            # of Bars, those long enough to train on
-    borders: list           # of each series: time stamps at which val and test start
-    splits: tuple           # the same for all, as the checkpoint has them
-    source: dict            # what the checkpoint says of the bars
-    n_bars: int             # to train on
-    n_stamps: int           # distinct time stamps of these
-    best_da: float | None   # share of directions that can be called right, where known
-    block_size: int = 0     # bars in a window
-    spans: dict | None = None   # {split: [(first, last)] of each series}
-
-    @property
-    def n_val(self):
-        return sum(max(0, last - first) for first, last in self.spans["val"])
-
-
-def read_market(config, entry, base, say):
-    """The bars and where they are split."""
-    best_da = None
-    if config.data is None:
-        series, best_da = data.synthetic(seed=config.seed)
-        say(f"no --data: training on the synthetic market, where at best {best_da:.0%} of "
-            f"directions can be called right")
-    else:
-        series = data.load(config.data)
-    splits = tuple(entry["splits"]) if entry else split(config, series, base)
-    borders = [splits] * len(series)
-    if config.val_share:
-        borders = data.own_borders(series, config.val_share)
-    source = source_of(config, series, splits, entry, base)
-    return Market(series, borders, splits, source, *count_bars(series, borders), best_da)
+class Job:
+    """A run as it stands: what the loop works with."""
+    config: Config
+    run: Run                # how far it has come
+    market: Market
+    tokenizer: Tokenizer
+    train: data.Streams
+    val: data.Streams
+    tiles: list             # windows of val in a report
+    model: Model
+    average: Model          # with the averaged weights, which forecast
+    optimizer: Optimizer
+    autocast: object
+    scaler: torch.amp.GradScaler
+    meta: dict              # what the checkpoint says beside its weights
+    rank: int
+    world: int              # processes
+    device: torch.device
+    say: object             # print, on the first process
+    stop: StopSignal
+    began: float
+    clock: Clock
+    eval_every: int
 
 
-def budget(config, n_bars, n_stamps):
-    """Fills in what the config leaves to the number of training bars; returns that number.
+def set_up(given):
+    """The Job of these flags {name: value}, begun or gone on with; None if it is finished."""
+    config, entry = Config(**given), None
+    if config.resume:
+        config, entry = resumed(given, Config, FREE, ("pretrain",))
+    check(config)
+    rank, world, device = join_processes(config)
+    say = print if rank == 0 else lambda *a, **k: None
+    run = Run.of(entry) if entry else Run()
+    if entry and (run.step >= config.steps or entry["ended"]):
+        return say(f"{config.out}: finished at step {run.step}; nothing to do")
+    if rank == 0:
+        check_outputs(config, entry is not None)
+    stop, began = StopSignal(), time.time()
+
+    base = load_checkpoint(config.init_from) if config.init_from and not entry else None
+    market = read_market(config, entry, base, say)
+    if entry is None:
+        budget(config, market, base, say)
+    fit_market(config, market, world, say)
+    tokenizer, tokens = tokenize_market(config, market, entry, base, run, stop, rank, world, device)
+    train_series, train, val = make_windows(config, market, tokenizer, tokens)
+    model, average = model_and_average(config, entry, base, tokenizer, train_series, train)
+    model.to(device).train()
+    average.to(device).requires_grad_(False)
+    model.grad_ckpt = config.grad_ckpt
+    autocast, scaler, config.dtype, why = precision(config, device, entry)
+    optimizer = Optimizer(model, config.lr, config.adam_lr, config.weight_decay)
+    if entry:
+        load_optimizer(optimizer, entry, config.out)
+    if config.compile:
+        rows = -(-config.batch_size // world)
+        shape = min(rows, config.micro_batch or rows), market.block_size
+        compile_layers(model, shape, device, autocast, say)
+    threads = torch.get_num_threads()
+    meta = dict(data=market.source, splits=market.splits, seed=config.seed, run=asdict(config),
+                world=world, threads=threads, features=data.FEATURES)
+    clock = Clock(run.step, config.steps, config.save_every)
+    every = config.eval_every or max(1, config.steps // 10)
+    job = Job(config, run, market, tokenizer, train, val, data.tiles(val, config.eval_windows),
+              model, average, optimizer, autocast, scaler, meta, rank, world, device, say, stop,
+              began, clock, every)
+    say_sizes(job, entry, why)
+    if base:    # the weights of --init_from stay where no update makes them clearly better
+        report_scores(job)
+        run.best_val *= 1 - tuning_margin(market.n_val)
+    return job
+
+
+def say_sizes(job, entry, why):
+    """What is trained, on what, and the heads of the table."""
+    config, world, threads = job.config, job.world, job.meta["threads"]
+    if entry and (entry["world"], entry["threads"]) != (world, threads):
+        job.say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of "
+                f"{threads} now: the weights will agree to rounding, not to the bit")
+    n_params = sum(p.numel() for p in job.model.parameters())
+    job.say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size} windows of "
+            f"{job.market.block_size} bars a step, at most {config.steps} steps; {job.device}, "
+            f"{config.dtype} ({why}), {world} process{'es' * (world > 1)} of {threads} threads")
+    say_heading(job.say)
+
+
+def budget(config, market, base, say):
+    """Fills in what the config leaves to the number of training bars.
 
     Symbols of one time move together, so that a second symbol is worth less than as many later
     bars: what counts is the geometric mean of the bars and of their distinct time stamps.
     """
-    count = math.sqrt(n_bars * n_stamps)
+    count = math.sqrt(market.n_bars * market.n_stamps)
+    if config.patience < 0:
+        config.patience = 0 if config.steps else PATIENCE
     chosen = RATES | next(sizes for most, sizes in BUDGETS if count <= most)
-    if config.init_from:
-        chosen |= TUNING
+    if base:
+        sizes = {name: getattr(base[0].config, name) for name in ("n_layer", "n_head", "n_embd")}
+        chosen |= TUNING | sizes
+        vars(config).update(sizes)
     for name, value in chosen.items():
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
-    return count
-
-
-def size_by_bars(config, market, entry, base, world, say):
-    """Settles sizes of model and window by the bars, and drops the series that are too short."""
-    if entry is None:
-        if base:
-            for name in ("n_layer", "n_head", "n_embd"):
-                setattr(config, name, getattr(base[0].config, name))
-        count = budget(config, market.n_bars, market.n_stamps)
-        if count <= BUDGETS[0][0] and not base and os.path.exists(BASE):
-            say(f"few bars: the weights that come along, tuned to them, mostly forecast better "
-                f"than any trained on so few alone: --init_from {os.path.relpath(BASE)} --overlap")
-    if config.batch_size < world:
-        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} "
-                        f"processes; give at least one for each")
-    sources = market.source["sources"]
-    market.block_size, chosen = fit_window(config, market.series, market.borders, sources, say)
-    market.series = [market.series[i] for i in chosen]
-    market.borders = [market.borders[i] for i in chosen]
-    pairs = list(zip(market.series, market.borders))
-    market.spans = {name: [data.targets_of(bars, name, pair) for bars, pair in pairs]
-                    for name in ("train", "val")}
-    val, test = map(iso, market.splits)
-    if not market.n_val:
-        raise UserError(f"no symbol has a val bar between {val} and {test}; "
-                        f"move --val_start, --test_start")
-    say(f"{len(market.series)} symbols, {sum(map(len, market.series)):,} bars, {market.n_bars:,} "
-        f"to train on; val from {val}, test from {test}")
-
-
-def tokenize_market(config, market, entry, base, run, stop, rank, world, device):
-    """The tokenizer, the same on every process, and the tokens of each series."""
-    features, tokenizer = [data.features(bars)[0] for bars in market.series], None
-    if entry:  # its own, whatever --init_from and --tokenizer hold by now
-        tokenizer = load_tokenizer(config.out)
-    elif base:
-        tokenizer = base[1]
-    elif config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
-    elif rank == 0:
-        tokenizer = tokenizer_stage(config, features, market.spans, run.metrics, device, stop)
-    if world > 1:
-        shared = [tokenizer.dump() if rank == 0 else None]
-        dist.broadcast_object_list(shared, src=0)
-        tokenizer = Tokenizer.load(shared[0])
-    tokens = [data.tokenize(bars, tokenizer, x) for bars, x in zip(market.series, features)]
-    return tokenizer, tokens
-
-
-def tokenizer_stage(config, features, spans, metrics, device, stop):
-    """Train the tokenizer on the train bars; the report is on val bars."""
-    rows = {name: [x[first:last] for x, (first, last) in zip(features, spans[name])]
-            for name in ("train", "val")}
-    x = np.concatenate(rows["train"])
-    x = torch.from_numpy(x[::-(-len(x) // TOK_BARS)].copy())                             # [N, 6]
-    most = int(math.log2(len(x)))
-    bits = min(config.coarse_bits, most), min(config.fine_bits, most)
-    if bits != (config.coarse_bits, config.fine_bits):
-        print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: "
-              f"the tokens shrink to {bits[0]} + {bits[1]} bits")
-    print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
-    clock = Clock(0, config.tok_steps, config.tok_steps)
-
-    def after_step(step, loss):
-        left = clock.left(step)
-        progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}  {left} left")
-        if stop.signum:
-            print(f"stopped at step {step} of the tokenizer; nothing is saved yet")
-            raise SystemExit(stop.status)
-
-    sizes = TokenizerConfig(*bits, direction_bit=config.direction_bit)
-    tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device,
-                                progress=after_step)
-    progress("")
-    scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
-    metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
-    print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; "
-          f"codes used {scores['coarse_used']:.1%}, {scores['fine_used']:.1%}; "
-          f"perplexity {scores['coarse_perplexity']:.0f}, {scores['fine_perplexity']:.0f}")
-    return tokenizer
-
-
-def make_windows(config, market, tokenizer, tokens):
-    """All series to train on, their windows, and the windows of val."""
-    sizes = market.block_size, config.batch_size
-    val = data.make_streams(market.series, tokens, "val", market.borders, *sizes)
-    more, more_borders = more_markets(config, market.series, market.borders)
-    series, borders = [*market.series, *more], [*market.borders, *more_borders]
-    tokens = tokens + [data.tokenize(bars, tokenizer) for bars in more]
-    train = data.make_streams(series, tokens, "train", borders, *sizes)
-    if config.balance:
-        train.weights = data.balanced(series, train)
-    return series, train, val
-
-
-def code_shares(streams, tokenizer):
-    """How often each code occurs among the targets: coarse [2^k1], fine [2^k2], add-one."""
-    shares = []
-    for column, bits in enumerate((tokenizer.config.coarse_bits, tokenizer.config.fine_bits)):
-        count = np.ones(2**bits)
-        for tokens, (first, last) in zip(streams.tokens, streams.targets):
-            count += np.bincount(tokens[first:max(first, last), column], minlength=2**bits)
-        shares.append(count / count.sum())
-    return shares
+    if count <= BUDGETS[0][0] and not base and os.path.exists(BASE):
+        say(f"few bars: the weights that come along, tuned to them, mostly forecast better than "
+            f"any trained on so few alone: --init_from {os.path.relpath(BASE)} --overlap")
 
 
 def model_and_average(config, entry, base, tokenizer, series, train):

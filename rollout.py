@@ -1,4 +1,4 @@
-"""Stage 3: learn on the model's own bars, the truth as their filter: rollouts.
+"""Stage 3: train on contexts that end in the model's own bars; the true future selects among them.
 
     python rollout.py --ckpt out.pt --out rollout.pt                 # on the bars of out.pt
     python rollout.py --ckpt out.pt --select path --target chosen --out rollout.pt
@@ -8,27 +8,27 @@ In pretraining every bar of the context is real; in a forecast all but the first
 model's own bars. Here the model learns after such bars: it goes on from the end of a window for H
 bars, K times over, and the truth picks which of its bars count. Two filters:
 
-    step    at each step of K candidates that one goes on whose close is nearest to the true close:
-            the nearest path, not the nearest return (an oracle as guide; learning under the own
-            states from an expert: Ross, Gordon and Bagnell, arXiv 1011.0686)
+    step    at each step draw K candidates and continue with the one whose close is nearest to the
+            true close: the nearest path, not the nearest return (learning from an expert in the
+            states that the learner visits: Ross, Gordon and Bagnell, arXiv 1011.0686)
     path    K whole paths, of which the best quarter by path error, mean |log C_k - log C*_k|, is
             kept; after ROUND updates they are drawn anew from the model as it then is (expert
             iteration: Anthony, Tian and Barber, arXiv 1705.08439; STaR: arXiv 2203.14465)
 
 and two targets: the `true` bars, the path being context alone, or the `chosen` path itself.
 
-    loss = walk mean_k w_k CE(target of bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
-    w_k = 1 + 0.75 k / (H - 1),   H = 3, then 6, then 10
+    loss = a mean_k w_k CE(target of bar k) + b mean_k KL_k(pi || base) + CE of the real bars
+    w_k = 1 + 0.75 k / (H - 1),   a = --walk, b = --kl,   H = 3, then 6, then 10
 
-Scale. A token is a bar in units of s_t. The model reads the path in the path's own scale, as in a
-forecast; a true target keeps its token, the true bar by the scale of the true past. To encode it
-anew, from the path's last close and by its scale, would teach the model to jump back to the truth:
-measured, that made paths 40 % more volatile.
+Scale. A token is a move in units of s_t. On its own path the model works with the path's s_t, as in
+a forecast. A true target keeps the token that it has in the real series. Encoding it anew, from the
+path's last close, would teach the model to jump back to the truth: measured, paths then became 40 %
+more volatile. KL of a fine token is after the target's coarse one.
 
-No true value enters the context, and a forecast needs no guide. Kept are the weights with the best
-path CRPS on val, if it is surely (95 %) better than the base's; else the base.
+After the origin the context holds the model's own bars alone; the truth merely selects. Kept are
+the weights with the best path CRPS on val, if it is surely (95 %) better than the base's; else the
+base.
 """
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,19 +38,15 @@ import backtest
 import data
 from backstage.clock import future_times
 from backstage.files import sole_writer
-from backstage.loop import Clock, later_weeks, means, rate, set_up, stop_here
-from backstage.scores import against, at_step, time_block_sums, bootstrap
-from backstage.script import StopSignal, UserError, check_numbers, cli, progress, run
+from backstage.scores import against, at_step
+from backstage.script import cli, run
+from backstage.stage import Settings, StageValidation, check_settings, later_weeks, set_up
 from model import kl, mean_nats
 
 
 @dataclass
-class Config:
-    ckpt: str | None = None           # checkpoint to start from, the frozen base
-    data: list[str] | None = None     # bars; none: those that the checkpoint was trained on
+class Config(Settings):
     out: str = "rollout.pt"           # checkpoint to write
-    resume: bool = False              # go on from --out
-    overwrite: bool = False           # replace an existing --out
     select: str = "step"              # step or path: what the truth filters
     target: str = "true"              # true or chosen
     horizon: int = 10                 # bars of a path at the end, on val and on test
@@ -58,49 +54,18 @@ class Config:
     temperature: float = 1.5          # of the candidates
     walk: float = 1.0                 # weight of the loss on a path
     kl: float = 0.05                  # weight of KL(pi || base) along a path, nats per bar
-    steps: int = 150                  # updates
-    batch_size: int = 16              # windows per update
-    block_size: int = 0               # real bars before a path; 0: as the checkpoint was trained
-    lr: float = 0.002                 # peak learning rate of Muon (matrices of the layers)
-    adam_lr: float = 3e-4             # peak learning rate of AdamW (all else)
-    warmup: int = 10                  # updates of warm-up
-    weight_decay: float = 0.0         # on matrices
-    clip: float = 1.0                 # largest gradient norm
-    shift_weeks: int = 104            # move each window by a chance number of weeks, at most this
-    backtest: bool = True             # at the end, base beside result on the test bars
-    paths: int = 200                  # sampled futures of each origin, in that backtest
-    device: str = "auto"              # cpu, cuda, cuda:1; auto takes a GPU where there is one
-    dtype: str = "auto"               # bf16, fp16 or fp32; auto takes what is faster here
-    grad_ckpt: bool = False           # recompute activations in the backward pass: less memory
-    seed: int = 0                     # of everything
-    eval_every: int = 0               # updates between checks on val; 0: a sixth of the run
-    save_every: int = 50              # updates between saves (and at least each 30 s)
 
 
-# flags that may differ on --resume; every other must be as the run began
-FREE = {"out", "resume", "overwrite", "device", "backtest", "paths", "eval_every", "save_every"}
 CURRICULUM = 3, 6       # bars of a path in the first and the second third of the updates
-ROUND = dict(step=1, path=5)  # updates on paths of one and the same model
+ROUND = dict(step=1, path=5)  # updates before paths are drawn anew
 KEPT = 4                # of the K paths of a window the best K / KEPT are kept
 LATER = 0.75            # by how much the last step of a path weighs more than the first
 HISTORY = 512           # bars that a scale is made from: 16 half-lives, what is older weighs 1e-5
-VAL_BARS, VAL_ORIGINS = 12_000, 400  # of val, looked at in training, about
-VAL_PATHS = 50          # from each of these origins
-ORIGINS = 1000          # of paths on test, about
 
 
 def check(config):
-    check_numbers(config, ("horizon", "candidates", "temperature", "steps", "batch_size", "lr",
-                           "adam_lr", "clip", "paths", "save_every"),
-                  ("walk", "kl", "block_size", "warmup", "weight_decay", "shift_weeks",
-                   "eval_every", "seed"))
-    if config.ckpt is None:
-        raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
-    for name, choices in (("select", ("step", "path")), ("target", ("true", "chosen"))):
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{name} {getattr(config, name)}: choose {' or '.join(choices)}")
-    if config.paths < 2:
-        raise UserError(f"--paths {config.paths}: at least 2")
+    check_settings(config, ("temperature",), ("walk", "kl"), select=("step", "path"),
+                   target=("true", "chosen"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +74,7 @@ def check(config):
 @dataclass
 class Origins:
     """The ends of B windows, and where the market really went from there."""
-    context: tuple         # coarse, fine, time int64 [B, L] of the real bars, and their targets
+    context: tuple         # coarse, fine, time int64 [B, L] of the real bars; a list, their targets
     times: torch.Tensor    # int64 [B, H]: stamps of the next bars, as a forecast would guess them
     tokens: torch.Tensor   # int64 [B, H, 2]: the next bars, coarse and fine
     state: data.State      # of shape [B, 1]: what decodes the next bar
@@ -140,7 +105,7 @@ def origins_of(streams, series, slots, which, ends, horizon, longest):
     slots: the data.Slots of each series.
     """
     coarse, fine, when, target = data.gather(streams, which, ends)
-    n = coarse.shape[1] - longest + 1  # real bars of a window up to the origin
+    n = coarse.shape[1] - longest + 1  # real bars of a window: the origin is its row n - 1
     tokens = torch.stack(target, -1)[:, n - 1:n - 1 + horizon]
     target = [a[:, :n].clone() for a in target]
     for a in target:
@@ -164,11 +129,11 @@ def origins_of(streams, series, slots, which, ends, horizon, longest):
 
 @torch.no_grad()
 def guided_walk(model, tokenizer, state, origins, uniform, temperature):
-    """Step level: of K candidates that one goes on whose close is nearest to the true close.
+    """Step level: of K candidates at each step the one whose close is nearest to the true close.
 
-    state: of Model.prefill at the origins, used up. uniform [B, K, H, 2]: what the candidates are
-    drawn by; with K = 1 the truth has no say. -> tokens int64 [B, H, 2] and log returns since the
-    origin float64 [B, H] of the walks.
+    state: of Model.prefill at the origins, changed in place. uniform [B, K, H, 2]: what the
+    candidates are drawn by; with K = 1 the truth has no say. -> tokens int64 [B, H, 2] and log
+    returns since the origin float64 [B, H] of the walks.
     """
     B, K, H, _ = uniform.shape
     before, rows, tokens, path = origins.state, np.arange(B), [], []
@@ -195,8 +160,8 @@ def best_paths(model, tokenizer, state, origins, uniform, temperature):
     """
     B, K, H, _ = uniform.shape
     every = origins.repeat(K)
-    free = uniform.flatten(0, 1)[:, None]                                       # (B K, 1, H, 2)
-    tokens, path = guided_walk(model, tokenizer, state.repeat(K), every, free, temperature)
+    one = uniform.flatten(0, 1)[:, None]    # one candidate: no filter          # (B K, 1, H, 2)
+    tokens, path = guided_walk(model, tokenizer, state.repeat(K), every, one, temperature)
     error = np.abs(path - every.path).mean(1).reshape(B, K)
     best = error.argsort(1, kind="stable")[:, :max(1, K // KEPT)]               # (B, K')
     rows = (best + K * np.arange(B)[:, None]).ravel()
@@ -209,7 +174,7 @@ def best_paths(model, tokenizer, state, origins, uniform, temperature):
 def rollout_loss(model, base, origins, walk, target, config):
     """The loss of `walk` [B, H, 2] as context and `target` [B, H, 2]; its parts as floats.
 
-        loss = walk mean_k w_k CE(target of bar k) + kl mean_k KL_k(pi || base) + pretraining's loss
+        loss = a mean_k w_k CE(target of bar k) + b mean_k KL_k(pi || base) + CE of the real bars
     """
     coarse, fine, when, real = origins.context
     n, H = coarse.shape[1], walk.shape[1]
@@ -237,47 +202,31 @@ def rollout_loss(model, base, origins, walk, target, config):
 # --------------------------------------------------------------------------------------------------
 # The run
 
-def main():
-    given = cli(Config, __doc__)
+def main(argv=None):
+    given = cli(Config, __doc__, argv)
     with sole_writer(given.get("out", Config.out)):
         training(given)
 
 
 def training(given):
     """The whole run, by the flags given {name: value}: draw paths, learn on them, anew."""
-    stop, began = StopSignal(), time.time()
-    stage = set_up("rollout", given, Config, FREE, check, room=lambda config: config.horizon - 1)
+    stage = set_up("rollout", given, Config, check, room=lambda config: config.horizon - 1)
     if stage is None:
         return
-    config, model, state, optimizer = stage.config, stage.model, stage.run, stage.optimizer
+    config, model = stage.config, stage.model
     slots = [data.slots_of(bars) for bars in stage.series]
-    val = Validation(stage)
-    clock, due = Clock(state.step, config.steps, config.save_every), False
-    while state.step < config.steps:
-        last = min(state.step + ROUND[config.select], config.steps)
-        batches = [draw_paths(stage, slots, step) for step in range(state.step, last)]
+    stage.begin(Validation(stage))
+    while not stage.done:
+        step = stage.run.step
+        last = min(step + ROUND[config.select], config.steps)
+        batches = [draw_paths(stage, slots, k) for k in range(step, last)]
         for origins, walk in batches:
             target = origins.tokens if config.target == "true" else walk
-            optimizer.set_rate(rate(state.step, config.steps, config.warmup))
             with stage.autocast():
                 loss, parts = rollout_loss(model, stage.base, origins, walk, target, config)
-            stage.scaler.scale(loss).backward()
-            grad_norm = state.update(model, optimizer, stage.scaler, loss.item(), config.clip)
-            state.losses.append(parts)
-            if state.step % val.every == 0 or state.step == config.steps:
-                val.report(means(state.losses), grad_norm, clock.left(state.step))
-                state.losses = []
-            else:
-                progress(f"step {state.step}/{config.steps}  loss {parts['loss']:.4f}")
-            due = clock.save_due(state.step) or due
-        if due or stop.signum:  # between rounds: a resumed run draws the same paths
-            stage.save()
-            due = False
-        if stop.signum:
-            stop_here(stop, state, config.out)
-    stop.release()
-    print_result(stage)
-    print(f"{time.time() - began:.0f} s")
+            stage.update(loss, parts)
+        stage.save_if_due()     # between rounds: a resumed run draws the same paths
+    stage.finish("base", "path CRPS", "a surely better path CRPS on val")
 
 
 def draw_paths(stage, slots, step):
@@ -306,76 +255,27 @@ def horizon_at(step, config):
     return min(config.horizon, (*CURRICULUM, config.horizon)[third])
 
 
-class Validation:
+class Validation(StageValidation):
     """Path CRPS on val, beside the base's: what chooses the weights."""
 
     def __init__(self, stage):
         config = stage.config
-        self.stage, self.every = stage, config.eval_every or max(1, config.steps // 6)
-        self.t = backtest.some_targets(stage.series, "val", stage.meta["splits"], config.horizon,
-                                       VAL_ORIGINS, config.seed, most=VAL_BARS)
-        self.base = self.scores(stage.base)
+        super().__init__(stage, config.horizon)
         print(f"select {config.select}, target {config.target}: {stage}")
+        path_crps = at_step(self.base_paths, "path_crps", None)[0]
         print(f"checked on {len(self.t.path_r):,} origins of val; the base: path CRPS "
-              f"{at_step(self.base, 'path_crps', None)[0]:.4f}, mean over {config.horizon} bars")
-        print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>8}   path CRPS to the base, val "
-              f"{'in 90 %':>10}{'left':>9}")
+              f"{path_crps:.4f}, mean over {config.horizon} bars")
+        print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>9}{'left':>9}   "
+              f"path CRPS to the base, val    in 90 %")
 
-    def scores(self, model):
-        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, probes=0)
-
-    def report(self, mean, grad_norm, left):
-        """Scores the model, keeps its weights if they are surely better, and prints a line."""
-        now, state = self.scores(self.stage.model), self.stage.run
-        ratio = against(now, self.base, "path_crps", self.t, None)
+    def judge(self, model):
+        now = self.paths(model)
+        ratio = against(now, self.base_paths, "path_crps", self.t, None)
         path_crps, inside = (float(at_step(now, metric, None)[0])
                              for metric in ("path_crps", "path_coverage90"))
-        if ratio["hi"] is not None and ratio["hi"] < 1:
-            state.keep_if_best(self.stage.model, path_crps)
-        state.metrics.append(dict(
-            stage="rollout", step=state.step, train=mean["loss"], plain=mean["plain"],
-            kl=mean["kl"], grad_norm=grad_norm, path_crps=path_crps, path_crps_ratio=ratio,
-            path_coverage90=inside))
-        progress("")
-        print(f"{state.step:>5}{mean['loss']:>9.4f}{mean['plain']:>9.4f}{mean['kl']:>8.4f}"
-              f"   {backtest.show(ratio, 1, 4):<27}{inside:>10.1%}{left!s:>9}", flush=True)
-
-
-def print_result(stage):
-    """What was kept and, with --backtest, its scores on test beside those of the base."""
-    config = stage.config
-    name, model = stage.result()
-    if name == "last":
-        print(f"no weights had a surely better path CRPS on val: {config.out} holds the base "
-              f"(last: the weights that are not kept)")
-    else:
-        print(f"{config.out}: weights of path CRPS {stage.run.best_val:.4f} on val; "
-              f"forecast with: python sample.py --ckpt {config.out}")
-    if config.backtest:
-        t = backtest.some_targets(stage.series, "test", stage.meta["splits"], config.horizon,
-                                  ORIGINS, config.seed)
-        print(f"\n{backtest.heading(t, stage.meta)}")
-        print_paths({"base": stage.base, name: model}, stage.tokenizer, t, config.paths)
-
-
-def print_paths(models, tokenizer, t, paths):
-    """Two models {name: model} and standing still, side by side; then the median-token paths."""
-    columns = {name: backtest.model_scores(model, tokenizer, t, paths)
-               for name, model in models.items()}
-    still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
-    columns["still"] = bootstrap(time_block_sums(still, t), t)
-    rows = [("da", "right calls, %", 100, 2), ("mae", "MAE", 1, 4), ("crps", "CRPS", 1, 4)]
-    for metric, label, scale, digits in (("path_crps", "path CRPS", 1, 4),
-                                         ("path_mape", "path MAPE %", 1, 4),
-                                         ("path_coverage90", "in 90 % band, %", 100, 1)):
-        rows.append(((metric, None), f"{label}, mean", scale, digits))
-        steps = sorted({1, (t.horizon + 1) // 2, t.horizon})
-        rows += [((metric, k - 1), f"  bar {k}", scale, digits) for k in steps]
-    backtest.print_versus(columns, t, rows, versus=(1, 0))
-    points = {name: bootstrap(time_block_sums(backtest.median_paths(model, tokenizer, t), t), t)
-              for name, model in models.items()}
-    print("one path of median tokens:")
-    backtest.print_versus(points, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])
+        found = dict(path_crps=path_crps, path_crps_ratio=ratio, path_coverage90=inside)
+        holds = ratio["hi"] is not None and ratio["hi"] < 1
+        return path_crps, holds, found, f"{backtest.show(ratio, 1, 4):<26}{inside:>11.1%}"
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ A forecast is a set of sampled futures, called paths. A symbol's context is read
 features, features to bars (`data.inverse`), so that every bar is a valid candle. The next bar's
 P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
-import functools
 import json
 import math
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ import data
 from backstage.clock import times_ahead
 from backstage.files import write_atomic
 from backstage.frame import check_histories
-from backstage.grid import Bands, on_grid, tick_of
+from backstage.grid import Bands, on_grid, tick_of, unmoved_share
 from backstage.inputs import (
     check, check_outputs, load_series, read_times, trained_until, warn_of_intervals)
 from backstage.opponents import har
@@ -44,7 +43,7 @@ class Config:
     data: list[str] | None = None      # bars; none: those that the checkpoint was trained on
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
-    paths: int = 200                   # sampled futures of each symbol
+    paths: int | None = None           # sampled futures of each symbol; none: 200, fewer of many
     times: str | None = None           # file of the stamps to come, where the clock would err
     temperature: float = 1.0           # of the paths; below 1: bolder, above: more spread
     top_p: float = 1.0                 # of the paths: among the likeliest tokens of this mass
@@ -67,17 +66,20 @@ class Config:
 
 
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
-BATCH_ORIGINS = 16   # contexts read side by side
+BATCH_BARS = 2**13   # bars of the contexts that are read side by side
+PATHS, ALL_PATHS, LEAST_PATHS = 200, 200_000, 40     # of a symbol; of all together; of a symbol
 COMMON = 500         # last bars from which the correlation of symbols is known
-HALF_PAST = 125      # bars back that count half in it
+EIGEN = 1000         # symbols of which all eigenvalues are quickly found
 FEWEST = 20          # common bars without which a pair has the mean correlation
+HALF_PAST = 125      # bars back that count half in it
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
-WINDOWS = 32         # contexts that a calibration reads, each for the later half of its bars
+PAST_BARS = 8064     # that a calibration reads, in all: 21 contexts, each for its later 3/4
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
-LAWS = 32            # bars whose fine codes are read in full in a calibration
+MOST_TRUST = 1.5
+LAWS = 16            # bars whose fine codes are read in full in a calibration
 STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
-PRIOR_BARS = 32  # bars that the share of unmoved bars in training counts for, beside a symbol's own
+RARELY = 0.05        # and below which the calibration's law of narrow moves does for all
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,24 +105,28 @@ class Origin:
 @dataclass
 class Calibration:
     """Trust in P(up), from the past of the series at hand: logit P' = a + k (logit P - mean)."""
-    a: float = 0.0       # log odds of a rise, whatever the model says
-    k: float = 1.0       # trust in what it says, from 0 to 1
+    a: float = 0.0       # log odds of a rise where the model says what it says on average
+    k: float = 1.0       # trust in what it says beside
     mean: float = 0.0    # of logit P over the past bars
     n_bars: int = 0      # of these that moved
+    table: torch.Tensor | None = field(default=None, compare=False)  # see Bands.table; of that past
 
     def logits(self, model, h, stay):
-        """Coarse logits [..., 2^k1] for h [..., C], and P(up | moved) [...], both calibrated.
+        """Coarse logits [n, ..., 2^k1] for h [n, C] or [n, K, C], and P(up | moved) [n] or [n, K],
+        both calibrated.
 
-        stay [..., 2^k1]: the share of each code's candles that does not move, see staying. The odds
-        of up against other tokens change; among up tokens, and among the others, the law stays.
+        stay [n, 2^k1]: the share of each code's candles that does not move, see Bands.staying. The
+        odds of up against other tokens change; among up tokens, and among the others, the law
+        stays.
         """
         logits = model.coarse_logits(h).float()
-        moving = logits.softmax(-1) * (1 - stay)                                # [..., 2^k1]
-        up = (moving * model.up_mask).sum(-1).double()
-        p_up = (up / moving.sum(-1).double().clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6)
+        moving = logits.softmax(-1).view(len(h), -1, len(model.up_mask))        # [n, K, 2^k1]
+        moved = moving.mul_(1 - stay[:, None]).sum(-1).double()
+        up = moving.mul_(model.up_mask).sum(-1).double()
+        p_up = (up / moved.clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).view(h.shape[:-1])
         trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
-        shift = trusted.logit() - p_up.logit()
-        return logits + shift.float()[..., None] * model.up_mask, trusted
+        shift = (trusted.logit() - p_up.logit()).float()
+        return torch.addcmul(logits, shift[..., None], model.up_mask.float()), trusted
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
@@ -150,54 +156,68 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
                         f"lower --horizon or forecast step by step")
     check_histories(histories)
-    origins = [past if isinstance(past, Origin) else origin_of(model, tokenizer, past)
-               for past in histories]
+    is_made = isinstance(histories[0], Origin)
+    origins = histories if is_made else origins_of(model, tokenizer, histories)
     times = times_ahead(origins, horizon, times)  # (n, H)
     order = by_close(tokenizer).to(model.up_mask.device)
-    bands = Bands(model, tokenizer)
 
     def draw(h, u, stay):
-        """Coarse and fine tokens [...] for h [..., C], by uniform numbers u [..., 2]."""
-        logits = calibration.logits(model, h, stay)[0] if calibration else None
+        """Coarse and fine tokens for h [n * K, C], by uniform numbers u [n * K, ..., 2]; stay
+        [n, 2^k1]."""
+        logits = None
+        if calibration:
+            logits = calibration.logits(model, h.view(len(stay), -1, h.shape[-1]), stay)[0]
+            logits = logits.view(*h.shape[:-1], -1)
         return model.sample(h, temperature, top_p, u=u, order=order, logits=logits)
 
-    uniform = [stratified(np.random.default_rng([seed, zlib.crc32(o.symbol.encode()),
-                                                 int(abs(o.time[-1]))]), paths, horizon)
-               for o in origins]                                            # n of (paths, H, 2)
+    uniform = np.stack([stratified(np.random.default_rng([
+        seed, zlib.crc32(o.symbol.encode()), int(abs(o.time[-1]))]), paths, horizon)
+        for o in origins])                                                  # (n, paths, H, 2)
     if joint:
         move_together(uniform, origins, times, seed)
-    at_once = rows_at_once(model)
-    size = max(1, min(BATCH_ORIGINS, at_once // paths))
+    at_once, bands = rows_at_once(model), Bands(model, tokenizer)
     ohlcva, p_up = np.empty((len(origins), paths, horizon, 6)), np.empty(len(origins))
-    lengths = np.array([len(o.tokens) for o in origins])
-    for length in np.unique(lengths):  # contexts of one length go side by side
-        alike = np.flatnonzero(lengths == length)
-        for rows in np.split(alike, range(size, len(alike), size)):
-            part = [origins[i] for i in rows]
-            u = torch.from_numpy(np.concatenate([uniform[i] for i in rows]))
-            tokens, p_up[rows], width = draw_tokens(
-                model, part, times[rows], u, draw, parallel, at_once, calibration or Calibration(),
-                bands)
-            x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
-            x[..., 0][np.abs(x[..., 0]) <= width[:, None, None]] = 0.0          # the close stays
-            state = data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])])
-            ohlcva[rows], _ = data.inverse(x, state)
-            for i, o in zip(rows, part):
-                on_grid(ohlcva[i], float(o.state.close), o.tick)
+    for rows in side_by_side([len(o.tokens) for o in origins], at_once // paths):
+        part = [origins[i] for i in rows]
+        u = torch.from_numpy(uniform[rows]).flatten(0, 1)                   # (n * paths, H, 2)
+        tokens, p_up[rows], width = draw_tokens(
+            model, part, times[rows], u, draw, parallel, at_once, calibration or Calibration(),
+            bands)
+        x = tokenizer.decode(*tokens).cpu().numpy().reshape(len(part), paths, horizon, 6)
+        x[..., 0][np.abs(x[..., 0]) <= width[:, None, None]] = 0.0          # the close stays
+        state = data.State.stack([o.anchored(row) for o, row in zip(part, times[rows])])
+        ohlcva[rows], _ = data.inverse(x, state)
+    on_grid(ohlcva, np.array([o.state.close for o in origins]), np.array([o.tick for o in origins]))
     return ohlcva, p_up
 
 
-def origin_of(model, tokenizer, bars):
-    """The Origin after all of the bars."""
-    if len(bars) < 2:
-        raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; "
-                        f"at least 2 are needed")
-    slots = data.slots_of(bars)
-    x, state = data.features(bars, slots)
-    tokens = torch.stack(tokenizer.encode(torch.from_numpy(x[-model.config.block_size:])), -1)
-    unmoved = unmoved_share(bars, model.config.unmoved)[-1]
-    return Origin(bars.symbol, tokens, bars.time, state, slots, unmoved,
-                  tick_of(bars.ohlcva[-COMMON:, 3]), x[-COMMON:, 0])
+def side_by_side(lengths, most):
+    """Yield the places of at most `most` contexts of one length, int64 [n], of all with these
+    lengths."""
+    lengths = np.array(lengths)
+    for length in np.unique(lengths):
+        alike, size = np.flatnonzero(lengths == length), max(1, min(most, BATCH_BARS // length))
+        yield from np.split(alike, range(size, len(alike), size))
+
+
+def origins_of(model, tokenizer, histories):
+    """The Origins after all bars of each of histories."""
+    found, features = [], []
+    for bars in histories:
+        if len(bars) < 2:
+            raise UserError(f"{bars.symbol}: {len(bars)} bar is too short a history; "
+                            f"at least 2 are needed")
+        slots = data.slots_of(bars)
+        x, state = data.features(bars, slots)
+        features.append(x[-model.config.block_size:])
+        unmoved = unmoved_share(bars, model.config.unmoved)[-1]
+        found.append(Origin(bars.symbol, None, bars.time, state, slots, unmoved,
+                            tick_of(bars.ohlcva[-COMMON:, 3]), x[-COMMON:, 0]))
+    if found:
+        tokens = torch.stack(tokenizer.encode(np.concatenate(features)), -1)
+        for origin, own in zip(found, tokens.split([len(x) for x in features])):
+            origin.tokens = own
+    return found
 
 
 def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration, bands):
@@ -213,25 +233,34 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
         state = model.prefill(coarse, fine, seen)
         h = state.h
     unmoved = torch.tensor([o.unmoved for o in origins], device=device)
-    each = [bands.staying(row, bands.table(row), share)
-            for row, share in zip(h.split(1), unmoved.split(1))]
-    stay, width = (torch.cat(column) for column in zip(*each))              # (n, 2^k1), (n,)
-    p_up = calibration.logits(model, h, stay)[1]
+    stay, width, p_up = next_move(h, unmoved, calibration, bands)           # (n, 2^k1), (n,), (n,)
     p_up = p_up.masked_fill(unmoved > STANDS, math.nan).cpu().numpy()
 
     uniform = uniform.to(device)
     if parallel:
         uniform = uniform.view(n, paths, horizon, 2).transpose(1, 2)        # (n, H, paths, 2)
-        tokens = draw(ahead, uniform, stay[:, None])                        # 2 of (n, H, paths)
+        tokens = draw(ahead, uniform, stay)                                 # 2 of (n, H, paths)
         return [token.transpose(1, 2).flatten(0, 1) for token in tokens], p_up, width.cpu().numpy()
     times = times.repeat_interleave(paths, 0)                               # (n * paths, H)
-    stay = stay.repeat_interleave(paths, 0)                                 # (n * paths, 2^k1)
     size = at_once if n == 1 else n * paths  # several origins fit; the paths of one may not
-    pieces = []
-    for when, u, share in zip(*(a.split(size) for a in (times, uniform, stay))):
-        own_draw = functools.partial(draw, stay=share)
-        pieces.append(generate(model, state.repeat(len(u) // n), when, u, own_draw))
+    pieces = [generate(model, state.repeat(len(u) // n), when, u, lambda h, u: draw(h, u, stay))
+              for when, u in zip(times.split(size), uniform.split(size))]
     return [torch.cat(level) for level in zip(*pieces)], p_up, width.cpu().numpy()
+
+
+def next_move(h, unmoved, calibration, bands):
+    """Bands.staying for h [n, C] and unmoved [n], and P(up | moved) [n], one by one: the number of
+    rows changes the last bits.
+
+    A state's own law of narrow moves takes as long as a dozen paths: where bars rarely stay, that
+    of the calibration does, if there is one.
+    """
+    usual, parts = calibration.table, []
+    for row, share in zip(h.split(1), unmoved.split(1)):
+        law = bands.table(row) if usual is None or share >= RARELY else usual
+        stay, width = bands.staying(row, law, share)
+        parts.append((stay, width, calibration.logits(bands.model, row, stay)[1]))
+    return [torch.cat(column) for column in zip(*parts)]
 
 
 def generate(model, state, times, uniform, draw):
@@ -257,54 +286,93 @@ def generate(model, state, times, uniform, draw):
 # regression gives
 #
 #     logit P' = a + k x
-#     a <- a (1 - (e_a / a)^2)+,      k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
+#     a <- a0 + (a - a0) (1 - (2 e_a / (a - a0))^2)+,     a0 = k0 mean
+#     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 #
-# each shrunk by its own error e over blocks of time (James and Stein 1961 for a; for k the
-# posterior mean from a prior k0 +- e0, cut to [0, 1]), since one market rewards what the model says
-# and the next does not.
+# each shrunk by its own error e over blocks of time, since one market rewards what the model says
+# and the next does not: for k the posterior mean from a prior k0 +- e0. Of a, what is within two
+# errors of half the model's own bias is not believed (after James and Stein 1961): few such drifts
+# last into the next months.
 
-@torch.no_grad()
 def calibrate(model, tokenizer, histories, since=None):
-    """The Calibration of P(up) from the last bars of histories (Bars), some WINDOWS contexts of
-    them.
+    """The Calibration of P(up) from the last PAST_BARS bars, about, of histories (Bars).
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
-    Few bars leave the prior: half the trust, no bias.
+    Few bars leave the prior: half the trust.
     """
+    return calibration_of(model, tokenizer, read_pasts(model, tokenizer, histories, since))
+
+
+@dataclass
+class Past:
+    """Bars whose last ones, from number `first` on, the model has forecast one by one."""
+    bars: data.Bars
+    first: int
+    h: torch.Tensor | None = None   # [len(bars) - first, C]: what it forecasts them from
+
+
+@torch.no_grad()
+def read_pasts(model, tokenizer, histories, since=None):
+    """The Pasts of some histories, evenly chosen; see calibrate. Each bar is forecast from a
+    quarter of a window at least, where there are so many bars before it."""
     check_histories(histories)
-    n, share = model.config.block_size, max(1, len(histories) // WINDOWS)
-    logits, rose, stamps, bands = [], [], [], Bands(model, tokenizer)
-    laws = max(1, LAWS // len(histories[::share]))
-    for bars in histories[::share]:
-        known = 0 if since is None else np.searchsorted(bars.time, since)
-        first = max(data.CONTEXT, known)
-        each = max(1, WINDOWS // len(histories)) * (n // 2)
-        first = max(first, len(bars) - each)
-        if first >= len(bars):
-            continue
-        begin = max(0, first - n)                                           # context reaches back
-        tokens = data.tokenize(bars[begin:], tokenizer, data.features(bars)[0][begin:])
-        unmoved, table = unmoved_share(bars, model.config.unmoved), None
-        for at in range(first, len(bars), n // 2):                          # targets at .. end
-            end = min(at + n // 2, len(bars))
-            context = slice(max(0, end - 1 - n - begin), end - 1 - begin)
-            coarse, fine = torch.from_numpy(tokens[context].astype(np.int64)).T[:, None]
-            time = torch.from_numpy(bars.time[context.start + begin:context.stop + begin].copy())
-            device = model.up_mask.device
-            h = model.hidden(coarse.to(device), fine.to(device), time[None].to(device))
-            h = h[0, at - end:]                                             # (end - at, C)
-            if table is None:
-                table = bands.table(h[::-(-len(h) // laws)])
-            u = torch.from_numpy(unmoved[at:end]).to(device)
-            p_up = Calibration().logits(model, h, bands.staying(h, table, u)[0])[1]
-            change = np.diff(bars.ohlcva[at - 1:end, 3])
-            moved = torch.from_numpy(change != 0).to(device)
-            logits.append(p_up.logit()[moved].cpu().numpy())
-            rose.append((change > 0)[change != 0])
-            stamps.append(bars.time[at:end][change != 0])
-    if not logits or not sum(map(len, logits)):
+    n, pasts = model.config.block_size, []
+    step = n - n // 4                                                       # targets of a window
+    each = max(1, PAST_BARS // step // len(histories)) * step
+    for bars in histories:
+        known = 0 if since is None else int(np.searchsorted(bars.time, since))
+        first = max(data.CONTEXT, known, len(bars) - each)
+        if first < len(bars):
+            pasts.append(Past(bars, first))
+    pasts = pasts[::-(-sum(len(past.bars) - past.first for past in pasts) // PAST_BARS) or 1]
+    contexts, times = [], []
+    x = [data.features(past.bars)[0][max(0, past.first - n):] for past in pasts]
+    tokens = torch.stack(tokenizer.encode(np.concatenate([*x, np.empty((0, 6))])), -1)
+    for past, own in zip(pasts, tokens.split([len(own) for own in x])):
+        before = len(past.bars) - len(own)                                  # bars without tokens
+        for at in range(past.first, len(past.bars), step):
+            end = min(at + step, len(past.bars)) - 1                        # of the context
+            begin = max(0, end - n)
+            contexts.append(own[begin - before:end - before])
+            times.append(torch.from_numpy(past.bars.time[begin:end].copy()))
+    found, device = [None] * len(contexts), model.up_mask.device
+    for rows in side_by_side([len(context) for context in contexts], len(contexts)):
+        coarse, fine = torch.stack([contexts[i] for i in rows]).to(device).unbind(-1)
+        time = torch.stack([times[i] for i in rows]).to(device)
+        for i, h in zip(rows, model.hidden(coarse, fine, time)):            # (L, C) each
+            found[i] = h[-step:]
+    found = iter(found)
+    for past in pasts:
+        wanted = len(past.bars) - past.first
+        own = [next(found) for _ in range(-(-wanted // step))]
+        own[-1] = own[-1][-((wanted - 1) % step + 1):]
+        past.h = torch.cat(own)
+    return pasts
+
+
+@torch.no_grad()
+def calibration_of(model, tokenizer, pasts):
+    """See calibrate."""
+    if not pasts:
         return Calibration(k=PRIOR_TRUST)
-    return trust(*map(np.concatenate, (logits, rose, stamps)))
+    h, bands = torch.cat([past.h for past in pasts]), Bands(model, tokenizer)       # (N, C)
+    table = bands.table(h[::-(-len(h) // LAWS)])
+
+    def flat(values):
+        """Of arrays over each past's bars, those of the last ones."""
+        return np.concatenate([v[past.first:] for v, past in zip(values, pasts)])
+
+    unmoved = flat([unmoved_share(past.bars, model.config.unmoved)[:-1] for past in pasts])
+    change = flat([np.diff(past.bars.ohlcva[:, 3], prepend=0) for past in pasts])
+    stamp, logit = flat([past.bars.time for past in pasts]), []
+    for part, share in zip(h.split(1024), torch.from_numpy(unmoved).to(h.device).split(1024)):
+        stay = bands.staying(part, table, share)[0]
+        logit.append(Calibration().logits(model, part, stay)[1].logit().cpu())
+    moved = change != 0
+    if not moved.any():
+        return Calibration(k=PRIOR_TRUST)
+    found = trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
+    return replace(found, table=table)
 
 
 def trust(logit, rose, stamp):
@@ -321,9 +389,10 @@ def trust(logit, rose, stamp):
     inverse = np.linalg.inv(H)
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
-    a *= max(0.0, 1 - var_a / max(a * a, 1e-12))
+    prior = PRIOR_TRUST * mean
+    a = prior + (a - prior) * max(0.0, 1 - 4 * var_a / max((a - prior)**2, 1e-12))
     k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
-    return Calibration(float(a), float(min(1.0, max(0.0, k))), float(mean), len(logit))
+    return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))
 
 
 @torch.no_grad()
@@ -341,18 +410,16 @@ def median_path(model, tokenizer, origins, horizon):
         return coarse, model.fine_logits(h, coarse).argmax(-1)
 
     ohlcva, when = np.empty((len(origins), horizon, 6)), times_ahead(origins, horizon, None)
-    lengths = np.array([len(o.tokens) for o in origins])
-    for length in np.unique(lengths):
-        alike = np.flatnonzero(lengths == length)
-        for rows in np.split(alike, range(BATCH_ORIGINS, len(alike), BATCH_ORIGINS)):
-            part, times = [origins[i] for i in rows], torch.from_numpy(when[rows]).to(order.device)
-            coarse, fine = torch.stack([o.tokens for o in part]).to(order.device).unbind(-1)
-            seen = torch.from_numpy(np.stack([o.time[-length:] for o in part])).to(order.device)
-            state = model.prefill(coarse, fine, seen)
-            tokens = generate(model, state, times, torch.zeros(len(part), horizon), median_token)
-            x = tokenizer.decode(*tokens).cpu().numpy()[:, None]            # (n, 1, horizon, 6)
-            start = data.State.stack([o.anchored(row) for o, row in zip(part, when[rows])])
-            ohlcva[rows] = data.inverse(x, start)[0][:, 0]
+    for rows in side_by_side([len(o.tokens) for o in origins], len(origins)):
+        part, times = [origins[i] for i in rows], torch.from_numpy(when[rows]).to(order.device)
+        coarse, fine = torch.stack([o.tokens for o in part]).to(order.device).unbind(-1)
+        seen = [o.time[-coarse.shape[1]:] for o in part]
+        seen = torch.from_numpy(np.stack(seen)).to(order.device)
+        state = model.prefill(coarse, fine, seen)
+        tokens = generate(model, state, times, torch.zeros(len(part), horizon), median_token)
+        x = tokenizer.decode(*tokens).cpu().numpy()[:, None]                # (n, 1, horizon, 6)
+        start = data.State.stack([o.anchored(row) for o, row in zip(part, when[rows])])
+        ohlcva[rows] = data.inverse(x, start)[0][:, 0]
     return ohlcva
 
 
@@ -395,12 +462,12 @@ def move_together(uniform, origins, times, seed):
     for (stamp, _), rows in groups.items():
         if len(rows) < 2:
             continue
-        factor = np.linalg.cholesky(correlation([origins[i] for i in rows]))
+        factor = root_of(correlation([origins[i] for i in rows]))
         random = np.random.default_rng([seed, abs(stamp), len(rows)])
         paths, horizon, _ = uniform[rows[0]].shape
         for half in (slice(0, paths // 2), slice(paths // 2, paths)):
             u = np.stack([uniform[i][half] for i in rows], -2)              # (K, H, n, 2)
-            z = random.standard_normal((horizon, len(u), len(rows))) @ factor.T     # (H, K, n)
+            z = random.standard_normal((horizon, len(u), len(rows)), np.float32) @ factor.T
             rank = z.argsort(1).argsort(1).swapaxes(0, 1)                   # (K, H, n)
             u = np.take_along_axis(u, u[..., :1].argsort(0), 0)             # in order of the first
             u = np.take_along_axis(u, rank[..., None], 0)
@@ -409,29 +476,40 @@ def move_together(uniform, origins, times, seed):
 
 
 def correlation(origins):
-    """R [n, n] of the closes of n origins, positive definite, from their last COMMON stamps."""
+    """R float32 [n, n] of the closes of n origins, from their last COMMON stamps."""
     scores = normal_scores(origins)                                         # (n, T)
-    known, scores = (~np.isnan(scores)).astype(float), np.nan_to_num(scores)
-    weight = 0.5 ** (np.arange(scores.shape[1])[::-1] / HALF_PAST)          # (T,)
-    variance = (scores**2 * weight) @ known.T                               # of i, beside j
-    C = (scores * weight) @ scores.T / np.sqrt(np.maximum(variance * variance.T, 1e-12))
-    C, common = C.clip(-1, 1), known @ known.T
-    bars = (known * weight @ known.T)**2 / np.maximum(known * weight**2 @ known.T, 1e-12)
-    error = (1 - C**2)**2 / np.maximum(bars, 1)                             # squared
-    pairs = ~np.eye(len(C), dtype=bool) & (common >= FEWEST)
-    if not pairs.any():
-        return np.eye(len(C))
-    mean = np.average(C[pairs], weights=bars[pairs])
-    spread = max(0.0, ((C[pairs] - mean)**2 - error[pairs]).mean())
-    w = np.where(common >= FEWEST, spread / np.maximum(spread + error, 1e-12), 0.0)
-    return definite(w * C + (1 - w) * mean)
+    known, scores = (~np.isnan(scores)).astype(np.float32), np.nan_to_num(scores)
+    weight = 0.5 ** (np.arange(scores.shape[1], dtype=np.float32)[::-1] / HALF_PAST)    # (T,)
+    R = np.empty((len(scores), len(scores)), np.float32)
+
+    def pairs():
+        """Yield some rows of R at a time, and of these C, e^2 and which are known; bars in all."""
+        for i in range(0, len(R), 256):
+            own, a = known[i:i + 256], scores[i:i + 256]
+            variance = (a**2 * weight @ known.T) * (own @ (scores**2 * weight).T)
+            C = (a * weight @ scores.T / np.sqrt(variance.clip(1e-12))).clip(-1, 1)
+            bars = (own * weight @ known.T)**2 / (own * weight**2 @ known.T).clip(1e-12)
+            enough = (own @ known.T >= FEWEST) & ~np.eye(len(C), len(R), i, bool)
+            yield R[i:i + 256], C, (1 - C**2)**2 / bars.clip(1), enough, bars
+
+    sums = np.zeros(3)
+    for _, C, _, enough, bars in pairs():
+        sums += enough.sum(), bars.sum(where=enough), (C * bars).sum(where=enough)
+    n, mean, spread = max(1.0, float(sums[0])), float(sums[2] / max(1, sums[1])), 0.0
+    for _, C, error, enough, _ in pairs():
+        spread += float(((C - mean)**2 - error).sum(where=enough)) / n
+    for rows, C, error, enough, _ in pairs():
+        w = np.where(enough, max(0.0, spread) / np.maximum(max(0.0, spread) + error, 1e-12), 0)
+        rows[:] = w * C + (1 - w) * mean
+    np.fill_diagonal(R, 1)
+    return R
 
 
 def normal_scores(origins):
     """Of each origin's closes at the last COMMON stamps the normal scores of their ranks, NaN where
-    there is no bar: [n, T]."""
+    there is no bar: float32 [n, T]."""
     stamps = np.unique(np.concatenate([o.time[-len(o.closes):] for o in origins]))[-COMMON:]
-    scores = np.full((len(origins), len(stamps)), np.nan)
+    scores = np.full((len(origins), len(stamps)), np.nan, np.float32)
     for row, o in zip(scores, origins):
         time = o.time[-len(o.closes):]
         known = time >= stamps[0]
@@ -441,16 +519,23 @@ def normal_scores(origins):
     return scores
 
 
-def definite(R):
-    """R [n, n] with a diagonal of 1 and no eigenvalue below 1e-4, as it can come of pairs that have
-    not the same bars in common."""
-    np.fill_diagonal(R, 1.0)
-    value, vector = np.linalg.eigh(R)
-    if value[0] >= 1e-4:
-        return R
-    R = (vector * np.maximum(value, 1e-4)) @ vector.T
-    size = np.sqrt(np.diag(R))
-    return R / (size * size[:, None])
+def root_of(R):
+    """A root F of correlations R float32 [n, n], F F' = R.
+
+    Pairs that have not the same bars in common can leave R with eigenvalues below 0: these become
+    small ones. Of more than EIGEN symbols, R, changed in place, is drawn towards the identity.
+    """
+    for lift in (1e-6, *np.geomspace(1e-4, 1, 14)):
+        try:
+            return np.linalg.cholesky(R)
+        except np.linalg.LinAlgError:
+            if len(R) <= EIGEN:
+                value, vector = np.linalg.eigh(R)
+                F = vector * np.sqrt(value.clip(1e-4))
+                return F / np.linalg.norm(F, axis=1, keepdims=True)
+            R *= np.float32(1 - lift)
+            np.fill_diagonal(R, 1)
+    return np.eye(len(R), dtype=R.dtype)
 
 
 def rows_at_once(model):
@@ -472,41 +557,35 @@ def by_close(tokenizer):
     return tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
 
 
-def unmoved_share(bars, prior):
-    """Share of bars whose close did not move, before each bar and after the last: [T + 1].
-
-    It is a symbol's own, as ticks differ; `prior`, the share in the training data, counts for
-    PRIOR_BARS beside.
-    """
-    still = np.diff(bars.ohlcva[:, 3]) == 0
-    count = np.concatenate([[0, 0], still.cumsum()])  # the first bar has nothing to move from
-    seen = np.concatenate([[0], np.arange(len(bars))])
-    return (prior * PRIOR_BARS + count) / (PRIOR_BARS + seen)
-
-
-def record_of(model, tokenizer, histories, since=None):
-    """What the model, as it comes, was worth on the last bars of histories: a dict, or None.
+def record_of(model, tokenizer, pasts):
+    """What the model, as it comes, was worth on the last bars of pasts: a dict, or None.
 
     bars; da {value, lo, hi}; coverage90, the share of closes in the 90 % band; close, range,
     volume: CRPS as a ratio to HAR's, None where there is none. None for too few bars.
     """
     import backtest  # which imports this file
-    each = max(64, RECORD // len(histories))
-    long = [bars for bars in histories if len(bars) > each + RECORD_PAST]
-    long = long[::max(1, len(long) * each // RECORD)] or [
-        bars for bars in histories if len(bars) > 3 * RECORD_PAST][:8]
-    if not long:
-        return None
-    starts = [bars.time[-min(each, len(bars) // 3)] for bars in long]
-    start = max(int(np.median(starts)), since or 0)
+    each = [min(max(64, RECORD // len(pasts)), len(past.bars) // 3) for past in pasts]
+    starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n]
+    start = int(np.median(starts)) if starts else 0
+    places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
+    fit = {id(past.bars): past.h for past, place in zip(pasts, places)
+           if max(RECORD_PAST, past.first) <= place < len(past.bars)}
     try:
-        t = backtest.Targets(long, start, 2**62, 1, 2**31, 0)
-    except UserError:
+        bars = [past.bars for past in pasts if id(past.bars) in fit]
+        t = backtest.Targets(bars, start, 2**62, 1, 2**31, 0)
+    except (UserError, ValueError):
         return None
-    if t.n_blocks < 2 or min(first for first, _ in t.ranges) < RECORD_PAST:
+    if t.n_blocks < 2:
         return None
-    own = backtest.model_scores(model, tokenizer, t, probes=backtest.VAL_PROBES)
-    rival = bootstrap(time_block_sums(har(t, 2), t), t)
+    parts = [fit[id(bars)].split([len(fit[id(bars)]) - last + first, last - first])
+             for bars, (first, last) in zip(t.series, t.ranges)]
+    before, ahead = map(torch.cat, zip(*parts))
+    if not len(before):
+        return None
+    before = before[::-(-len(before) // LAWS)]
+    states = before, ahead.split(256)
+    own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES, states=states)
+    own, rival = (bootstrap(time_block_sums(f, t), t) for f in (own, har(t, 2)))
     value, spread = own["da"]
     lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)
     found = dict(bars=len(t.r), da=dict(value=float(value), lo=float(lo), hi=float(hi)),
@@ -519,6 +598,16 @@ def record_of(model, tokenizer, histories, since=None):
 
 # --------------------------------------------------------------------------------------------------
 # The run
+
+def paths_of_each(n):
+    """How many paths each of n symbols has unless told, with a word where that is less."""
+    paths = max(LEAST_PATHS, min(PATHS, ALL_PATHS // n))
+    if paths < PATHS:
+        error, usual = (math.sqrt(0.05 * 0.95 / k) / 0.103 for k in (paths, PATHS))     # normal
+        print(f"{n:,} symbols: {paths} paths of each, so that 5 and 95 % are known to {error:.2f} "
+              f"standard deviations; with --paths {PATHS} to {usual:.2f}", file=sys.stderr)
+    return paths
+
 
 def main(argv=None):
     config = Config(**cli(Config, __doc__, argv))
@@ -542,15 +631,18 @@ def main(argv=None):
     times = read_times(config.times, histories, config.horizon) if config.times else None
     times = times_ahead(histories, config.horizon, times)  # (n, H)
     weights = weights_of(config.weights, histories)
-    calibration = None
+    calibration = record = None
     if config.calibrate:
-        calibration = calibrate(model, tokenizer, histories, trained_until(config.data, meta))
+        pasts = read_pasts(model, tokenizer, histories, trained_until(config.data, meta))
+        calibration = calibration_of(model, tokenizer, pasts)
+        record = record_of(model, tokenizer, pasts)
+    paths = config.paths or paths_of_each(len(histories))
     ohlcva, p_up = simulate(
-        model, tokenizer, histories, config.horizon, config.paths, config.temperature, config.top_p,
+        model, tokenizer, histories, config.horizon, paths, config.temperature, config.top_p,
         config.seed, config.parallel, times, config.joint, calibration)
     rows = []
-    for bars, paths, p, stamps in zip(histories, ohlcva, p_up, times):
-        rows.append(describe(bars, paths, p, config.strike or (), config.rate, stamps))
+    for bars, own, p, stamps in zip(histories, ohlcva, p_up, times):
+        rows.append(describe(bars, own, p, config.strike or (), config.rate, stamps))
     ranked = give_ranks(rows, histories, config.horizon)
     breadth = float((ranked > 0.5).mean()) if len(ranked) else math.nan
     mean_p_up = float(ranked.mean()) if len(ranked) else math.nan
@@ -560,9 +652,6 @@ def main(argv=None):
         for i, row in enumerate(rows):
             row |= {name: values[i] for name, values in beside.items()}
 
-    record = None
-    if config.calibrate:
-        record = record_of(model, tokenizer, histories, trained_until(config.data, meta))
     if config.out:
         write_csv(config.out, histories, ohlcva, times)
     if config.paths_out:
@@ -572,7 +661,7 @@ def main(argv=None):
     if config.plot:
         plot_forecast(config.plot, histories, ohlcva, times, weights)
     if config.json:
-        found = dict(horizon=config.horizon, paths=config.paths, breadth=breadth,
+        found = dict(horizon=config.horizon, paths=paths, breadth=breadth,
                      mean_p_up=mean_p_up, record=record, portfolio=portfolio, symbols=rows)
         print(json.dumps(jsonable(found)))
     else:

@@ -1,4 +1,4 @@
-"""The tokenizer: each bar becomes two tokens of 10 bits, and any two tokens become a bar.
+"""The tokenizer: each bar becomes a pair of tokens, and any pair becomes a bar's features.
 
 Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.07548):
 
@@ -7,15 +7,21 @@ Binary Spherical Quantization (BSQ: Zhao, Xiong, Kraehenbuehl 2024, arXiv 2406.0
 u lies on the unit sphere and c is the corner nearest to it, of the 2^k corners of a cube inscribed
 in the sphere. The codebook is implicit: no corner is stored, each can be reached, and a token is
 the signs of c read as a binary number. Two levels: the `coarse` token carries the bar's shape, the
-`fine` token what coarse leaves. The top bit of coarse, the direction bit, is not learned: it is set
-where close rose, and every candle decoded from it rises.
+`fine` token what coarse leaves, 10 bits each. The top bit of coarse, the direction bit, is not
+learned: it is set where close rose, and every candle decoded from it rises. So the sign of a move
+is never lost.
 
 Training has two phases. The first is the published one, above: it spreads the bars over the
-corners. But the signs of u often miss the corner whose candle is nearest to the bar, and with k <=
-12 all 2^k candles can be looked at, in no more time than an encoder takes. So in the second phase a
-bar takes the nearest candle's corner, and the decoder learns from that alone, as in Lloyd's
-algorithm. `nearest=False` keeps the published form to the end; `python tests/bench.py tokenizer`
-shows both, beside k-means and other quantizers.
+corners. But the signs of u often miss the corner whose candle is nearest to the bar, and comparing
+a bar with all 2^k candles takes no longer than running the encoder. So in the second phase a bar
+takes the nearest candle's corner, and the decoder learns from that alone (the step of k-means):
+
+    phase 1    error + 0.1 (E[H(q(c|u))] - gamma H(E[q(c|u)])) of both levels
+    phase 2    error = |z - D1|^2 / |z|^2 + |r - M g|^2 / |r|^2,      r = z - D1
+
+with z the standardized bar, D1 the coarse candle, and M g what the fine token adds.
+`nearest=False` keeps phase 1 to the end; `python tests/bench.py tokenizer` shows both, beside
+k-means and other quantizers.
 
 `pretrain.py` trains it, and its `--tokenizer out.pt` takes it from a checkpoint.
 """
@@ -26,14 +32,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import CHANNELS, UserError
+from backstage.script import UserError
+from data import CHANNELS
 
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower are always there; volume and vwap may be missing, 0
 MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move any price
-ROWS = 1024       # bars encoded at a time, always padded to it: a bar depends on no other bar
+ROWS = 1024       # bars encoded at a time, always padded to it: tokens do not hang on the batch
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
-FLOOR = 0.05      # least scale of a channel, as a share of close's, else rare gaps take the codes
+FLOOR = 0.05      # least unit of a channel, in close's; else rare opening gaps use up the codes
 WARMUP = 50       # steps in which the learning rate rises
 
 
@@ -44,13 +51,13 @@ class TokenizerConfig:
     fine_bits: int = 10         # bits of the fine token
     n_hidden: int = 128         # width of the networks
     direction_bit: bool = True  # the top coarse bit is set where close rose, and decoded so
-    close: float = 2.5          # what a square error of close counts, beside one of another channel
+    close: float = 2.5          # weight of the squared error of close
     nearest: bool = True        # end with the nearest candle's corner; False: the published signs
     spread: float = 0.1         # share of the updates in the first phase, where a second follows
     entropy: float = 0.1        # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of an even use of all codes
     joint: bool = True          # the exact entropy of all 2^k codes; False: the sum over bits
-    tau: float = 60.0           # how sure a bar is: q(c|u) ~ exp(tau u . c)
+    tau: float = 60.0           # sharpness of q(c|u) ~ exp(tau u . c)
 
     def __post_init__(self):
         limits = dict(coarse_bits=(2, MAX_BITS), fine_bits=(2, MAX_BITS), n_hidden=(1, 4096),
@@ -117,7 +124,7 @@ def joint_entropy_term(u, tau, gamma):
 
 
 def bit_entropy_term(u, tau, gamma):
-    """The same as published: H(E[q(c|u)]) is taken for its sum over bits, which is never less.
+    """The paper's form: in place of H(E[q(c|u)]) its upper bound, the sum over bits.
 
     q(bit = 1 | u) = sigmoid(2 tau u / sqrt(k)).
     """
@@ -126,7 +133,7 @@ def bit_entropy_term(u, tau, gamma):
     return entropy(p) / len(u) - gamma * entropy(p.mean(1))
 
 
-def nearest(distance):
+def least_index(distance):
     """Index of the least along the last axis, the first of equals: [..., K] -> int64 [...]."""
     if distance.is_cuda:
         return distance.argmin(-1)
@@ -176,15 +183,13 @@ class Tokenizer(nn.Module):
             config = TokenizerConfig(**config)
         self.config = config
         k1, k2, n = config.coarse_bits, config.fine_bits, config.n_hidden
-        # the direction bit is not learned
-        self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)
+        self.coarse_encoder = mlp(N_CHANNELS, n, k1 - config.direction_bit)  # that bit is given
         self.fine_encoder = mlp(N_CHANNELS + k1, n, k2)
         self.coarse_decoder = mlp(k1, n, N_CHANNELS)
         self.fine_mix = mlp(k1, n, N_CHANNELS ** 2)
         self.fine_decoder = mlp(k2, n, N_CHANNELS)
         self.register_buffer("mean", torch.zeros(N_CHANNELS))
-        # 0: a channel that was never there, and decodes to 0
-        self.register_buffer("std", torch.zeros(N_CHANNELS))
+        self.register_buffer("std", torch.zeros(N_CHANNELS))  # 0: a channel that was never there
         self.tables = None
 
     def decode_tables(self):
@@ -195,11 +200,11 @@ class Tokenizer(nn.Module):
 
     def mix(self, c1):
         """M of coarse signs [..., k1] -> [..., 6, 6]."""
-        # 0.3: a residual's usual size
-        return 0.3 * self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))
+        usual_size = 0.3    # of a residual
+        return usual_size * self.fine_mix(c1).unflatten(-1, (N_CHANNELS, N_CHANNELS))
 
     def frozen_tables(self):
-        """decode_tables, made once between two trainings."""
+        """decode_tables, cached until the next call of train()."""
         if self.tables is None or self.tables[0].device != self.mean.device:
             with torch.no_grad(), full_precision(self.mean):
                 self.tables = self.decode_tables()
@@ -237,22 +242,24 @@ class Tokenizer(nn.Module):
         tables: see decode_tables.
         """
         d1, mix, g = tables
-        # |z - d|^2 - |z|^2 over present channels = present . d^2 - 2 z . d, as one product
+        # |z - d|^2 - |z|^2 over present channels (z is 0 in the others), as one product:
+        # present . d^2 - 2 z . d
         distance = torch.cat([present, z], 1) @ torch.cat([d1 ** 2, -2 * d1], 1).T   # (B, 2^k1)
         if self.config.direction_bit:  # only the half of the codes whose top bit is the bar's
             half = len(d1) // 2
             rows = torch.arange(len(z), device=z.device)
             own = distance.view(-1, 2, half)[rows, up.long()]                # (B, 2^(k1 - 1))
-            coarse = nearest(own) + half * up
+            coarse = least_index(own) + half * up
         else:
-            coarse = nearest(distance)
-        # likewise |r - M g|^2 - |r|^2 = (M^T M) : (g g^T) - 2 (M^T r) . g of what coarse leaves, r
+            coarse = least_index(distance)
+        # likewise of what coarse leaves, r: |r - M g|^2 - |r|^2 = g^T (M^T M) g - 2 (M^T r) . g,
+        # where g^T A g is the dot product of A and g g^T, flattened
         residual = (z - d1[coarse]) * present                                # (B, 6)
         mix = mix[coarse] * present[..., None]                               # (B, 6, 6)
         gram = (mix.mT @ mix).flatten(1)                                     # (B, 36)
         aim = (mix.mT @ residual[..., None]).squeeze(-1)                     # (B, 6)
         outer = (g[:, :, None] * g[:, None, :]).flatten(1)                   # (2^k2, 36)
-        return coarse, nearest(torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T)
+        return coarse, least_index(torch.cat([gram, aim], 1) @ torch.cat([outer, -2 * g], 1).T)
 
     # ---- the interface
 
@@ -393,7 +400,7 @@ def published_loss(tokenizer, x):
 
 
 def nearest_loss(tokenizer, x):
-    """Second phase, bars x [B, 6]: what the nearest candles leave. A bar moves its codes alone."""
+    """Second phase, bars x [B, 6]: what the nearest candles leave."""
     z, present = tokenizer.standardize(x)
     d1, mix, g = tokenizer.decode_tables()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 
 import data
 from backstage.files import load_safe
-from backstage.script import UserError
+from backstage.script import UserError, holds_controls
 
 SEEN_DATES = "the weights that were tuned may have seen these dates, so that scores flatter them"
 
@@ -86,8 +86,11 @@ def read_checkpoint(path):
         for name, (low, high) in RANGES.items():
             if holder.get(name) is not None and not low <= holder[name] <= high:
                 raise damaged(path, f"{name!r} is {holder[name]}")
-    if source and not (source["sources"] and all(source["sources"]) and all(k > 0 for k in source.get("intervals") or ())):
+    has_names = source and source["sources"] and all(source["sources"])
+    if source and not (has_names and all(k > 0 for k in source.get("intervals") or ())):
         raise damaged(path, "its bars have no name, or an interval that is none")
+    if any(map(holds_controls, [source.get("sources"), *(entry["run"] or {}).values()])):
+        raise damaged(path, "its texts hold control characters")
     if any(report.get("step") is None for report in entry["metrics"]):
         raise damaged(path, "a report has no step")
     if not fits(entry.get("losses", []), list[float | dict[str, float]]):
@@ -113,7 +116,8 @@ def sources_of(path):
 
 
 def damaged(path, reason):
-    return UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it anew")
+    return UserError(f"{path}: damaged checkpoint ({reason}); restore it from a copy or train it "
+                     f"anew")
 
 
 def fits(value, kind):
@@ -126,12 +130,13 @@ def fits(value, kind):
     if isinstance(kind, types.UnionType):
         return any(fits(value, k) for k in inner)
     if typing.is_typeddict(kind):
-        hints = typing.get_type_hints(kind)
-        return isinstance(value, dict) and all(fits(value.get(name), k) for name, k in hints.items())
+        hints = typing.get_type_hints(kind).items()
+        return isinstance(value, dict) and all(fits(value.get(name), k) for name, k in hints)
     if typing.get_origin(kind) in (list, tuple):
         return isinstance(value, (list, tuple)) and all(fits(v, inner[0]) for v in value)
     if typing.get_origin(kind) is dict:
-        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if kind is float:
         return type(value) in (int, float)
     return isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
@@ -139,16 +144,18 @@ def fits(value, kind):
 
 def check_sizes(config):
     """ValueError for a ModelConfig whose sizes do not fit one another, or are absurd."""
-    limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256), n_embd=(1, 16384),
-                  linear_heads=(0, config.n_head), latents=(1, 1024), rounds=(1, 64), span=(1, 2**16),
-                  block_size=(1, 2**31), aux_weight=(0.0, 100.0), unmoved=(0.0, 0.999))
+    limits = dict(coarse_bits=(1, 14), fine_bits=(1, 14), n_layer=(1, 256), n_head=(1, 256),
+                  n_embd=(1, 16384), linear_heads=(0, config.n_head), latents=(1, 1024),
+                  rounds=(1, 64), span=(1, 2**16), block_size=(1, 2**31),
+                  aux_weight=(0.0, 100.0), unmoved=(0.0, 0.999))
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not fits(value, type(low)) or not low <= value <= high:
             raise ValueError(f"{name} must be within {low} and {high}, not {value!r}")
     n_local, n_windows = config.n_head - config.linear_heads, len(config.windows)
     if config.n_embd % (2 * config.n_head):
-        raise ValueError(f"n_embd ({config.n_embd}) must be an even multiple of n_head ({config.n_head})")
+        raise ValueError(f"n_embd ({config.n_embd}) must be an even multiple of n_head "
+                         f"({config.n_head})")
     if not all(isinstance(w, int) and 1 <= w <= 2**16 for w in config.windows):
         raise ValueError(f"windows must be 1 to 65536 bars, not {config.windows!r}")
     if n_local and (not n_windows or n_local % n_windows):
@@ -165,8 +172,8 @@ def read_sizes(entry, config_class):
         if name not in kinds or not fits(value, kinds[name]):
             raise ValueError(f"setting {name!r} of the model is unknown or of a wrong kind")
     config = config_class(**entry["config"])
-    if 12 * config.n_layer * config.n_embd**2 > sum(weight.numel() for weight in entry["model"].values()):
-        # it might not fit the memory
+    n_weights = sum(weight.numel() for weight in entry["model"].values())
+    if 12 * config.n_layer * config.n_embd**2 > n_weights:  # it might not fit the memory
         raise ValueError("its sizes are those of a larger model than its weights")
     return config
 

@@ -26,7 +26,8 @@ def calendar(time):
     doy = doe - (365 * year + year // 4 - year // 100)
     month = (5 * doy + 2) // 153                        # 0 is March
     day = doy - (153 * month + 2) // 5
-    return torch.stack((second // 3600, second // 60 % 60, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+    hour, minute = second // 3600, second // 60 % 60
+    return torch.stack((hour, minute, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
 
 
 # Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the
@@ -50,7 +51,10 @@ def future_times(time, horizon):
     gaps = np.sort(np.diff(recent))
     gap = int(gaps[(len(gaps) - 1) // 2]) if len(gaps) else DAY  # the median
     if gap > 1.5 * DAY:  # on the clocks on which the time of day changes least
-        zone = max(MARKET_ZONES, key=lambda zone: np.bincount((recent + _ahead_of_utc(zone, recent)) % DAY).max())
+        def most_alike(zone):
+            return np.bincount((recent + _ahead_of_utc(zone, recent)) % DAY).max()
+
+        zone = max(MARKET_ZONES, key=most_alike)
         local = recent + _ahead_of_utc(zone, recent)
         gap = int(np.sort(np.diff(local))[(len(gaps) - 1) // 2])
         stamps = (_coming_months if gap >= 27 * DAY else _coming_weeks)(local, gap, horizon)
@@ -82,7 +86,8 @@ def _coming(past, gap, after, span):
     last weeks had."""
     found, weeks = past[:0], []
     for back in range(WEEK, WEEKS * WEEK + 1, WEEK):
-        first, last, end = np.searchsorted(past, np.array([0, span, WEEK]) + after - back, side="right")
+        borders = np.array([0, span, WEEK]) + after - back
+        first, last, end = np.searchsorted(past, borders, side="right")
         if end > first:  # a week with a bar
             found, weeks = np.append(found, past[first:last] + back), [*weeks, back]
     stamps, count = np.unique(found, return_counts=True)
@@ -141,8 +146,8 @@ def _ahead_of_utc(zone, time):
 def _ahead_on(zone, day):
     try:
         noon = datetime.datetime.fromtimestamp(day * DAY + DAY // 2, zoneinfo.ZoneInfo(zone))
-    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):  # a system without zones, or far years
-        return 0
+    except (zoneinfo.ZoneInfoNotFoundError, OverflowError, OSError, ValueError):
+        return 0  # a system without zones, or far years
     return int(noon.utcoffset().total_seconds())
 
 
@@ -171,13 +176,15 @@ def _coming_months(recent, gap, horizon):
     for business_day in (_last_business_day, _first_business_day):
         off = days - business_day(month[:len(days)]).astype(np.int64)  # a holiday moves some
         of_calendar = (left[:len(days)] <= DAY).all() or (since[:len(days)] < DAY).all()
-        if len(days) > 5 and not of_calendar and (off == 0).mean() > 0.8 and ((days + 3) % 7 < 5).all():
+        of_weekdays = len(days) > 5 and ((days + 3) % 7 < 5).all()
+        if of_weekdays and not of_calendar and (off == 0).mean() > 0.8:
             stamps = business_day(months).astype(np.int64) * DAY + recent[last] % DAY
             return stamps[stamps > recent[-1]][:horizon]
     if left[last] <= DAY:  # the last day
         stamps = _begin(months + 1) - left[last]
     else:                  # or that one where the month is too short
-        stamps = np.minimum(_begin(months) + since[last], _begin(months + 1) - DAY + since[last] % DAY)
+        last_day = _begin(months + 1) - DAY
+        stamps = np.minimum(_begin(months) + since[last], last_day + since[last] % DAY)
     return stamps[stamps > recent[-1]][:horizon]
 
 
@@ -197,12 +204,15 @@ def times_ahead(origins, horizon, times):
     """Stamps of the bars to come, int64 [n, horizon]: those given, else by the clock of each
     history."""
     if times is None:
-        return np.array([future_times(o.time, horizon) for o in origins], np.int64).reshape(len(origins), horizon)
+        times = [future_times(o.time, horizon) for o in origins]
+        return np.array(times, np.int64).reshape(len(origins), horizon)
     times = np.asarray(times, np.int64)
     if times.shape not in ((horizon,), (len(origins), horizon)):
-        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one stamp for each bar ahead")
+        raise UserError(f"times: an array of shape {times.shape} for {horizon} bars; give one "
+                        f"stamp for each bar ahead")
     times = np.broadcast_to(times, (len(origins), horizon))
     for o, row in zip(origins, times):
         if (np.diff(row, prepend=o.time[-1]) <= 0).any():
-            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise from there on")
+            raise UserError(f"times: {o.symbol} ends at {iso(o.time[-1])}; the stamps must rise "
+                            f"from there on")
     return times

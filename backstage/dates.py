@@ -22,7 +22,8 @@ def iso(seconds):
 
 STAMP = re.compile(r"""(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+)?
     (?P<date>\d{8}|\d\d?[a-z]{3}\d{4}|\w{1,9}[-/.\s年년]\s*\w{1,9}\.?,?(?:[-/.\s月월]\s*\d{1,4}[日일]?)?)
-    (?:(?:[T\s,;]\s*|(?<=\d{8})-(?=\d\d:))(?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
+    (?:(?:[T\s,;]\s*|(?<=\d{8})-(?=\d\d:))
+       (?P<clock>\d\d?(?:[:.h]?\d\d){0,2}(?:[.,]\d+)?(?:[\s-]*[ap]\.?m\b\.?)?))?
     \s*(?P<zone>(?:[a-z]+(?:/[a-z_/+-]+)?)?(?:[+-]\d\d(?::?\d\d)?)?)(?:\[[\w/]+\])?""", re.X | re.I)
 CLOCK = re.compile(r"(\d\d?)(?:[:.h](\d\d)(?:[:.](\d\d)(?:[.,]\d+)?)?)?[\s-]*([ap])?\.?m?\.?", re.I)
 DATES = {  # order -> formats, with - for whatever stands between
@@ -30,9 +31,9 @@ DATES = {  # order -> formats, with - for whatever stands between
     "day/month/year": ("%d-%m-%Y", "%d-%b-%Y", "%d-%B-%Y", "%d%b%Y", "%d-%m-%y", "%d-%b-%y"),
     "month/day/year": ("%m-%d-%Y", "%b-%d-%Y", "%B-%d-%Y", "%m-%d-%y")}
 DIGITS = {  # numbers that spell a date -> format of the day, digits of the clock behind it
-    "YYYYMM": ("%Y%m", 0), "YYMMDD": ("%y%m%d", 0), "YYYYMMDD": ("%Y%m%d", 0), "YYYYMMDDHH": ("%Y%m%d", 2),
-    "YYMMDDHHMM": ("%y%m%d", 4), "YYYYMMDDHHMM": ("%Y%m%d", 4), "YYYYMMDDHHMMSS": ("%Y%m%d", 6),
-    "YYYYMMDDHHMMSSmmm": ("%Y%m%d", 9)}
+    "YYYYMM": ("%Y%m", 0), "YYMMDD": ("%y%m%d", 0), "YYYYMMDD": ("%Y%m%d", 0),
+    "YYYYMMDDHH": ("%Y%m%d", 2), "YYMMDDHHMM": ("%y%m%d", 4), "YYYYMMDDHHMM": ("%Y%m%d", 4),
+    "YYYYMMDDHHMMSS": ("%Y%m%d", 6), "YYYYMMDDHHMMSSmmm": ("%Y%m%d", 9)}
 
 
 def parse_time(text):
@@ -67,7 +68,8 @@ def read_dates(cells, order=None):
     # '1/1 and ="1/1" are texts
     texts, which = np.unique([cell.strip(" '=\"") for cell in cells], return_inverse=True)
     if is_number(texts[-1]) or is_number(texts[len(texts) // 2]):
-        seconds, why = _dates_of_numbers(np.array([float(t) if is_number(t) else np.nan for t in texts]))
+        numbers = np.array([float(text) if is_number(text) else np.nan for text in texts])
+        seconds, why = _dates_of_numbers(numbers)
         return seconds[which], why
     plain = _plain_iso(texts)
     if plain is not None:
@@ -78,10 +80,12 @@ def read_dates(cells, order=None):
     # Taiwan's
     days = [re.sub(r"^1\d\d(?=[/年])", lambda year: str(1911 + int(year[0])), day) for day in days]
     days = [re.sub(r"[/.,\s年月日년월일-]+", "-", day).strip("-") for day in days]
-    readings = {order: np.array([_day(day, formats) for day in days]) for order, formats in DATES.items()}
+    readings = {name: np.array([_day(day, formats) for day in days])
+                for name, formats in DATES.items()}
     if "." in dates[-1]:
         order = "day/month/year"  # dots: never m.d.y
-    seconds, why = _told_apart(readings, order or _weekdays(readings, is_intraday=len(texts) > 2 * len(days)))
+    order = order or _weekdays(readings, is_intraday=len(texts) > 2 * len(days))
+    seconds, why = _told_apart(readings, order)
     seconds = seconds[day_of] + clock_seconds([clock or "00:00" for clock in clocks])
     for zone in set(zones) - {""}:
         rows = np.array([z == zone for z in zones])
@@ -90,11 +94,11 @@ def read_dates(cells, order=None):
 
 
 def _plain_iso(texts):
-    """Plain ISO 8601, array of texts -> UTC seconds in no time; None where one is something
-    else."""
-    # (T, width)
-    starts = texts[:, None].view("U1") if texts.dtype.itemsize > 16 and texts.size else None
-    if starts is None or not ((starts[:, 0] >= "0") & (starts[:, 0] <= "9") & (starts[:, 4] != "")).all():
+    """UTC seconds of texts [T] that are all plain ISO 8601, in no time; else None."""
+    if texts.dtype.itemsize <= 16 or not texts.size:
+        return None
+    letters = texts[:, None].view("U1")                                           # (T, width)
+    if not ((letters[:, 0] >= "0") & (letters[:, 0] <= "9") & (letters[:, 4] != "")).all():
         return None
     with contextlib.suppress(ValueError, UserWarning), warnings.catch_warnings():
         warnings.simplefilter("error")  # of zones
@@ -105,23 +109,22 @@ def _plain_iso(texts):
 
 
 def _weekdays(readings, is_intraday):
-    """Of days and months that may change places the order that makes them four or more weekdays in
-    a row, or None.
+    """Of days and months that may change places the order that makes them weekdays in a row, or
+    None.
 
-    The other order makes them a day a month: none where bars are of minutes, or one falls on a
-    weekend.
+    It makes four or more; the other a day a month, of which one falls on a weekend, unless bars
+    are of minutes.
     """
-    found = {}
-    for order in ("day/month/year", "month/day/year"):
+    orders, in_a_row, unlikely = ("day/month/year", "month/day/year"), [], []
+    for order in orders:
         days = np.unique(readings[order] // DAY)
         if not np.isfinite(days).all():
             return None
         at_weekend = ((days + 3) % 7 > 4).any()
-        found[order] = len(days) > 3 and (np.diff(days) <= 4).all() and not at_weekend, at_weekend or is_intraday
-    (first, apart), (second, also) = found.values()
-    if first != second and (also if first else apart):
-        return list(found)[int(second)]
-    return None
+        in_a_row.append(len(days) > 3 and (np.diff(days) <= 4).all() and not at_weekend)
+        unlikely.append(at_weekend or is_intraday)
+    first, second = in_a_row
+    return orders[int(second)] if first != second and unlikely[int(first)] else None
 
 
 def _day(text, formats):
@@ -139,10 +142,11 @@ def _day(text, formats):
 def clock_seconds(cells):
     """Seconds of the day of texts such as 9:05, 02:30 PM, 143000, 930 or 14; NaN where a cell is no
     clock."""
-    texts, which = np.unique([cell.strip().removesuffix(".0") for cell in cells], return_inverse=True)
+    cells = [cell.strip().removesuffix(".0") for cell in cells]
+    texts, which = np.unique(cells, return_inverse=True)
     values = np.array([float(text) if text.isdecimal() else np.nan for text in texts])
     if np.isfinite(values[which]).mean() > 0.5:
-        numbers = sorted((value, len(text)) for value, text in zip(values, texts) if np.isfinite(value))
+        numbers = sorted((v, len(text)) for v, text in zip(values, texts) if np.isfinite(v))
         # not the largest, which may be mistyped
         top, width = numbers[int(0.95 * (len(numbers) - 1))]
         if top <= 24 and width <= 2:  # hours
@@ -179,16 +183,18 @@ def ahead(zone, seconds):
         zone = zoneinfo.ZoneInfo(zone)
     except (KeyError, ValueError, OSError):
         return np.nan
-    local = [datetime.datetime.fromtimestamp(s, datetime.UTC) if np.isfinite(s) else None for s in seconds]
-    return np.array([when.replace(tzinfo=zone).utcoffset().total_seconds() if when else np.nan for when in local])
+    def offset_at(second):
+        when = datetime.datetime.fromtimestamp(second, datetime.UTC).replace(tzinfo=zone)
+        return when.utcoffset().total_seconds()
+
+    return np.array([offset_at(second) if np.isfinite(second) else np.nan for second in seconds])
 
 
 def _dates_of_numbers(values):
     """Numbers that spell a date, or an epoch in one unit; never a clock, a row's number, a serial
     number or a year."""
     sample = values[::max(1, len(values) // 50)]
-    seconds_too, milliseconds = (((values > low) & (values < 5 * low)).mean() > 0.05 for low in (9e8, 9e11))
-    if seconds_too and milliseconds:
+    if all(((values > low) & (values < 5 * low)).mean() > 0.05 for low in (9e8, 9e11)):
         return values * np.nan, "some rows count seconds and others milliseconds"
     readings = {name: _spelled(values, *form) for name, form in DIGITS.items()
                 if np.isfinite(_spelled(sample, *form)).mean() > 0.5}
@@ -207,8 +213,8 @@ def _spelled(values, form, n_clock):
     days, which = np.unique(day, return_inverse=True)
     texts = [f"{d:.0f}" for d in days]
     width = 8 if form == "%Y%m%d" else 6
-    seconds = np.array([_day(text, [form]) if len(text) == width else np.nan for text in texts])[which]
-    seconds = seconds + _of_hhmmss(np.floor(clock * 10.0 ** (6 - n_clock)))
+    seconds = [_day(text, [form]) if len(text) == width else np.nan for text in texts]
+    seconds = np.array(seconds)[which] + _of_hhmmss(np.floor(clock * 10.0 ** (6 - n_clock)))
     return np.where(seconds < time.time() + 2 * DAY, seconds, np.nan)
 
 
@@ -244,7 +250,8 @@ def _told_apart(readings, prefer=None):
             name = prefer
         elif differ.any():
             k = np.argmax(differ)
-            texts = [iso(s) if np.isfinite(s) else "none" for s in (readings[name][k], readings[other][k])]
-            why = f"it may be {texts[0]} ({name}) or {texts[1]} ({other}), as may all others here; say which by python data.py --order"
-            return readings[name] * np.nan, why
+            both = [f"{iso(seconds[k]) if np.isfinite(seconds[k]) else 'none'} ({order})"
+                    for order, seconds in ((name, readings[name]), (other, readings[other]))]
+            return readings[name] * np.nan, (f"it may be {' or '.join(both)}, as may all others "
+                                             f"here; say which by python data.py --order")
     return readings[name], ""

@@ -21,14 +21,17 @@ except ImportError:  # Windows: there the last writer wins
 import numpy as np
 import torch
 
-from backstage.script import UserError, printable, processes
+from backstage.script import UserError, printable, processes, remark
 from backstage.series import HOUR
 
 # names of files of bars, what else is before
 FILES = re.compile(r"(\.(csv|tsv|txt))?(\.(gz|xz|bz2|zip))?$", re.I)
 # what a checkpoint may call
-GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"} | {
-    f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+           "collections OrderedDict"}
+GLOBALS |= {f"torch {kind}Storage" for kind in
+            "Float Half BFloat16 Double Bool Byte Char Short Int Long".split()}
+PIECE = 1 << 16     # bars that are hashed at once
 
 # -- what tells two data sets, or two sets of weights, apart
 
@@ -46,8 +49,8 @@ def fingerprint(series) -> str:
     for bars in series:
         # a file name may hold bytes that are no text
         digest.update(bars.symbol.encode("utf-8", "surrogatepass"))
-        for i in range(0, len(bars), 1 << 16):
-            digest.update(bars.time[i:i + (1 << 16)].tobytes() + bars.ohlcva[i:i + (1 << 16)].tobytes())
+        for i in range(0, len(bars), PIECE):
+            digest.update(bars.time[i:i + PIECE].tobytes() + bars.ohlcva[i:i + PIECE].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -72,7 +75,9 @@ def write_atomic(path, text=False):
     pipe and the process's own output (/dev/stdout) are written through. Text is UTF-8, with escapes
     for what is none. UserError where the disk refuses.
     """
-    how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="") if text else dict(mode="wb")
+    how = dict(mode="wb")
+    if text:
+        how = dict(mode="w", encoding="utf-8", errors="backslashreplace", newline="")
     target = os.path.realpath(path)
     temporary = _temporary(target)
     try:
@@ -97,8 +102,8 @@ def write_atomic(path, text=False):
     except BrokenPipeError:
         raise  # who reads our output went away; see run
     except OSError as e:
-        raise UserError(f"{path}: cannot be saved ({e.strerror or e}); make room or choose another place. "
-                        f"The last good file there, if any, is intact")
+        raise UserError(f"{path}: cannot be saved ({e.strerror or e}); make room or choose another "
+                        f"place. The last good file there, if any, is intact")
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)  # there only if something went wrong
@@ -108,7 +113,8 @@ def _beside(target, end):
     """A name in the folder of target that nobody else gives, however long the target's own:
     .kronos-r-HASH.end"""
     folder, name = os.path.split(target)
-    return os.path.join(folder, f".kronos-r-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.{end}")
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return os.path.join(folder, f".kronos-r-{digest}.{end}")
 
 
 def _temporary(target):
@@ -118,7 +124,8 @@ def _temporary(target):
 def open_regular(path):
     """Open a file to read its bytes. OSError for what is no regular file: a pipe or a device might
     never end."""
-    f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    no_wait = getattr(os, "O_NONBLOCK", 0)
+    f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait))
     if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
         f.close()
         raise OSError(0, "not a regular file")
@@ -143,6 +150,10 @@ def _own_stream(path):
                 return number
 
 
+class _Hostile(Exception):
+    """What a file of ours never holds."""
+
+
 def load_safe(path):
     """torch.load that runs no code, onto the CPU; UserError for anything but a whole file of ours.
 
@@ -157,17 +168,17 @@ def load_safe(path):
             found = torch.load(f, map_location="cpu", weights_only=True)
         for tensor in _tensors_in(found, at_most=1000 + 10 * n_bytes):
             plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-            if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError("a tensor claims more numbers than the file holds")
+            if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise _Hostile("a tensor claims more numbers than the file holds")
         return found
     except FileNotFoundError:
         why = "no such file"
     except OSError as e:
         why = f"cannot be read ({e.strerror})"
-    except Exception as e:  # torch raises many kinds for a truncated, foreign or hostile file
-        hostile = "weights_only" in str(e) and "global" in str(e).lower()
-        why = e if isinstance(e, ValueError) and ("more numbers" in str(e) or "without end" in str(e)) else "it asks to run code" if hostile else "truncated or foreign"
-        why = f"not a checkpoint that can be loaded safely ({why})"
+    except _Hostile as e:
+        why = f"not a checkpoint that can be loaded safely ({e})"
+    except Exception:  # torch raises many kinds for a truncated or foreign file
+        why = "not a checkpoint that can be loaded safely (truncated or foreign)"
     raise UserError(f"{path}: {why}; name a checkpoint, or train one with python pretrain.py")
 
 
@@ -177,24 +188,25 @@ def _check_pickle(f):
     with zipfile.ZipFile(f) as file:
         entries = file.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not stored or sum(entry.file_size for entry in entries) > os.fstat(f.fileno()).st_size or file.testzip():
+        n_bytes = sum(entry.file_size for entry in entries)
+        if not stored or n_bytes > os.fstat(f.fileno()).st_size or file.testzip():
             raise zipfile.BadZipFile  # torch neither compresses nor looks at checksums
         pickle = file.read(next(entry for entry in entries if entry.filename.endswith("data.pkl")))
     for op, argument, _ in pickletools.genops(pickle):
-        if op.name in ("STACK_GLOBAL", "INST", "OBJ") or (op.name == "GLOBAL" and argument not in GLOBALS):
-            raise ValueError("weights_only: a global")
+        is_global = op.name == "GLOBAL" and argument not in GLOBALS
+        if is_global or op.name in ("STACK_GLOBAL", "INST", "OBJ"):
+            raise _Hostile("it asks to run code")
     return len(pickle)
 
 
 def _tensors_in(obj, at_most):
-    """Every tensor in dicts, lists and tuples inside one another. ValueError where these hold one
-    another without end."""
+    """Yield every tensor in dicts, lists and tuples inside one another, which must have an end."""
     left = [(obj, 0)]
     while left:
         obj, depth = left.pop()
         at_most -= 1
         if at_most < 0 or depth > 20:
-            raise ValueError("lists inside one another without end")
+            raise _Hostile("lists inside one another without end")
         if isinstance(obj, torch.Tensor):
             yield obj
         elif isinstance(obj, (dict, list, tuple)):
@@ -214,10 +226,12 @@ def sole_writer(path):
     asks = fcntl and processes()[0] == 0 and (os.path.isfile(target) or not os.path.exists(target))
     while asks:
         try:
-            lock = open(name, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+            lock = open(os.open(name, flags, 0o600), "a")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another run is writing it; wait for its end, or choose another --out")
+            raise UserError(f"{path}: another run is writing it; wait for its end, or choose "
+                            f"another --out")
         except OSError:
             break  # nothing can be written or locked there; check_out says so
         if os.path.exists(name) and os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
@@ -240,14 +254,16 @@ def check_out(path, overwrite=False, reads=()):
     reads: what the run reads, and its other outputs: files, folders and globs of bars, None. Links
     are followed.
     """
-    target, exists = os.path.realpath(path), os.path.exists(path)
+    path, exists = os.fspath(path), os.path.exists(path)
+    target = os.path.realpath(path)
     folder = os.path.dirname(target)
-    if not path or os.path.isdir(path):
-        raise UserError(f"{path!r}: cannot be written, it is not the name of a file; choose another --out")
+    if os.path.isdir(path):
+        raise UserError(f"{path}: cannot be written, it is a folder; choose another --out")
     if exists and (_own_stream(path) or not os.path.isfile(path)):
         return  # a device, a pipe, our own output: nothing there is replaced
     if not os.path.isdir(folder):
-        raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another --out")
+        raise UserError(f"{path}: the folder {folder} does not exist; make it or choose another "
+                        f"--out")
     try:
         open(_temporary(target), "x").close()
         os.unlink(_temporary(target))
@@ -256,12 +272,14 @@ def check_out(path, overwrite=False, reads=()):
     except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
     if _identity(target) in map(_identity, _files_in(reads)):
-        raise UserError(f"{path}: this run reads it, or writes something else to it; choose another --out")
-    if any(source and os.path.isdir(source) and os.path.samefile(source, folder) for source in reads) and FILES.search(path)[0]:
-        print(f"{printable(path)}: lies in a folder that is read for bars; better choose another place", file=sys.stderr)
+        raise UserError(f"{path}: this run reads it, or writes something else to it; choose "
+                        f"another --out")
+    folders = [source for source in reads if source and os.path.isdir(source)]
+    if FILES.search(path)[0] and any(os.path.samefile(source, folder) for source in folders):
+        remark(f"{path}: lies in a folder that is read for bars; better choose another place")
     if exists and not overwrite:
-        raise UserError(f"{path}: exists already; go on from it with --resume, replace it with --overwrite, "
-                        f"or choose another --out")
+        raise UserError(f"{path}: exists already; replace it with --overwrite, choose another "
+                        f"--out, or go on with the run in it by --resume")
 
 
 def _identity(path):
@@ -282,7 +300,8 @@ def _files_in(sources):
                 continue
             names = os.listdir(path)
             of_arrays = "symbols.json" in names
-            yield from (os.path.join(path, name) for name in names if of_arrays or FILES.search(name)[0])
+            yield from (os.path.join(path, name) for name in names
+                        if of_arrays or FILES.search(name)[0])
 
 
 def csv_text(text):

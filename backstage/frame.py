@@ -1,9 +1,11 @@
 """Bars from a notebook: data frames, and the check of arrays that no file reader has seen."""
 import numpy as np
 
-from backstage.reader import Table, bars_of, faults, names_of
+from backstage.names import names_of
+from backstage.reader import bars_of
 from backstage.script import UserError
-from backstage.series import YEAR, Bars
+from backstage.series import YEAR, Bars, faults
+from backstage.table import Table
 
 
 def from_frame(frame, symbol="") -> Bars:
@@ -15,7 +17,8 @@ def from_frame(frame, symbol="") -> Bars:
     where no bars are there.
     """
     if hasattr(frame, "reset_index"):  # pandas: the index becomes the first column
-        unnamed = getattr(frame.index, "name", None) is None and getattr(frame.index, "nlevels", 1) == 1
+        index = frame.index
+        unnamed = getattr(index, "name", None) is None and getattr(index, "nlevels", 1) == 1
         frame = frame.reset_index()
         names = ["" if unnamed and i == 0 else str(name) for i, name in enumerate(frame.columns)]
         columns = [frame.iloc[:, i] for i in range(len(names))]
@@ -25,18 +28,18 @@ def from_frame(frame, symbol="") -> Bars:
         if hasattr(frame, "index") and not callable(frame.index):
             names, columns = ["", *names], [frame.index, *columns]
     else:
-        raise UserError(f"from_frame: {type(frame).__name__} has no named columns; give a frame or a dict of arrays")
+        raise UserError(f"from_frame: {type(frame).__name__} has no named columns; give a frame or "
+                        f"a dict of arrays")
     columns = [_cells(column) for column in columns]
     n_rows = {name: len(column) for name, column in zip(names, columns)}
     if len(set(n_rows.values())) != 1 or not any(n_rows.values()):
         raise UserError(f"from_frame: columns of {n_rows} rows; each needs one value a bar")
-    named = names_of(names)
-    table = Table(symbol or "frame", [], ",", 0, names, [field for field, _ in named], [t for _, t in named],
+    table = Table(symbol or "frame", [], ",", 0, names, *map(list, zip(*names_of(names))),
                   line_of=range(len(columns[0])), columns=columns)
     series = bars_of(table, symbol)
     if len(series) > 1:
-        raise UserError(f"from_frame: {len(series)} symbols, {series[0].symbol}, {series[1].symbol} ...; "
-                        f"give the rows of one")
+        raise UserError(f"from_frame: {len(series)} symbols, {series[0].symbol}, "
+                        f"{series[1].symbol} ...; give the rows of one")
     return Bars(symbol or series[0].symbol, series[0].time, series[0].ohlcva)
 
 
@@ -67,25 +70,29 @@ def check_bars(bars):
     if not isinstance(name, str):
         raise UserError(f"symbol {name!r}: must be a text")
     if not isinstance(time, np.ndarray) or time.dtype != np.int64 or time.ndim != 1:
-        raise UserError(f"{name}: time is {_kind(time)}; give UTC seconds, int64 [T], or use data.from_frame")
-    if not isinstance(ohlcva, np.ndarray) or ohlcva.dtype != np.float64 or ohlcva.shape != (len(time), 6):
-        raise UserError(f"{name}: ohlcva is {_kind(ohlcva)}; give float64 [{len(time)}, 6], open, high, low, close, "
-                        f"volume, amount, NaN where a column is missing, or use data.from_frame")
+        raise UserError(f"{name}: time is {_kind(time)}; give UTC seconds, int64 [T], or use "
+                        f"data.from_frame")
+    if _kind(ohlcva) != f"float64 [{len(time)}, 6]":
+        raise UserError(f"{name}: ohlcva is {_kind(ohlcva)}; give float64 [{len(time)}, 6], open, "
+                        f"high, low, close, volume, amount, NaN where a column is missing, or use "
+                        f"data.from_frame")
     if not len(time):
         raise UserError(f"{name}: no bars; give at least two")
     row = int(np.argmax(np.abs(time)))
     if abs(time[row]) > 229 * YEAR:
-        raise UserError(f"{name}: row {row}: time {time[row]} is beyond year 2199; give UTC seconds, not ms or ns")
+        raise UserError(f"{name}: row {row}: time {time[row]} is beyond year 2199; give UTC "
+                        f"seconds, not ms or ns")
     fall = np.diff(time) <= 0
     if fall.any():
         row = int(np.argmax(fall)) + 1
-        raise UserError(f"{name}: row {row}: its time is not after the one before; sort by time, the oldest first, "
-                        f"each time once")
+        raise UserError(f"{name}: row {row}: its time is not after the one before; sort by time, "
+                        f"the oldest first, each time once")
     for failed, why in faults(ohlcva.T):
         if failed.any():
-            raise UserError(f"{name}: row {int(np.argmax(failed))}: {why}; the columns are open, high, low, close, "
-                            f"volume, amount: mend or drop the row")
+            raise UserError(f"{name}: row {int(np.argmax(failed))}: {why}; the columns are open, "
+                            f"high, low, close, volume, amount: mend or drop the row")
 
 
 def _kind(value):
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+    is_array = isinstance(value, np.ndarray)
+    return f"{value.dtype} {list(value.shape)}" if is_array else type(value).__name__

@@ -1,13 +1,43 @@
-"""Bars that stay, and prices on a grid: which moves are none, the tick of a series, paths on it."""
+"""Bars that stay, and prices on a grid: how many stay, which moves are none, the tick of a series,
+paths on it."""
 import numpy as np
 import torch
 
+from backstage.series import decayed_sum
 from model import close_table
+
+HALF_LIVES = (30, 100, 300, 1000, 1e9)   # bars, of the share of those that stay
+PRIOR_BARS = 16      # that the share in training counts for, beside a symbol's own
+FORGET = 300         # bars back that count half in the choice of a half-life
 
 TICKS = sorted((m * 10.0**k for k in range(-9, 5) for m in (1, 1.25, 2, 2.5, 3.125, 5, 6.25)),
                reverse=True)  # quarters to 32nds and decimals
 ON_TICK = 0.98       # share of the closes that must lie on it
 N_WIDTHS = 64        # of bands around no move
+
+
+def unmoved_share(bars, prior):
+    """Share of bars whose close does not move, as forecast before each bar and after the last,
+    [T + 1], from the bars before alone.
+
+    Ticks differ, and liquidity comes and goes. So u is a mean of forecasts with different memories,
+    each by the likelihood of what it said before (a Bayesian mixture that forgets):
+
+        u_k = (prior n_0 + sum_{i<t} b_k^(t-i) still_i) / (n_0 + sum_{i<t} b_k^(t-i))
+        log w_k = sum_{i<t} c^(t-i) log P(what bar i did | u_k then)
+        u_t = sum_k w_k u_k / sum_k w_k
+    """
+    still = (np.diff(bars.ohlcva[:, 3]) == 0).astype(float)                     # [T - 1]
+    u = np.full((len(HALF_LIVES), len(bars) + 1), float(prior))
+    for row, half_life in zip(u, HALF_LIVES):
+        pair = np.stack([still, np.ones_like(still)])
+        came, n = decayed_sum(pair, np.zeros(2), 0.5**(1 / half_life))
+        row[2:] = (prior * PRIOR_BARS + came) / (PRIOR_BARS + n)
+    log_p = np.log(np.where(still, u[:, 1:-1], 1 - u[:, 1:-1]).clip(1e-6))
+    log_w = np.zeros_like(u)                                                    # [K, T + 1]
+    log_w[:, 2:] = decayed_sum(log_p, np.zeros(len(u)), 0.5**(1 / FORGET))
+    w = np.exp(log_w - log_w.max(0))
+    return (w * u).sum(0) / w.sum(0)
 
 
 # No code says "unmoved": such bars have the codes of small moves, on both sides of 0. So the
@@ -64,21 +94,26 @@ def tick_of(close):
 
 
 def on_grid(ohlcva, last, tick):
-    """Rounds, in place, the prices of paths [paths, H, 6] that begin at the close `last` to ticks.
+    """Rounds, in place, the prices of paths [n, paths, H, 6] that begin at the closes `last` [n] to
+    ticks [n]; a tick of 0 leaves them.
 
     Each bar starts where the rounded one before it ended; one that moves, moves by a tick at least.
     """
-    if not tick:
-        return
-    before = rounded = np.full(len(ohlcva), last)
-    for bar in ohlcva.swapaxes(0, 1):                                           # (paths, 6) each
-        scale, move = rounded / before, bar[:, 3] - before
-        before = bar[:, 3].copy()
-        moved = np.round(bar[:, 3] * scale / tick) - np.round(rounded / tick)
+    rows = np.flatnonzero(tick)
+    tick, last = tick[rows, None], last[rows, None]                             # (m, 1)
+    before = rounded = np.broadcast_to(last, (len(rows), ohlcva.shape[1]))
+    for k in range(ohlcva.shape[2]):
+        bar = ohlcva[rows, :, k]                                                # (m, paths, 6)
+        scale, move = rounded / before, bar[..., 3] - before
+        before = bar[..., 3].copy()
+        moved = np.round(before * scale / tick) - np.round(rounded / tick)
         moved = np.sign(move) * np.maximum(np.sign(move) * moved, move != 0)
-        rounded = np.where(move == 0, rounded, np.maximum(np.round(rounded / tick) + moved, 1) * tick)
-        bar[:, :3] = np.maximum(np.round(bar[:, :3] * scale[:, None] / tick), 1) * tick
-        bar[:, 5] *= rounded / before
-        bar[:, 3] = rounded
-        bar[:, 1] = bar[:, [0, 1, 3]].max(1)
-        bar[:, 2] = bar[:, [0, 2, 3]].min(1)
+        moved = np.maximum(np.round(rounded / tick) + moved, 1) * tick
+        rounded = np.where(move == 0, rounded, moved)
+        bar[..., :3] = np.maximum(np.round(bar[..., :3] * (scale / tick)[..., None]), 1)
+        bar[..., :3] *= tick[..., None]
+        bar[..., 5] *= rounded / before
+        bar[..., 3] = rounded
+        bar[..., 1] = bar[..., [0, 1, 3]].max(-1)
+        bar[..., 2] = bar[..., [0, 2, 3]].min(-1)
+        ohlcva[rows, :, k] = bar

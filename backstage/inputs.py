@@ -4,14 +4,13 @@ import csv
 import io
 import math
 import os
-import sys
 
 import numpy as np
 
 import data
-from backstage.dates import iso, parse_time
+from backstage.dates import iso, read_dates
 from backstage.files import check_out, fingerprint, open_regular
-from backstage.script import UserError, printable
+from backstage.script import UserError, remark
 from backstage.series import DAY, HOUR
 
 FAR = 2.5  # factor between the spacings of bars from which on a model knows little of them
@@ -53,24 +52,29 @@ def trained_bars(source):
         series = data.load(source["sources"])
         if source["fingerprint"] == fingerprint(series):
             return series
-    raise UserError(f"{', '.join(source['sources'][:3])}: not the bars that the checkpoint was trained on; name bars by --data")
+    raise UserError(f"{', '.join(source['sources'][:3])}: not the bars that the checkpoint was "
+                    f"trained on; name bars by --data")
 
 
 def check(config):
     """Refuse, before any work, flags that cannot be; without --ckpt, name the weights that come
     along."""
     if config.backtest:
-        raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with the same flags")
-    config.ckpt = config.ckpt or base_weights(config.data)
+        raise UserError("--backtest: it is a script of its own, python backtest.py --ckpt ... with "
+                        "the same flags")
+    if config.ckpt is None:
+        config.ckpt = base_weights(config.data)
     for strike in config.strike or ():
         try:
-            valid = 0 < float(strike.removesuffix("x")) < math.inf
+            valid = 1e-30 < float(strike.removesuffix("x")) < 1e30
         except ValueError:
             valid = False
         if not valid:
-            raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot such as 1.05x")
-    if config.horizon < 1 or config.paths < 1:
-        raise UserError(f"--horizon {config.horizon}, --paths {config.paths}: each must be at least 1")
+            raise UserError(f"--strike {strike}: must be a price such as 105, or a share of spot "
+                            f"such as 1.05x")
+    for name, value in (("horizon", config.horizon), ("paths", config.paths)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     if not abs(config.rate) <= 1:
         raise UserError(f"--rate {config.rate}: must be a rate a year such as 0.04, at most 1")
     if not 0 <= config.seed < 2**63:
@@ -79,22 +83,26 @@ def check(config):
 
 def check_outputs(config, meta):
     """Refuse outputs that are read, are another output, or exist already."""
-    reads = [config.ckpt, config.times, *(config.data or (meta["data"] or {}).get("sources", ()))]
+    bars = config.data or (meta["data"] or {}).get("sources", ())
+    reads = [config.ckpt, config.times, *(config.weights or ()), *bars]
     outputs = config.out, config.paths_out, config.plot, config.plot_codebook, config.plot_loss
     for path in (path for path in outputs if path is not None):
         check_out(path, True, reads)
         reads.append(path)
         if os.path.exists(path) and not config.overwrite:
-            raise UserError(f"{path}: exists already; replace it with --overwrite or choose another name")
+            raise UserError(f"{path}: exists already; replace it with --overwrite or choose "
+                            f"another name")
 
 
 def base_weights(sources):
     """The path of the weights that come along; they need bars of the user's own."""
-    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "base.pt")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.path.join(root, "assets", "base.pt")
     if not os.path.exists(path):
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     if not sources:
-        raise UserError("--data is missing: name the bars, which the weights that come along have not seen")
+        raise UserError("--data is missing: name the bars, which the weights that come along have "
+                        "not seen")
     return path
 
 
@@ -106,30 +114,30 @@ def read_times(path, histories, horizon):
     try:
         with open_regular(path) as f:
             lines = f.read().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--times {path}: cannot be read ({getattr(e, 'strerror', None) or 'not a text'}); "
-                        f"give a file of dates, one a line")
-    lines = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+        lines = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        why = getattr(e, "strerror", None) or "not a text of dates"
+        raise UserError(f"--times {path}: cannot be read ({why}); give a file of dates, one a line")
     head = [name.lower() for name in lines[0]] if lines else []
     has_head = "symbol" in head or bool(head) and any(name in head[0] for name in ("time", "date"))
     of = head.index("symbol") if "symbol" in head else None
     at = next(i for i in (0, 1) if i != of)
+    filled = [(number, row) for number, row in enumerate(lines, 1) if any(row)][has_head:]
+    texts = [row[at] if len(row) > max(at, of or 0) else "" for _, row in filled]
     stamps = {}
-    for number, row in enumerate(lines[has_head:], 1 + has_head):
-        if any(row):
-            text = row[at] if len(row) > max(at, of or 0) else ""
-            when = parse_time(text)
-            if math.isnan(when):
-                raise UserError(f"{path}:{number}: {printable(','.join(row))[:40]!r} is no time; "
-                                f"write it as 2018-01-31 or 2018-01-31 14:30")
-            stamps.setdefault(None if of is None else row[of], set()).add(int(when))
+    for (number, row), when in zip(filled, read_dates(texts)[0] if texts else ()):
+        if math.isnan(when):
+            raise UserError(f"{path}:{number}: {','.join(row)[:40]!r} is no time; write it as "
+                            f"2018-01-31 or 2018-01-31 14:30")
+        stamps.setdefault(None if of is None else row[of], set()).add(int(when))
     rows = []
     for bars in histories:
         own = np.array(sorted(stamps.get(None if of is None else bars.symbol, ())), np.int64)
         rows.append(own[own > bars.time[-1]][:horizon])
         if len(rows[-1]) < horizon:
-            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of {bars.symbol}, "
-                            f"{iso(bars.time[-1])}; {horizon} are needed: add more or lower --horizon")
+            raise UserError(f"--times {path}: {len(rows[-1])} stamps after the last bar of "
+                            f"{bars.symbol}, {iso(bars.time[-1])}; {horizon} are needed: add more "
+                            f"or lower --horizon")
     return np.array(rows)
 
 
@@ -143,13 +151,15 @@ def warn_of_intervals(series, meta, who="the weights"):
     for bars in series:
         step = float(np.median(np.diff(bars.time)))
         if not any(k / FAR <= step <= FAR * k for k in known):
-            far.setdefault(duration(step), []).append(printable(bars.symbol))
+            far.setdefault(duration(step), []).append(bars.symbol)
     lowest, highest = duration(min(known)), duration(max(known))
-    trained = f"{lowest} apart" if lowest == highest else f"{lowest} to {highest} apart and none near"
+    trained = f"{lowest} apart"
+    if lowest != highest:
+        trained = f"{lowest} to {highest} apart and none near"
     for step, symbols in far.items():
         more = f" and {len(symbols) - 1} more" if len(symbols) > 1 else ""
-        print(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: trust this less",
-              file=sys.stderr)
+        remark(f"{symbols[0]}{more}: bars {step} apart, {who} were trained on bars {trained}: "
+               f"trust this less")
 
 
 def duration(seconds):

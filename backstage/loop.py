@@ -4,19 +4,13 @@ import math
 import os
 import time
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 
-import data
-from backstage.checkpoint import damaged, fits, read_checkpoint, sources_of
-from backstage.dates import iso
-from backstage.files import check_out, fingerprint, weights_hash
-from backstage.inputs import load_series
-from backstage.script import UserError, pick_device, pick_dtype
-from backstage.series import DAY
-from model import load_checkpoint, save_checkpoint
+from backstage.checkpoint import damaged, fits, read_checkpoint
+from backstage.script import UserError, pick_dtype
 from tokenizer import Tokenizer
 
 RESUMED = ("model", "optimizer", "scaler", "dtype", "run", "step", "bad_steps", "best_val",
@@ -25,9 +19,6 @@ OUTPUTS = "out", "release"  # flags that name files to write
 SAVE_SECONDS = 30
 MAX_BAD_STEPS = 10   # non-finite updates in a row that end the run
 
-
-# --------------------------------------------------------------------------------------------------
-# What every training loop needs, here and in expo.py and rollout.py
 
 def resumed(given, config_class, free, stages):
     """(config, checkpoint) of --resume: the settings of the file --out.
@@ -43,7 +34,8 @@ def resumed(given, config_class, free, stages):
         raise UserError(f"{path}: written by stage {entry['stage']!r}; resume it with that script")
     missing = [name for name in RESUMED if entry[name] is None]
     if missing:
-        raise UserError(f"{path}: no run can go on from it, it has no {missing[0]!r}; fine-tune its weights: --init_from {path}")
+        raise UserError(f"{path}: no run can go on from it, it has no {missing[0]!r}; "
+                        f"fine-tune its weights: --init_from {path}")
     for name, value in given.items():
         saved = entry["run"].get(name)
         if name not in free and value != saved:
@@ -53,7 +45,8 @@ def resumed(given, config_class, free, stages):
     wrong = [name for name, kind in kinds.items() if not fits(entry["run"].get(name), kind)]
     wrong += entry["run"].keys() - kinds.keys()
     if wrong:
-        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong kind")
+        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong "
+                            f"kind")
     # no file names what is written
     own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}
     return config_class(**own | dict(overwrite=False, out=path) | given), entry
@@ -238,122 +231,3 @@ def load_optimizer(optimizer, entry, path):
         optimizer.load_state_dict(entry["optimizer"])
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise damaged(path, str(e).splitlines()[0])
-
-
-# --------------------------------------------------------------------------------------------------
-# What expo.py and rollout.py begin with
-
-@dataclass
-class Stage:
-    """A later stage as it stands: the frozen model that it began from, the model in training."""
-    name: str
-    config: object
-    device: torch.device
-    base: object          # the model of --ckpt, frozen
-    model: object         # the model in training
-    tokenizer: Tokenizer
-    meta: dict            # of the new checkpoint
-    series: list          # Bars that are long enough to train on
-    streams: data.Streams
-    run: Run
-    optimizer: Optimizer
-    autocast: object
-    scaler: torch.amp.GradScaler
-    dtype: str
-    why: str              # it is that dtype
-
-    def __str__(self):
-        n = self.config.batch_size
-        return (f"{len(self.series)} symbols, {int(self.streams.windows[-1]):,} windows, {n} a step,"
-                f" {self.config.steps} steps; {self.device}, {self.dtype} ({self.why})")
-
-    def save(self):
-        save_checkpoint(
-            self.config.out, self.model, self.tokenizer, **self.meta, **vars(self.run),
-            stage=self.name, average=None, optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(), dtype=self.dtype)
-
-    def result(self):
-        """(name, model) in --out: the weights that were kept or, where none were, the last ones."""
-        kept = math.isfinite(self.run.best_val)
-        name, weights = ("result", "best") if kept else ("last", "last")
-        return name, load_checkpoint(self.config.out, self.device, weights)[0]
-
-
-def set_up(name, given, config_class, free, check, room=lambda config: 0):
-    """The Stage of these flags {name: value}, begun or gone on with; None if it is finished.
-
-    free: flags that may differ on --resume. check(config) refuses what cannot be. room(config):
-    bars that a window needs beyond a block. UserError where the run began with another --ckpt or
-    other bars.
-    """
-    config, entry = config_of(given, config_class, free, name)
-    check(config)
-    device = pick_device(config.device)
-    if entry is None:
-        check_out(config.out, config.overwrite,
-                  (config.ckpt, *(config.data or sources_of(config.ckpt))))
-    elif entry["step"] >= config.steps:
-        return print(f"{config.out}: finished at step {entry['step']}; nothing to do")
-    base, tokenizer, old = load_checkpoint(config.ckpt, device)
-    base.requires_grad_(False)
-    series, streams, source = bars_of(config, base, tokenizer, old, room(config))
-    if entry and entry["data"] != source:
-        raise UserError(f"{config.out}: begun from other bars or another --ckpt than {config.ckpt} "
-                        f"holds now; give it those, or another --out")
-    weights = (config.out, device, "last") if entry else (config.ckpt, device, "best")
-    model, _, _ = load_checkpoint(*weights)
-    model.grad_ckpt = config.grad_ckpt
-    # until some weights qualify, the base's are those that forecasts use
-    run = Run.of(entry) if entry else Run(best=base.state_dict(), metrics=old["metrics"])
-    autocast, scaler, dtype, why = precision(config, device, entry)
-    optimizer = Optimizer(model, config.lr, config.adam_lr, config.weight_decay)
-    if entry:
-        load_optimizer(optimizer, entry, config.out)
-    meta = dict(data=source, splits=tuple(old["splits"]), seed=config.seed, run=asdict(config),
-                features=old["features"])
-    return Stage(name, config, device, base, model, tokenizer, meta, series, streams, run,
-                 optimizer, autocast, scaler, dtype, why)
-
-
-def config_of(given, config_class, free, name):
-    """(config, the checkpoint that is resumed or None)."""
-    if given.get("resume"):
-        return resumed(given, config_class, free, (name,))
-    return config_class(**given), None
-
-
-def bars_of(config, base, tokenizer, meta, room):
-    """(series that are long enough to train on, their Streams, what a checkpoint says of them)."""
-    if not meta["data"] or not meta["splits"]:
-        raise UserError(f"{config.ckpt}: does not say what it was trained on; "
-                        f"name a checkpoint of pretrain.py")
-    series = load_series(config.data, meta)
-    source = dict(sources=config.data or meta["data"]["sources"], fingerprint=fingerprint(series),
-                  reference=weights_hash(base.state_dict()),
-                  seed=meta["data"].get("seed", meta["seed"]))  # of a synthetic market
-    source |= {k: meta["data"][k] for k in ("overlap", "intervals") if meta["data"].get(k)}
-    borders, window = tuple(meta["splits"]), (config.block_size or base.config.block_size) + room
-    series = [bars for bars in series if data.targets_of(bars, "train", borders)[1] > window]
-    if not series:
-        raise UserError(f"no symbol has more than {window} bars before val starts "
-                        f"({iso(borders[0])}, the checkpoint's date); lower --block_size, or fine-tune on these bars "
-                        f"first: pretrain.py --init_from {config.ckpt}")
-    tokens = [data.tokenize(bars, tokenizer) for bars in series]
-    streams = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
-    return series, streams, source
-
-
-def later_weeks(random, batch_size, most):
-    """By how much the stamps of each window move, int64 [B, 1] seconds: at most so many weeks.
-
-    So the hours and weekdays stay and the dates are no key to what came then.
-    """
-    weeks = random.integers(-most, most + 1, (batch_size, 1))
-    return torch.from_numpy(weeks * 7 * DAY)
-
-
-def means(parts):
-    """The mean of each entry of the dicts `parts`, over those that are finite."""
-    found = {k: [part[k] for part in parts if math.isfinite(part[k])] for k in parts[0]}
-    return {k: sum(v) / len(v) if v else math.nan for k, v in found.items()}

@@ -49,12 +49,15 @@ def synthetic_series(seed=0, signal=None, n_symbols=8, n_bars=100_000, kind="edg
         if kind == "edge":
             open_, close, upper, lower, size = _edge_bars(rng, log_vol, coin, signal)
         else:
-            open_, close, upper, lower, size = _reverting_bars(rng, log_vol, coin, signal, half_life)
-        high, low = np.maximum(open_, close) * np.exp(upper), np.minimum(open_, close) * np.exp(-lower)
+            open_, close, upper, lower, size = _reverting_bars(rng, log_vol, coin, signal,
+                                                               half_life)
+        high = np.maximum(open_, close) * np.exp(upper)
+        low = np.minimum(open_, close) * np.exp(-lower)
         level = rng.uniform(6, 9)
         volume = np.exp(level + 0.7 * log_vol + 0.3 * size + rng.normal(0, 0.4, n_bars)).round() + 1
         amount = volume * (high + low + close) / 3
-        yield Bars(f"SYN{i}", time.copy(), np.stack([open_, high, low, close, volume, amount], axis=1))
+        ohlcva = np.stack([open_, high, low, close, volume, amount], axis=1)
+        yield Bars(f"SYN{i}", time.copy(), ohlcva)
 
 
 def _checked_signal(signal, kind, half_life):
@@ -63,7 +66,8 @@ def _checked_signal(signal, kind, half_life):
     signal = KINDS[kind] if signal is None else signal
     limit = 0.5 if kind == "edge" else 1.0
     if not 0 <= signal < limit:
-        raise UserError(f"--signal {signal}: must be at least 0 and below {limit} for --kind {kind}")
+        raise UserError(f"--signal {signal}: must be at least 0 and below {limit} for --kind "
+                        f"{kind}")
     if not 1 <= half_life <= 1000:
         raise UserError(f"--half_life {half_life}: must be from 1 to 1000 bars")
     return signal
@@ -89,12 +93,13 @@ def _edge_bars(rng, log_vol, coin, signal):
 
 def _gaps(rng, sigma):
     """The move between a close and the next open, in log price: wide where a session opens."""
-    return rng.standard_normal(len(sigma)) * sigma * np.where(np.arange(len(sigma)) % SESSION == 0, 1.5, 0.1)
+    at_open = np.arange(len(sigma)) % SESSION == 0
+    return rng.standard_normal(len(sigma)) * sigma * np.where(at_open, 1.5, 0.1)
 
 
 # The reverting market. A deviation AR(1) plus a random walk has a reduced form in which all is
 # known from past closes:
-#     r_t = m_t + u_t,    m_{t+1} = phi m_t - k u_t,    phi = 0.5^(1/half_life),    k = signal (1 - phi)
+#     r_t = m_t + u_t,  m_{t+1} = phi m_t - k u_t,  phi = 0.5^(1/half_life),  k = signal (1 - phi)
 # with r_t the log return and u_t symmetric given the past, whatever its hidden volatility. So
 # sign(m_t) is the best call, the best forecast of the log return over h bars m_t (1 - phi^h) / (1 -
 # phi). At k = 1 - phi the random walk is gone; k = 0 leaves it alone. From the closes m follows by
@@ -150,7 +155,8 @@ def reverting_best(signal=None, half_life=8, horizon=10):
         rng = np.random.default_rng([seed, 7])
         slow, fast = rng.normal(0, 0.06, n_bars), rng.normal(0, 0.1, n_bars)
         log_vol = decayed_sum(slow, decay=0.98) + decayed_sum(fast, decay=0.95)
-        m, gap, body = _reverting_moves(rng, log_vol, rng.standard_normal(n_bars), signal, half_life)
+        coin = rng.standard_normal(n_bars)
+        m, gap, body = _reverting_moves(rng, log_vol, coin, signal, half_life)
         unit = np.exp(log_vol) / np.sqrt(2)
         # a gap of either sign
         chance = _student4((np.abs(m) + gap) / unit) + _student4((np.abs(m) - gap) / unit)

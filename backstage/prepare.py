@@ -2,6 +2,7 @@
 import datetime
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,14 +11,17 @@ import torch.distributed as dist
 import data
 from backstage.dates import iso
 from backstage.files import check_out, fingerprint
-from backstage.script import UserError, check_numbers, pick_device, processes
+from backstage.loop import Clock, load_tokenizer
+from backstage.script import UserError, check_numbers, pick_device, processes, progress
 from model import save_checkpoint
+from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
+TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 POSITIVE = "tok_steps", "clip", "eval_windows", "save_every"
 NOT_NEGATIVE = ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
-                "weight_decay", "average", "shift_weeks", "shift_hours", "sessions", "n_layer",
-                "n_head", "n_embd", "eval_every", "seed")
+                "weight_decay", "average", "shift_weeks", "n_layer", "n_head", "n_embd", "eval_every",
+                "seed")
 
 
 def check(config):
@@ -52,8 +56,49 @@ def join_processes(config):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # broadcasts and barriers use the current device
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        except RuntimeError as e:  # the port is taken, or the like
+            raise UserError(f"the {world} processes cannot meet ({str(e).splitlines()[0][:80]}); "
+                            f"start them with torchrun, on a free --master_port")
     return rank, world, device
+
+
+# --------------------------------------------------------------------------------------------------
+# The bars
+
+@dataclass
+class Market:
+    series: list            # of Bars, those long enough to train on
+    borders: list           # of each series: time stamps at which val and test start
+    splits: tuple           # the same for all, as the checkpoint has them
+    source: dict            # what the checkpoint says of the bars
+    n_bars: int             # to train on
+    n_stamps: int           # distinct time stamps of these
+    best_da: float | None   # share of directions that can be called right, where known
+    block_size: int = 0     # bars in a window
+    spans: dict | None = None   # {split: [(first, last)] of each series}
+
+    @property
+    def n_val(self):
+        return sum(max(0, last - first) for first, last in self.spans["val"])
+
+
+def read_market(config, entry, base, say):
+    """The bars and where they are split."""
+    best_da = None
+    if config.data is None:
+        series, best_da = data.synthetic(seed=config.seed)
+        say(f"no --data: training on the synthetic market, where at best {best_da:.0%} of "
+            f"directions can be called right")
+    else:
+        series = data.load(config.data)
+    splits = tuple(entry["splits"]) if entry else split(config, series, base)
+    borders = [splits] * len(series)
+    if config.val_share:
+        borders = data.own_borders(series, config.val_share)
+    source = source_of(config, series, splits, entry, base)
+    return Market(series, borders, splits, source, *count_bars(series, borders), best_da)
 
 
 def split(config, series, base):
@@ -114,26 +159,128 @@ def count_bars(series, borders):
     return sum(map(len, stamps)), len(np.unique(np.concatenate(stamps)))
 
 
-def fit_window(config, series, borders, sources, say):
+def fit_window(config, market, say):
     """(bars in a window, indices of the series that are long enough for one): --block_size, or less
-    where no series has so many. borders: a pair for each series."""
-    n_train = [data.targets_of(bars, "train", pair)[1] for bars, pair in zip(series, borders)]
+    where no series has so many."""
+    n_train = [data.targets_of(bars, "train", pair)[1]
+               for bars, pair in zip(market.series, market.borders)]
     longest = max(n_train)
     block_size = config.block_size
     if block_size > longest - 1:
         block_size = max(MIN_BLOCK, longest // 2)
         if block_size > longest - 1:
-            raise UserError(f"{', '.join(sources)}: the longest series has {longest} bars before "
-                            f"val starts ({iso(borders[0][0])}); {MIN_BLOCK + 1} is the least: "
+            raise UserError(f"{', '.join(market.source['sources'])}: the longest series has {longest} bars before "
+                            f"val starts ({iso(market.borders[0][0])}); {MIN_BLOCK + 1} is the least: "
                             f"give more bars or a later --val_start")
         say(f"the longest series has {longest} training bars: "
             f"the window shrinks from {config.block_size} to {block_size}")
     enough = [i for i, n in enumerate(n_train) if n > block_size]
-    if len(enough) < len(series):
-        say(f"{len(series) - len(enough)} of {len(series)} symbols are too short for a window of "
+    if len(enough) < len(n_train):
+        say(f"{len(n_train) - len(enough)} of {len(n_train)} symbols are too short for a window of "
             f"{block_size} bars and are skipped")
     return block_size, enough
 
+
+def fit_market(config, market, world, say):
+    """Settles the bars in a window, and drops the series that are too short for one."""
+    if config.batch_size < world:
+        raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} "
+                        f"processes; give at least one for each")
+    market.block_size, chosen = fit_window(config, market, say)
+    market.series = [market.series[i] for i in chosen]
+    market.borders = [market.borders[i] for i in chosen]
+    pairs = list(zip(market.series, market.borders))
+    market.spans = {name: [data.targets_of(bars, name, pair) for bars, pair in pairs]
+                    for name in ("train", "val")}
+    val, test = map(iso, market.splits)
+    if not market.n_val:
+        raise UserError(f"no symbol has a val bar between {val} and {test}; "
+                        f"move --val_start, --test_start")
+    say(f"{len(market.series)} symbols, {sum(map(len, market.series)):,} bars, {market.n_bars:,} "
+        f"to train on; val from {val}, test from {test}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens, windows
+
+def tokenize_market(config, market, entry, base, run, stop, rank, world, device):
+    """The tokenizer, the same on every process, and the tokens of each series."""
+    features, tokenizer = [data.features(bars)[0] for bars in market.series], None
+    if entry:  # its own, whatever --init_from and --tokenizer hold by now
+        tokenizer = load_tokenizer(config.out)
+    elif base:
+        tokenizer = base[1]
+    elif config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif rank == 0:
+        tokenizer = tokenizer_stage(config, features, market.spans, run.metrics, device, stop)
+    if world > 1:
+        shared = [tokenizer.dump() if rank == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        tokenizer = Tokenizer.load(shared[0])
+    tokens = [data.tokenize(bars, tokenizer, x) for bars, x in zip(market.series, features)]
+    return tokenizer, tokens
+
+
+def tokenizer_stage(config, features, spans, metrics, device, stop):
+    """Train the tokenizer on the train bars; the report is on val bars."""
+    rows = {name: [x[first:last] for x, (first, last) in zip(features, spans[name])]
+            for name in ("train", "val")}
+    x = np.concatenate(rows["train"])
+    x = torch.from_numpy(x[::-(-len(x) // TOK_BARS)].copy())                             # [N, 6]
+    most = int(math.log2(len(x)))
+    bits = min(config.coarse_bits, most), min(config.fine_bits, most)
+    if bits != (config.coarse_bits, config.fine_bits):
+        print(f"{len(x)} bars cannot fill 2^{config.coarse_bits} codes: "
+              f"the tokens shrink to {bits[0]} + {bits[1]} bits")
+    print(f"tokenizer: {len(x):,} bars, {config.tok_steps} steps", flush=True)
+    clock = Clock(0, config.tok_steps, config.tok_steps)
+
+    def after_step(step, loss):
+        left = clock.left(step)
+        progress(f"tokenizer step {step}/{config.tok_steps}  loss {loss:.4f}  {left} left")
+        if stop.signum:
+            print(f"stopped at step {step} of the tokenizer; nothing is saved yet")
+            raise SystemExit(stop.status)
+
+    sizes = TokenizerConfig(*bits, direction_bit=config.direction_bit)
+    tokenizer = train_tokenizer(x, sizes, seed=config.seed, steps=config.tok_steps, device=device,
+                                progress=after_step)
+    progress("")
+    scores = report(tokenizer, torch.from_numpy(np.concatenate(rows["val"])))
+    metrics.append(dict(stage="tokenizer", split="val", step=config.tok_steps, **scores))
+    print(f"tokens, val: R^2 {scores['coarse_r2']:.3f} coarse, {scores['full_r2']:.4f} both; "
+          f"codes used {scores['coarse_used']:.1%}, {scores['fine_used']:.1%}; "
+          f"perplexity {scores['coarse_perplexity']:.0f}, {scores['fine_perplexity']:.0f}")
+    return tokenizer
+
+
+def make_windows(config, market, tokenizer, tokens):
+    """All series to train on, their windows, and the windows of val."""
+    sizes = market.block_size, config.batch_size
+    val = data.make_streams(market.series, tokens, "val", market.borders, *sizes)
+    mirrored = [data.mirrored(bars) for bars in market.series] if config.mirror == 1 else []
+    series, borders = market.series + mirrored, market.borders + market.borders[:len(mirrored)]
+    tokens = tokens + [data.tokenize(bars, tokenizer) for bars in mirrored]
+    train = data.make_streams(series, tokens, "train", borders, *sizes)
+    if config.val_share:
+        train.weights = data.balanced(series, train)
+    return series, train, val
+
+
+def code_shares(streams, tokenizer):
+    """How often each code occurs among the targets: coarse [2^k1], fine [2^k2], add-one."""
+    shares = []
+    for column, bits in enumerate((tokenizer.config.coarse_bits, tokenizer.config.fine_bits)):
+        count = np.ones(2**bits)
+        for tokens, (first, last) in zip(streams.tokens, streams.targets):
+            count += np.bincount(tokens[first:max(first, last), column], minlength=2**bits)
+        shares.append(count / count.sum())
+    return shares
+
+
+# --------------------------------------------------------------------------------------------------
+# The rest
 
 def compile_layers(model, shape, device, autocast, say):
     """torch.compile for each layer, or not at all, with a line that says why.
@@ -154,18 +301,6 @@ def compile_layers(model, shape, device, autocast, say):
         say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); "
             f"going on without")
     model.zero_grad(set_to_none=True)
-
-
-def more_markets(config, series, borders):
-    """Markets made from those given, to train on beside them, and their borders."""
-    more = []
-    if config.mirror == 1:
-        more += [(data.mirrored(bars), pair) for bars, pair in zip(series, borders)]
-    random = np.random.default_rng([config.seed, 2])
-    for _ in range(config.sessions):
-        more += [(data.part_of_day(bars, random), pair) for bars, pair in zip(series, borders)
-                 if data.around_the_clock(bars)]
-    return [bars for bars, _ in more], [pair for _, pair in more]
 
 
 def release(path, run, model, tokenizer, meta):

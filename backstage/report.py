@@ -72,7 +72,7 @@ def weights_of(given, histories):
             with open_regular(given[0]) as f:
                 lines = f.read(1 << 20).decode("utf-8-sig", "replace").splitlines()
         except OSError as e:
-            raise UserError(f"--weights {printable(given[0])}: cannot be read ({e.strerror}); write "
+            raise UserError(f"--weights {given[0]}: cannot be read ({e.strerror}); write "
                             f"{histories[0].symbol}=0.6, or name a CSV of symbol,weight")
         texts = [line.replace(",", "=") for line in lines if line.strip()]
         if texts and texts[0].lower().startswith("symbol"):
@@ -85,10 +85,12 @@ def weights_of(given, histories):
         except ValueError:
             value = math.nan
         if symbol not in place:
-            raise UserError(f"--weights {printable(text)}: no such symbol to forecast; write "
+            raise UserError(f"--weights {text}: no such symbol to forecast; write "
                             f"{histories[0].symbol}=0.6")
-        if not math.isfinite(value):
-            raise UserError(f"--weights {printable(text)}: not a number; write {symbol}=0.6")
+        if not abs(value) < 1e9:
+            raise UserError(f"--weights {text}: not a share; write {symbol}=0.6")
+        if weights[place[symbol]]:
+            raise UserError(f"--weights {text}: {symbol} is named twice; give it one share")
         weights[place[symbol]] = value
     if not weights.any():
         raise UserError("--weights: all are 0; give at least one symbol a share")

@@ -23,18 +23,27 @@ except ImportError:  # Windows, where memory is not told
 import torch
 
 
-class UserError(Exception):
-    """Something the user can mend: one line that names the file, the line and the remedy; exit
-    status 2."""
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line: what every script shares
-
 def printable(text):
     """Text with control characters, escape codes and what is no letter written as escapes: one
     harmless line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class UserError(Exception):
+    """Something the user can mend: one harmless line that names the file, the line and the remedy;
+    exit status 2."""
+
+    def __init__(self, text):
+        super().__init__(printable(text))
+
+
+def remark(text):
+    """What a user should know, as one harmless line on stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def progress(text):
@@ -56,7 +65,8 @@ def pick_device(name, local_rank=0):
             raise RuntimeError("neither cpu nor cuda")
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: not available here ({str(e).splitlines()[0][:80]}); use --device cpu")
+        why = str(e).splitlines()[0][:80]
+        raise UserError(f"--device {name}: not available here ({why}); use --device cpu")
 
 
 def pick_dtype(name, device):
@@ -72,7 +82,8 @@ def pick_dtype(name, device):
         why = "this GPU has bf16" if name == "bf16" else "this GPU has no bf16"
     elif name == "auto":
         gain = bf16_gain()
-        name, why = "bf16" if gain > 1.5 else "fp32", f"bf16 multiplies {gain:.1f} times as fast here"
+        name = "bf16" if gain > 1.5 else "fp32"
+        why = f"bf16 multiplies {gain:.1f} times as fast here"
     return name, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name], why
 
 
@@ -82,7 +93,8 @@ def bf16_gain():
     least = {}
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            x, up, down = (torch.ones(shape, dtype=dtype) for shape in ((4096, 128), (128, 512), (512, 128)))
+            shapes = (4096, 128), (128, 512), (512, 128)
+            x, up, down = (torch.ones(shape, dtype=dtype) for shape in shapes)
             times = []
             for _ in range(3):
                 began = time.perf_counter()
@@ -109,7 +121,8 @@ def check_numbers(config, positive, others):
         if not 0 <= value < 2**63 or (name in positive and value == 0):  # nor is NaN
             raise UserError(f"--{name} {value}: must be a finite number, {least}")
     if config.resume and config.overwrite:
-        raise UserError("--resume and --overwrite exclude each other: go on from --out, or replace it")
+        raise UserError("--resume and --overwrite exclude each other: go on from --out, or "
+                        "replace it")
     if config.dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise UserError(f"--dtype {config.dtype}: choose auto, bf16, fp16 or fp32")
 
@@ -133,11 +146,12 @@ def cli(config_class, doc, argv=None) -> dict:
     A field's type is the flag's, the comment behind it the help; a list takes one or more values; a
     bool is a switch.
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     source = ""
     if {"-h", "--help"} & set(sys.argv if argv is None else map(str, argv)):    # it takes a while
         with contextlib.suppress(OSError, TypeError):   # under a profiler, in a notebook: no help
-            source = inspect.getsource(config_class)
+            source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
     for field in fields(config_class):
         kind, default = field.type, field.default
@@ -151,30 +165,40 @@ def cli(config_class, doc, argv=None) -> dict:
         elif typing.get_origin(kind) is tuple:
             how, default = dict(type=_integers, metavar="N,N"), ",".join(map(str, default))
         told = comments.get(field.name, "") + ("" if default is None else f" (default {default})")
-        parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"), default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{field.name}", help=told.replace("%", "%%"),
+                            default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        for text in value if isinstance(value, list) else [value]:
-            # it would reach the terminal
-            if isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text):
-                raise UserError(f"--{name} {text}: holds control characters; rename the file")
+        if "" in (value if isinstance(value, list) else [value]):
+            raise UserError(f"--{name} '': empty, not the name of a file or a value; give it one, "
+                            f"or drop the flag")
+        if holds_controls(value):
+            raise UserError(f"--{name} {value}: holds control characters; rename the file")
     return given
+
+
+def holds_controls(value):
+    """Whether a text, or one in a list, holds what would do something to a terminal."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and re.search(r"[\0-\x1f\x7f-\x9f]", text) for text in texts)
 
 
 def processes():
     """(rank, world, local rank) of this process, as torchrun has set them; UserError for what it
     never sets."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-    given = [os.environ.get(name) for name in names]
-    if not any(given[:2]):
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
     try:
-        rank, world, local_rank = (int(text or 0) for text in given)
+        rank, world, local_rank, port = (int(given.get(name, 0)) for name in names[:4])
     except ValueError:
-        rank, world, local_rank = -1, 0, 0
-    if not (0 <= rank < world <= 2**16 and 0 <= local_rank < world and (world == 1 or os.environ.get("MASTER_ADDR"))):
-        raise UserError(f"{' '.join(f'{name}={text}' for name, text in zip(names, given) if text)}: no processes of one run; "
-                        f"unset these variables of the environment, or start with torchrun")
+        rank, world, local_rank, port = -1, 0, 0, 0
+    fits = 0 <= rank < world <= 2**16 and 0 <= local_rank < world
+    if not fits or (world > 1 and not ("MASTER_ADDR" in given and 0 < port < 2**16)):
+        raise UserError(f"{' '.join(f'{name}={text}' for name, text in given.items())}: no "
+                        f"processes of one run; unset these variables of the environment, or start "
+                        f"with torchrun")
     return rank, world, local_rank
 
 
@@ -221,7 +245,7 @@ def run(main):
         return
     except UserError as e:
         why = str(e)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does: stop as the shell has it
+    except BrokenPipeError:  # who reads our output went away, as `| head` does: stop as it is usual
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as e:

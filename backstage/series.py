@@ -29,6 +29,22 @@ class Bars:
         return Bars(self.symbol, self.time[rows], self.ohlcva[rows])
 
 
+def faults(ohlcva):
+    """Yield (which rows, why) for all that can be wrong with bars [6, T]; of several the first
+    counts."""
+    o, h, l, c, v, a = ohlcva
+    bottom, top = np.minimum(o, c), np.maximum(o, c)
+    least, most = np.minimum(bottom, np.minimum(h, l)), np.maximum(top, np.maximum(h, l))  # or NaN
+    yield np.isnan(least), "a price is missing"
+    yield least <= 0, "a price is zero or negative, and has no logarithm"
+    yield (least < 1e-30) | (most > 1e30), "a price is not finite, or outside of 1e-30 to 1e30"
+    yield h < l, "high below low"
+    yield h < top, "high below open or close"
+    yield l > bottom, "low above open or close"
+    yield (v < 0) | (a < 0), "negative volume or amount"
+    yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
+
+
 def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):
     """y_t = sum_{i<=t} decay^(t-i) u_i + decay^(t+1) carry along the last axis, in log2(T)
     elementwise passes.

@@ -24,7 +24,7 @@ import torch
 from backstage.checkpoint import read_checkpoint
 from backstage.loop import Optimizer, Run
 from backstage.opponents import baselines
-from backstage.reader import write_folder
+from backstage.mapped import write_folder
 from backstage.scores import time_block_sums, bootstrap
 import data
 import pretrain

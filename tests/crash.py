@@ -21,7 +21,7 @@ sys.path.insert(0, ROOT)
 
 import torch
 
-from backstage.reader import write_folder
+from backstage.mapped import write_folder
 import data
 
 SIZES = "--batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 64 --coarse_bits 7 --fine_bits 6 --tok_steps 200".split()

@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import io
 import math
+import itertools
 import os
 import statistics
 import subprocess
@@ -40,19 +41,23 @@ import numpy as np
 import torch
 
 from backstage.checkpoint import read_checkpoint
-from backstage.files import load_safe, save_atomic
+from backstage.files import load_safe, save_atomic, weights_hash
+from backstage.grid import Bands
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
 from backstage.opponents import RESIDUALS, volatility_paths
 from backstage.pictures import Panel, grid_line, label, line, write_svg
-from backstage.reader import write_folder
+from backstage.mapped import write_folder
 from backstage.scores import (
     RATIOS, against, at_step, time_block_sums, bootstrap, direction_sums, score_draws, scored, sums_of, versus)
 from backstage.script import run
 from backstage.series import DAY, decayed_sum
 import backtest
 import data
+import expo
 import pretrain
+import rollout
+import sample
 from model import Model, load_checkpoint, norm, save_checkpoint
 from tokenizer import TokenizerConfig, report, train_tokenizer
 
@@ -529,6 +534,7 @@ def stages_study(argv):
     parser.add_argument("--half_life", type=int, default=8, help="of the reverting market, in bars")
     parser.add_argument("--bars", type=int, default=40_000, help="of each of the planted market's 4 symbols")
     parser.add_argument("--out", default="study_stages", help="folder of checkpoints, scores; what is there is not made again")
+    parser.add_argument("--symbols", type=int, help="of --data, evenly chosen; none: all")
     parser.add_argument("--val_start")
     parser.add_argument("--test_start")
     parser.add_argument("--seeds", type=int, default=3)
@@ -549,6 +555,12 @@ def stages_study(argv):
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             market = data.synthetic(n_symbols=4, n_bars=args.bars, kind=args.market, half_life=args.half_life)[0]
             write_folder(market, args.data[0])
+    elif args.symbols:
+        series, args.data = data.load(args.data), [os.path.join(args.out, "market")]
+        if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
+            keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
+            write_folder([series[k] for k in keep], args.data[0])
+    backtest.model_scores = remembering(backtest.model_scores)
     scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
@@ -577,8 +589,8 @@ def stage_arm(args, arm, seed):
     if arm != "base" and ARMS[arm][0] is None:
         return arm_file(args, ARMS[arm][1], seed)
     if arm == "base":
-        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--batch_size=16",
-                                     "--block_size=256"]
+        script, flags = "pretrain", [f"--tok_steps={args.tok_steps}", f"--steps={args.steps}", *SMALL, "--n_layer=2",
+                                     "--coarse_bits=8", "--fine_bits=8", "--block_size=128", "--batch_size=16"]
         flags += [f"--{name}={getattr(args, name)}" for name in ("val_start", "test_start") if getattr(args, name)]
         flags += ["--tokenizer", arm_file(args, "base", 0)] * bool(seed)  # one for all seeds: scores differ by the model
     else:
@@ -586,11 +598,23 @@ def stage_arm(args, arm, seed):
         flags = [f"--steps={args.stage_steps}", f"--eval_every={args.stage_steps}", "--no-backtest", *flags,
                  "--ckpt", arm_file(args, start, seed)]
     flags = ["--resume"] if os.path.exists(path) else [*flags, f"--seed={seed}", "--data", *args.data]
-    with open(arm_file(args, arm, seed, ".txt"), "a") as log:
-        subprocess.run([sys.executable, os.path.join(ROOT, script + ".py"), "--out", path, *flags], check=True, stdout=log,
-                       stderr=log)
+    with open(arm_file(args, arm, seed, ".txt"), "a") as log, contextlib.redirect_stdout(log):
+        dict(pretrain=pretrain, expo=expo, rollout=rollout)[script].main(["--out", path, *flags])
     open(done, "w").close()
     return path
+
+
+def remembering(model_scores):
+    """backtest.model_scores that scores the same weights on the same targets once: each arm is checked beside one base."""
+    known = {}
+
+    def scores(model, tokenizer, t, *how):
+        key = (weights_hash(model.state_dict()), hash(t.time.tobytes()), t.path_r.shape, how)
+        if key not in known:
+            known[key] = model_scores(model, tokenizer, t, *how)
+        return known[key]
+
+    return scores
 
 
 def scaled(p, factor):
@@ -618,7 +642,7 @@ class StageTest:
         kept = path.removesuffix(".pt") + "-shifted" * shifted + "-tempered" * tempered + ".scores.pt"
         if not os.path.exists(kept):
             model, tokenizer, _ = load_checkpoint(path, weights=weights)
-            one = backtest.next_bars(model, tokenizer, self.t)
+            one = backtest.next_bars(model, tokenizer, self.t, backtest.VAL_PROBES)
             if tempered:
                 factor = self.best_factor(backtest.next_bars(model, tokenizer, self.val)["p_up"])
                 one["p_up"] = scaled(one["p_up"], factor)
@@ -666,7 +690,7 @@ class StageTest:
 def print_stages(args, scores, t, kept):
     """A row for each arm: its scores less those of its base or, of errors, their change in %."""
     print(f"test {data.iso(t.time.min())} to {data.iso(t.time.max())}, {len(t.r):,} bars, {t.n_blocks} blocks; "
-          f"{len(t.path_r):,} origins, {t.blocks_of('path')} blocks; {args.seeds} seeds; best weights kept of `kept`")
+          f"{len(t.path_r):,} origins, {t.blocks_of('path')} blocks; {args.seeds} seeds; kept: runs whose weights were kept on val, all scores are of the last ones")
 
     def over_seeds(metric, of_seed, scale, digits):
         """The mean over seeds of of_seed(seed) -> (value, replicates), as text."""
@@ -709,9 +733,11 @@ def print_stages(args, scores, t, kept):
     for metric, label, scale, digits in columns:
         if metric in (*RATIOS, "path_median_mape"):
             scale, digits = 1, 4    # of log returns x 100 and %
+        elif metric == "path_volatility":
+            digits = 3
         each = [float(at_step(scores["base", seed], metric, None)[0]) * scale for seed in range(args.seeds)]
-        print(f"base, {label.rpartition(',')[0]}: " + ", ".join(f"{v:.{digits}f}" for v in each))
-    print(f"what came: path volatility {100 * t.path_rv.mean():.1f}; standing still: "
+        print(f"base, {label.rpartition(',')[0] or label}: " + ", ".join(f"{v:.{digits}f}" for v in each))
+    print(f"what came: path volatility {100 * t.path_rv.mean():.3f}; standing still: "
           f"path MAPE {100 * np.abs(np.expm1(-t.path_r)).mean():.4f}")
 
 
@@ -825,6 +851,47 @@ HEADLINES = (("crps", "har", "close"), ("range_crps", "har", "range"), ("volume_
 
 
 TAIL = {"90 % band, bar 1": ".1%", "bar 10": ".1%", "log loss": ".4f"}     # columns behind the ratios
+
+
+def still_markets(bars):
+    """Yield (name, Bars) of markets that stay: hours of `bars` forward-filled, a pegged rate, a penny stock."""
+    random, n = np.random.default_rng(0), len(bars)
+    for share in (0.3, 0.6, 0.8):
+        ohlcva = bars.ohlcva.copy()
+        for i in np.flatnonzero(random.random(n) < share)[1:]:
+            ohlcva[i, :4] = ohlcva[i - 1, 3]
+        yield f"{share:.0%} of {bars.symbol} repeated", data.Bars("FILLED", bars.time, ohlcva)
+    peg = 3.75 + 1e-4 * random.choice([-1, 0, 1], n, p=[0.05, 0.9, 0.05])
+    penny = np.maximum(np.round(0.10 * np.exp(0.03 * random.standard_normal(n).cumsum()) / 0.005), 1) * 0.005
+    for name, close in (("pegged rate", peg), ("penny stock", penny)):
+        open_ = np.append(close[0], close[:-1])
+        volume = np.round(np.exp(random.normal(8, 1, n)))
+        high, low = np.maximum(open_, close), np.minimum(open_, close)
+        yield name, data.Bars(name, bars.time, np.stack([open_, high, low, close, volume, volume * close], 1))
+
+
+@torch.no_grad()
+def unmoved_study(argv):
+    """P(up) where bars stay: what the share of unmoved bars was said to be and was, and the log loss of P(up | moved) as it
+    comes and calibrated on earlier bars, of each symbol's last bars."""
+    args = of_files("unmoved").parse_args(argv)
+    model, tokenizer, _ = load_checkpoint(args.ckpt[0])
+    bands, markets = Bands(model, tokenizer), []
+    for path in args.data:
+        series = sorted(data.load(path), key=len)[-args.symbols:]
+        markets += [(bars.symbol, bars[-args.bars:]) for bars in series]
+    print_row("market", "bars", "said, %", "came, %", "log loss as it comes", "calibrated", "trust")
+    print_row(*["---"] * 7)
+    for name, bars in itertools.chain(still_markets(markets[0][1]), markets):
+        cut = int((1 - args.share) * len(bars))
+        trust = sample.calibrate(model, tokenizer, [bars[:cut]])
+        [past] = sample.read_pasts(model, tokenizer, [bars], since=bars.time[cut])
+        said = torch.from_numpy(sample.unmoved_share(bars, model.config.unmoved)[past.first:-1])
+        stay, _ = bands.staying(past.h, trust.table, said)
+        change = np.diff(bars.ohlcva[past.first - 1:, 3])
+        loss = [np.logaddexp(0, -np.sign(change) * own.logits(model, past.h, stay)[1].logit().numpy())[change != 0].mean()
+                for own in (sample.Calibration(), trust)]
+        print_row(name, f"{len(change):,}", f"{said.mean():.1%}", f"{(change == 0).mean():.1%}", *(f"{v:.4f}" for v in loss), f"{trust.k:.2f}")
 
 
 def print_heads():
@@ -1118,7 +1185,7 @@ def room_study(argv):
 
 SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
-            "parallel": parallel_study, "few": few_study, "budgets": budgets_study, "clock": clock_study}
+            "parallel": parallel_study, "few": few_study, "unmoved": unmoved_study, "budgets": budgets_study, "clock": clock_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:

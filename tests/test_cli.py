@@ -20,7 +20,7 @@ import torch
 
 from backstage.checkpoint import SEEN_DATES
 from backstage.files import _beside, check_out, load_safe, save_atomic, sole_writer
-from backstage.loop import Run, resumed
+from backstage.loop import Optimizer, Run, resumed
 from backstage.script import cli
 import data
 import pretrain
@@ -106,8 +106,7 @@ def until(out, holds):
 def whole(market, tmp_path_factory):
     """Flags of a run with all that takes chance or has a memory (dropout, mirror, averages, patience), and what it ends with unbroken."""
     out = tmp_path_factory.mktemp("whole") / "whole.pt"
-    flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1",
-             "--shift_hours", "3"]
+    flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
     pretrain.main([*flags, "--out", str(out)])
     return flags, load_safe(out)
 
@@ -164,30 +163,39 @@ def test_of_two_conversions_into_one_folder_the_later_is_refused(market, tmp_pat
     assert not [name for name in os.listdir(tmp_path / "bars") if name.endswith(".lock")]
 
 
-def test_a_run_that_no_longer_gains_ends_early_also_where_it_was_stopped_meanwhile(market, tmp_path, call, monkeypatch):
-    """Scores that rise from the third report on: PATIENCE reports later the run ends, with the weights of the second."""
-    scores = iter([0.9, 0.8, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86] * 2)
+def test_where_val_gains_no_more_the_rate_falls_and_the_run_ends_also_where_it_was_stopped_meanwhile(market, tmp_path, call, monkeypatch):
+    """Scores that rise from the ninth report on: four reports later the rate falls for a fourth of the updates so far."""
+    scores = [0.9 - 0.01 * t for t in range(8)] + [0.84 + 0.01 * t for t in range(30)]
 
     def evaluate(*args):
-        return dict(coarse=0.1, fine=3.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=next(scores), lean=1.0)
+        return dict(coarse=0.1, fine=3.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=next(after), lean=1.0)
     monkeypatch.setattr(pretrain, "evaluate", evaluate)
-    flags = ["--data", market, *TINY, "--steps", 20, "--eval_every", 1, "--save_every", 1]
+    flags = ["--data", market, *TINY, "--steps", 20, "--patience", 4, "--eval_every", 1, "--save_every", 1, "--warmup", 2]
+    rates, set_rate = [], Optimizer.set_rate
+    monkeypatch.setattr(Optimizer, "set_rate", lambda self, share: rates.append(share) or set_rate(self, share))
+    after = iter(scores)
     status, out, _ = call("pretrain", *flags, "--out", tmp_path / "a.pt")
-    assert status == 0 and "stopped at step 6: no better score on val for 4 reports" in out
-    assert "no better than the frequencies" not in out and "best weights of step 2" in out
-    assert "finished at step 6" in call("pretrain", *flags, "--out", tmp_path / "a.pt", "--resume")[1]
-    scores = iter([0.9, 0.8, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86])
-    update = Run.update
+    assert status == 0 and "val has gained nothing for 4 reports: the rate falls until step 15, the last" in out
+    assert rates == pytest.approx([1 / 2] + [1.0] * 12 + [2 / 3, 1 / 3])
+    assert "no better than the frequencies" not in out and "best weights of step 8" in out
+    assert "finished at step 15" in call("pretrain", *flags, "--out", tmp_path / "a.pt", "--resume")[1]
+    after, rates[:] = iter(scores), []
+    assert call("pretrain", *flags, "--patience", 0, "--out", tmp_path / "c.pt")[0] == 0
+    assert rates == pytest.approx([1 / 2] + [1.0] * 16 + [3 / 4, 1 / 2, 1 / 4])     # a fifth of the updates asked for
+    after, update = iter(scores), Run.update
 
-    def stop_after_four(run, *args):
+    def stop_after(run, *args):
         norm = update(run, *args)
-        if run.step == 4:
+        if run.step == stop:
             os.kill(os.getpid(), signal.SIGINT)
         return norm
-    monkeypatch.setattr(Run, "update", stop_after_four)
-    assert call("pretrain", *flags, "--out", tmp_path / "b.pt")[0] == 130
-    assert "stopped at step 6" in call("pretrain", "--out", tmp_path / "b.pt", "--resume")[1]
-    assert same(load_safe(tmp_path / "a.pt")["best"], load_safe(tmp_path / "b.pt")["best"])
+    monkeypatch.setattr(Run, "update", stop_after)
+    for stop in (9, 13):   # before the rate falls, and while it does
+        resume = ["--resume"] if stop == 13 else []
+        assert call("pretrain", *flags, *resume, "--out", tmp_path / "b.pt")[0] == 130
+    assert "finished" not in call("pretrain", "--out", tmp_path / "b.pt", "--resume")[1]
+    for name in ("model", "best", "average"):
+        assert same(load_safe(tmp_path / "a.pt")[name], load_safe(tmp_path / "b.pt")[name])
 
 
 def test_resume_is_refused_where_something_differs_and_leaves_a_finished_run_alone(market, tmp_path, checkpoint, call):
@@ -287,8 +295,7 @@ def two_processes(*argv):
 
 def test_stopped_and_resumed_two_processes_end_with_the_weights_of_two_that_never_stopped(market, tmp_path):
     """The signal reaches one of them, and not the one that saves; all that takes chance or has a memory is on."""
-    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1",
-             "--shift_hours", "3"]
+    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
     for run in two_processes("--out", str(tmp_path / "whole.pt"), *flags):
         assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
     out = tmp_path / "a.pt"
@@ -493,6 +500,51 @@ def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, cal
     assert [(tmp_path / name).read_bytes() for name in ("a.pt", "bars.csv")] == before
 
 
+@pytest.mark.parametrize("flag, value, why", [
+    ("--strike", "1e300", "--strike 1e300"), ("--strike", "1e-300x", "--strike 1e-300x"), ("--weights", "SYN0=1e308", "not a share"),
+    ("--weights", "SYN0=1,SYN0=2", "SYN0 is named twice"), ("--ckpt", "", "--ckpt '': empty"), ("--data", "", "--data '': empty")])
+def test_values_that_cannot_be_meant_get_one_line(market, checkpoint, call, flag, value, why):
+    argv = ["--ckpt", checkpoint, "--data", market, "--paths", 2, "--horizon", 2]
+    assert why in complaint(call("sample", *argv, flag, value))
+
+
+def test_weights_of_a_portfolio_are_no_output(checkpoint, tmp_path, call):
+    (tmp_path / "w.csv").write_text("symbol,weight\nSYN0,1\n")
+    argv = ["sample", "--ckpt", checkpoint, "--weights", tmp_path / "w.csv"]
+    assert "reads it" in complaint(call(*argv, "--out", tmp_path / "w.csv", "--overwrite"))
+
+
+@pytest.mark.parametrize("name", ["sample", "backtest", "data", "pretrain", "expo", "rollout"])
+def test_no_escape_code_of_a_file_or_a_symbol_reaches_the_terminal(market, checkpoint, tmp_path, call, name):
+    """In the name of a file with a bad row, in a header's symbols, in a useless file, in a column of symbols, in a seal."""
+    red, lines = "\x1b[31m", (market / "SYN0.csv").read_text().splitlines()
+    head, *rows = lines
+    for file, text in ((f"A{red}.csv", [*lines, rows[0].replace(",", ",x", 1)]), (f"B{red}.csv", [f"no bars {red}"]),
+                       ("C.csv", [head + ",symbol", *(row + ",C" for row in rows), rows[0] + "," + red]),
+                       ("D.csv", [head.replace("close", f"close.D{red}").replace("open", f"open.D{red}").replace("high", f"high.D{red}")
+                                  .replace("low", f"low.D{red}"), *rows])):
+        (tmp_path / file).write_text("\n".join(text) + "\n")
+    argv = {"data": ["--out", tmp_path / "out"], "pretrain": [*TINY, "--steps", 1, "--out", tmp_path / "out"]}.get(name, ["--ckpt", checkpoint])
+    argv += {"expo": ["--steps", 1, "--no-backtest"], "rollout": ["--steps", 1, "--no-backtest"], "sample": ["--horizon", 2, "--paths", 2],
+             "backtest": ["--paths", 2, "--stride", 50, "--horizon", 2]}.get(name, [])
+    if name in ("expo", "rollout"):
+        argv += ["--out", tmp_path / "out", "--block_size", 32]
+    status, out, err = call(name, *argv, "--data", tmp_path)
+    assert status == 0 and "A\\x1b[31m.csv:" in err and "B\\x1b[31m.csv:1: no header" in err
+    assert all(line.isprintable() for line in (out + err).splitlines()), out + err
+    if name == "sample":
+        assert "D\\x1b[31m" in out
+
+
+def test_no_text_of_a_checkpoint_reaches_the_terminal_with_escape_codes(checkpoint, tmp_path, call):
+    for holder, name, value in (("run", "init_from", "\x1b[2J"), ("data", "sources", ["a", "\x1b[2J"])):
+        entry = load_safe(checkpoint)
+        entry[holder][name] = value
+        torch.save(entry, tmp_path / "a.pt")
+        for argv in (("sample", "--ckpt"), ("pretrain", "--resume", "--out")):
+            assert "its texts hold control characters" in complaint(call(*argv, tmp_path / "a.pt"))
+
+
 def test_no_output_is_reached_by_a_glob_a_folder_a_link_or_the_checkpoints_own_bars(market, checkpoint, tmp_path, call):
     bars, link = market / "SYN0.csv", tmp_path / "link.csv"
     link.symlink_to(bars)
@@ -541,7 +593,9 @@ def test_numbers_of_a_file_that_cannot_be_get_one_line(checkpoint, tmp_path, cal
     assert "a.pt" in said or "nothing to draw" in said
 
 
-@pytest.mark.parametrize("given", [dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2")])
+@pytest.mark.parametrize("given", [
+    dict(RANK="1"), dict(RANK="abc"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE="2", MASTER_ADDR="x"),
+    *(dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port) for port in ("x", "-1", "99999"))])
 def test_half_an_environment_of_processes_gets_one_line(tmp_path, call, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)

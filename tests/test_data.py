@@ -19,7 +19,7 @@ import torch
 from backstage.clock import calendar
 from backstage.files import _beside, check_out, csv_text, fingerprint, load_safe, save_atomic, write_atomic, sole_writer
 from backstage.markets import KINDS, _student4, reverting_best, reverting_path
-from backstage.reader import write_folder
+from backstage.mapped import write_folder
 from backstage.script import StopSignal, bf16_gain, cli, peak_memory, pick_dtype, printable, run
 from backstage.opponents import log_range
 from backstage.series import DAY, HOUR, WEEK, decayed_sum
@@ -95,12 +95,14 @@ def test_g1_no_feature_sees_a_later_bar(t):
 
 @functools.cache
 def hourly(kind):
-    """Bars whose hours differ: an exchange, a market that never closes, weekdays of daily bars, an exchange with gaps."""
+    """Bars whose hours differ: an exchange, one with summer time, a market that never closes, weekdays of daily bars, an
+    exchange with gaps."""
     step, n = dict(daily=(DAY, 400)).get(kind, (1800, 4000))
     time = 1_600_000_200 // step * step + step * np.arange(3 * n)
     hour, weekday = time // 3600 % 24, (time // DAY + 3) % 7
     opens = dict(session=(hour >= 8) & (hour < 14) & (weekday < 5), always=hour >= 0, daily=weekday != 5)
     opens["gappy"] = opens["session"] & (np.random.default_rng(1).random(len(time)) < 0.7)
+    opens["summer"] = opens["session"]
     time = time[opens[kind]][:n]
     hour, weekday = time // 3600 % 24, (time // DAY + 3) % 7
     wide = np.where(weekday == 6, 0.2, 1.0) if kind == "daily" else np.where(hour % 8 == 0, 5.0, 1.0)
@@ -112,10 +114,23 @@ def hourly(kind):
     high = np.maximum(open_, close) * np.exp(0.5 * size * np.abs(normal[2]))
     low = np.minimum(open_, close) * np.exp(-0.5 * size * np.abs(normal[3]))
     volume = np.exp(8 + 0.4 * normal[4]) * wide ** 1.5
+    if kind == "summer":
+        time = time + HOUR * (time // (75 * DAY) % 2)
     return Bars("X", time, np.stack([open_, high, low, close, volume, volume * (high + low) / 2], axis=1)), wide
 
 
-HOURS = ("session", "always", "daily", "gappy")
+HOURS = ("session", "summer", "always", "daily", "gappy")
+
+
+def without_summer_time(time):
+    """Stamps less the hours by which openings, bars after half a day without any, have moved."""
+    local, moved, opening = [], 0, time[0]
+    for before, stamp in zip([time[0], *time], time):
+        if stamp - before >= DAY / 2:
+            moved += {HOUR: HOUR, DAY - HOUR: -HOUR}.get((stamp - opening) % DAY, 0)
+            opening = stamp
+        local.append(stamp - moved)
+    return np.array(local)
 
 
 def naive_log_factors(time, y, levels):
@@ -149,10 +164,11 @@ def naive_log_factors(time, y, levels):
 @pytest.mark.parametrize("kind", HOURS)
 def test_factors_of_the_hours_equal_the_definition_and_are_found(kind):
     bars, wide = hourly(kind)
-    slots = data.slots_of(bars)
+    slots, local = data.slots_of(bars), without_summer_time(bars.time)
+    assert (local != bars.time).any() == (kind in ("summer", "gappy"))
     y = np.log1p(bars.ohlcva[:, 4])
     levels = [(WEEK, DAY)] if kind == "daily" else [(DAY, 1800), (WEEK, HOUR)]
-    np.testing.assert_allclose(slots.log_factors[:, 1], naive_log_factors(bars.time, y, levels), atol=1e-9)
+    np.testing.assert_allclose(slots.log_factors[:, 1], naive_log_factors(local, y, levels), atol=1e-9)
     late = slots.log_factors[len(bars) // 2:, 0]
     assert np.corrcoef(late, np.log(wide[len(bars) // 2:]))[0, 1] > 0.9
     assert (slots.log_factors[:32] == 0).all()
@@ -170,11 +186,12 @@ def test_g1_and_g2_with_hours_in_the_scale(kind):
     np.testing.assert_allclose(back[:, :4], bars.ohlcva[1:, :4], rtol=1e-6)
     np.testing.assert_allclose(back[:, 4:], bars.ohlcva[1:, 4:], rtol=1e-4)
     np.testing.assert_allclose(state.total, end.total, rtol=1e-4)
+    for t in [*range(33, len(bars), 97), *np.flatnonzero(np.diff(slots.shift)) + 1]:  # the day that clocks change, too
+        np.testing.assert_array_equal(slots.coming(t - 1, bars.time[t:t + 1])[0], slots.log_factors[t])
     wrong = 0
     for t in (31, 32, 33, 200, len(bars) // 2, len(bars) - 1):
         z, state = data.features(bars[:t])
         np.testing.assert_array_equal(x[:t].view(np.uint32), z.view(np.uint32))
-        np.testing.assert_array_equal(slots.coming(t - 1, bars.time[t:t + 1])[0], slots.log_factors[t])
         np.testing.assert_array_equal(state.coming, data.states_at(bars, [t - 1])[0].coming)
         if data.future_times(bars.time[:t], 1) == bars.time[t]:
             one, _ = data.inverse(x[t:t + 1], state)
@@ -918,20 +935,6 @@ def test_a_pickle_that_takes_memory_or_time_is_refused_before_it_does(tmp_path):
         with pytest.raises(UserError, match=f"{name}: .*(run code|without end)"):
             load_safe(tmp_path / name)
         assert time.process_time() - began < 2
-
-
-def test_a_part_of_the_day_is_like_a_session():
-    """The same few hours of every day; only of what trades in all hours."""
-    hourly = data.Bars("A", 1_600_000_000 // 3600 * 3600 + 3600 * np.arange(500), np.ones((500, 6)))
-    daily = data.Bars("B", DAY * np.arange(500), np.ones((500, 6)))
-    session = hourly[(hourly.time // 3600 % 24 >= 9) & (hourly.time // 3600 % 24 < 17)]
-    assert [data.around_the_clock(bars) for bars in (hourly, daily, session, hourly[:1])] == [True, False, False, False]
-    found = [data.part_of_day(hourly, np.random.default_rng(seed)) for seed in range(20)]
-    hours = [frozenset(bars.time // 3600 % 24) for bars in found]
-    assert {len(h) for h in hours} == {5, 6, 7, 8, 9} and len(set(hours)) > 10
-    for bars, own in zip(found, hours):
-        assert len(bars) == sum(stamp // 3600 % 24 in own for stamp in hourly.time)
-        assert sum((h + 1) % 24 not in own for h in own) == 1      # hours that follow each other
 
 
 # ---- the machine it finds

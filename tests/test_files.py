@@ -12,7 +12,11 @@ import pytest
 
 from backstage.frame import check_histories
 from backstage.dates import iso
-from backstage.reader import read_files, write_folder
+from backstage.inputs import read_times
+from backstage.mapped import write_folder
+from backstage.reader import read_files
+from backstage.series import DAY
+from backstage.report import write_csv as write_forecast
 import data
 from conftest import write_csv
 from data import Bars, UserError
@@ -195,6 +199,7 @@ LAYOUTS = {
     "Kronos": ("timestamps,open,high,low,close,volume,amount\n2020-01-02 00:00:00,1,3,0.5,2,7,9\n", "a", [1, 3, 0.5, 2, 7, 9]),
     "Alpha Vantage": ("timestamp,1. open,2. high,3. low,4. close,5. volume\n2020-01-02,1,3,0.5,2,7\n", "a", BAR),
     "qlib": ("instrument,datetime,$open,$high,$low,$close,$volume,$factor\nSH600000,2020-01-02,1,3,0.5,2,7,1.0\n", "SH600000", BAR),
+    "frames of forecasting libraries": ("unique_id,ds,open,high,low,close,volume\nA,2020-01-02,1,3,0.5,2,7\n", "A", BAR),
     "Polygon": ("ticker,volume,open,close,high,low,window_start,transactions\nA,7,1,2,3,0.5,1577923200000000000,7\n", "A", BAR),
     "letters": ("v,vw,o,c,h,l,t,n\n7,2,1,2,3,0.5,1577923200000,7\n", "a", BAR),
     "NASDAQ": ("Date,Close/Last,Volume,Open,High,Low\n01/13/2020,$2,7,$1,$3,$0.5\n", "a", BAR),
@@ -324,7 +329,7 @@ def test_one_mistyped_number_decides_nothing(tmp_path, capfd):
     ("2020-03-03,1,2,0.5,1'16,1", "close \"1'16\" is not a number"),
     ("2020-03-03,1,2,0.5,1x,1", "close '1x' is not a number"),
     ("2020-03-03,1,2,0.5,1e1k,1", "close '1e1k' is not a number"),
-    ("2020-03-03,1,2,0.5,inf,1", "not a finite number"),
+    ("2020-03-03,1,2,0.5,inf,1", "not finite"),
     ("2020-03-03,1,2,0.5,,1", "a price is missing"),
     ("2020-03-03,0,2,0,1,1", "zero or negative"),
     ("2020-03-03,-1,2,-1,1,1", "zero or negative"),
@@ -477,6 +482,32 @@ def test_consecutive_weekdays_tell_day_from_month_or_the_order_is_given(tmp_path
     (tmp_path / "a.csv").write_text("time,open,high,low,close\n" + "".join(f"0{d}/04/2020,1,3,0.5,2\n" for d in (3, 4)))
     for order, want in (("day/month/year", "2020-04-03"), ("month/day/year", "2020-03-04")):
         assert stamps(data.load(str(tmp_path / "a.csv"), order)[0])[0] == want
+        out = str(tmp_path / want)
+        data.main(["--data", str(tmp_path / "a.csv"), "--order", order, "--out", out])
+        assert stamps(data.load(out)[0])[0] == want
+    with pytest.raises(UserError, match="may be 2020-04-03 .* or 2020-03-04 .* say which by python data.py --order"):
+        data.load(str(tmp_path / "a.csv"))
+    with pytest.raises(UserError, match="--order dmy: must be one of"):
+        data.main(["--data", str(tmp_path / "a.csv"), "--order", "dmy"])
+
+
+@pytest.mark.parametrize("text, want", [
+    ("1970-01-06\n1970-01-08\n\n1970-01-09\n", [[6, 8], [6, 8]]), ("Date\n1970-01-08\n1970-01-06\n1970-01-06\n", [[6, 8], [6, 8]]),
+    ("symbol,time\nA,1970-01-04\nB,1970-01-06\nA,1970-01-05\nB,1970-01-09\n", [[4, 5], [6, 9]]),
+    ("date\n06/01/1970\n13/01/1970\n", [[6, 13], [6, 13]]), ("open_time,Symbol\n1970-01-04,A\n1970-01-06,B\n1970-01-09,A\n1970-01-09,B\n", [[4, 9], [6, 9]]),
+    ("time,symbol\n1970-01-04,A\n1970-01-05,A\n", "0 stamps after the last bar of B, 1970-01-05; 2 are needed"),
+    ("symbol,time\nA,1970-01-04\nB,soon\n", "t.csv:3: 'B,soon' is no time"), ("symbol,time\nA\n", "t.csv:2: 'A' is no time"),
+    ("", "0 stamps after the last bar of A"), ("2" * 200_000, "cannot be read"), ("a\xff\0", r"'aÿ\x00' is no time")])
+def test_stamps_to_come_of_all_symbols_or_of_each(tmp_path, text, want):
+    """Two symbols whose last bars are of 3 and 5 January 1970."""
+    histories = [Bars(name, np.arange(n) * DAY, np.ones((n, 6))) for name, n in (("A", 3), ("B", 5))]
+    (tmp_path / "t.csv").write_text(text)
+    if isinstance(want, str):
+        with pytest.raises(UserError, match=re.escape(want)):
+            read_times(str(tmp_path / "t.csv"), histories, 2)
+    else:
+        days = read_times(str(tmp_path / "t.csv"), histories, 2) // DAY + 1
+        assert days.tolist() == want
 
 
 @pytest.mark.parametrize("text, encoding", [
@@ -684,11 +715,44 @@ def test_bombs_devices_forecasts_and_long_cells_are_refused_in_one_line(tmp_path
     (tmp_path / "quote.csv").write_text("time,open,high,low,close\n2020-01-02,1,3,0.5,\"" + "2" * 200_000)
     (tmp_path / "dots.csv").write_text("." * 20_000 + ",time,open,high,low\n2020-01-02,1,3,0.5,2\n")
     os.mkfifo(tmp_path / "pipe")
-    for name, why in (("a.gz", "unpacks to more"), ("forecast.csv", "a forecast"), ("quote.csv", "not CSV"), ("dots.csv", "no "),
+    for name, why in (("a.gz", "unpacks to over 16 MB"), ("forecast.csv", "a forecast"), ("quote.csv", "not CSV"), ("dots.csv", "no "),
                       ("pipe", "not a regular file"), ("/dev/zero", "not a regular file")):
         with pytest.raises(UserError, match=why) as e:
             data.load(str(tmp_path / name))
         assert "\n" not in str(e.value)
+
+
+def test_a_data_set_never_hides_what_lies_in_its_folder(tmp_path):
+    (tmp_path / "A.csv").write_text(CSV)
+    (tmp_path / "B.csv").write_text(CSV)
+    with pytest.raises(UserError, match="holds '[AB].csv'; choose a new folder"):
+        data.main(["--data", str(tmp_path / "A.csv"), "--out", str(tmp_path)])
+    assert sorted(os.listdir(tmp_path)) == ["A.csv", "B.csv"] and len(data.load(str(tmp_path))) == 2
+
+
+def test_what_unpacks_to_more_is_read_where_that_is_allowed(tmp_path):
+    text = "time,open,high,low,close\n" + days(9, "1,3,0.5,2")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((text + "\n" * 2**24).encode()))
+    with pytest.raises(UserError, match="python data.py --max_unpacked"):
+        data.load(str(tmp_path / "a.csv.gz"))
+    data.main(["--data", str(tmp_path / "a.csv.gz"), "--max_unpacked", "17", "--out", str(tmp_path / "set")])
+    [bars] = data.load(str(tmp_path / "set"))
+    assert bars.symbol == "a" and len(bars) == 9
+    with pytest.raises(UserError, match="--max_unpacked 0"):
+        data.main(["--data", str(tmp_path / "a.csv.gz"), "--max_unpacked", "0"])
+
+
+def test_a_forecast_among_bars_is_no_history(tmp_path, capfd):
+    """What sample.py --out wrote into the folder that it read: left out, with a line; alone it is refused."""
+    [bars] = read(tmp_path, CSV, "A.csv")
+    times = bars.time[-1] + DAY * np.arange(1, 4)
+    write_forecast(tmp_path / "forecast.csv", [bars], np.ones((1, 5, 3, 6)), times[None])
+    [again] = data.load(str(tmp_path))
+    assert again.symbol == "A" and np.array_equal(again.time, bars.time)
+    err = capfd.readouterr().err
+    assert "1 of 2 files skipped" in err and "forecast.csv:1: a forecast of sample.py" in err
+    with pytest.raises(UserError, match="a forecast of sample.py, which is no history"):
+        data.load(str(tmp_path / "forecast.csv"))
 
 
 def test_more_symbols_than_files_may_be_open(tmp_path):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from backstage.clock import calendar
-from backstage import validation
+from backstage import generate, kernels, validation
 from backstage.files import load_safe
 from backstage.lean import fit_lean
 from backstage.loop import Optimizer, Run
@@ -123,7 +123,7 @@ def tensors_in(a):
 
 
 def normed(x):
-    return F.rms_norm(x, x.shape[-1:], eps=M.EPS)
+    return F.rms_norm(x, x.shape[-1:], eps=kernels.EPS)
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -136,18 +136,18 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
     heads, (q, k, v) = M.LinearAttention(slope), random_qkv(T)
     want = naive_linear(q, k, v, slope)
     q = q / 4       # by sqrt(D), as it comes from rotate
-    o, S = heads(q, k, v)
+    o, S = heads(q, k, v, heads.weights(T, q.dtype))
     close(o, normed(want), 1e-4)
     decay = torch.exp(-slope.double()[:, None] * torch.arange(T - 1, -1, -1))
     close(S, torch.einsum("ht,hbtd,hbte->hbde", decay, k.double(), v.double()).flatten(0, 1), 1e-5)
     state = torch.zeros_like(S)
-    [per_bar] = M.places_of(heads, torch.zeros(1))
-    steps = [M.linear_step(*one_bar(q, k, v, t), state, per_bar) for t in range(T)]
+    [fade] = generate.step_weights(heads, torch.zeros(1), 2)
+    steps = [generate.linear_step(*one_bar(q, k, v, t), state, fade) for t in range(T)]
     close(torch.cat(steps, dim=1), normed(want).flatten(0, 1), 1e-4)
     close(state, S, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         q, k, v = half(T)
-        o, S = heads(q / 4, k, v)
+        o, S = heads(q / 4, k, v, heads.weights(T, q.dtype))
     close_half(o, naive_linear(*half(T), slope))
     assert S.dtype == torch.float32
 
@@ -155,7 +155,7 @@ def test_linear_attention_is_the_quadratic_sum(T, slope):
 def test_linear_attention_over_many_groups_of_chunks():
     T, slope = 64 * 300 + 7, torch.tensor([0.0, 0.001])
     heads, (q, k, v) = M.LinearAttention(slope), random_qkv(T, H=2, B=1, D=4)
-    o, _ = heads(q / 2, k, v)
+    o, _ = heads(q / 2, k, v, heads.weights(T, q.dtype))
     d = torch.arange(T - 50, T)[:, None] - torch.arange(T)
     weight = torch.exp(-slope.double()[:, None, None, None] * d.clamp(min=0)) * (d >= 0)
     close(o[:, :, -50:], normed((q[:, :, -50:].double() @ k.double().mT * weight) @ v.double() / 2), 1e-4)
@@ -168,26 +168,26 @@ def test_local_attention_is_softmax_with_a_band_mask(T, window):
     for slope in (torch.zeros(3), torch.tensor([0.5, 0.05, 0.001])):
         heads, (q, k, v) = M.LocalAttention(window, slope), random_qkv(T)
         want, q = naive_local(q, k, v, window, slope), q / 4
-        close(heads(q, k, v)[0], want, 1e-5)
-        n, places = T // 2, M.places_of(heads, torch.arange(T))
-        last = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n])[1] if n else torch.zeros(2, 3, 2, 0, 16)
-        ring = [M.ring(a.flatten(0, 1), window, n) for a in last]
+        close(heads(q, k, v, heads.weights(T, q.dtype))[0], want, 1e-5)
+        n, places = T // 2, generate.step_weights(heads, torch.arange(T), 2)
+        last = heads(q[:, :, :n], k[:, :, :n], v[:, :, :n], heads.weights(n, q.dtype))[1] if n else torch.zeros(2, 3, 2, 0, 16)
+        ring = [generate.ring(a.flatten(0, 1), window, n) for a in last]
         for t in range(n, T):
-            close(M.local_step(*one_bar(q, k, v, t), ring, places[t]), want[:, :, t].flatten(0, 1)[:, None], 1e-5)
+            close(generate.local_step(*one_bar(q, k, v, t), ring, places[t]), want[:, :, t].flatten(0, 1)[:, None], 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             q, k, v = half(T)
-            close_half(heads(q / 4, k, v)[0], naive_local(q, k, v, window, slope))
+            close_half(heads(q / 4, k, v, heads.weights(T, q.dtype))[0], naive_local(q, k, v, window, slope))
 
 
 @pytest.mark.parametrize("pos", ["rope", "alibi", "both"])
 @pytest.mark.parametrize("T", [1, 50, 333])
 def test_layer_is_its_naive_form(T, pos):
     """Heads divided among linear, window 16 and window 64; rotation, decay or both; norm per head; MLP; dropout of either part."""
-    layer = make(pos=pos, windows=(16, 64)).layers[0]
-    x = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T))
+    model = make(pos=pos, windows=(16, 64))
+    layer, x = model.layers[0], torch.randn(2, T, 32, generator=torch.Generator().manual_seed(T))
     drop = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = layer(x, M.rotation(torch.arange(T), 8, turns=pos != "alibi"), drop=drop)[0]
+        got = layer(x, model.places(x), drop=drop)[0]
     weight = {name: p.detach().double() for name, p in layer.named_parameters()}
     qkv = normed(x.double()) @ weight["qkv.weight"].T
     q, k, v = qkv.view(2, T, 3, 4, 8).permute(2, 3, 0, 1, 4)         # [3, H, B, T, D]
@@ -203,7 +203,7 @@ def test_layer_is_its_naive_form(T, pos):
 
 
 def test_rotation_stays_exact_far_out():
-    cos, sin = (a[1, 0, 0] for a in M.rotation(torch.tensor([20_000, 3_000_017]), 8))       # k's
+    cos, sin = (a[1, 0, 0] for a in kernels.rotation(torch.tensor([20_000, 3_000_017]), 8))       # k's
     for row, p in enumerate((20_000, 3_000_017)):
         for i in range(4):
             angle = p * 10000.0 ** (-2 * i / 8)
@@ -491,11 +491,6 @@ def test_spacing_is_the_causal_running_median():
             assert got[b, t] == (int(math.log2(last[(len(last) - 1) // 2])) + 1 if last else 0)
 
 
-def range_and_move(model, z):
-    close, high, low, _ = model.values(z.double())
-    return M.true_range(high, low), close
-
-
 def test_past_means_are_those_of_the_bars_themselves():
     """From real features: the decayed means of true ranges and of moves, over data.features' own s_t, which the model never sees."""
     series = data.synthetic(seed=5, n_symbols=1, n_bars=2000)[0][0]
@@ -503,7 +498,7 @@ def test_past_means_are_those_of_the_bars_themselves():
     model.mean.zero_()
     x = torch.from_numpy(data.features(series)[0])
     with torch.no_grad():
-        got, _ = model.embedding.past_means(*range_and_move(model, x[None]))
+        got, _ = model.embedding.past_means(model.values(x[None].double()))
     _, high, low, c = series.ohlcva[:, :4].T
     true_range = np.log(np.maximum(high[1:], c[:-1]) / np.minimum(low[1:], c[:-1]))
     decays = np.array([0.5 ** (1 / half_life) for half_life in (*M.HALF_LIVES, data.HALF_LIFE)])
@@ -520,14 +515,14 @@ def test_past_means_are_those_of_the_bars_themselves():
 def test_past_means_go_on_where_they_stopped():
     model = make()
     z = torch.randn(2, 77, 6, generator=torch.Generator().manual_seed(0))
-    k, move = range_and_move(model, z)
-    whole, after = model.embedding.past_means(k, move)
-    first, between = model.embedding.past_means(k[:, :30], move[:, :30])
-    second, last = model.embedding.past_means(k[:, 30:], move[:, 30:], between)
+    values = model.values(z.double())
+    whole, after = model.embedding.past_means(values)
+    first, between = model.embedding.past_means([a[:, :30] for a in values])
+    second, last = model.embedding.past_means([a[:, 30:] for a in values], between)
     close(torch.cat((first, second), 1), whole, 1e-6)
     close(last, after, 1e-12)
     # bounded, whatever a candle claims
-    wild, _ = model.embedding.past_means(*range_and_move(model, 1e6 * z))
+    wild, _ = model.embedding.past_means(model.values(1e6 * z.double()))
     assert torch.isfinite(wild).all() and wild.abs().max() <= M.MAX_MOVE
 
 
@@ -710,7 +705,7 @@ def test_an_order_of_the_codes_changes_which_number_draws_which_and_nothing_else
     for c in coarse.unique()[:5]:       # the fine token is drawn given the coarse one that came out
         rows = coarse == c
         with torch.no_grad():
-            given = M.draw(model.fine_logits(h.expand(int(rows.sum()), -1), c.expand(int(rows.sum()))), 1.0, 1.0, u[rows, 1:])[:, 0]
+            given = generate.draw(model.fine_logits(h.expand(int(rows.sum()), -1), c.expand(int(rows.sum()))), 1.0, 1.0, u[rows, 1:])[:, 0]
         assert torch.equal(fine[rows], given)
 
 
@@ -725,7 +720,7 @@ def test_many_draws_from_one_hidden_state_are_those_from_its_copies():
 def test_a_uniform_number_rounded_up_to_one_draws_a_token_that_can_be():
     logits = torch.tensor([[3.0, 2.0, -50.0, -200.0]])
     for temperature, top_p, allowed in ((1.0, 0.9, (0, 1)), (1e-6, 1.0, (0,))):
-        assert M.draw(logits, temperature, top_p, torch.ones(1, 1)).item() in allowed
+        assert generate.draw(logits, temperature, top_p, torch.ones(1, 1)).item() in allowed
 
 
 def test_sampling_follows_the_distribution():

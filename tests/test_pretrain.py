@@ -8,6 +8,7 @@ import torch
 
 import data
 import pretrain
+from backstage import prepare
 from backstage.files import load_safe
 from backstage.loop import Run
 from conftest import TINY
@@ -66,14 +67,14 @@ def test_recomputed_activations_cost_a_second_forward(market, tmp_path, call, mo
 
 def test_dropout_keeps_the_mean_and_drops_a_share_of_channels_alike_in_all_bars():
     config = pretrain.Config(dropout=0.2, n_layer=2, batch_size=64, n_embd=64)
-    masks = pretrain.dropout_masks(np.random.default_rng(0), config, 0, 1)
+    masks = pretrain.dropout_masks(np.random.default_rng(0), config)
     assert masks.shape == (2, 2, 64, 1, 64)
     assert masks.unique().tolist() == pytest.approx([0, 1.25])
     assert masks.mean().item() == pytest.approx(1, abs=0.02)
 
 
 def test_ctrl_c_while_the_tokenizer_trains_acts_at_once(market, tmp_path, call, monkeypatch):
-    train = pretrain.train_tokenizer
+    train = prepare.train_tokenizer
 
     def interrupted(x, sizes, progress, **settings):
         def after(step, loss):
@@ -82,7 +83,7 @@ def test_ctrl_c_while_the_tokenizer_trains_acts_at_once(market, tmp_path, call, 
             assert step <= 2
             progress(step, loss)
         return train(x, sizes, progress=after, **settings)
-    monkeypatch.setattr(pretrain, "train_tokenizer", interrupted)
+    monkeypatch.setattr(prepare, "train_tokenizer", interrupted)
     status, out, _ = call("pretrain", "--data", market, "--out", tmp_path / "a.pt", *TINY)
     assert status == 130 and "stopped at step 2 of the tokenizer" in out
     assert os.listdir(tmp_path) == []
@@ -97,3 +98,29 @@ def test_val_is_each_series_own_last_share_and_nothing_is_test():
     test = data.make_streams([early, late], None, "test", borders, 64, 4).targets
     assert train.tolist() == [[32, 900], [32, 450]] and val.tolist() == [[900, 1000], [450, 500]]
     assert (test[:, 0] >= test[:, 1]).all()
+
+
+def test_mirrored_windows_fade_with_the_rate(market, tmp_path, call, monkeypatch):
+    """Half of the windows while the rate stands, then fewer in a straight line."""
+    drawn, gather = [], data.gather
+
+    def noted(streams, which, ends):
+        if torch.is_grad_enabled():
+            drawn.append(np.mean(which >= len(streams.tokens) / 2))
+        return gather(streams, which, ends)
+    monkeypatch.setattr(data, "gather", noted)
+    flags = ["--steps", 50, "--warmup", 0, "--batch_size", 64, "--block_size", 32, "--eval_every",
+             50, "--n_embd", 16, "--n_layer", 1]
+    trained(call, market, tmp_path / "a.pt", *flags, "--mirror", 1)
+    assert len(drawn) == 50 and np.mean(drawn[:40]) == pytest.approx(0.5, abs=0.04)
+    for i in range(0, 10, 2):
+        want = 0.5 * np.mean([10 - i, 9 - i]) / 10
+        assert np.mean(drawn[40 + i:42 + i]) == pytest.approx(want, abs=0.14)
+    assert np.mean(drawn[45:]) < 0.5 * np.mean(drawn[40:45])
+
+
+def test_the_rate_rises_stays_and_falls():
+    shares = [pretrain.rate(step, 80, 100, 20) for step in range(100)]
+    want = np.interp(np.arange(100), [-1, 19, 80, 100], [0, 1, 1, 0])
+    np.testing.assert_allclose(shares, want)
+    assert pretrain.rate(0, 1, 1, 20) == 1 / 20

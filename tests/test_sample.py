@@ -47,7 +47,7 @@ def test_a_forecast_starts_from_the_last_bar_with_a_window_of_context(loaded, se
     tokens = torch.from_numpy(data.tokenize(bars, tokenizer).astype(np.int64))[-64:]
     with torch.no_grad():
         h = model.hidden(tokens[None, :, 0], tokens[None, :, 1], torch.from_numpy(bars.time[-64:])[None])[0, -1]
-    still = (32 * model.config.unmoved + (np.diff(bars.ohlcva[:, 3]) == 0).sum()) / (32 + 499)
+    still = sample.unmoved_share(bars, model.config.unmoved)[-1]
     assert model.config.block_size == 64 and p_up == pytest.approx(up_of_pairs(model, tokenizer, h, still), abs=0.005)
 
 
@@ -397,25 +397,48 @@ def test_the_correlation_is_that_of_the_last_bars_and_positive_definite():
     share = 0.5 ** (249 / 125)      # of the early bars in the weights, about
     expected = (0.1 * share + 0.7) / (1 + share)
     assert R[away].mean() == pytest.approx(expected, abs=0.06) and R[away].mean() > 0.5
-    wrong = np.full((3, 3), 0.9)
+    wrong = np.full((3, 3), 0.9) + 0.1 * np.eye(3)
     wrong[0, 2] = wrong[2, 0] = -0.9
-    R = sample.definite(wrong)
-    np.linalg.cholesky(R)
+    F = sample.root_of(wrong.astype(np.float32))
+    R = F @ F.T
     assert np.allclose(np.diag(R), 1) and R[0, 1] > 0.4 and R[0, 2] < -0.4     # nearest, not the identity
-    right = np.full((3, 3), 0.5)
-    assert (sample.definite(right)[~np.eye(3, dtype=bool)] == 0.5).all()
+    right = np.full((3, 3), 0.5, np.float32) + 0.5 * np.eye(3, dtype=np.float32)
+    F = sample.root_of(right.copy())
+    assert np.allclose(F @ F.T, right, atol=1e-6)
 
 
 def test_trust_is_found_and_shrunk_by_its_error():
     """Beside the planted law; noise earns none, little data leaves the prior, a bias is found."""
     random = np.random.default_rng(0)
     x, stamp = random.normal(0.2, 0.5, 8000), np.arange(8000)
-    for k, a, low, high in ((1.0, 0.0, 0.85, 1.0), (0.4, 0.0, 0.25, 0.55), (0.0, 0.0, 0.0, 0.2), (0.5, -0.4, 0.35, 0.65)):
+    for k, a, low, high in ((1.0, 0.0, 0.85, 1.15), (0.4, 0.0, 0.25, 0.55), (0.0, 0.0, 0.0, 0.2), (0.5, -0.4, 0.35, 0.65)):
         rose = random.random(8000) < 1 / (1 + np.exp(-(a + k * (x - 0.2))))
         found = sample.trust(x, rose, stamp)
         assert low <= found.k <= high and abs(found.a - a) < 0.1, (k, a, found)
     few = sample.trust(x[:10], rose[:10], stamp[:10])
     assert abs(few.k - sample.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
+
+
+def test_the_share_of_unmoved_bars_is_a_mixture_by_likelihood_and_follows_a_market_that_changes():
+    random = np.random.default_rng(3)
+    still = random.random(3000) < np.where(np.arange(3000) < 2000, 0.05, 0.5)
+    close = 100 + np.cumsum(np.append(0, ~still))
+    bars = data.Bars("S", np.arange(3001), np.repeat(close[:, None], 6, 1).astype(float))
+    share, prior = sample.unmoved_share(bars, 0.1), 0.1
+    assert len(share) == 3002 and share[0] == share[1] == pytest.approx(prior)
+    for k in (2, 5, 90, 300):                       # bars before the forecast one
+        forecasts, weights = [], []
+        for half_life in grid.HALF_LIVES:
+            def mean(n):        # of still[:n], the last one weighs 1
+                w = 0.5 ** (np.arange(n)[::-1] / half_life)
+                return (16 * prior + (w * still[:n]).sum()) / (16 + w.sum())
+            p = np.array([mean(n) if still[n] else 1 - mean(n) for n in range(k - 1)])
+            forecasts.append(mean(k - 1))
+            weights.append(np.prod(p ** 0.5 ** (np.arange(k - 1)[::-1] / grid.FORGET)))
+        assert share[k] == pytest.approx(np.average(forecasts, weights=weights), rel=1e-9)
+    assert abs(share[2001] - 0.05) < 0.02 and abs(share[2300] - 0.5) < 0.15 and abs(share[-1] - 0.5) < 0.05
+    changed = data.Bars("S", bars.time, np.where(np.arange(3001)[:, None] < 900, bars.ohlcva, 7.0))
+    np.testing.assert_array_equal(sample.unmoved_share(changed, 0.1)[:901], share[:901])
 
 
 def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):

@@ -10,7 +10,7 @@ from backstage.files import load_safe, save_atomic
 import data
 import tokenizer as tok
 from data import CONTEXT, UserError
-from tokenizer import Tokenizer, TokenizerConfig, nearest, report, signs, train_tokenizer
+from tokenizer import Tokenizer, TokenizerConfig, least_index, report, signs, train_tokenizer
 
 SMALL = dict(coarse_bits=6, fine_bits=5, n_hidden=32)
 
@@ -116,7 +116,7 @@ def test_for_a_linear_decoder_the_nearest_candle_is_the_sign_of_the_projection()
     torch.manual_seed(0)
     A = torch.linalg.qr(torch.randn(6, 5))[0]                   # (6, 5), orthonormal columns
     x = torch.randn(500, 6)
-    got = signs(5)[nearest(torch.cdist(x, signs(5) @ A.T))]     # (500, 5)
+    got = signs(5)[least_index(torch.cdist(x, signs(5) @ A.T))]     # (500, 5)
     assert torch.equal(got, torch.where(x @ A > 0, 1.0, -1.0))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from backstage import loop
 from backstage.checkpoint import read_checkpoint
+from backstage.stage import Stage
 import data
 import expo
 import rollout
@@ -54,8 +54,8 @@ def other(loaded):
 
 @pytest.fixture(autouse=True)
 def few_origins(monkeypatch):
-    for name in ("rollout.VAL_ORIGINS", "rollout.ORIGINS", "expo.VAL_ORIGINS", "expo.ORIGINS"):
-        monkeypatch.setattr(name, 20)
+    for name in ("VAL_ORIGINS", "ORIGINS"):
+        monkeypatch.setattr(f"backstage.stage.{name}", 20)
 
 
 # ---- expo: the loss
@@ -321,7 +321,7 @@ def test_the_median_path_is_the_naive_one(loaded, market):
     """Each step the coarse token at the median of the close, its likeliest fine one, from a parallel forward."""
     model, tokenizer, _ = loaded
     histories = [bars[:n] for bars, n in zip(data.load([str(market)]), (200, 40, 300))]
-    origins = [sample.origin_of(model, tokenizer, bars) for bars in histories]
+    origins = sample.origins_of(model, tokenizer, histories)
     got = sample.median_path(model, tokenizer, origins, 3)
     rising = tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
     for bars, origin, path in zip(histories, origins, got):
@@ -450,6 +450,22 @@ def test_the_guard_refuses_whatever_one_condition_refuses(monkeypatch, metric):
         assert failed(path_coverage90=(moved, moved - 0.01, moved + 0.01)) == ["path_coverage90"]
 
 
+@pytest.mark.parametrize("gain, best, drawn", [(-0.01, math.inf, True), (-0.01, 0.5, False), (0.01, math.inf, False)])
+def test_paths_on_val_are_drawn_where_they_can_decide(monkeypatch, gain, best, drawn):
+    """Where the next bar holds and is the best so far; and a path that is worse then refuses."""
+    asked = []
+    one = dict(logloss=(0.6, None), da=(0.5, None), up_share=(0.5, None), mae=(1.0, None))
+    val = object.__new__(expo.Validation)
+    val.stage, val.t = types.SimpleNamespace(run=types.SimpleNamespace(best_val=best), base="base"), None
+    val.next_bars = lambda model: one
+    val.paths = lambda model: asked.append(model) or dict(path_crps=(1.0, None))
+    scores = dict(logloss=dict(value=gain, lo=gain, hi=gain), mae=dict(value=1.0, lo=1.0, hi=1.0), path_crps=dict(value=1.1, lo=1.1, hi=1.1))
+    monkeypatch.setattr("expo.against", lambda a, b, metric, *rest: scores[metric])
+    score, holds, found, _ = val.judge("model")
+    assert (score, asked) == (0.6, ["model", "base"] if drawn else [])
+    assert found["failed"] == (["path_crps"] if drawn else ["logloss"] if gain > 0 else []) and holds == (not found["failed"])
+
+
 def test_what_is_not_kept_is_scored_on_test_as_the_last_weights(checkpoint, tmp_path, call, monkeypatch):
     """Beside the base, which the file goes on to hold."""
     scored = []
@@ -458,8 +474,8 @@ def test_what_is_not_kept_is_scored_on_test_as_the_last_weights(checkpoint, tmp_
         args = ["--ckpt", checkpoint, "--out", tmp_path / f"{name}.pt", "--steps", 1, "--batch_size", 2, "--paths", 2]
         status, out, err = call(name, *args, "--horizon", 2, "--lr", 1e-9, "--adam_lr", 1e-9)
         assert status == 0 and "the weights that are not kept" in out, err
-    assert [columns[:2] for columns in scored] == [["reference", "last"], ["base", "last"], ["base", "last"]]
-    result = loop.Stage.result
+    assert [columns[:2] for columns in scored] == 2 * [["reference", "last"]] + 2 * [["base", "last"]]
+    result = Stage.result
     entry = read_checkpoint(str(tmp_path / "rollout.pt"))
     stage = types.SimpleNamespace(run=types.SimpleNamespace(best_val=math.inf), device="cpu",
                                   config=types.SimpleNamespace(out=str(tmp_path / "rollout.pt")))
@@ -505,7 +521,7 @@ def test_paths_grow_and_are_drawn_anew_each_round(checkpoint, tmp_path, call, mo
     ("expo", "--pairs drawn --candidates 8", signal.SIGKILL), ("rollout", "--horizon 4", signal.SIGKILL),
     ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target chosen --select path", signal.SIGTERM)])
 def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags, signum):
-    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 12 --batch_size 2 --eval_every 12 --save_every 1 --no-backtest".split()]
+    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 24 --batch_size 2 --eval_every 24 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
     command = [sys.executable, os.path.join(ROOT, name + ".py"), *args, "--out", str(tmp_path / "broken.pt")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -517,7 +533,7 @@ def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(che
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum]
     assert ("go on with --resume" in text) == (signum == signal.SIGTERM)
     entry = read_checkpoint(str(tmp_path / "broken.pt"))
-    assert entry["step"] < 12 and entry["stage"] == name
+    assert entry["step"] < 24 and entry["stage"] == name
     done = call(name, "--out", tmp_path / "broken.pt", "--resume")
     assert done[0] == 0, done[2]
     whole, broken = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
