@@ -7,7 +7,8 @@
 From bars to intervals, as `backtest` goes: the bars to forecast (`Targets`); forecasters, the model
 (`next_bars`, `simulated`) and its opponents (`baselines`); sums of each score over stretches of
 time (`time_block_sums`); scores of such time blocks drawn anew (`bootstrap`, G7: all symbols of a
-time together); intervals (`scored`).
+time together); intervals (`scored`). Five symbols and more also together, as a portfolio of equal
+weights and as spreads of pairs (`portfolios`).
 
     CRPS = E|X - y| - E|X - X'| / 2         of a law X for the outcome y, in the units of y
     log loss = -log P(what came: up, down)  of bars that moved; a coin's is log 2 = .6931
@@ -33,29 +34,33 @@ import math
 import os
 import zlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import data
 from backstage.bins import BinnedLaw
-from backstage.checkpoint import SEEN_DATES
+from backstage.copula import COMMON, move_together, stratified
 from backstage.dates import iso
 from backstage.door import check, heading, span_of, warn  # heading is handed on
 from backstage.files import weights_hash
 from backstage.grid import Bands, tick_of
 from backstage.inputs import base_weights, load_series, warn_of_intervals
 from backstage.opponents import (
-    baselines, fit_volatility, log_range, log_volume, volume_scales)
-from backstage.scores import (
-    MAX_BLOCKS, METRICS, MIN_BLOCKS, RATIOS, WARN, against, at_step, bootstrap, grouped,
-    groups_of, joined, named, of_paths, paired, resampled, score_distribution, score_paths, scored,
-    time_block_sums, trading_sums, usual_sigma)
+    baselines, fit_volatility, joint_paths, log_range, log_volume, volume_scales)
+from backstage.portfolio import Together
 from backstage.report import jsonable
+from backstage.scores import (
+    MAX_BLOCKS, METRICS, MIN_BLOCKS, bootstrap, grouped, groups_of, joined, named, of_paths,
+    paired, resampled, score_distribution, score_paths, scored, time_block_sums, trading_sums,
+    usual_sigma)
 from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars
+from backstage.results import (  # all but print_backtest are handed on
+    RIVALRY, best_rival, print_backtest, print_versus, show)
 from model import load_checkpoint
-from sample import COMMON, Calibration, Origin, median_path, simulate, unmoved_share
+from sample import Calibration, Origin, median_path, simulate, unmoved_share
 from sample import calibrate as calibration_of
 from tokenizer import code_use
 
@@ -81,10 +86,6 @@ class Config:
 
 
 ORIGINS = 1000  # of paths, in all, by default; but at least ten a symbol
-RIVALRY = dict(  # what is compared with opponents
-    da="right calls %", logloss="log loss", mae="close MAE", crps="close CRPS",
-    range_crps="range CRPS", volume_crps="volume CRPS", path_crps="paths CRPS",
-    path_rv_crps="paths volatility")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,65 +100,91 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
     The rest as in Config. Returns a dict of
         split ("in-sample" for targets before a checkpoint's test, which need start; "test, overlap"
         where the weights that it was tuned from may have seen them), start, end, blocks
-        checkpoints: dicts of ckpt, the scores of METRICS, tokens
-        baselines: {name: scores of METRICS}
+        checkpoints: dicts of ckpt, the scores of METRICS, tokens, portfolio
+        baselines: {name: scores of METRICS}; of FHS and HAR also portfolio
         paired: dicts of a, b, metric, difference, ratio; b is also "coin", for the log loss
         by: dicts of group, ckpt, bars, the scores of BY
         scores: {name: all scores}; replicates: {name: what bootstrap gives}; targets
+    portfolio: of many symbols together, see Together; None under five that share their stamps.
     A score is {value, lo, hi} or None; of path_mape, path_crps, path_coverage a list of them, one
     for each bar ahead. They are in log return x 100, of volume in its log, mape in %, shares as
     fractions. UserError without a target, for bad dates or no start.
     """
     check(horizon, stride, paths, by)
-    loaded = {}
-    for i, checkpoint in enumerate(checkpoints, 1):
-        is_path = isinstance(checkpoint, (str, os.PathLike))
-        name = str(checkpoint) if is_path else f"checkpoint {i}"
-        loaded[name] = load_checkpoint(checkpoint, pick_device(device)) if is_path else checkpoint
+    loaded = loaded_by_name(checkpoints, device)
     split, lo, hi = span_of({name: meta for name, (*_, meta) in loaded.items()}, split, start, end)
     t = Targets([bars] if isinstance(bars, Bars) else bars, lo, hi, horizon, stride, seed)
     warn(t)
     for name, (*_, meta) in loaded.items():
         warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
 
-    forecasts = {}
-    for name, (model, tokenizer, meta) in loaded.items():
-        trust = past_calibration(model, tokenizer, meta, t) if calibrate else None
-        forecasts[name] = (next_bars(model, tokenizer, t, calibration=trust)
-                           | simulated(model, tokenizer, t, paths, calibration=trust))
-        if parallel:
-            forecasts[f"{name} parallel"] = simulated(
-                model, tokenizer, t, paths, parallel=True, calibration=trust)
+    trust = {name: past_calibration(*triple, t) if calibrate else None
+             for name, triple in loaded.items()}
+    forecasts = forecasts_of(loaded, trust, t, paths, parallel)
     rivals = baselines(t, paths)
     coin = dict(coin=dict(p_up=np.full(len(t.r), 0.5)))
+    replicates, scores = scores_of(forecasts | rivals | coin, t, cost_bps)
+    together = portfolios(loaded, trust, t, paths, stride)
 
+    row = {name: {metric: own.get(metric) for metric in METRICS} for name, own in scores.items()}
+    return dict(
+        split=split, start=iso(t.time.min()), end=iso(t.time.max()), blocks=t.n_blocks,
+        checkpoints=[dict(ckpt=name, **row[name], tokens=tokens_in_use(name, loaded, t),
+                          portfolio=together.get(name)) for name in forecasts],
+        baselines={name: row[name] | (dict(portfolio=together[name]) if name in together else {})
+                   for name in rivals},
+        paired=pairs_of(list(forecasts), list(rivals), replicates, t),
+        by=[dict(group=group, ckpt=name, bars=int(mask.sum()), **grouped(forecasts[name], t, mask))
+            for (group, mask), name in itertools.product(groups_of(t, by), loaded)],
+        scores=scores, replicates=replicates, targets=t)
+
+
+def loaded_by_name(checkpoints, device):
+    """{name: (model, tokenizer, meta)} of paths, or of what load_checkpoint gives."""
+    loaded = {}
+    for i, checkpoint in enumerate(checkpoints, 1):
+        is_path = isinstance(checkpoint, (str, os.PathLike))
+        name = str(checkpoint) if is_path else f"checkpoint {i}"
+        loaded[name] = load_checkpoint(checkpoint, pick_device(device)) if is_path else checkpoint
+    return loaded
+
+
+def forecasts_of(loaded, trust, t, paths, parallel):
+    """{name: forecaster} of the checkpoints; of their reasoners too, where asked for."""
+    forecasts = {}
+    for name, (model, tokenizer, _) in loaded.items():
+        own = dict(calibration=trust[name])
+        forecasts[name] = (next_bars(model, tokenizer, t, **own)
+                           | simulated(model, tokenizer, t, paths, **own))
+        if parallel:
+            forecasts[f"{name} parallel"] = simulated(
+                model, tokenizer, t, paths, parallel=True, **own)
+    return forecasts
+
+
+def scores_of(forecasters, t, cost_bps):
+    """{name: what bootstrap gives}, {name: {score: {value, lo, hi}}}."""
     replicates, scores = {}, {}
-    for name, forecaster in (forecasts | rivals | coin).items():
+    for name, forecaster in forecasters.items():
         sums = time_block_sums(forecaster, t)
         if "p_up" in forecaster and name not in ("always_up", "coin"):
             sums |= trading_sums(forecaster["p_up"], t, cost_bps)
         replicates[name] = bootstrap(sums, t)
         scores[name] = {metric: scored(*both, t.blocks_of(metric))
                         for metric, both in replicates[name].items()}
-    row = {name: {metric: own.get(metric) for metric in METRICS} for name, own in scores.items()}
+    return replicates, scores
 
+
+def pairs_of(own, rivals, replicates, t):
+    """Each checkpoint beside each other one, each opponent, and the coin."""
     pairs = []
-    for a, b in itertools.combinations(forecasts, 2):
+    for a, b in itertools.combinations(own, 2):
         pairs += paired(a, b, replicates, t, METRICS)
-    for a, b in itertools.product(forecasts, rivals):
+    for a, b in itertools.product(own, rivals):
         pairs += paired(a, b, replicates, t, RIVALRY)
-    for a in forecasts:
+    for a in own:
         pairs += paired(a, "coin", replicates, t, ["logloss"])
-    groups = []
-    for (group, mask), name in itertools.product(groups_of(t, by), loaded):
-        part = grouped(forecasts[name], t, mask)
-        groups.append(dict(group=group, ckpt=name, bars=int(mask.sum()), **part))
-    return dict(
-        split=split, start=iso(t.time.min()), end=iso(t.time.max()), blocks=t.n_blocks,
-        checkpoints=[dict(ckpt=name, **row[name], tokens=tokens_in_use(name, loaded, t))
-                     for name in forecasts],
-        baselines={name: row[name] for name in rivals}, paired=pairs, by=groups,
-        scores=scores, replicates=replicates, targets=t)
+    return pairs
 
 
 def tokens_in_use(name, loaded, t):
@@ -274,6 +301,11 @@ class Targets:
         return [data.states_at(*one, horizon=0) for one in each]
 
     @functools.cached_property
+    def closes(self):
+        """Of each series the close features of all bars: what a copula is made of."""
+        return [data.features(*one)[0][:, 0] for one in zip(self.series, self.slots)]
+
+    @functools.cached_property
     def volatility(self):
         return fit_volatility(self)
 
@@ -368,12 +400,10 @@ def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
     origins, parts = origins_of(model, tokenizer, t), []
     for i in range(0, len(origins), 256):
         part = origins[i:i + 256]
-        ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
-                             parallel=parallel, calibration=calibration)        # (n, K, H, 6)
-        last = np.log([o.state.close for o in part])[:, None, None]
-        moves = np.diff(np.log(ohlcva[..., 3]),
-                        prepend=np.broadcast_to(last, (len(part), paths, 1)))   # (n, K, H)
-        parts.append(score_paths(moves, t, slice(i, i + len(part))))
+        ohlcva, _ = simulate(
+            model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel, joint=False,
+            calibration=calibration)                                            # (n, K, H, 6)
+        parts.append(score_paths(log_returns(ohlcva, part), t, slice(i, i + len(part))))
         progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
     progress("")
     return joined(parts) if parts else {}
@@ -389,16 +419,81 @@ def median_paths(model, tokenizer, t):
 
 def origins_of(model, tokenizer, t):
     """An Origin for each of the n paths, with the model's context."""
-    n, origins = model.config.block_size, []
-    every = zip(t.series, t.tokens(tokenizer), t.origins, t.states, t.slots)
-    for bars, tokens, at, states, slots in every:
-        unmoved = unmoved_share(bars, model.config.unmoved)
-        for o, state in zip(at, states):
-            context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
-            time = bars.time[:o + 1]
-            tick = tick_of(bars.ohlcva[max(0, o + 1 - COMMON):o + 1, 3])
-            origins.append(Origin(bars.symbol, context, time, state, slots, unmoved[o + 1], tick))
+    return [origin for i, (at, states) in enumerate(zip(t.origins, t.states))
+            for origin in origins_after(model, tokenizer, t, i, at, states)]
+
+
+def origins_after(model, tokenizer, t, i, at, states):
+    """Origins after the bars `at` [n] of symbol i, with the model's context."""
+    bars, tokens, n = t.series[i], t.tokens(tokenizer)[i], model.config.block_size
+    unmoved, origins = unmoved_share(bars, model.config.unmoved), []
+    for o, state in zip(at, states):
+        context = torch.from_numpy(tokens[max(0, o + 1 - n):o + 1].astype(np.int64))
+        last = slice(max(0, o + 1 - COMMON), o + 1)
+        origins.append(Origin(
+            bars.symbol, context, bars.time[:o + 1], state, t.slots[i], unmoved[o + 1],
+            tick_of(bars.ohlcva[last, 3]), t.closes[i][last]))
     return origins
+
+
+# --------------------------------------------------------------------------------------------------
+# Many symbols together
+
+def portfolios(loaded, trust, t, paths, stride):
+    """{name: scores of a portfolio and of spreads} of the checkpoints, FHS and HAR, see Together;
+    {} where no FEWEST symbols share their stamps."""
+    together = Together(t, stride)
+    if not together.n_dates:
+        return {}
+    return together.score(paths_together(loaded, trust, t, together, paths))
+
+
+def paths_together(loaded, trust, t, together, paths):
+    """{name: log returns [J, paths, H]} of paths that move together; FHS and HAR by the copula of
+    the model's."""
+    moves = {}
+    for name, (model, tokenizer, _) in loaded.items():
+        origins, parts = joint_origins(t, together, model, tokenizer), []
+        for d in range(together.n_dates):
+            part = list(origins[together.date == d])
+            ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
+                                 calibration=trust[name])
+            parts.append(log_returns(ohlcva, part))
+            progress(f"symbols together: {d + 1} of {together.n_dates} dates")
+        moves[name] = np.concatenate(parts)
+    progress("")
+    return moves | joint_paths(t, together, np.stack(uniform_numbers(t, together, paths)))
+
+
+def joint_origins(t, together, model, tokenizer):
+    """The Origins of the J places."""
+    origins = np.empty(len(together.bar), object)
+    for i in np.unique(together.symbol):
+        rows = together.symbol == i
+        at = together.bar[rows]
+        states = data.states_at(t.series[i], at, t.slots[i], horizon=0)
+        origins[rows] = origins_after(model, tokenizer, t, i, at, states)
+    return origins
+
+
+def uniform_numbers(t, together, paths):
+    """J of [paths, H]: numbers that move together, as those do by which the model's paths are
+    drawn."""
+    pasts = [SimpleNamespace(symbol=t.series[i].symbol, time=t.series[i].time[:o + 1],
+                             closes=t.closes[i][max(0, o + 1 - COMMON):o + 1])
+             for i, o in zip(together.symbol, together.bar)]
+    seeds = [[t.seed, zlib.crc32(past.symbol.encode()), int(abs(past.time[-1])), 5]
+             for past in pasts]
+    uniform = [stratified(np.random.default_rng(seed), paths, t.horizon) for seed in seeds]
+    move_together(uniform, pasts, np.zeros((len(pasts), t.horizon), np.int64), t.seed)
+    return [u[..., 0] for u in uniform]
+
+
+def log_returns(ohlcva, origins):
+    """Log returns [n, K, H] of paths [n, K, H, 6] after their origins."""
+    last = np.log([o.state.close for o in origins])[:, None, None]
+    close = np.log(ohlcva[..., 3])
+    return np.diff(close, prepend=np.broadcast_to(last, (*close.shape[:2], 1)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,129 +516,6 @@ def main(argv=None):
         return
     hidden = {"scores", "replicates", "targets"} | (set() if config.by else {"by"})
     print(json.dumps(jsonable({k: value for k, value in result.items() if k not in hidden})))
-
-
-BANDS = tuple((f"coverage{q}", f"in {q} % band", 100, 2) for q in (50, 80, 90))
-SECTIONS = {  # title: (score, label, factor, digits)
-    "next close": (("crps", "CRPS", 1, 4), ("mae", "MAE", 1, 4), ("rmse", "RMSE", 1, 4),
-                   ("mape", "MAPE %", 1, 4), *BANDS),
-    "next range": (("range_crps", "CRPS", 1, 4), ("range_coverage90", "in 90 % band", 100, 2)),
-    "next volume": (("volume_crps", "CRPS", 1, 4), ("volume_coverage90", "in 90 % band", 100, 2)),
-    "next direction": (("da", "right calls %", 100, 2), ("balanced_accuracy", "balanced %", 100, 2),
-                       ("auc", "AUC", 1, 4), ("logloss", "log loss", 1, 4),
-                       ("ece", "ECE %", 100, 2), ("ic", "IC", 1, 3), ("rank_ic", "rank IC", 1, 3)),
-    "paths": (("path_crps", "CRPS", 1, 4), ("path_mape", "MAPE %", 1, 4),
-              *((f"path_{metric}", *how) for metric, *how in BANDS),
-              ("path_rv_crps", "volatility", 1, 4)),
-    "risk": (("var95_hits", "beyond VaR %", 100, 2), ("es95_ratio", "loss to ES", 1, 3),
-             ("extreme_flagged", "! raised %", 100, 2), ("extreme_said", "! chance %", 100, 2),
-             ("extreme_came", "! came true %", 100, 2)),
-    "trading": (("long_short", "top-bottom bps", 1, 2), ("turnover", "turnover", 1, 2))}
-HEADS = ("still", "up", "ar1", "logit", "gauss", "fhs", "har")  # of the baselines
-SCALES = {metric: how for rows in SECTIONS.values() for metric, _, *how in rows}
-
-
-def print_backtest(result, horizon, cost_bps):
-    """Each checkpoint's scores with half their intervals, beside the opponents'; pairs; groups."""
-    print(f"{result['split']}: targets {result['start']} to {result['end']}, "
-          f"{result['blocks']} blocks of time")
-    if "overlap" in result["split"]:
-        print(SEEN_DATES)
-    print("± half the 95 % interval; MAE, RMSE, CRPS in log return x 100, of volume in its")
-    print(f"log; ! more than {WARN:.0%} chance of an extreme move; costs of {cost_bps:g} bps\n")
-    own = [entry["ckpt"] for entry in result["checkpoints"]]
-    print_scores(result["scores"], own, list(result["baselines"]), horizon)
-    print_pairs(result, own)
-    if result["by"]:
-        print_groups(result["by"], len(own) > 1)
-
-
-def print_scores(scores, own, rivals, horizon):
-    """A row for each score; of lists over steps the last, of errors that in the middle too."""
-    def row(label, metric, names, step=None):
-        line = f"  {label:14}"
-        for name in names:
-            score = scores[name].get(metric)
-            score = score[step] if isinstance(score, list) else score
-            line += f"{number(score, *SCALES[metric], name in own):>{15 if name in own else 7}}"
-        print(line)
-
-    print(" " * 16 + "".join(f"{stem(name)[-14:]:>15}" for name in own)
-          + "".join(f"{head:>7}" for head in HEADS))
-    for title, rows in SECTIONS.items():
-        if not any(scores[name].get(metric) for metric, *_ in rows for name in (*own, *rivals)):
-            continue  # no volume, or too few symbols to trade
-        print(f"{title}, bands after {horizon} bars" if title == "paths" else title)
-        for metric, label, *_ in rows:
-            if metric in ("path_crps", "path_mape"):
-                for k in sorted({(horizon + 1) // 2, horizon}):
-                    row(f"{label}, bar {k}", metric, (*own, *rivals), k - 1)
-            else:
-                row(label, metric, (*own, *rivals), -1)
-            if metric == "logloss":
-                coin = number(scores["coin"][metric], *SCALES[metric], half=False)
-                print(f"  {'  of a coin':14}" + f"{coin:>15}" * len(own))
-
-
-def print_pairs(result, own):
-    print("\npaired, 95 % interval: x ratio, + difference to the best opponent of each score")
-    rivals = result["baselines"] | dict(coin=dict(logloss=result["scores"]["coin"]["logloss"]))
-    for pair in sorted(result["paired"], key=lambda pair: METRICS.index(pair["metric"])):
-        metric, score = pair["metric"], pair["ratio"] or pair["difference"]
-        if pair["b"] not in own and pair["b"] != best_rival(rivals, metric):
-            continue
-        label = RIVALRY.get(metric, metric)
-        if isinstance(score, list):
-            label, score = f"{label}, bar {len(score)}", score[-1]
-        if score:
-            text = "x " + show(score, 1, 4)
-            if not pair["ratio"]:
-                text = "  " + show(score, *SCALES.get(metric, (1, 4)), "+")
-            print(f"  {label:22}{text:32}{stem(pair['a'])} to {stem(pair['b'])}")
-
-
-def print_groups(groups, several):
-    labels = dict(da="right calls %", mae="MAE", crps="CRPS", coverage90="in 90 % band")
-    print(f"\n{'':12}{'bars':>8}" + "".join(f"{label:>15}" for label in labels.values()))
-    for group in groups:
-        line = f"{group['group'][:11]:12}{group['bars']:>8,}"
-        line += "".join(f"{number(group.get(metric), *SCALES[metric]):>15}" for metric in labels)
-        print(line + f"  {stem(group['ckpt'])}" * several)
-
-
-def number(score, scale, digits, half=True):
-    """A score as text, with half its interval where it has one."""
-    if score is None:
-        return "."
-    values = [score["value"] * scale]
-    if half and score["lo"] is not None:
-        values.append((score["hi"] - score["lo"]) / 2 * scale)
-    return " ±".join(f"{v:.{digits if abs(v) < 10 else min(digits, 2)}f}" for v in values)
-
-
-def show(score, scale, digits, sign=""):
-    """A score with its interval, as text."""
-    if score is None:
-        return "."
-    known = [score[k] for k in ("value", "lo", "hi") if score[k] is not None]
-    value, *ends = (f"{v * scale:{sign}.{digits}f}" for v in known)
-    return f"{value} [{', '.join(ends)}]" if ends else value
-
-
-def stem(path):
-    return os.path.basename(path).removesuffix(".pt")
-
-
-def best_rival(rivals, metric):
-    """The name of the opponent with the best score; of lists over steps, the last."""
-    error = {}
-    for name, scores in rivals.items():
-        score = scores.get(metric)
-        score = score[-1] if isinstance(score, list) else score
-        if score:
-            value = score["value"]
-            error[name] = -value if metric == "da" else value       # all others are errors
-    return min(error, key=error.get, default=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -584,32 +556,6 @@ def model_scores(model, tokenizer, t, paths=0, probes=PROBES):
 def upper(score):
     """The upper end of an interval; the value itself where there is none."""
     return score["value"] if score["hi"] is None else score["hi"]
-
-
-def print_versus(columns, t, rows, versus=(-1, 0)):
-    """Forecasters {name: model_scores} side by side; those at the places `versus` also paired.
-
-    rows: (metric, label, scale, digits); of path scores (metric, step or None for their mean) in
-    the first place.
-    """
-    names = list(columns)
-    a, b = (names[place] for place in versus)
-    print(f"targets {iso(t.time.min())} to {iso(t.time.max())}: {len(t.r):,} bars, "
-          f"{t.n_blocks} blocks; {len(t.path_r):,} origins")
-    print(f"{'':22}{''.join(f'{name[-9:]:>10}' for name in names)}   {a} to {b}, 95 %")
-    for metric, label, scale, digits in rows:
-        metric, step = metric if isinstance(metric, tuple) else (metric, -1)
-        if metric not in columns[a]:
-            continue
-        line = f"{label:22}"
-        for own in columns.values():
-            value = at_step(own, metric, step)[0] * scale if metric in own else None
-            line += f"{'.':>10}" if value is None else f"{value:>10.{digits}f}"
-        if metric in columns[b]:
-            score = against(columns[a], columns[b], metric, t, step)
-            line += ("   x " + show(score, 1, 4) if metric in RATIOS
-                     else "     " + show(score, scale, digits, "+"))
-        print(line)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from backstage.clock import calendar
 from backstage.files import save_atomic
 from backstage.generate import draw  # handed on
 from backstage.kernels import Cache, decayed_means, kept, norm, rotate, rotation
+from backstage.lean import tilted
 from backstage.script import UserError
 from backstage.series import DAY, DECAY
 from tokenizer import Tokenizer
@@ -236,7 +237,7 @@ class LinearAttention(nn.Module):
     def weights(self, T, dtype):
         """What hangs on places alone, of T bars: the decays below, in their order."""
         m, L = self.slope, CHUNK
-        i, n = torch.arange(L, device=m.device), torch.arange(min(GROUP, -(-T // L)) + 1).to(m.device)
+        i, n = (torch.arange(n, device=m.device) for n in (L, min(GROUP, -(-T // L)) + 1))
         own = decay(m, i[:, None] - i)[:, None, None]                       # [H, 1, 1, L, L]
         to_end, since = (decay(m, a)[:, None, None, :, None] for a in (L - 1 - i, i + 1))
         chunks = decay(m * L, n[:, None] - 1 - n[:-1])                      # [H, n + 1, n]
@@ -267,8 +268,8 @@ class LinearAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             for u in U.split(GROUP, dim=2):
                 n = u.shape[2]
-                s = chunks[:, None, :n + 1, :n] @ u + fade[:, :, :n + 1] * S    # [H, B, n + 1, D * D]
-                S = s[:, :, -1:]
+                s = chunks[:, None, :n + 1, :n] @ u + fade[:, :, :n + 1] * S
+                S = s[:, :, -1:]                                            # [H, B, 1, D * D]
                 before.append(s[:, :, :-1].to(dtype))
         before = torch.cat(before, dim=2).unflatten(-1, (D, D))             # S_{n-1} of chunk n
         o = (A @ v).add_((q * since) @ before)                              # [H, B, N, L, D]
@@ -451,7 +452,7 @@ class Model(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens for "up"
-        self.register_buffer("lean", torch.ones(()))                    # see shrunk
+        self.register_buffer("lean", torch.ones(()))                    # see coarse_logits
         # log shares of the codes in the training data, centred: what the heads say untrained
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
@@ -554,9 +555,11 @@ class Model(nn.Module):
     # ---- the heads
 
     def coarse_logits(self, h):
-        """h [..., C] -> [..., 2^k1]: of every code its candle's vector, times h."""
+        """h [..., C] -> [..., 2^k1]: of every code its candle's vector, times h; the mean move
+        drawn towards that of the training data as far as lean says (see backstage/lean.py)."""
         [vectors] = kept(self, self.coarse_vectors)
-        return self.shrunk(F.linear(h, vectors, self.coarse_share))
+        logits = F.linear(h, vectors, self.coarse_share)
+        return logits if self.lean.item() == 1 else tilted(self, logits)
 
     def fine_logits(self, h, coarse):
         """Given the coarse token: h [..., C], coarse int64 [...] -> [..., 2^k2]."""
@@ -573,34 +576,6 @@ class Model(nn.Module):
         code, [2^k2, C]."""
         given = self.fine_given(torch.cat((self.D1, self.M.flatten(1)), 1))
         return [given, centred(self.fine_head(self.g))]
-
-    def shrunk(self, logits):
-        """Coarse logits [..., 2^k1] whose mean move is drawn towards that of the training data:
-        base + lean (mean - base), lean from 0 to 1.
-
-        Directions are learned by heart first, and over many bars a false drift adds up; so
-        pretraining fits lean on val. The law is tilted, p ~ exp(t move) p, which moves its mean by
-        t times its variance.
-        """
-        if self.lean.item() == 1:
-            return logits
-        moves = self.moves()
-        mean, variance = self.move_moments(logits, moves)
-        base, _ = self.move_moments(self.coarse_share, moves)
-        tilt = (self.lean - 1) * (mean - base) / variance
-        return torch.addcmul(logits.float(), tilt[..., None], moves[:, 0])
-
-    def moves(self):
-        """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded, and its square:
-        [2^k1, 2]."""
-        move = self.values(self.D1)[0].clamp(-MAX_MOVE, MAX_MOVE)
-        return torch.stack((move, move**2), dim=1)
-
-    def move_moments(self, logits, moves):
-        """Mean and variance [...] of the next move under coarse logits [..., 2^k1]; moves: see
-        there."""
-        mean, square = (logits.float().softmax(-1) @ moves).unbind(-1)
-        return mean, (square - mean**2).clamp(min=1e-6)
 
     def p_up(self, h, unmoved=None):
         """P(close rises | it moves) [...] for h [..., C]: the exact P(up token) / (1 - unmoved).

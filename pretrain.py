@@ -14,10 +14,14 @@ bar. The batch of a step, the masks of dropout, the reasoner's origins and all o
 from (seed, step) alone, so that a resumed run, or one on another number of processes, sees the
 same. It writes one checkpoint.
 
-Few bars are soon learned by heart. So the size of the model, the number of updates and dropout
-follow the number of bars (see `budget`); the weights that forecast are averaged over the last
-updates, and chosen by what users see: the CRPS of close, range and volume on val, as a share of the
-unigram's (the codes' frequencies in training).
+Few bars are soon learned by heart. So the size of the model and dropout follow the number of bars
+(see `budget`). The learning rate stays until val gains no more, then falls over a fourth of the
+updates up to the best weights (warm-up, stable, decay; arXiv 2404.06395). Half of the windows are of the market
+quoted the other way round, which rises where the true one falls: chance directions cancel. They
+fade with the rate, so that the last updates see the market as it is, whose falls shake more than
+its rises. The weights that forecast are averaged over the last updates, and chosen by what users
+see: the CRPS of close, range and volume on val, as a share of the unigram's (the codes' frequencies
+in training).
 """
 import math
 import os
@@ -35,7 +39,7 @@ from backstage.loop import (
     Clock, Optimizer, Run, average_gradients, load_optimizer, precision, resumed, stop_here)
 from backstage.prepare import (
     Market, check, check_outputs, code_shares, compile_layers, fit_market, join_processes,
-    make_windows, read_market, release, tokenize_market, tuning_margin)
+    make_windows, read_market, release, say_sizes, tokenize_market, tuning_margin, unmoved_share)
 from backstage.script import StopSignal, UserError, cli, progress, run
 from backstage.series import DAY
 from backstage.validation import evaluate, print_result, say_heading, say_report
@@ -70,17 +74,18 @@ class Config:
     fine_bits: int = 10               # bits of the fine token
     direction_bit: bool = True        # the top coarse bit says whether close rose
     # the optimizer
-    lr: float = 0.0                   # peak rate of Muon; 0: 0.02, or less with --init_from
-    adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or less with --init_from
+    lr: float = 0.0                   # peak rate of Muon; 0: 0.02, or 0.006 with --init_from
+    adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or 0.001 with --init_from
     warmup: int = 20                  # updates in which the rate rises; it falls in the last fifth
     patience: int = -1                # reports without a gain until it falls; 0: at the end of
-                                      # --steps; -1: 0 with --steps, else 4
+                                      # --steps; -1: 0 with --steps, else 3
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
     average: float = 0.95             # decay of the averaged weights, per update
     # against learning by heart
     dropout: float = -1.0             # share of a layer's outputs dropped; -1: by the bars
-    mirror: int = -1                  # also the market quoted the other way round; -1: by the bars
+    mirror: int = -1                  # 1: also windows of the market quoted the other way round,
+                                      # until the rate falls; 0: none; -1: by the bars
     shift_weeks: int = 104            # weeks by which a training window moves in time, at most
     # for weights of many markets, drawn by the root of their bars
     val_share: float = 0.0            # val is the last share of each series, no test; 0: by date
@@ -93,7 +98,7 @@ class Config:
     grad_ckpt: bool = False           # recompute activations in the backward pass: less memory
     seed: int = 0                     # of everything
     # reports
-    eval_every: int = 0               # updates between reports; 0: a tenth of the run
+    eval_every: int = 0               # updates between reports; 0: 25, or a tenth of --steps
     eval_windows: int = 128           # windows of val in a report
     save_every: int = 100             # updates between saves (and at least each 30 s)
 
@@ -101,17 +106,20 @@ class Config:
 # flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 ORIGIN_BARS = 512     # bars of training for each origin of the reasoner: 5 % of the time
-PATIENCE = 4          # reports without a gain after which the rate falls
+REPORT_EVERY = 25     # updates between reports, or a tenth of a shorter run
+PATIENCE = 3          # reports without a gain after which the rate falls
 AVERAGE_START = 10    # updates after which half of the averaged weights is past
 
-# up to so many bars (see budget): sizes, windows of an update, bars of one, updates, dropout
+# up to so many bars (see budget): sizes, windows of an update, bars of one, updates at most
 FEW = dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2,
            mirror=1)
-MANY = dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=160, dropout=0.0,
-            mirror=0)
-BUDGETS = (10_000, FEW), (50_000, MANY | dict(dropout=0.1)), (math.inf, MANY)
+SOME = dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=500, dropout=0.2,
+            mirror=1)
+MANY = SOME | dict(dropout=0.0, mirror=0)
+BUDGETS = (10_000, FEW), (50_000, SOME), (math.inf, MANY)
 RATES = dict(lr=0.02, adam_lr=3e-3)
-TUNING = dict(lr=0.002, adam_lr=3e-4, dropout=0.1, mirror=0)    # in their place with --init_from
+TUNING = dict(lr=0.006, adam_lr=1e-3, dropout=0.1, mirror=1)    # in their place with --init_from
+SYNTHETIC = dict(steps=160)                                     # soon learned, and no more to find
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
 
 
@@ -161,15 +169,15 @@ def training(given):
 def decay(metrics, config):
     """(update from which the rate falls, last update), as far as the reports tell.
 
-    The rate falls in the last fifth of the run: of all config.steps, or of fewer where val has
-    gained no more for config.patience reports.
+    The rate falls in the last fifth of the run: of all config.steps, or of fewer. Where val has
+    gained nothing for config.patience reports, it falls for a fourth of the updates up to the best.
     """
-    best, since = math.inf, 0
+    best, at, since = math.inf, 0, 0
     for report in (row for row in metrics if row["stage"] == "pretrain"):
-        since = 0 if report["score"] < best else since + 1
-        best, step = min(best, report["score"]), report["step"]
-        if since == config.patience > 0 and step + step // 4 < config.steps:
-            return step, step + max(1, step // 4)
+        step, gains = report["step"], report["score"] < best
+        best, at, since = (report["score"], step, 0) if gains else (best, at, since + 1)
+        if since == config.patience > 0 and step + at // 4 < config.steps:
+            return step, step + max(1, at // 4)
     return config.steps - config.steps // 5, config.steps
 
 
@@ -282,7 +290,8 @@ def update_average(average, model, decay, step):
 # Reports, saves, the result
 
 def report_scores(job, grad_norm=None):
-    """A line of the table; the averaged weights are kept where they are the best so far."""
+    """A line of the table. The averaged weights are kept where they are the best so far; where val
+    gains no more, training goes back to the best and lets the rate fall."""
     config, run, clock = job.config, job.run, job.clock
     scores = evaluate(job.average, job.val, job.tiles, job.market.series, job.autocast, job.rank,
                       job.world)
@@ -292,8 +301,11 @@ def report_scores(job, grad_norm=None):
     say_report(run, scores, grad_norm, clock, job.say)
     _, clock.steps = decay(run.metrics, config)
     if clock.steps != end:
-        job.say(f"val has gained nothing for {config.patience} reports: the rate falls until step "
-                f"{clock.steps}, the last")
+        job.average.load_state_dict(run.best)
+        job.model.load_state_dict(run.best)
+        job.model.lean.fill_(1.0)   # it is fitted on the average
+        job.say(f"val has gained nothing for {config.patience} reports: back to the best weights, "
+                f"whose rate falls until step {clock.steps}, the last")
 
 
 def save(job, ended):
@@ -370,8 +382,7 @@ def set_up(given):
     train_series, train, val = make_windows(config, market, tokenizer, tokens)
     model, average = model_and_average(config, entry, base, tokenizer, train_series, train)
     model.to(device).train()
-    average.to(device).requires_grad_(False)
-    model.grad_ckpt = config.grad_ckpt
+    average.to(device)
     autocast, scaler, config.dtype, why = precision(config, device, entry)
     optimizer = Optimizer(model, config.lr, config.adam_lr, config.weight_decay)
     if entry:
@@ -380,32 +391,19 @@ def set_up(given):
         rows = -(-config.batch_size // world)
         shape = min(rows, config.micro_batch or rows), market.block_size
         compile_layers(model, shape, device, autocast, say)
-    threads = torch.get_num_threads()
     meta = dict(data=market.source, splits=market.splits, seed=config.seed, run=asdict(config),
-                world=world, threads=threads, features=data.FEATURES)
+                world=world, threads=torch.get_num_threads(), features=data.FEATURES)
     clock = Clock(run.step, config.steps, config.save_every)
-    every = config.eval_every or max(1, config.steps // 10)
+    every = config.eval_every or min(REPORT_EVERY, max(1, config.steps // 10))
     job = Job(config, run, market, tokenizer, train, val, data.tiles(val, config.eval_windows),
               model, average, optimizer, autocast, scaler, meta, rank, world, device, say, stop,
               began, clock, every)
     say_sizes(job, entry, why)
+    say_heading(say)
     if base:    # the weights of --init_from stay where no update makes them clearly better
         report_scores(job)
         run.best_val *= 1 - tuning_margin(market.n_val)
     return job
-
-
-def say_sizes(job, entry, why):
-    """What is trained, on what, and the heads of the table."""
-    config, world, threads = job.config, job.world, job.meta["threads"]
-    if entry and (entry["world"], entry["threads"]) != (world, threads):
-        job.say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of "
-                f"{threads} now: the weights will agree to rounding, not to the bit")
-    n_params = sum(p.numel() for p in job.model.parameters())
-    job.say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size} windows of "
-            f"{job.market.block_size} bars a step, at most {config.steps} steps; {job.device}, "
-            f"{config.dtype} ({why}), {world} process{'es' * (world > 1)} of {threads} threads")
-    say_heading(job.say)
 
 
 def budget(config, market, base, say):
@@ -415,9 +413,11 @@ def budget(config, market, base, say):
     bars: what counts is the geometric mean of the bars and of their distinct time stamps.
     """
     count = math.sqrt(market.n_bars * market.n_stamps)
-    if config.patience < 0:
-        config.patience = 0 if config.steps else PATIENCE
     chosen = RATES | next(sizes for most, sizes in BUDGETS if count <= most)
+    if config.data is None:
+        chosen |= SYNTHETIC
+    if config.patience < 0:
+        config.patience = 0 if config.steps or config.data is None else PATIENCE
     if base:
         sizes = {name: getattr(base[0].config, name) for name in ("n_layer", "n_head", "n_embd")}
         chosen |= TUNING | sizes
@@ -440,18 +440,17 @@ def model_and_average(config, entry, base, tokenizer, series, train):
         model.lean.fill_(1.0)  # it is fitted on the average
     else:
         model, average = (new_model(config, tokenizer, series, train) for _ in range(2))
+    average.requires_grad_(False)
+    model.grad_ckpt = config.grad_ckpt
     return model, average
 
 
 def new_model(config, tokenizer, series, train):
     """A model of the config's sizes for these tokens."""
-    moves = [np.diff(bars.ohlcva[first - 1:last, 3])
-             for bars, (first, last) in zip(series, train.targets) if first < last]
-    n_moved, n_bars = sum(map(np.count_nonzero, moves)), sum(map(len, moves))
     sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig)
              if hasattr(config, f.name)}
     sizes |= dict(coarse_bits=tokenizer.config.coarse_bits, fine_bits=tokenizer.config.fine_bits,
-                  block_size=train.block_size, unmoved=1 - int(n_moved) / max(1, n_bars))
+                  block_size=train.block_size, unmoved=unmoved_share(series, train))
     torch.manual_seed(config.seed)  # here: other ranks have drawn other amounts before
     try:
         model = Model(ModelConfig(**sizes))

@@ -265,6 +265,9 @@ class Validation(StageValidation):
         path_crps = at_step(self.base_paths, "path_crps", None)[0]
         print(f"checked on {len(self.t.path_r):,} origins of val; the base: path CRPS "
               f"{path_crps:.4f}, mean over {config.horizon} bars")
+        if not len(self.t.path_weights):
+            print(f"val has {self.t.n_path_blocks} blocks of time, too few for an interval: no "
+                  f"weights can be kept; train --ckpt with an earlier --val_start")
         print(f"{'step':>5}{config.target:>9}{'plain':>9}{'KL':>9}{'left':>9}   "
               f"path CRPS to the base, val    in 90 %")
 

@@ -22,7 +22,7 @@ import torch
 
 import data
 from backstage.clock import times_ahead
-from backstage.copula import COMMON, move_together, stratified  # handed on
+from backstage.copula import COMMON, move_together, stratified
 from backstage.files import write_atomic
 from backstage.frame import check_histories
 from backstage.grid import Bands, on_grid, tick_of, unmoved_share
@@ -473,7 +473,7 @@ def main(argv=None):
             symbols = [bars.symbol for bars in histories]
             np.savez_compressed(f, symbols=symbols, ohlcva=ohlcva, time=times)
     if config.plot:
-        plot_forecast(config.plot, histories, ohlcva, times)
+        plot_forecast(config.plot, histories, ohlcva, times, weights)
     if config.json:
         found = dict(horizon=config.horizon, paths=paths, breadth=breadth,
                      mean_p_up=mean_p_up, record=record, portfolio=portfolio, symbols=rows)

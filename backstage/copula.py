@@ -1,10 +1,11 @@
-"""Numbers that paths are drawn by: evenly spread for each symbol, and moving together over symbols."""
+"""Numbers that paths are drawn by: evenly spread for each symbol, moving together over symbols."""
 import numpy as np
 import torch
 
 COMMON = 500         # last bars from which the correlation of symbols is known
 FEWEST = 20          # common bars without which a pair has the mean correlation
 HALF_PAST = 125      # bars back that count half in it
+EIGEN = 1000         # symbols of which all eigenvalues are quickly found
 
 
 def stratified(random, paths, horizon):
@@ -104,12 +105,19 @@ def normal_scores(origins):
 
 
 def root_of(R):
-    """The Cholesky factor of correlations R float32 [n, n]; R, changed in place, is drawn towards
-    the identity until it has one."""
+    """A root F of correlations R float32 [n, n], F F' = R.
+
+    Pairs that have not the same bars in common can leave R with eigenvalues below 0: these become
+    small ones. Of more than EIGEN symbols, R, changed in place, is drawn towards the identity.
+    """
     for lift in (1e-6, *np.geomspace(1e-4, 1, 14)):
         try:
             return np.linalg.cholesky(R)
         except np.linalg.LinAlgError:
+            if len(R) <= EIGEN:
+                value, vector = np.linalg.eigh(R)
+                F = vector * np.sqrt(value.clip(1e-4))
+                return F / np.linalg.norm(F, axis=1, keepdims=True)
             R *= np.float32(1 - lift)
             np.fill_diagonal(R, 1)
     return np.eye(len(R), dtype=R.dtype)

@@ -45,17 +45,19 @@ def prefill(model, coarse, fine, time):
     """The State after coarse, fine, time int64 [B, T]: Model.hidden, but that the states of all
     parts are kept; of the last layer only the last bar is asked for, which is a step."""
     x, means = model.embedding(*model.candles(coarse, fine), time)
-    (B, T, _), rot_and_weights, layers = x.shape, model.places(x), []
+    (B, T, _), places, layers = x.shape, model.places(x), []
     for layer in model.layers[:-1]:
-        x, states = layer(x, rot_and_weights)
+        x, states = layer(x, places)
         layers.append(rings(layer, states, T))
-    rot = rot_and_weights[0]
-    layers.append(states_after(model.layers[-1], x[:, :-1], [a[..., :-1, :] for a in rot]))
+    last, rot = model.layers[-1], places[0]                                 # 2 of [2, 1, 1, T, D]
+    layers.append(states_after(last, x[:, :-1], [a[..., :-1, :] for a in rot]))
     dtype = x.dtype
     steps = model.cache.get(("steps", dtype), model.layers,
                             lambda: [LayerStep(layer, dtype) for layer in model.layers])
     with torch.autocast(x.device.type, enabled=False):
-        [place] = places_of(model, torch.tensor([T - 1], device=x.device), B)
+        pos = torch.tensor([T - 1], device=x.device)
+        weights = [step_weights(kind, pos, B)[0] for kind in last.kinds]
+        place = [a[:, 0, :, -1:].float() for a in rot], weights
         h = unit(steps[-1](x[:, -1], place, layers[-1]).float())
     return State(T, h, model.embedding.recent(time), means, layers, steps, ahead=[])
 

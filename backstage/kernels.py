@@ -64,17 +64,19 @@ def decayed_means(terms, growth, decay, before):
     terms x [B, 2, T], growth [B, T], decay b [n], before e_{-1} [..., 2, n] -> [B, 2, n, T] and
     [B, 2, n].
     """
-    b, T = decay, growth.shape[1]
-    if T > 1:
-        growth = growth.log().cumsum(-1).exp()                              # [B, T], g
-        terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)
-    e = (1 - b)[:, None] * terms[:, :, None]                                # [B, 2, n, T]
+    b, T = decay[:, None], growth.shape[1]
+    if T == 1:
+        e = torch.lerp(terms[:, :, None], before[..., None], b) / growth[:, None, None]
+        return e, e[..., 0]
+    growth = growth.log().cumsum(-1).exp()                                  # [B, T], g
+    terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)
+    e = (1 - b) * terms[:, :, None]                                         # [B, 2, n, T]
     shift = 1
     while shift < T:            # after each pass a term is the sum of twice as many bars
-        e = e + (b ** shift)[:, None] * F.pad(e[..., :-shift], (shift, 0))
+        e = e + b ** shift * F.pad(e[..., :-shift], (shift, 0))
         shift *= 2
-    fades = b[:, None] if T == 1 else b[:, None] ** torch.arange(1, T + 1, device=b.device)
-    e = (e + before[..., None] * fades) / growth[:, None, None]
+    e = e + before[..., None] * b ** torch.arange(1, T + 1, device=b.device)
+    e = e / growth[:, None, None]
     return e, e[..., -1]
 
 

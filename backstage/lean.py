@@ -4,7 +4,36 @@ import torch.distributed as dist
 
 from backstage.series import DAY
 
+MAX_MOVE = 10.0      # bound of the moves, in units of s_t
 LEAN_BLOCKS = 40     # stretches of time on val, at least, from which the slope's error is computed
+
+
+def tilted(model, logits):
+    """Coarse logits [..., 2^k1] whose mean move is drawn towards that of the training data:
+    base + lean (mean - base), lean from 0 to 1.
+
+    Directions are learned by heart first, and over many bars a false drift adds up. The law is
+    tilted, p ~ exp(t move) p, which moves its mean by t times its variance.
+    """
+    moves = moves_of(model)
+    mean, variance = move_moments(logits, moves)
+    base, _ = move_moments(model.coarse_share, moves)
+    tilt = (model.lean - 1) * (mean - base) / variance
+    return torch.addcmul(logits.float(), tilt[..., None], moves[:, 0])
+
+
+def moves_of(model):
+    """The move of every coarse token, log(C_t / C_{t-1}) / s_t, bounded, and its square:
+    [2^k1, 2]."""
+    move = model.values(model.D1)[0].clamp(-MAX_MOVE, MAX_MOVE)
+    return torch.stack((move, move**2), dim=1)
+
+
+def move_moments(logits, moves):
+    """Mean and variance [...] of the next move under coarse logits [..., 2^k1]; moves: see
+    moves_of."""
+    mean, square = (logits.float().softmax(-1) @ moves).unbind(-1)
+    return mean, (square - mean**2).clamp(min=1e-6)
 
 
 def fit_lean(mean, move, stamp):
@@ -38,9 +67,9 @@ def set_lean(model, batches, world):
 
     h [N, C]; coarse, stamp int64 [N]. All processes get the same.
     """
-    moves = model.moves()
-    base, _ = model.move_moments(model.coarse_share, moves)
-    columns = [(model.move_moments(model.coarse_logits(h), moves)[0] - base,
+    moves = moves_of(model)
+    base, _ = move_moments(model.coarse_share, moves)
+    columns = [(move_moments(model.coarse_logits(h), moves)[0] - base,
                 moves[coarse, 0] - base, stamp) for h, coarse, stamp in batches]
     empty = [torch.zeros(0, device=moves.device)] * 3
     columns = [torch.cat(column) for column in zip(*columns)] or empty

@@ -97,23 +97,36 @@ def historical(t, i, rows, paths):
     """Filtered historical simulation: residuals of a decayed volatility, which along a path follows
     what is drawn (Barone-Adesi, Giannopoulos and Vosper, Journal of Futures Markets 1999)."""
     r, (first, last), origins = t.returns[i], t.ranges[i], t.origins[i]
-    begun = (np.arange(len(r)) > 0).astype(float)
-    squares, weight = decayed_sum(r**2, decay=LAMBDA), decayed_sum(begun, decay=LAMBDA)
-    vol = np.sqrt(squares / np.maximum(weight, 1e-9)).clip(1e-9)  # known after each bar
-    n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
-    z = sliding_window_view(np.append(0.0, r[1:] / vol[:-1]), n)  # row k: bars k .. k + n - 1
+    vol, z = filtered(r, first)
+    n = z.shape[1]
     known = z[first - n:last - n]  # (targets, n)
     one = score_residuals(known, r[first:last], vol[first - 1:last - 1])
     p_up = ((known > 0).sum(-1) + 0.5) / ((known != 0).sum(-1) + 1)
 
     random = np.random.default_rng([t.seed, zlib.crc32(t.series[i].symbol.encode()), 2])
     pick = random.integers(n, size=(len(origins), paths, t.horizon))
-    variance, moves = np.repeat(vol[origins, None]**2, paths, 1), np.empty(pick.shape)
-    for k in range(t.horizon):
-        residual = np.take_along_axis(z[origins + 1 - n], pick[:, :, k], 1)
+    moves = filtered_paths(vol[origins], z[origins + 1 - n], pick)
+    return one | dict(p_up=p_up) | score_paths(moves, t, rows)
+
+
+def filtered(r, first):
+    """Of returns r [T] the decayed volatility after each bar [T], and in row k of z the residuals
+    of bars k .. k + n - 1, as many as there are before the first target."""
+    begun = (np.arange(len(r)) > 0).astype(float)
+    squares, weight = decayed_sum(r**2, decay=LAMBDA), decayed_sum(begun, decay=LAMBDA)
+    vol = np.sqrt(squares / np.maximum(weight, 1e-9)).clip(1e-9)  # known after each bar
+    n = min(RESIDUALS, first - 12)  # the first dozen volatilities are too raw
+    return vol, sliding_window_view(np.append(0.0, r[1:] / vol[:-1]), n)
+
+
+def filtered_paths(vol, z, pick):
+    """Log returns [n, paths, H] from volatilities vol [n] and the residuals `pick` of z [n, m]."""
+    variance, moves = np.repeat(vol[:, None]**2, pick.shape[1], 1), np.empty(pick.shape)
+    for k in range(pick.shape[2]):
+        residual = np.take_along_axis(z, pick[:, :, k], 1)
         moves[:, :, k] = np.sqrt(variance) * residual
         variance = LAMBDA * variance + (1 - LAMBDA) * moves[:, :, k]**2
-    return one | dict(p_up=p_up) | score_paths(moves, t, rows)
+    return moves
 
 
 def logistic(t):
@@ -144,6 +157,29 @@ def lagged(x, rows):
     return np.concatenate([np.ones((len(rows), 1)), *lags], axis=1)
 
 
+def joint_paths(t, together, uniform):
+    """{name: log returns [J, paths, H]} of FHS and HAR at the places of `together` (see Together).
+
+    Each draws its residuals, in order of size, by the numbers uniform [J, paths, H]: where these
+    move together over the symbols, so do the paths. No bar moves by more than data.MAX_MOVE.
+    """
+    moves = dict(fhs=np.empty(uniform.shape), har=np.empty(uniform.shape))
+    for i in np.unique(together.symbol):
+        rows = together.symbol == i
+        origins, u = together.bar[rows], uniform[rows]
+        vol, z = filtered(t.returns[i], t.ranges[i][0])
+        n = z.shape[1]
+        z = np.sort(z[origins + 1 - n], 1)                                      # (origins, n)
+        moves["fhs"][rows] = filtered_paths(vol[origins], z, place(u, n))
+        moves["har"][rows] = volatility_paths(t.volatility[i], origins, place(u, RESIDUALS))
+    return {name: r.clip(-data.MAX_MOVE, data.MAX_MOVE) for name, r in moves.items()}
+
+
+def place(u, n):
+    """Which of n equal parts of [0, 1] each number u lies in."""
+    return np.minimum((u * n).astype(int), n - 1)
+
+
 # --------------------------------------------------------------------------------------------------
 # HAR on ranges, the strongest opponent
 
@@ -168,7 +204,8 @@ def har(t, paths):
         if volumes:
             z, location = np.log(volumes[i].residuals[0]), np.log(volumes[i].forecast[now])
             scores |= named("volume", score_residuals(z, log_volume(bars)[now], 1.0, location))
-        moves = volatility_paths(volatility, t.origins[i], paths, t.horizon, random)
+        pick = random.integers(RESIDUALS, size=(len(t.origins[i]), paths, t.horizon))
+        moves = volatility_paths(volatility, t.origins[i], pick)
         parts.append(scores | score_paths(moves, t, t.path_rows[i]))
     return joined(parts)
 
@@ -304,13 +341,13 @@ def fit_volatility(t):
     return hars
 
 
-def volatility_paths(har, origins, paths, horizon, random):
+def volatility_paths(har, origins, pick):
     """Log returns after each origin of a series, [n, paths, H], by a Har of fit_volatility.
 
     A path draws a residual of its return and, of the same bar, one of its range, on which the next
-    forecasts look back.
+    forecasts look back: the column pick [n, paths, H] of har.residuals.
     """
-    (z, ratio), n = har.residuals, len(origins)
+    (z, ratio), (n, paths, horizon) = har.residuals, pick.shape
     usual = np.ones((n, horizon))  # the factors of the bars to come
     for row, o in zip(usual, origins):
         row[:] = np.exp(har.slots.next(har.bars.time[:o + 1], horizon)[:, 0])
@@ -318,7 +355,6 @@ def volatility_paths(har, origins, paths, horizon, random):
     past = np.append(0.0, har.u.cumsum())
     # running sums of u after the origin; returns
     drawn, moves = np.zeros((n, paths, horizon + 1)), np.empty((n, paths, horizon))
-    pick = random.integers(len(z), size=moves.shape)
     for k in range(horizon):
         x = []
         for window in WINDOWS:

@@ -1,4 +1,5 @@
 """Pictures: plain SVG, readable on light and dark."""
+import functools
 import math
 from dataclasses import dataclass
 from html import escape
@@ -79,36 +80,81 @@ class Panel:
                 f'<rect class="{css}" x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall:.1f}"/>')
 
 
-def plot_forecast(path, histories, ohlcva, times, shown=60, drawn=3):
-    """Of at most 12 symbols the last bars as candles, the median forecast, its 5-95 and 25-75 % fan
-    and a few paths."""
-    n, horizon = min(len(histories), 12), times.shape[1]
+MANY, SHOWN = 5, 12  # symbols from which on their portfolio comes first; panels of a picture
+
+
+@dataclass
+class View:
+    """What a panel shows: the past, as candles [m, 4] or a curve [m], and paths [K, 1 + H] that
+    begin at its last value."""
+    title: str
+    past: np.ndarray
+    paths: np.ndarray
+    first_time: int
+    last_time: int
+
+
+def plot_forecast(path, histories, ohlcva, times, weights=None, shown=60, drawn=3):
+    """The last bars as candles, the median forecast, its 5-95 and 25-75 % fan and a few paths: of
+    at most SHOWN symbols, and of MANY first of their portfolio of weights [n], in % of its value.
+
+    histories: n Bars; ohlcva [n, paths, H, 6]; times [n, H].
+    """
+    views = []
+    if weights is not None and len(histories) >= MANY:
+        views.append(portfolio_view(histories, ohlcva, times, weights, shown))
+    for bars, paths, stamps in zip(histories, ohlcva, times[:SHOWN - len(views)]):
+        bars = bars[-shown:]
+        close = np.insert(paths[:, :, 3], 0, bars.ohlcva[-1, 3], axis=1)        # (paths, 1 + H)
+        views.append(View(f"{bars.symbol}, {len(stamps)} bars ahead", bars.ohlcva[:, :4], close,
+                          bars.time[0], stamps[-1]))
+    n = len(views)
     columns = 1 if n == 1 else 2 if n <= 4 else 3
     W, H = (760, 380) if n == 1 else (440, 260)
     parts = []
-    for i in range(n):
-        bars = histories[i][-shown:]
-        close = np.insert(ohlcva[i, :, :, 3], 0, bars.ohlcva[-1, 3], axis=1)    # (paths, 1 + H)
-        fan = np.quantile(close, QUANTILES, axis=0)                             # (5, 1 + H)
-        few = close[:drawn]
-        low = min(bars.ohlcva[:, 2].min(), fan.min(), few.min())
-        high = max(bars.ohlcva[:, 1].max(), fan.max(), few.max())
-        margin = 0.03 * (high - low) + 1e-9 * high
-        left, top = i % columns * W + 10, i // columns * H + 26
-        panel = Panel(left, top, W - 75, H - 62, len(bars) + horizon, low - margin, high + margin)
-        below = top + panel.height + 16
-        parts.append(label(left, top - 10, f"{bars.symbol}, {horizon} bars ahead", css="t"))
-        parts += panel.grid(left + panel.width + 4, "start")
-        parts.append(label(panel.x(0), below, iso(bars.time[0])))
-        parts.append(label(panel.x(panel.n - 1), below, iso(times[i, -1]), "end"))
-        x = panel.x(len(bars) - 1 + np.arange(horizon + 1))
-        q05, q25, q50, q75, q95 = panel.y(fan)
-        for lower, upper, css in ((q05, q95, "f1"), (q25, q75, "f2")):
-            parts.append(line([*zip(x, lower), *zip(x[::-1], upper[::-1])], css, "polygon"))
-        parts += [line(zip(x, row), "p") for row in panel.y(few)]
-        parts.append(line(zip(x, q50), "m"))
-        parts += [panel.candle(k, row[:4], 0.6 * panel.width / panel.n) for k, row in enumerate(bars.ohlcva)]
+    for i, view in enumerate(views):
+        parts += fan(view, i % columns * W + 10, i // columns * H + 26, W - 75, H - 62, drawn)
     write_svg(path, columns * W, math.ceil(n / columns) * H, parts)
+
+
+def portfolio_view(histories, ohlcva, times, weights, shown):
+    """The View of shares bought today: what they gained over the last stamps that all symbols have,
+    and what they may gain."""
+    last = np.array([bars.ohlcva[-1, 3] for bars in histories])
+    newest = max(bars.time[-1] for bars in histories)
+    stamps = functools.reduce(np.intersect1d, [bars.time for bars in histories])[-shown:]
+    close = np.array([bars.ohlcva[np.searchsorted(bars.time, stamps), 3] for bars in histories])
+    past = 100 * weights @ (close / last[:, None] - 1)                          # (m,)
+    if newest not in stamps:
+        stamps, past = np.append(stamps, newest), np.append(past, 0.0)
+    gain = 100 * np.tensordot(weights, ohlcva[..., 3] / last[:, None, None] - 1, 1)
+    gain = np.insert(gain, 0, 0.0, axis=1)                                      # (paths, 1 + H)
+    title = f"portfolio of {len(histories)} symbols, gain from today in %"
+    return View(title, past, gain, stamps[0], times[:, -1].max())
+
+
+def fan(view, left, top, width, height, drawn):
+    """SVG elements of a View at a place: its past, its fan and `drawn` of its paths."""
+    quantiles, few = np.quantile(view.paths, QUANTILES, axis=0), view.paths[:drawn]  # (5, 1 + H)
+    m, ahead = len(view.past), view.paths.shape[1] - 1
+    values = np.concatenate([view.past.ravel(), quantiles.ravel(), few.ravel()])
+    low, high = values.min(), values.max()
+    margin = 0.03 * (high - low) + 1e-9 * max(1e-3, abs(high))
+    panel = Panel(left, top, width, height, m + ahead, low - margin, high + margin)
+    below = top + height + 16
+    parts = [label(left, top - 10, view.title, css="t"), *panel.grid(left + width + 4, "start"),
+             label(panel.x(0), below, iso(view.first_time)),
+             label(panel.x(panel.n - 1), below, iso(view.last_time), "end")]
+    x = panel.x(m - 1 + np.arange(ahead + 1))
+    q05, q25, q50, q75, q95 = panel.y(quantiles)
+    for lower, upper, css in ((q05, q95, "f1"), (q25, q75, "f2")):
+        parts.append(line([*zip(x, lower), *zip(x[::-1], upper[::-1])], css, "polygon"))
+    parts += [line(zip(x, row), "p") for row in panel.y(few)]
+    parts.append(line(zip(x, q50), "m"))
+    if view.past.ndim == 2:
+        return parts + [panel.candle(k, row, 0.6 * width / panel.n)
+                        for k, row in enumerate(view.past)]
+    return parts + [line(zip(panel.x(np.arange(m)), panel.y(view.past)), "m2")]
 
 
 def plot_codebook(path, tokenizer, series, shown=40):

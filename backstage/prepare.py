@@ -20,8 +20,8 @@ TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thi
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 POSITIVE = "tok_steps", "clip", "eval_windows", "save_every"
 NOT_NEGATIVE = ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
-                "weight_decay", "average", "shift_weeks", "n_layer", "n_head", "n_embd", "eval_every",
-                "seed")
+                "weight_decay", "average", "shift_weeks", "n_layer", "n_head", "n_embd",
+                "eval_every", "seed")
 
 
 def check(config):
@@ -35,6 +35,8 @@ def check(config):
         raise UserError(f"--dropout {config.dropout}: a share from 0 to below 1, or -1")
     if config.average >= 1:
         raise UserError(f"--average {config.average}: a decay below 1")
+    if config.patience < -1:
+        raise UserError(f"--patience {config.patience}: a number of reports, 0 for never, or -1")
     if config.mirror not in (-1, 0, 1):
         raise UserError(f"--mirror {config.mirror}: choose 1, 0 or -1")
 
@@ -169,9 +171,9 @@ def fit_window(config, market, say):
     if block_size > longest - 1:
         block_size = max(MIN_BLOCK, longest // 2)
         if block_size > longest - 1:
-            raise UserError(f"{', '.join(market.source['sources'])}: the longest series has {longest} bars before "
-                            f"val starts ({iso(market.borders[0][0])}); {MIN_BLOCK + 1} is the least: "
-                            f"give more bars or a later --val_start")
+            raise UserError(f"{', '.join(market.source['sources'])}: the longest series has "
+                            f"{longest} bars before val starts ({iso(market.borders[0][0])}); "
+                            f"{MIN_BLOCK + 1} is the least: give more bars or a later --val_start")
         say(f"the longest series has {longest} training bars: "
             f"the window shrinks from {config.block_size} to {block_size}")
     enough = [i for i, n in enumerate(n_train) if n > block_size]
@@ -279,6 +281,14 @@ def code_shares(streams, tokenizer):
     return shares
 
 
+def unmoved_share(series, train):
+    """The share of the targets, bars of `series`, whose close is that of the bar before."""
+    moves = [np.diff(bars.ohlcva[first - 1:last, 3])
+             for bars, (first, last) in zip(series, train.targets) if first < last]
+    n_moved, n_bars = sum(map(np.count_nonzero, moves)), sum(map(len, moves))
+    return 1 - int(n_moved) / max(1, n_bars)
+
+
 # --------------------------------------------------------------------------------------------------
 # The rest
 
@@ -301,6 +311,18 @@ def compile_layers(model, shape, device, autocast, say):
         say(f"--compile does not work here ({type(e).__name__}: {str(e).splitlines()[0][:90]}); "
             f"going on without")
     model.zero_grad(set_to_none=True)
+
+
+def say_sizes(job, entry, why):
+    """What is trained, and on what."""
+    config, world, threads = job.config, job.world, job.meta["threads"]
+    if entry and (entry["world"], entry["threads"]) != (world, threads):
+        job.say(f"{entry['world']} processes of {entry['threads']} threads before, {world} of "
+                f"{threads} now: the weights will agree to rounding, not to the bit")
+    n_params = sum(p.numel() for p in job.model.parameters())
+    job.say(f"{n_params / 1e6:.2f} M parameters, {config.batch_size} windows of "
+            f"{job.market.block_size} bars a step, at most {config.steps} steps; {job.device}, "
+            f"{config.dtype} ({why}), {world} process{'es' * (world > 1)} of {threads} threads")
 
 
 def release(path, run, model, tokenizer, meta):

@@ -129,6 +129,8 @@ def bars_of(table, symbol):
     halves = [i for i in free if i < len(row) and row[i].strip().lower() in ("am", "pm")]
     cells, reasons = cells_of(table, numbers, words | {*dates, *clocks, *halves})
     if not len(cells[dates[0]]):
+        if sum(map(bool, table.lines[table.first:])) > 2:
+            raise table.error(table.first + 1, "not the cells of the header; use one delimiter")
         raise NoBars(f"{table.path}:{table.first + 1}: no rows after the header; {NO_BAR}")
     if len(reasons) == len(cells[dates[0]]):
         raise table.error(table.line(0), f"{reasons[0]}; {NO_BAR}")
@@ -385,5 +387,6 @@ def _look_for_jumps(table, names, time, code, close):
         back = k + 1 in at and abs(np.log(ratio[k] * ratio[k + 1])) < 0.2 * np.log(factor)
         why = " and back: mixed units, or a mistyped price?" if back else ": an unadjusted split?"
         more = f" (and {len(at) - 1 - back} more)" if len(at) > 1 + back else ""
-        table.say(f"the close of {names[code[k]]} moves by a factor of {factor:.2f} at "
+        size = f"{factor:.2f}" if factor < 1e4 else f"{factor:.0e}"
+        table.say(f"the close of {names[code[k]]} moves by a factor of {size} at "
                   f"{iso(time[k + 1])}{why}{more}")

@@ -42,7 +42,8 @@ def faults(ohlcva):
     yield h < top, "high below open or close"
     yield l > bottom, "low above open or close"
     yield (v < 0) | (a < 0), "negative volume or amount"
-    yield (v > 1e30) | (a > 1e30), "volume or amount above 1e30"
+    small, large = np.fmin(np.where(v > 0, v, 1), np.where(a > 0, a, 1)), np.fmax(v, a)
+    yield (small < 1e-30) | (large > 1e30), "volume or amount above 1e30, or below 1e-30"
 
 
 def decayed_sum(u, carry=np.float64(0.0), decay=DECAY):

@@ -297,7 +297,7 @@ def judge(status, memory, lines):
         return "signal"
     errors = sum(line.startswith("error: ") for line in lines)
     ended = (status, errors) in ((0, 0), (2, 1)) and all(map(str.isprintable, lines))
-    if not ended or any(line.startswith("Traceback") for line in lines):
+    if not ended or any(line.startswith("Traceback") or "Warning: " in line for line in lines):
         return "traceback"
     return "one line" if status else "right"
 

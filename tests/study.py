@@ -13,7 +13,6 @@
     python tests/study.py few --data market/*.csv       # few bars: a symbol of each file, alone
     python tests/study.py budgets --data stocks.csv.gz  # rows of pretrain.BUDGETS on half-years of daily bars
     python tests/study.py clock --train corpus/*.csv --data market/*.csv lunch  # with and without hours in the scale
-    python tests/study.py portfolio --ckpt out.pt --data stocks.csv.gz --start 2018-07-01    # joint paths beside apart
     python tests/study.py stages --market reverting     # expo.py, rollout.py in all forms and orders, and their controls
 
 Runs are saved one by one in --out: stop it and start it again at will; with all runs there it only prints. Each run has
@@ -46,7 +45,7 @@ from backstage.files import load_safe, save_atomic, weights_hash
 from backstage.grid import Bands
 from backstage.loop import Optimizer
 from backstage.markets import KINDS, best_accuracy, reverting_path
-from backstage.opponents import volatility_paths
+from backstage.opponents import RESIDUALS, volatility_paths
 from backstage.past import read_pasts
 from backstage.pictures import Panel, grid_line, label, line, write_svg
 from backstage.mapped import write_folder
@@ -1169,7 +1168,8 @@ def room_study(argv):
     borders = data.split_borders(series, args.val_start, args.test_start)
     t = backtest.some_targets(series, args.split, borders, HORIZON, args.origins)
     random = np.random.default_rng(0)
-    moves = [volatility_paths(har, at, args.paths, HORIZON, random) for har, at in zip(t.volatility, t.origins)]
+    moves = [volatility_paths(har, at, random.integers(RESIDUALS, size=(len(at), args.paths, HORIZON)))
+             for har, at in zip(t.volatility, t.origins)]
     r, came = np.concatenate(moves).sum(-1), t.path_r[:, -1]            # [n, paths], [n]
     factors = np.exp(np.linspace(-0.7, 0.7, 29))
     crps = np.stack([score_draws(f * r, came)["crps"] for f in factors])       # [factors, n]
@@ -1184,58 +1184,7 @@ def room_study(argv):
         print(f"{name:42}{len(np.unique(group)):>4}   x {best / as_it_is:.4f}")
 
 
-# --------------------------------------------------------------------------------------------------
-# A portfolio of equal weights, and spreads of pairs: joint paths beside paths of each symbol alone
-
-def portfolio_study(argv):
-    parser = argparse.ArgumentParser(prog="study.py portfolio")
-    parser.add_argument("--ckpt", nargs="+", required=True)
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--start", required=True)
-    parser.add_argument("--symbols", type=int, default=100)
-    parser.add_argument("--horizon", type=int, default=HORIZON)
-    parser.add_argument("--stride", type=int, default=5, help="bars between origins")
-    parser.add_argument("--paths", type=int, default=100)
-    args = parser.parse_args(argv)
-    series, start = data.load(args.data), data.parse_time(args.start)
-    stamps = max((bars.time for bars in series), key=len)
-    series = [bars for bars in series if len(bars) == len(stamps)]
-    series = [series[i] for i in np.linspace(0, len(series) - 1, min(args.symbols, len(series))).astype(int)]
-    ends = np.arange(np.searchsorted(stamps, start), len(stamps) - args.horizon, args.stride)
-    log_close = np.log([bars.ohlcva[:, 3] for bars in series])              # [symbols, T]
-    moves = log_close[:, ends - 1 + args.horizon] - log_close[:, ends - 1]  # [symbols, origins]
-    print(f"{len(series)} symbols, {len(ends)} origins from {args.start}, {args.horizon} bars, {args.paths} paths")
-    for path in args.ckpt:
-        model, tokenizer, _ = load_checkpoint(path)
-        drawn = {joint: np.stack([drawn_moves(model, tokenizer, series, end, args, joint) for end in ends], 1)
-                 for joint in (True, False)}                                # [symbols, origins, paths] each
-        for name, combine in (("portfolio", lambda r: r.mean(0)[None]), ("spreads", lambda r: r[::2][:len(r) // 2] - r[1::2])):
-            y = combine(moves)
-            score = {joint: score_draws(combine(r), y)["crps"].mean(0) for joint, r in drawn.items()}  # [origins]
-            line = f"{os.path.basename(path):12}{name:12}CRPS to apart {ratio_over_blocks(score[True], score[False])}"
-            for joint, r in drawn.items():
-                low, high = np.quantile(combine(r), (0.05, 0.95), axis=-1)
-                line += f"   {'joint' if joint else 'apart'}: band holds {((low <= y) & (y <= high)).mean():.1%}, below VaR {(y < low).mean():.1%}"
-            print(line, flush=True)
-
-
-def drawn_moves(model, tokenizer, series, end, args, joint):
-    """Log returns over the horizon of the paths from bar end - 1 on, [symbols, paths]."""
-    past = [bars[:end] for bars in series]
-    ohlcva, _ = sample.simulate(model, tokenizer, past, args.horizon, args.paths, joint=joint)
-    return np.log(ohlcva[:, :, -1, 3]) - np.log([bars.ohlcva[-1, 3] for bars in past])[:, None]
-
-
-def ratio_over_blocks(a, b, length=2, replicates=2000):
-    """Ratio of means with its 95 % interval, as text, over blocks of so many origins drawn anew."""
-    n = len(a) // length
-    a, b = (v[:n * length].reshape(n, length).sum(1) for v in (a, b))
-    pick = np.random.default_rng(0).integers(n, size=(replicates, n))
-    lo, hi = np.quantile(a[pick].sum(1) / b[pick].sum(1), (0.025, 0.975))
-    return f"{a.sum() / b.sum():.3f} [{lo:.3f}, {hi:.3f}]"
-
-
-SECTIONS = {"portfolio": portfolio_study, "null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
+SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
             "parallel": parallel_study, "few": few_study, "unmoved": unmoved_study, "budgets": budgets_study, "clock": clock_study}
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from backstage import opponents
+from backstage import copula, opponents, pictures
 from backstage.bins import Bins, BinnedLaw, candle_tables, pair_law
-from backstage.opponents import baselines, early_error, fit_form, fit_har, give_residuals, har, historical, range_volatility, slow_scale, volatility_paths
+from backstage.opponents import baselines, early_error, filtered_paths, fit_form, fit_har, give_residuals, har, historical, joint_paths, place, range_volatility, slow_scale, volatility_paths
+from backstage.portfolio import Together
 from backstage.scores import MIN_BLOCKS, NORMAL, RARE, at_step, time_block_sums, bootstrap, groups_of, score_distribution, score_draws, score_normal, score_paths, score_residuals, ordered_bins, path_sums, score_of, scored, sums_by_bin, trading_sums, within
 from backstage.series import DAY
 import data
@@ -202,7 +203,7 @@ def test_crps_of_a_gaussian_is_its_closed_form():
     rng = np.random.default_rng(0)
     inverse = np.vectorize(NORMAL.inv_cdf)
     for draws in (rng.normal(mu, sigma, (40_000, 5)),
-                  mu + sigma * inverse(np.stack([sample.stratified(rng, 6, 1)[:, 0, 0] for _ in range(20_000)]).astype(float).clip(1e-9, 1 - 1e-9))):
+                  mu + sigma * inverse(np.stack([copula.stratified(rng, 6, 1)[:, 0, 0] for _ in range(20_000)]).astype(float).clip(1e-9, 1 - 1e-9))):
         few = [score_draws(draws, np.full(len(draws), v))["crps"].mean() for v in y]
         np.testing.assert_allclose(few, want, rtol=0.02)
 
@@ -705,7 +706,7 @@ def test_har_paths_follow_the_volatility_drawn():
     t = backtest.Targets(series, int(series[0].time[1000]), 2**62, 5, 400, 0)
     har = t.volatility[0]
     har.weights[:] = 0.1, 0.9, 0, 0, 0  # in each fit
-    moves = volatility_paths(har, np.array([1100]), 20_000, 5, rng)[0]
+    moves = volatility_paths(har, np.array([1100]), rng.integers(500, size=(1, 20_000, 5)))[0]
     size = np.log(np.abs(moves) + 1e-9)
     assert np.corrcoef(size[:, 2], size[:, 3])[0, 1] > 0.1
     z, ratio = har.residuals
@@ -789,7 +790,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert result["start"] == data.iso(series[0].time[200]) and result["end"] == data.iso(series[0].time[299])
     assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs", "har"]
     for entry in result["checkpoints"]:
-        assert list(entry) == ["ckpt", *SCORES, "tokens"]
+        assert list(entry) == ["ckpt", *SCORES, "tokens", "portfolio"]
         assert sorted(entry["tokens"]) == ["coarse_perplexity", "coarse_used", "fine_perplexity", "fine_used", "pairs"]
     for entry in result["checkpoints"] + list(result["baselines"].values()):
         for name in SCORES:
@@ -803,8 +804,133 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert {("a", "b", "da"), ("a", "c", "crps"), ("b", "c", "path_crps")} <= pairs
     status, out, err = call("backtest", *argv, "--by", "volatility", "--cost_bps", 5)
     assert status == 0 and "a to b" in out and "steady" in out
+    assert "portfolio of 6 symbols" in out and "a to apart" in out and "a to har" in out
+    assert result["checkpoints"][0]["portfolio"]["symbols"] == 6 and "c.pt" in " ".join(result["checkpoints"][0]["portfolio"]["ratio"])
     status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:], "--by", "quarter")
     assert status == 0 and max(map(len, out.splitlines())) <= 80, out
+
+
+# ---- many symbols together
+
+def test_a_portfolio_and_spreads_are_what_a_plain_loop_makes_of_the_symbols():
+    """Dates where five symbols go on at the same stamps, the others left out; what came, and paths, combined one by one."""
+    series = daily(300, 7)
+    series[2] = data.Bars("gap", np.delete(series[2].time, 252), np.delete(series[2].ohlcva, 252, 0))   # not where the others are
+    t = targets(series, 250, horizon=4)
+    g = Together(t)
+    stamps = series[0].time[250:]
+    assert g.n_dates == 12 and g.n_symbols == 7 and g.n_blocks == 12
+    moves = np.random.default_rng(0).normal(0, 0.02, (len(g.date), 6, 4))
+    held, _ = g.hold(moves.cumsum(-1))
+    spreads, dates = g.differ(moves.cumsum(-1))
+    at, pair = 0, 0
+    for d in range(12):
+        present = [i for i, bars in enumerate(series) if i != 2 or d != 0]
+        for i in present:
+            o = int(np.searchsorted(series[i].time, stamps[4 * d])) - 1
+            assert (g.symbol[at], g.bar[at], g.date[at]) == (i, o, d)
+            close = np.log(series[i].ohlcva[:, 3])
+            np.testing.assert_allclose(g.moves[at].cumsum(), close[o + 1:o + 5] - close[o], atol=1e-12)
+            at += 1
+        rows = moves[at - len(present):at]
+        np.testing.assert_allclose(held[d], np.log(sum(np.exp(row.cumsum(-1)) for row in rows) / len(rows)))
+        for a in range(0, len(present) - 1, 2):
+            np.testing.assert_allclose(spreads[pair], (rows[a] - rows[a + 1]).cumsum(-1))
+            assert dates[pair] == d
+            pair += 1
+    assert at == len(g.date) and pair == len(spreads)
+
+
+def one_factor_paths(rho, n_symbols=10, n_bars=500, K=100, horizon=2):
+    """Symbols of one factor, their Together, and paths drawn from their own law."""
+    t = targets(daily(n_bars, n_symbols, common=rho), 100, horizon=horizon)
+    g, rng = Together(t, horizon), np.random.default_rng(1)
+    shared = np.sqrt(rho) * rng.normal(size=(g.n_dates, K, horizon))
+    moves = 0.01 * (shared[g.date] + np.sqrt(1 - rho) * rng.normal(size=(len(g.date), K, horizon)))
+    return t, g, moves
+
+
+def test_the_true_law_of_one_factor_holds_its_portfolio_and_paths_apart_do_not():
+    t, g, moves = one_factor_paths(0.5)
+    scores = g.score(dict(true=moves))["true"]
+    assert scores["symbols"] == 10 and scores["origins"] == scores["blocks"] == 200 and Together(t).n_dates == 100
+    assert scores["coverage90"]["lo"] < 0.9 < scores["coverage90"]["hi"] and scores["var95_hits"]["lo"] < 0.05 < scores["var95_hits"]["hi"]
+    assert scores["spread_coverage90"]["value"] == pytest.approx(0.9, abs=0.02)
+    apart = scores["apart"]     # a sigma of sqrt(1 / 10) in place of sqrt(0.55)
+    inside = 1 - 2 * NORMAL.cdf(-NORMAL.inv_cdf(0.95) * math.sqrt(0.1 / 0.55))
+    assert apart["coverage90"]["value"] == pytest.approx(inside, abs=0.08)
+    assert scores["ratio"]["apart"]["crps"]["hi"] < 0.95 and scores["ratio"]["apart"]["spread_crps"]["hi"] < 0.99
+    _, g, moves = one_factor_paths(0.0)      # where nothing is common the order of paths is worth nothing
+    ratio = g.score(dict(true=moves))["true"]["ratio"]["apart"]
+    assert ratio["crps"]["lo"] < 1 < ratio["crps"]["hi"] and ratio["crps"]["value"] == pytest.approx(1, abs=0.01)
+
+
+def test_paths_apart_are_each_symbols_own_paths_by_halves():
+    _, g, moves = one_factor_paths(0.5)
+    apart = g.apart(moves)
+    for half in (slice(0, 50), slice(50, 100)):
+        for j in (0, 7, 1999):
+            assert sorted(map(tuple, apart[j, half])) == sorted(map(tuple, moves[j, half]))
+            assert (apart[j, half] != moves[j, half]).any()
+    def correlation(r):
+        return np.mean([np.corrcoef(r[g.date == d, :, 0])[~np.eye(10, dtype=bool)].mean() for d in range(20)])
+    assert correlation(moves) == pytest.approx(0.5, abs=0.05) and abs(correlation(apart)) < 0.02
+
+
+def test_opponents_know_the_copula_too_and_keep_each_symbols_law():
+    """By the model's own numbers for paths: their first bars move together as the market does; each symbol's are its residuals."""
+    t = targets(daily(700, 8, common=0.5), 550, horizon=3)
+    g = Together(t, 50)
+    u = np.stack(backtest.uniform_numbers(t, g, 400))
+    for name, moves in joint_paths(t, g, u).items():
+        pairs = [np.corrcoef(moves[g.date == d, :, 0])[~np.eye(8, dtype=bool)].mean() for d in range(g.n_dates)]
+        assert np.mean(pairs) == pytest.approx(0.5, abs=0.1), name
+        assert moves[:, :, 0].std() == pytest.approx(0.01, rel=0.2), name
+    assert place(np.array([0.0, 0.5, 0.999, 1.0]), 4).tolist() == [0, 2, 3, 3]
+    z = np.array([[-1.0, 0.0, 2.0]])
+    first, second = filtered_paths(np.array([0.1]), z, np.array([[[0, 2]]]))[0, 0]
+    assert first == pytest.approx(-0.1) and second == pytest.approx(2 * math.sqrt(0.94 * 0.01 + 0.06 * 0.01))
+
+
+def test_a_portfolio_needs_five_symbols_and_does_not_see_what_comes(triple):
+    (model, tokenizer, meta), series = triple
+    few = backtest.backtest([(model, tokenizer, meta)], series[:4], horizon=4, paths=4, stride=40)
+    assert few["checkpoints"][0]["portfolio"] is None and "portfolio" not in few["baselines"]["har"]
+    def paths(series):
+        t = targets(series, 200, horizon=4)
+        g = Together(t, 20)
+        return g, backtest.paths_together({"own": (model, tokenizer, meta)}, {"own": None}, t, g, 6)
+    g, before = paths(series)
+    for d in range(2):      # the model's are those that sample.simulate has of the bars themselves
+        past = [series[i][:o + 1] for i, o in zip(g.symbol[g.date == d], g.bar[g.date == d])]
+        ohlcva, _ = sample.simulate(model, tokenizer, past, 4, 6)
+        np.testing.assert_allclose(before["own"][g.date == d].sum(2), np.log(ohlcva[:, :, -1, 3]) - np.log([[bars.ohlcva[-1, 3]] for bars in past]), atol=1e-6)
+    cut = int(g.bar[g.start[2]])
+    wild = [data.Bars(b.symbol, b.time, np.where(np.arange(300)[:, None] <= cut, b.ohlcva, b.ohlcva[::-1] * 3)) for b in series]
+    _, after = paths(wild)
+    for name in ("own", "fhs"):      # HAR is fitted anew as the targets come
+        np.testing.assert_array_equal(before[name][g.date <= 2], after[name][g.date <= 2])
+        assert (before[name][g.date > 2] != after[name][g.date > 2]).any()
+
+
+def test_the_picture_of_many_symbols_begins_with_their_portfolio(tmp_path):
+    series, rng = daily(80, 6), np.random.default_rng(0)
+    weights, ohlcva = rng.normal(size=6), rng.uniform(40, 60, (6, 5, 3, 6))
+    times = np.tile(series[0].time[-1] + DAY * np.arange(1, 4), (6, 1))
+    view = pictures.portfolio_view(series, ohlcva, times, weights, 60)
+    for k in (0, 59):
+        gain = sum(w * (bars.ohlcva[20 + k, 3] / bars.ohlcva[-1, 3] - 1) for w, bars in zip(weights, series))
+        assert view.past[k] == pytest.approx(100 * gain)
+    assert view.past[-1] == 0 and len(view.past) == 60 and view.first_time == series[0].time[20]
+    gain = sum(w * (paths[4, 1, 3] / bars.ohlcva[-1, 3] - 1) for w, bars, paths in zip(weights, series, ohlcva))
+    assert view.paths[4, 2] == pytest.approx(100 * gain) and (view.paths[:, 0] == 0).all()
+    late = [*series[:5], series[5][:40]]        # what ended long ago: to its last stamp, then today
+    view = pictures.portfolio_view(late, ohlcva, times, weights, 60)
+    assert len(view.past) == 41 and view.past[-1] == 0 and np.isfinite(view.past).all()
+    pictures.plot_forecast(tmp_path / "a.svg", series, ohlcva, times, weights)
+    pictures.plot_forecast(tmp_path / "b.svg", series[:4], ohlcva, times, weights[:4])
+    assert (tmp_path / "a.svg").read_text().index("portfolio of 6 symbols") < (tmp_path / "a.svg").read_text().index("D0, 3 bars")
+    assert "portfolio" not in (tmp_path / "b.svg").read_text()
 
 
 def test_the_best_opponent_is_the_one_shown():

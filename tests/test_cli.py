@@ -164,25 +164,34 @@ def test_of_two_conversions_into_one_folder_the_later_is_refused(market, tmp_pat
 
 
 def test_where_val_gains_no_more_the_rate_falls_and_the_run_ends_also_where_it_was_stopped_meanwhile(market, tmp_path, call, monkeypatch):
-    """Scores that rise from the ninth report on: four reports later the rate falls for a fourth of the updates so far."""
+    """Scores that rise from the ninth report on: four reports later the rate falls, from the weights of the eighth, for a fourth
+    of the updates up to these."""
     scores = [0.9 - 0.01 * t for t in range(8)] + [0.84 + 0.01 * t for t in range(30)]
 
-    def evaluate(*args):
-        return dict(coarse=0.1, fine=3.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=next(after), lean=1.0)
+    def evaluate(model, *args):
+        model.lean.fill_(0.5)
+        return dict(coarse=0.1, fine=3.0, da=0.5, close=1.0, range=1.0, volume=1.0, score=next(after), lean=0.5)
     monkeypatch.setattr(pretrain, "evaluate", evaluate)
     flags = ["--data", market, *TINY, "--steps", 20, "--patience", 4, "--eval_every", 1, "--save_every", 1, "--warmup", 2]
-    rates, set_rate = [], Optimizer.set_rate
+    rates, set_rate, update, before = [], Optimizer.set_rate, Run.update, {}
     monkeypatch.setattr(Optimizer, "set_rate", lambda self, share: rates.append(share) or set_rate(self, share))
+
+    def noted(run, model, *args):
+        before[run.step] = {k: v.clone() for k, v in model.state_dict().items()}
+        return update(run, model, *args)
+    monkeypatch.setattr(Run, "update", noted)
     after = iter(scores)
     status, out, _ = call("pretrain", *flags, "--out", tmp_path / "a.pt")
-    assert status == 0 and "val has gained nothing for 4 reports: the rate falls until step 15, the last" in out
-    assert rates == pytest.approx([1 / 2] + [1.0] * 12 + [2 / 3, 1 / 3])
+    assert status == 0 and "val has gained nothing for 4 reports: back to the best weights, whose rate falls until step 14, the last" in out
+    assert rates == pytest.approx([1 / 2] + [1.0] * 11 + [1.0, 1 / 2])
+    best = load_safe(tmp_path / "a.pt")["best"]
+    assert all(torch.equal(before[12][k], v) != (k == "lean") for k, v in best.items())
     assert "no better than the frequencies" not in out and "best weights of step 8" in out
-    assert "finished at step 15" in call("pretrain", *flags, "--out", tmp_path / "a.pt", "--resume")[1]
+    assert "finished at step 14" in call("pretrain", *flags, "--out", tmp_path / "a.pt", "--resume")[1]
     after, rates[:] = iter(scores), []
     assert call("pretrain", *flags, "--patience", 0, "--out", tmp_path / "c.pt")[0] == 0
     assert rates == pytest.approx([1 / 2] + [1.0] * 16 + [3 / 4, 1 / 2, 1 / 4])     # a fifth of the updates asked for
-    after, update = iter(scores), Run.update
+    after = iter(scores)
 
     def stop_after(run, *args):
         norm = update(run, *args)
@@ -190,8 +199,8 @@ def test_where_val_gains_no_more_the_rate_falls_and_the_run_ends_also_where_it_w
             os.kill(os.getpid(), signal.SIGINT)
         return norm
     monkeypatch.setattr(Run, "update", stop_after)
-    for stop in (9, 13):   # before the rate falls, and while it does
-        resume = ["--resume"] if stop == 13 else []
+    for stop in (9, 12):   # before the rate falls, and while it does
+        resume = ["--resume"] if stop == 12 else []
         assert call("pretrain", *flags, *resume, "--out", tmp_path / "b.pt")[0] == 130
     assert "finished" not in call("pretrain", "--out", tmp_path / "b.pt", "--resume")[1]
     for name in ("model", "best", "average"):

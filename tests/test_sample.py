@@ -123,7 +123,7 @@ def test_a_generation_of_20_000_bars_stays_finite(loaded, series):
 
 
 def test_stratified_numbers_are_uniform_and_spread_evenly():
-    u = np.stack([sample.stratified(np.random.default_rng(k), 9, 3) for k in range(2000)])       # [2000, 9, 3, 2]
+    u = np.stack([copula.stratified(np.random.default_rng(k), 9, 3) for k in range(2000)])       # [2000, 9, 3, 2]
     assert u.shape == (2000, 9, 3, 2) and 0 <= u.min() and u.max() <= 1
     assert np.abs(u.mean(0) - 0.5).max() < 5 * math.sqrt(1 / 12 / 2000)
     for first, n in ((0, 4), (4, 5)):       # each half: one number in each n-th, at every step
@@ -386,6 +386,26 @@ def test_the_correlation_is_drawn_to_the_mean_where_little_is_known():
     known = R[:7, :7][~np.eye(7, dtype=bool)]
     assert (np.diag(R) == 1).all() and np.abs(known - 0.6).max() < 0.1
     assert np.allclose(R[7, :7], known.mean(), atol=0.02)
+
+
+def test_the_correlation_is_that_of_the_last_bars_and_positive_definite():
+    """A market that came closer lately; a symbol of other bars than the others, which no matrix of pairs allows."""
+    early, late = one_factor(6, 250, 0.1), one_factor(6, 250, 0.7, seed=1)
+    closes = [np.append(np.diff(np.log(a.ohlcva[:, 3])), np.diff(np.log(b.ohlcva[:, 3]))) for a, b in zip(early, late)]
+    time = DAY * np.arange(498)
+    R = copula.correlation([types.SimpleNamespace(time=time, closes=row) for row in closes])
+    away = ~np.eye(6, dtype=bool)
+    share = 0.5 ** (249 / 125)      # of the early bars in the weights, about
+    expected = (0.1 * share + 0.7) / (1 + share)
+    assert R[away].mean() == pytest.approx(expected, abs=0.06) and R[away].mean() > 0.5
+    wrong = np.full((3, 3), 0.9) + 0.1 * np.eye(3)
+    wrong[0, 2] = wrong[2, 0] = -0.9
+    F = copula.root_of(wrong.astype(np.float32))
+    R = F @ F.T
+    assert np.allclose(np.diag(R), 1) and R[0, 1] > 0.4 and R[0, 2] < -0.4     # nearest, not the identity
+    right = np.full((3, 3), 0.5, np.float32) + 0.5 * np.eye(3, dtype=np.float32)
+    F = copula.root_of(right.copy())
+    assert np.allclose(F @ F.T, right, atol=1e-6)
 
 
 def test_trust_is_found_and_shrunk_by_its_error():

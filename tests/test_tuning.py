@@ -375,6 +375,7 @@ def test_a_stage_writes_a_checkpoint_that_forecasts(checkpoint, tmp_path, call, 
     before = open(checkpoint, "rb").read()
     status, out, err = call(name, "--ckpt", checkpoint, "--out", tmp_path / "a.pt", *FAST, *flags.split())
     assert status == 0 and open(checkpoint, "rb").read() == before, err
+    assert ("no weights can be kept" in out) == (name == "rollout")     # 50 bars of val
     entry, base = read_checkpoint(str(tmp_path / "a.pt")), read_checkpoint(checkpoint)
     assert entry["stage"] == name and entry["step"] == 4 and entry["splits"] == base["splits"]
     assert [m["step"] for m in entry["metrics"] if m["stage"] == name] == [2, 4]
