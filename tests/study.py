@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import io
 import math
-import itertools
 import os
 import statistics
 import subprocess
@@ -873,26 +872,33 @@ def still_markets(bars):
 
 @torch.no_grad()
 def unmoved_study(argv):
-    """P(up) where bars stay: what the share of unmoved bars was said to be and was, and the log loss of P(up | moved) as it
-    comes and calibrated on earlier bars, of each symbol's last bars."""
+    """P(up) on the last bars of markets that stay and of files: what share of bars was said not to move and did not, and the
+    log loss of P(up | moved), as it comes and calibrated on the bars before."""
     args = of_files("unmoved").parse_args(argv)
     model, tokenizer, _ = load_checkpoint(args.ckpt[0])
-    bands, markets = Bands(model, tokenizer), []
+    bands, files = Bands(model, tokenizer), {}
     for path in args.data:
-        series = sorted(data.load(path), key=len)[-args.symbols:]
-        markets += [(bars.symbol, bars[-args.bars:]) for bars in series]
-    print_row("market", "bars", "said, %", "came, %", "log loss as it comes", "calibrated", "trust")
-    print_row(*["---"] * 7)
-    for name, bars in itertools.chain(still_markets(markets[0][1]), markets):
-        cut = int((1 - args.share) * len(bars))
-        trust = sample.calibrate(model, tokenizer, [bars[:cut]])
-        [past] = read_pasts(model, tokenizer, [bars], since=bars.time[cut])
-        said = torch.from_numpy(sample.unmoved_share(bars, model.config.unmoved)[past.first:-1])
-        stay, _ = bands.staying(past.h, trust.table, said)
-        change = np.diff(bars.ohlcva[past.first - 1:, 3])
-        loss = [np.logaddexp(0, -np.sign(change) * own.logits(model, past.h, stay)[1].logit().numpy())[change != 0].mean()
-                for own in (sample.Calibration(), trust)]
-        print_row(name, f"{len(change):,}", f"{said.mean():.1%}", f"{(change == 0).mean():.1%}", *(f"{v:.4f}" for v in loss), f"{trust.k:.2f}")
+        series = sorted(data.load(path), key=len)
+        files[os.path.basename(path).partition(".")[0]] = [bars[-args.bars:] for bars in series[-args.symbols:]]
+    still = {name: [bars] for name, bars in still_markets(next(iter(files.values()))[-1])}
+    print_row("market", "bars", "said, %", "came, %", "log loss as it comes", "calibrated", "right, %", "calibrated", "trust")
+    print_row(*["---"] * 9)
+    for name, series in (still | files).items():
+        stamps = np.unique(np.concatenate([bars.time for bars in series]))
+        start = stamps[int((1 - args.share) * len(stamps))]
+        earlier = [bars[:np.searchsorted(bars.time, start)] for bars in series]
+        trust, rows = sample.calibrate(model, tokenizer, [bars for bars in earlier if len(bars)]), []
+        for past in read_pasts(model, tokenizer, series, since=start):
+            said = torch.from_numpy(sample.unmoved_share(past.bars, model.config.unmoved)[past.first:-1])
+            stay, _ = bands.staying(past.h, trust.table, said)
+            p_up = [own.logits(model, past.h, stay)[1].numpy() for own in (sample.Calibration(), trust)]
+            rows.append(np.stack([said.numpy(), np.diff(past.bars.ohlcva[past.first - 1:, 3]), *p_up]))
+        said, change, *p_up = np.concatenate(rows, 1)
+        moved, rose = change != 0, change > 0
+        loss = [-np.log(np.where(rose, p, 1 - p))[moved].mean() for p in p_up]
+        right = [((p > 0.5) == rose)[moved].mean() for p in p_up]
+        print_row(name, f"{len(said):,}", f"{said.mean():.1%}", f"{1 - moved.mean():.1%}", *(f"{v:.4f}" for v in loss),
+                  *(f"{v:.1%}" for v in right), f"{trust.k:.2f}")
 
 
 def print_heads():
