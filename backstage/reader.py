@@ -236,8 +236,11 @@ def _check_columns(table, columns, cells, ohlcva):
         if (value == -1).all():
             value[:] = np.nan  # Interactive Brokers' way to have none
     traded = (amount > 0) & (base > 0)
-    ratio = np.median(amount[traded] / base[traded]) if traded.any() else 1
-    swapped = np.median(volume[traded] / (amount * close)[traded]) if traded.any() else np.nan
+    ratio, swapped = 1, np.nan
+    if traded.any():
+        with np.errstate(over="ignore", divide="ignore"):   # of numbers that are faults, see below
+            ratio = np.median(amount[traded] / base[traded])
+            swapped = np.median(volume[traded] / (amount * close)[traded])
     if 0.5 < swapped < 2 and not 0.25 < ratio < 4:
         ohlcva[4:] = ohlcva[[5, 4]]
         table.say(f"{names[columns['volume']]!r} is {names[columns['amount']]!r} times price: they "

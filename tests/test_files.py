@@ -15,8 +15,8 @@ from backstage.dates import iso
 from backstage.inputs import read_times
 from backstage.mapped import write_folder
 from backstage.reader import read_files
-from backstage.series import DAY
-from backstage.report import write_csv as write_forecast
+from backstage.series import DAY, HOUR
+from backstage.report import give_ranks, write_csv as write_forecast
 import data
 from conftest import write_csv
 from data import Bars, UserError
@@ -491,6 +491,17 @@ def test_consecutive_weekdays_tell_day_from_month_or_the_order_is_given(tmp_path
         data.load(str(tmp_path / "a.csv"))
     with pytest.raises(UserError, match="--order dmy: must be one of"):
         data.main(["--data", str(tmp_path / "a.csv"), "--order", "dmy"])
+
+
+@pytest.mark.parametrize("step, ended, is_ranked", [
+    (60, 20 * HOUR, True), (60, 2 * DAY, False), (HOUR, 2 * DAY, True), (HOUR, 4 * DAY, False), (DAY, 40 * DAY, True), (DAY, 60 * DAY, False)])
+def test_a_symbol_that_ended_long_before_the_others_has_no_rank(step, ended, is_ranked):
+    """Long: more than a day and five horizons, here of ten bars."""
+    time = step * np.arange(300)
+    histories = [Bars(name, time - ago, np.ones((300, 6))) for name, ago in (("A", 0), ("OLD", ended), ("B", 0))]
+    rows = [dict(p_up=p_up, rank=None) for p_up in (0.4, 0.9, 0.6)]
+    give_ranks(rows, histories, 10)
+    assert [row["rank"] for row in rows] == ([3, 1, 2] if is_ranked else [2, None, 1])
 
 
 @pytest.mark.parametrize("text, want", [
