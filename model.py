@@ -615,6 +615,7 @@ class Model(nn.Module):
     def parallel(self, coarse, fine, time, future_times):
         """All in one pass: h [B, C] after the bars [B, T], as prefill has it, and h [B, n, C] from
         which the heads read the next n bars, whose stamps are future_times int64 [B, n], n <= 16.
+        The first of these is h itself: no latent knows the next bar as well.
 
         Raises UserError if the model has no reasoner.
         """
@@ -623,7 +624,8 @@ class Model(nn.Module):
                             "train it with the reasoner, or forecast step by step")
         h, (B, T) = self.hidden(coarse, fine, time), time.shape
         stamps = self.stamps(torch.cat((time, future_times), 1))[:, None, T:]   # [B, 1, n, C']
-        return h[:, -1], self.reasoner(h, torch.full((B, 1), T, device=h.device), stamps)[:, 0]
+        ahead = self.reasoner(h, torch.full((B, 1), T, device=h.device), stamps)[:, 0, 1:]
+        return h[:, -1], torch.cat((h[:, -1:], ahead.to(h.dtype)), 1)
 
     @torch.no_grad()
     def stamps(self, time):

@@ -161,8 +161,8 @@ def test_linear_attention_over_many_groups_of_chunks():
     close(o[:, :, -50:], normed((q[:, :, -50:].double() @ k.double().mT * weight) @ v.double() / 2), 1e-4)
 
 
-@pytest.mark.parametrize("window", [1, 16, 24, 64])
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 100, 257])
+@pytest.mark.parametrize("window", [1, 16, 24])
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 100, 257])
 def test_local_attention_is_softmax_with_a_band_mask(T, window):
     """Over many bars, and one bar more from the ring that the bars before it left."""
     for slope in (torch.zeros(3), torch.tensor([0.5, 0.05, 0.001])):
@@ -249,7 +249,8 @@ def naive_softmax(q, k, v, bias):
 
 @pytest.mark.parametrize("T", [1, 31, 100])
 def test_parallel_forecast_is_the_reasoner_at_the_last_bar(T):
-    """As it was trained at an origin T, within more bars; of fewer bars ahead it is the beginning."""
+    """As it was trained at an origin T, within more bars, but for the first bar, which the heads read from the bars' own hidden state;
+    of fewer bars ahead it is the beginning."""
     model = make()
     coarse, fine, time = bars(2, T + 16)
     past, ahead = (coarse[:, :T], fine[:, :T], time[:, :T]), time[:, T:]
@@ -257,10 +258,11 @@ def test_parallel_forecast_is_the_reasoner_at_the_last_bar(T):
         last, h = model.parallel(*past, ahead)
         hidden = model.hidden(coarse, fine, time)
         close(last, hidden[:, T - 1], 1e-5)
-        close(h, model.reasoner(hidden, torch.full((2, 1), T), model.stamps(time)[:, None, T:])[:, 0], 1e-5)
+        latents = model.reasoner(hidden, torch.full((2, 1), T), model.stamps(time)[:, None, T:])[:, 0]
+        close(h, torch.cat((hidden[:, T - 1:T], latents[:, 1:]), 1), 1e-5)
         close(model.parallel(*past, ahead[:, :5])[1], h[:, :5], 1e-5)
         later = model.parallel(*past, ahead + 3600)[1]
-        assert (later - h).abs().max() > 0.1            # it knows the stamps to come
+        assert (later - h).abs()[:, 1:].amax((0, 2)).min() > 0.01       # it knows the stamps to come
     with pytest.raises(data.UserError, match="reasoner"):
         make(reasoner=False).parallel(*past, ahead)
 
@@ -321,11 +323,10 @@ def test_no_lookahead_bit_for_bit(name):
                 assert not torch.equal(a[:, t], b[:, t]), t
 
 
-@pytest.mark.parametrize("pos", ["rope", "both"])
 @pytest.mark.parametrize("half", [False, True])
-def test_no_lookahead_in_training_with_activation_checkpointing(pos, half):
+def test_no_lookahead_in_training_with_activation_checkpointing(half):
     """As above through the training forward: recomputed activations, autocast, targets, dropout. Targets, too, stay behind their logits."""
-    model, T = make(pos=pos).train(), 150
+    model, T = make().train(), 150
     model.grad_ckpt = True
     rows = bars(1, T + 1)
     drop = torch.rand(3, 2, 1, 1, 32, generator=torch.Generator().manual_seed(0))
@@ -339,17 +340,6 @@ def test_no_lookahead_in_training_with_activation_checkpointing(pos, half):
         after = logits(*changed(rows, t))
         assert torch.equal(after[0][:, :t], before[0][:, :t]) and torch.equal(after[1][:, :t - 1], before[1][:, :t - 1]), t
         assert not torch.equal(after[0][:, t], before[0][:, t])
-
-
-def test_gradients_of_a_logit_stay_behind_it():
-    """The logit at t has no gradient with respect to any later bar: what a comparison of two inputs may miss by chance."""
-    model, t = make(), 90
-    coarse, fine, time = bars(1, 150)
-    embedded = []
-    model.embedding.register_forward_hook(lambda _, inputs, outputs: embedded.append(outputs[0].retain_grad() or outputs[0]))
-    model(coarse, fine, time)[0][0, t].square().sum().backward()
-    size = embedded[0].grad[0].abs().sum(-1)
-    assert (size[t + 1:] == 0).all() and (size[:t + 1] > 0).all()
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -391,10 +381,11 @@ def test_recurrence_is_the_parallel_form_over_a_long_context(name):
     assert want.std() > 0.3
 
 
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("windows", [(16, 64), (24,)])
 @pytest.mark.parametrize("start", [1, 2, 20, 63, 64, 65, 140])
-def test_recurrence_from_any_start(name, start):
-    model, rows = make(**MIXES[name]), mixed_bars(start + 70)
+def test_recurrence_from_any_start(windows, start):
+    """Contexts shorter than a window, as long, longer; and the fine logits."""
+    model, rows = make(windows=windows), mixed_bars(start + 70)
     with torch.inference_mode():
         want, want_fine, _ = model(*rows)
         h = step_through(model, rows, start, prefilled(model, rows, start))
@@ -428,10 +419,9 @@ def test_stamps_told_ahead_change_nothing():
 
 
 @pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("start", [90])
-def test_recurrence_in_half_precision(name, start):
+def test_recurrence_in_half_precision(name):
     """Prefilled under autocast, steps stay near the float32 forward; states stay float32."""
-    model, rows = make(**MIXES[name]), bars(3, 200)
+    model, rows, start = make(**MIXES[name]), bars(3, 200), 90
     with torch.inference_mode():
         want = model(*rows)[0]
         with torch.autocast("cpu", torch.bfloat16):
@@ -564,24 +554,18 @@ def test_what_all_codes_share_costs_bf16_no_digits():
         torch.testing.assert_close(a, b, atol=0.02, rtol=0)
 
 
-def test_a_head_knows_a_code_by_its_candle_alone():
-    """Two codes with the same candle get logits that differ by their shares alone, and mean the same to the model as inputs."""
-    model, h = make(), torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+def test_codes_of_one_candle_are_one_to_the_model():
+    model = make()
     model.D1[9], model.M[9], model.g[7] = model.D1[40], model.M[40], model.g[20]
+    coarse, fine, time = bars(1, 40)
+    coarse[0, 10], fine[0, 10], again = 9, 7, (coarse.clone(), fine.clone())
+    again[0][0, 10], again[1][0, 10] = 40, 20
     with torch.no_grad():
-        logits = model.coarse_logits(h) - model.coarse_share
-        close(logits[:, 9], logits[:, 40], 1e-6)
-        assert (logits.std(dim=1) > 0.1).all()
-        one, other = (model.fine_logits(h, torch.full((50,), c)) for c in (9, 40))
-        close(one, other, 1e-6)
-        close((one - model.fine_share)[:, 7], (one - model.fine_share)[:, 20], 1e-6)
-        coarse, fine, time = bars(1, 40)
-        coarse[0, 10], fine[0, 10], again = 9, 7, (coarse.clone(), fine.clone())
-        again[0][0, 10], again[1][0, 10] = 40, 20
         close(model(coarse, fine, time)[0], model(*again, time)[0], 1e-6)
 
 
-def test_the_fine_head_is_its_naive_form():
+def test_heads_score_a_code_by_its_candle():
+    """Their naive forms."""
     model, h = make(), torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     coarse = torch.arange(5) * 7
     given = model.fine_given(torch.cat((model.D1[coarse], model.M[coarse].flatten(1)), 1))
@@ -840,6 +824,13 @@ def damage(path, change):
     torch.save(entry, path)
 
 
+ROWS = "embedding.calendar.weight"
+
+
+def of_best(change):
+    return lambda path: damage(path, lambda entry: change(entry["best"]))
+
+
 BROKEN = {
     "some other dict": lambda path: torch.save({"weights": torch.ones(3)}, path),
     "not a dict": lambda path: torch.save(torch.ones(3), path),
@@ -857,15 +848,15 @@ BROKEN = {
     "absurd width": lambda path: damage(path, lambda e: e["config"].update(n_embd=16384)),
     "absurd windows": lambda path: damage(path, lambda e: e["config"].update(windows=(10**12,))),
     "windows no list": lambda path: damage(path, lambda e: e["config"].update(windows=16)),
-    "weight missing": lambda path: damage(path, lambda e: e["best"].pop("embedding.calendar.weight")),
-    "weight of another shape": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": torch.ones(2, 2)})),
-    "weight is text": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": "x"})),
-    "weight of integers": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": e["best"]["embedding.calendar.weight"].long()})),
-    "weight of complex numbers": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": e["best"]["embedding.calendar.weight"] + 0j})),
-    "weight is NaN": lambda path: damage(path, lambda e: e["best"]["embedding.calendar.weight"].fill_(math.nan)),
-    "a last weight is infinite": lambda path: damage(path, lambda e: e["model"]["embedding.calendar.weight"].fill_(math.inf)),
-    "one number claims to be many": lambda path: damage(path, lambda e: e["best"].update({"embedding.calendar.weight": torch.ones(()).expand(165, 32)})),
-    "a last weight of another shape": lambda path: damage(path, lambda e: e["model"].update({"embedding.calendar.weight": torch.ones(2, 2)})),
+    "weight missing": of_best(lambda w: w.pop(ROWS)),
+    "weight of another shape": of_best(lambda w: w.update({ROWS: torch.ones(2, 2)})),
+    "weight is text": of_best(lambda w: w.update({ROWS: "x"})),
+    "weight of integers": of_best(lambda w: w.update({ROWS: w[ROWS].long()})),
+    "weight of complex numbers": of_best(lambda w: w.update({ROWS: w[ROWS] + 0j})),
+    "weight is NaN": of_best(lambda w: w[ROWS].fill_(math.nan)),
+    "a last weight is infinite": lambda path: damage(path, lambda e: e["model"][ROWS].fill_(math.inf)),
+    "one number claims to be many": of_best(lambda w: w.update({ROWS: torch.ones(()).expand(165, 32)})),
+    "a last weight of another shape": lambda path: damage(path, lambda e: e["model"].update({ROWS: torch.ones(2, 2)})),
     "mask of numbers": lambda path: damage(path, lambda e: e["model"].update(up_mask=e["model"]["up_mask"].float())),
     "a code turned upside down": lambda path: damage(path, lambda e: e["model"]["up_mask"].logical_not_()),
     "candles of another tokenizer": lambda path: damage(path, lambda e: e["model"]["D1"].add_(1)),
