@@ -21,8 +21,7 @@ SCORES = ("crps", "coverage90", "var95_hits", "es95_ratio")
 
 
 class Together:
-    """Where paths of many symbols begin at once; None of its arrays knows a bar that is to come
-    but `moves`.
+    """Where paths of many symbols begin at once.
 
     Of J places, date by date: symbol, bar (the last one known), date. moves [J, H]: the log returns
     that came; start [D]: each date's first place. portfolio, spreads: what is scored, see kind.

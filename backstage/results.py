@@ -104,8 +104,8 @@ def print_portfolio(result, horizon):
     rivals = {name: entry["portfolio"] for name, entry in result["baselines"].items()
               if "portfolio" in entry}
     first = next(iter(own.values()))
-    print(f"\nportfolio of {first['symbols']} symbols, equal weights, and spreads of pairs, bar "
-          f"{horizon}; {first['origins']} origins")
+    print(f"\n{first['origins']} portfolios of {first['symbols']} symbols, equal weights, and "
+          f"spreads of pairs, bar {horizon}")
     print(f"{'':15}" + "".join(f"{label:>13}" for label, *_ in PORTFOLIO.values()))
     for name, one in (own | rivals).items():
         for label, scores in ((stem(name)[-14:], one), ("  apart", one["apart"])):

@@ -804,7 +804,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert {("a", "b", "da"), ("a", "c", "crps"), ("b", "c", "path_crps")} <= pairs
     status, out, err = call("backtest", *argv, "--by", "volatility", "--cost_bps", 5)
     assert status == 0 and "a to b" in out and "steady" in out
-    assert "portfolio of 6 symbols" in out and "a to apart" in out and "a to har" in out
+    assert "portfolios of 6 symbols" in out and "a to apart" in out and "a to har" in out
     assert result["checkpoints"][0]["portfolio"]["symbols"] == 6 and "c.pt" in " ".join(result["checkpoints"][0]["portfolio"]["ratio"])
     status, out, _ = call("backtest", "--ckpt", tmp_path / "a.pt", *argv[4:], "--by", "quarter")
     assert status == 0 and max(map(len, out.splitlines())) <= 80, out
