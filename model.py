@@ -42,7 +42,6 @@ from backstage.series import DAY, DECAY
 from tokenizer import Tokenizer
 
 N_CHANNELS = len(data.CHANNELS)
-CHUNK = 64          # bars in a chunk of linear attention: as much work within as between them
 GROUP = 32          # chunks whose states are made in one product
 # what the model reads of bars, beside their candles
 HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of true range and of moves
@@ -225,18 +224,20 @@ class LinearAttention(nn.Module):
 
     as a recurrence (Katharopoulos et al., arXiv 2006.16236), normed per head in place of its
     denominator (Qin et al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv
-    2307.08621). slope: [H], 0 without decay.
+    2307.08621). slope: [H], 0 without decay. chunk: bars in one, so that there is about as much
+    work within chunks as between them.
     """
 
     window = None       # the whole past
 
-    def __init__(self, slope):
+    def __init__(self, slope, chunk=64):
         super().__init__()
+        self.chunk = chunk
         self.register_buffer("slope", slope, persistent=False)
 
     def weights(self, T, dtype):
         """What hangs on places alone, of T bars: the decays below, in their order."""
-        m, L = self.slope, CHUNK
+        m, L = self.slope, self.chunk
         i, n = (torch.arange(n, device=m.device) for n in (L, min(GROUP, -(-T // L)) + 1))
         own = decay(m, i[:, None] - i)[:, None, None]                       # [H, 1, 1, L, L]
         to_end, since = (decay(m, a)[:, None, None, :, None] for a in (L - 1 - i, i + 1))
@@ -257,7 +258,7 @@ class LinearAttention(nn.Module):
         chunks, since S_n = sum_{n' <= n} exp(-m L (n - n')) U_n'. No exponent is above 0: nothing
         can overflow.
         """
-        (H, B, T, D), L, dtype = q.shape, CHUNK, q.dtype
+        (H, B, T, D), L, dtype = q.shape, self.chunk, q.dtype
         own, to_end, chunks, fade, since = weights
         if T % L:   # zeros in front add nothing, and the last chunk ends with the last bar
             q, k, v = (F.pad(a, (0, 0, -T % L, 0)) for a in (q, k, v))
@@ -326,7 +327,8 @@ class Layer(nn.Module):
         self.up, self.down = linear(C, 4 * C), linear(4 * C, C)
         self.kinds = nn.ModuleList()
         if config.linear_heads:     # half of the weight is left after 11 .. 710 bars
-            self.kinds.append(LinearAttention(slopes(config.linear_heads, -4, decays)))
+            chunk = 32 if C // self.H < 32 else 64
+            self.kinds.append(LinearAttention(slopes(config.linear_heads, -4, decays), chunk))
         if self.H > config.linear_heads:
             n = (self.H - config.linear_heads) // len(config.windows)
             self.kinds.extend(LocalAttention(w, slopes(n, -1, decays)) for w in config.windows)
