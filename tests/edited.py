@@ -6,9 +6,9 @@
 
 A file (bars, packed or not, a mapped folder, a folder of files, a checkpoint, stamps to come,
 weights of a portfolio) or the environment is edited, and a script meets it in a fork of this
-process, which has 2 GB of memory more than it begins with, and 10 s. It must end with status 0 and
-prices, or with 2 and one line, and leave every file but its output as it was. A table counts what
-came; exit status 1 if anything else did.
+process, which has 2 GB of memory more than it begins with, and 10 s of its own. It must end with
+status 0 and prices, or with 2 and one line, and leave every file but its output as it was. A table
+counts what came; exit status 1 if anything else did.
 """
 import argparse
 import bz2
@@ -269,7 +269,8 @@ def call(name, argv, given, log):
             time.tzset()
             size = re.search(r"VmSize:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]
             resource.setrlimit(resource.RLIMIT_AS, (1024 * int(size) + int(MEMORY),) * 2)
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(12 * SECONDS)  # where it waits; the machine may have others to serve
             sys.argv = [name + ".py", *argv]
             run(SCRIPTS[name].main)
             status = 0
@@ -289,7 +290,7 @@ def call(name, argv, given, log):
 
 def judge(status, memory, lines):
     """One of COLUMNS."""
-    if status == -signal.SIGALRM:
+    if status in (-signal.SIGALRM, -signal.SIGPROF):
         return "hang"
     if memory > MEMORY or any("out of memory" in line for line in lines):
         return "memory"
