@@ -107,14 +107,15 @@ def look_ahead(model, time, state):
 
 
 class LayerStep:
-    """A layer's recurrence, with weights of a type. Those in float32 lie by columns, with which a
-    CPU is up to three times as fast on a few rows."""
+    """A layer's recurrence, with weights of a type. Those in float32, but for the narrowing ones,
+    lie by columns, with which a CPU is up to four times as fast on a few rows."""
 
     def __init__(self, layer, dtype):
         self.H, self.shares = layer.H, layer.shares
         for name in ("qkv", "out", "up", "down"):
             weight = getattr(layer, name).weight.detach().to(dtype)
-            setattr(self, name, weight.T.contiguous().T if dtype == torch.float32 else weight)
+            by_columns = dtype == torch.float32 and name != "down"
+            setattr(self, name, weight.T.contiguous().T if by_columns else weight)
         self.out, self.down = self.out.T, self.down.T       # as addmm wants them
         self.kinds = [local_step if kind.window else linear_step for kind in layer.kinds]
 
