@@ -15,13 +15,13 @@ from (seed, step) alone, so that a resumed run, or one on another number of proc
 same. It writes one checkpoint.
 
 Few bars are soon learned by heart. So the size of the model and dropout follow the number of bars
-(see `budget`). The learning rate stays until val gains no more, then falls over a fourth of the
-updates up to the best weights (warm-up, stable, decay; arXiv 2404.06395). Half of the windows are of the market
-quoted the other way round, which rises where the true one falls: chance directions cancel. They
-fade with the rate, so that the last updates see the market as it is, whose falls shake more than
-its rises. The weights that forecast are averaged over the last updates, and chosen by what users
-see: the CRPS of close, range and volume on val, as a share of the unigram's (the codes' frequencies
-in training).
+(see `budget`). The learning rate stays until val gains no more; then training goes back to the best
+weights, and the rate falls (warm-up, stable, decay; arXiv 2404.06395). Half of the windows are of
+the market quoted the other way round, which rises where the true one falls: chance directions
+cancel. They fade with the rate, so that the last updates see the market as it is, whose falls shake
+more than its rises. The weights that forecast are averaged over the last updates, and chosen by
+what users see: the CRPS of close, range and volume on val, as a share of the unigram's (the codes'
+frequencies in training).
 """
 import math
 import os
@@ -78,7 +78,7 @@ class Config:
     adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or 0.001 with --init_from
     warmup: int = 20                  # updates in which the rate rises; it falls in the last fifth
     patience: int = -1                # reports without a gain until it falls; 0: at the end of
-                                      # --steps; -1: 0 with --steps, else 3
+                                      # --steps; -1: 0 with --steps, else by the bars
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
     average: float = 0.95             # decay of the averaged weights, per update
@@ -107,19 +107,18 @@ class Config:
 FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 ORIGIN_BARS = 512     # bars of training for each origin of the reasoner: 5 % of the time
 REPORT_EVERY = 25     # updates between reports, or a tenth of a shorter run
-PATIENCE = 3          # reports without a gain after which the rate falls
 AVERAGE_START = 10    # updates after which half of the averaged weights is past
 
 # up to so many bars (see budget): sizes, windows of an update, bars of one, updates at most
-FEW = dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, dropout=0.2,
-           mirror=1)
-SOME = dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=500, dropout=0.2,
-            mirror=1)
+FEW = dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, patience=0,
+           dropout=0.2, mirror=1)
+SOME = dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, steps=500, patience=3,
+            dropout=0.2, mirror=1)
 MANY = SOME | dict(dropout=0.0, mirror=0)
 BUDGETS = (10_000, FEW), (50_000, SOME), (math.inf, MANY)
 RATES = dict(lr=0.02, adam_lr=3e-3)
 TUNING = dict(lr=0.006, adam_lr=1e-3, dropout=0.1, mirror=1)    # in their place with --init_from
-SYNTHETIC = dict(steps=160)                                     # soon learned, and no more to find
+SYNTHETIC = dict(steps=160, patience=0)                         # soon learned, and no more to find
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
 
 
@@ -416,8 +415,8 @@ def budget(config, market, base, say):
     chosen = RATES | next(sizes for most, sizes in BUDGETS if count <= most)
     if config.data is None:
         chosen |= SYNTHETIC
-    if config.patience < 0:
-        config.patience = 0 if config.steps or config.data is None else PATIENCE
+    if config.steps:
+        chosen |= dict(patience=0)
     if base:
         sizes = {name: getattr(base[0].config, name) for name in ("n_layer", "n_head", "n_embd")}
         chosen |= TUNING | sizes
@@ -426,8 +425,9 @@ def budget(config, market, base, say):
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
     if count <= BUDGETS[0][0] and not base and os.path.exists(BASE):
-        say(f"few bars: the weights that come along, tuned to them, mostly forecast better than "
-            f"any trained on so few alone: --init_from {os.path.relpath(BASE)} --overlap")
+        path = os.path.relpath(BASE)
+        say(f"few bars: the weights that come along may forecast them better, as they are or tuned "
+            f"(--init_from {path} --overlap); see by backtest.py --ckpt {config.out} {path}")
 
 
 def model_and_average(config, entry, base, tokenizer, series, train):
