@@ -1,5 +1,5 @@
-"""The model: a causal Transformer that reads one candle per position and names the next one,
-coarse token first, then fine.
+"""The model: a causal Transformer over candles. It reads one bar per position and predicts the
+next, its coarse token first, then its fine token.
 
     from model import load_checkpoint
     model, tokenizer, meta = load_checkpoint("out.pt")
@@ -10,8 +10,8 @@ coarse token first, then fine.
 No weight belongs to a code. A pair of tokens is read as the candle that it decodes to, and the
 heads score each code by its candle; so codes that look alike share what is learned, and a larger
 codebook costs no weights. Each layer has heads with linear attention over the whole past and heads
-with softmax attention over short windows. To the side, a latent reasoner names the next 16 bars at
-once.
+with softmax attention over short windows. To the side, a latent reasoner predicts the next 16 bars
+at once.
 
 In order: the embedding, attention, the layer, the reasoner, the model. Bar by bar the same function
 is a recurrence: backstage/generate.py.
@@ -34,7 +34,7 @@ from backstage.checkpoint import (
     FORMAT_VERSION, Checkpoint, check_sizes, check_weights, damaged, read_checkpoint, read_sizes)
 from backstage.clock import calendar
 from backstage.files import save_atomic
-from backstage.generate import draw  # handed on
+from backstage.generate import draw  # for callers
 from backstage.kernels import Cache, decayed_means, kept, norm, rotate, rotation
 from backstage.lean import tilted
 from backstage.script import UserError
@@ -45,12 +45,12 @@ N_CHANNELS = len(data.CHANNELS)
 GROUP = 32          # chunks whose states are made in one product
 # what the model reads of bars, beside their candles
 HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of true range and of moves
-MAX_LOG = 4.0       # bound of the logs of ranges
-MAX_MOVE = 10.0     # and of moves
+MAX_LOG = 4.0       # largest log of a mean range
+MAX_MOVE = 10.0     # and largest mean move
 HARMONICS = 6       # of the day, waves that tell the time of day
 CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
-GAPS = 7            # spacings whose median tells the bars' interval
-NO_BAR = -2**62     # stands for the stamp of a bar before the first one
+GAPS = 7            # spacings before a bar; their median is its interval
+NO_BAR = -2**62     # time stamp of the bars before the first
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ModelConfig:
     windows: tuple = (16, 64)        # bars that the other heads see; equal shares of heads
     pos: str = "both"                # rope: rotated q and k; alibi: linear bias or decay; both
     reasoner: bool = True            # the latent reasoner
-    latents: int = 16                # its latents = bars that the parallel forecast reaches
+    latents: int = 16                # its latents: bars that --parallel predicts at once
     rounds: int = 2                  # their refinements, with shared weights
     span: int = 128                  # bars before the origin that they look at
     aux_weight: float = 0.1          # weight of their own cross-entropy
@@ -90,8 +90,11 @@ def mlp(n_in, n, n_out):
 # --- The embedding --------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
-    """Bars -> the stream: a small network of a bar's candle and of what its past says, plus rows of
-    the calendar. Each thing it reads beside the candle is a function below."""
+    """Bars -> the stream. With r the candle, past means and waves of the time of day, each of which
+    is a function below,
+
+        x = norm( MLP(r) + W r + sum of the calendar's rows )
+    """
 
     def __init__(self, C):
         super().__init__()
@@ -108,7 +111,7 @@ class Embedding(nn.Module):
 
     def forward(self, z, values, time):
         """z [B, T, 6]: candles; values: see Model.values; time int64 [B, T] -> x [B, T, C], and
-        what generation goes on from, the past means."""
+        the past means after the last bar, with which generation goes on."""
         means, after = self.past_means(values)                          # [B, T, 2 n]
         return self.read(z, means, *self.clock(time)), after
 
@@ -137,10 +140,10 @@ class Embedding(nn.Module):
         logs of those of the true range, then those of the close's moves. Also the means after the
         last bar, float64 [B, 2, n]; before: these of the bars before the first, else 1 and 0.
 
-        With k_t = TR_t / s_t, decays a of s and b of e:
+        With k_t = TR_t / s_t, decays a of s (here without the factor of the hours) and b of e:
             s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
-        The means e_{t+1} / s_{t+1} are known once bar t is. For moves alike, with close / s_t in
-        place of k_t.
+        The means e_{t+1} / s_{t+1} are known once bar t is (that of 32 bars, s itself, is 1). For
+        moves alike, with close / s_t in place of k_t.
         """
         close, high, low, _ = values                                        # [B, T]
         k, b = true_range(high, low), self.decay                            # [n]
@@ -170,7 +173,7 @@ def waves(time):
 
 
 def true_range(high, low):
-    """Of a bar whose high and low are told from the close before; bounded, for candles that no
+    """Of a bar whose high and low are relative to the close before; bounded, for candles that no
     market shows."""
     return (high.clamp(min=0) - low.clamp(max=0)).clamp(1e-3, 1e3)
 
@@ -187,9 +190,9 @@ def heads_last(x):
     return x.movedim(0, -2).flatten(-2)
 
 
-def slopes(n, most, decays):
-    """The slopes of n heads, from 2^most down to 2^(most - 6), or 0 without decay: [n]."""
-    return decays * 2.0 ** (most - 6 * torch.arange(n) / max(1, n - 1))
+def slopes(n, most, on):
+    """The slopes of n heads, from 2^most down to 2^(most - 6), or 0 if not on: [n]."""
+    return on * 2.0 ** (most - 6 * torch.arange(n) / max(1, n - 1))
 
 
 def decay(slope, d):
@@ -220,12 +223,12 @@ class LinearAttention(nn.Module):
     """Heads that look over the whole past: attention without softmax, hence with a state of fixed
     size.
 
-        o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j / sqrt(D),   m = slope of the head
+        o_i = norm( sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j ),     m = slope of the head
 
-    as a recurrence (Katharopoulos et al., arXiv 2006.16236), normed per head in place of its
-    denominator (Qin et al., arXiv 2210.10340), with a decay and in chunks (Sun et al., arXiv
-    2307.08621). slope: [H], 0 without decay. chunk: bars in one, so that there is about as much
-    work within chunks as between them.
+    with q divided by sqrt(D) before. As a recurrence (Katharopoulos et al., arXiv 2006.16236),
+    normed per head in place of its denominator (Qin et al., arXiv 2210.10340), with a decay and in
+    chunks (Sun et al., arXiv 2307.08621). slope: [H], 0 without decay. chunk: bars in one, so that
+    there is about as much work within chunks as between them.
     """
 
     window = None       # the whole past
@@ -247,13 +250,13 @@ class LinearAttention(nn.Module):
 
     def forward(self, q, k, v, weights):
         """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and the state after the last
-        bar in float32, S = sum_j exp(-m (T - 1 - j)) k_j v_j^T [H B, D, D].
+        bar in float32, S = sum_j exp(-m (T - 1 - j)) k_j^T v_j [H B, D, D].
 
         Cut the bars into chunks n of L bars, let i and j count within a chunk, and split the sum
         into the bars of the own chunk and all those before it. With S_n [D, D] the state after
         chunk n:
             o_i = sum_{j <= i} exp(-m (i - j)) (q_i . k_j) v_j  +  exp(-m (i + 1)) q_i S_{n-1}
-            S_n = exp(-m L) S_{n-1} + U_n,     U_n = sum_j exp(-m (L - 1 - j)) k_j v_j^T
+            S_n = exp(-m L) S_{n-1} + U_n,     U_n = sum_j exp(-m (L - 1 - j)) k_j^T v_j
         The first sum is a product of matrices, (Q K^T * decay) V. So are the states of a group of
         chunks, since S_n = sum_{n' <= n} exp(-m L (n - n')) U_n'. No exponent is above 0: nothing
         can overflow.
@@ -308,7 +311,7 @@ class LocalAttention(nn.Module):
         """
         T, w, back = q.shape[2], weights.shape[3], int(weights.shape[4] > weights.shape[3])
         last = k[:, :, -w:], v[:, :, -w:]
-        if T % w:
+        if T % w:   # zeros behind: no earlier query sees them
             q, k, v = (F.pad(a, (0, 0, 0, -T % w)) for a in (q, k, v))
         q, k, v = q.unflatten(2, (-1, w)), *(with_block_before(a, w, back) for a in (k, v))
         return softmax_attention(q, k, v, weights).flatten(2, 3)[:, :, :T], last
@@ -322,16 +325,16 @@ class Layer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.H, C, decays = config.n_head, config.n_embd, config.pos != "rope"
+        self.H, C, biased = config.n_head, config.n_embd, config.pos != "rope"
         self.qkv, self.out = linear(C, 3 * C), linear(C, C)
         self.up, self.down = linear(C, 4 * C), linear(4 * C, C)
         self.kinds = nn.ModuleList()
-        if config.linear_heads:     # half of the weight is left after 11 .. 710 bars
+        if config.linear_heads:     # slopes 2^-4 to 2^-10: half is left after 11 to 710 bars
             chunk = 32 if C // self.H < 32 else 64
-            self.kinds.append(LinearAttention(slopes(config.linear_heads, -4, decays), chunk))
+            self.kinds.append(LinearAttention(slopes(config.linear_heads, -4, biased), chunk))
         if self.H > config.linear_heads:
             n = (self.H - config.linear_heads) // len(config.windows)
-            self.kinds.extend(LocalAttention(w, slopes(n, -1, decays)) for w in config.windows)
+            self.kinds.extend(LocalAttention(w, slopes(n, -1, biased)) for w in config.windows)
         self.shares = [len(kind.slope) for kind in self.kinds]
 
     def forward(self, x, places, drop=None):
@@ -365,10 +368,10 @@ def dropped(x, drop, site):
 # --- The latent reasoner --------------------------------------------------------------------------
 
 class Reasoner(nn.Module):
-    """Latents, one for each of the next bars, look at the bars before an origin and at each other,
-    and are refined in some rounds (latents that attend to many inputs: Jaegle et al., arXiv
-    2103.03206). A latent knows the stamp of the bar that it stands for, and sees the latents
-    before it, so that a shorter forecast is the beginning of a longer one."""
+    """Predicts the next 16 bars in one pass. Latent n stands for the n-th bar ahead, whose stamp it
+    knows; it attends to the last `span` hidden states before an origin and to the latents before
+    it, in `rounds` rounds with shared weights (latents that attend to many inputs: Jaegle et al.,
+    arXiv 2103.03206). So a shorter forecast is the beginning of a longer one."""
 
     def __init__(self, config):
         super().__init__()
@@ -455,7 +458,7 @@ class Model(nn.Module):
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("up_mask", torch.arange(V1) >= V1 // 2)    # coarse tokens for "up"
         self.register_buffer("lean", torch.ones(()))                    # see coarse_logits
-        # log shares of the codes in the training data, centred: what the heads say untrained
+        # log frequency of each code in training, centred: the logits before any update
         self.register_buffer("coarse_share", torch.zeros(V1))
         self.register_buffer("fine_share", torch.zeros(V2))
 
@@ -604,8 +607,8 @@ class Model(nn.Module):
 
     def reasoner_loss(self, h, time, origins, targets):
         """The cross-entropy of the bars after the origins [B, M], nats per bar. The bar after n
-        bars is the target at n - 1; bar T has no stamp here. The reasoner learns alone: h [B, T, C]
-        is not its to change."""
+        bars is the target at n - 1; bar T has no stamp here. h [B, T, C] is detached: this loss
+        trains the reasoner and the heads, not the layers."""
         T, rows = time.shape[1], torch.arange(len(time), device=time.device)[:, None, None]
         ahead = origins[..., None] + torch.arange(self.config.latents, device=time.device)
         at = ahead.clamp(max=T - 1)                                         # [B, M, 16]
@@ -655,15 +658,15 @@ class Model(nn.Module):
 
 
 def centred(a):
-    """a less its mean over the codes, its first axis. What all logits share says nothing, but would
-    grow to hundreds in some thousand updates and cost bf16 its digits."""
+    """a less its mean over the codes, its first axis. A number added to all logits changes nothing;
+    it would grow to hundreds in some thousand updates, and cost bf16 its precision."""
     return a - a.mean(0)
 
 
 def mean_nats(logits, target):
     """Mean cross-entropy of logits [..., V] over the targets int64 [...] that count (>= 0); 0 if
     none does."""
-    # so many rows stay in the cache in float32
+    # 256 rows at a time stay in the cache as float32
     rows = zip(logits.flatten(0, -2).split(256), target.flatten().split(256))
     total = sum(F.cross_entropy(a.float(), b, ignore_index=-1, reduction="sum") for a, b in rows)
     return total / (target >= 0).sum().clamp(min=1)
