@@ -14,7 +14,7 @@ import data
 import pretrain
 from backstage.script import run as run_script
 
-TINY = "--steps 6 --tok_steps 40 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 32 --coarse_bits 6 --fine_bits 5 --eval_every 3".split()
+TINY = "--steps 6 --tok_steps 40 --batch_size 4 --block_size 64 --n_layer 2 --n_head 4 --n_embd 32 --coarse_bits 6 --fine_bits 5 --eval_every 3 --dtype fp32".split()
 
 
 def write_csv(path, bars, header="time,open,high,low,close,volume,amount"):
