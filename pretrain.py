@@ -316,6 +316,7 @@ def save(job, ended):
 
 
 def result(job):
+    job.stop.release()
     config, market = job.config, job.market
     if job.rank == 0:
         if config.release and job.run.best:

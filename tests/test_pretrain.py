@@ -16,9 +16,10 @@ from model import Layer
 
 
 def trained(call, market, out, *flags):
-    argv = ["--data", market, "--out", out, *TINY, "--dtype", "fp32", *flags]
-    status, _, err = call("pretrain", *argv)
+    handler = signal.getsignal(signal.SIGINT)
+    status, _, err = call("pretrain", "--data", market, "--out", out, *TINY, *flags)
     assert status == 0, err
+    assert signal.getsignal(signal.SIGINT) is handler   # a notebook's Ctrl-C is its own again
     return load_safe(out)
 
 
