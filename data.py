@@ -261,7 +261,7 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     for t in range(n):
         # scales
         mean = _mean(total, weight)
-        s, d = np.minimum(np.maximum(mean[::3], low), high)
+        s, d = np.minimum(np.maximum(mean[::3], low), high)           # means 0 and 3: s / F and d
         s, m, g = np.maximum(F[t] * s, S_FLOOR), log_G[t] + mean[1], mean[2]
 
         # prices
@@ -372,9 +372,8 @@ class Streams:
     def __post_init__(self):
         first = self.targets[:, 0] + (self.block_size - 1) * self.whole
         self.first_end = np.maximum(first, self.block_size)  # [symbols]: the least e
-        # [symbols]: windows of each
-        self.count = np.maximum(self.targets[:, 1] - self.first_end, 0)
-        self.windows = np.cumsum(self.count)              # [symbols]: up to and with each
+        self.count = np.maximum(self.targets[:, 1] - self.first_end, 0)  # [symbols]: windows
+        self.windows = np.cumsum(self.count)              # [symbols]: windows, running total
 
 
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
@@ -430,7 +429,7 @@ def gather(streams, which, ends):
     A target that does not count (context, another split) is -1.
     """
     n = streams.block_size
-    # (B, n + 1, 2)
+    # inputs and targets in one: (B, n + 1, 2)
     tokens = np.stack([streams.tokens[i][e - n:e + 1] for i, e in zip(which, ends)])
     time = np.stack([streams.time[i][e - n:e] for i, e in zip(which, ends)])              # (B, n)
     at = np.asarray(ends)[:, None] + np.arange(1 - n, 1)              # (B, n): of each target

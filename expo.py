@@ -20,8 +20,8 @@ is scored by its direction and its error, the true bar is w and the worst candid
 KL is in closed form, of the coarse token plus of the fine token after the true coarse one; the sum
 over all coarse tokens would cost 2^k1 times as much.
 
-How far does P(up) move? Where the reference says 1/2 and the truth is 1/2 + e, with small e, KL is
-about 2 d^2 at 1/2 + d, and the optimum of `set` is
+How far does P(up) move? Let the reference say 1/2, the truth be 1/2 + e, and the model say 1/2 + d,
+with small e and d. KL is then about 2 d^2, and the loss of `set` is least at
 
     P(up) = 1/2 + e (1 - lam) / (1 + 2 beta)
 

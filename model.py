@@ -117,8 +117,8 @@ class Embedding(nn.Module):
 
     def read(self, z, means, waves, stamp):
         """The stream x [B, T, C] from all that is read; waves, stamp: see clock."""
-        read = torch.cat((z, means, waves), -1)                   # [B, T, n_read]
-        x = self.candle(read) + self.candle_linear(read)
+        r = torch.cat((z, means, waves), -1)                            # [B, T, n_read]
+        x = self.candle(r) + self.candle_linear(r)
         return norm(x + stamp.to(x.dtype))                              # [B, T, C]
 
     def clock(self, time, n=None):
@@ -132,7 +132,7 @@ class Embedding(nn.Module):
         return waves(time), rows.view(len(time), n, -1)
 
     def recent(self, time):
-        """The stamps that those to come are told from, int64 [B, GAPS]."""
+        """The last GAPS stamps, which `clock` needs for the bars to come: int64 [B, GAPS]."""
         return F.pad(time, (GAPS, 0), value=NO_BAR)[:, -GAPS:].clone()
 
     def past_means(self, values, before=None):
@@ -146,12 +146,13 @@ class Embedding(nn.Module):
         moves alike, with close / s_t in place of k_t.
         """
         close, high, low, _ = values                                        # [B, T]
-        k, b = true_range(high, low), self.decay                            # [n]
+        k, b = true_range(high, low), self.decay                            # [B, T] and [n]
         if before is None:
             before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [2, n]
         terms = torch.stack((k, close.clamp(-1e3, 1e3)), dim=1)             # [B, 2, T]
-        e, after = decayed_means(terms, DECAY + (1 - DECAY) * k, b, before)
-        ranges, moves = e.unbind(1)                                         # [B, n, T]
+        # e_{t+1} / s_{t+1}; the second argument is s_{t+1} / s_t
+        means, after = decayed_means(terms, DECAY + (1 - DECAY) * k, b, before)
+        ranges, moves = means.unbind(1)                                     # [B, n, T]
         ranges = ranges.log().clamp(-MAX_LOG, MAX_LOG)
         moves = (moves * self.unit).clamp(-MAX_MOVE, MAX_MOVE)
         return torch.cat((ranges, moves), dim=1).mT.float(), after
@@ -239,9 +240,14 @@ class LinearAttention(nn.Module):
         self.register_buffer("slope", slope, persistent=False)
 
     def weights(self, T, dtype):
-        """What hangs on places alone, of T bars: the decays below, in their order."""
+        """The decays in `forward` of T bars; they depend on places alone.
+
+        own: between two bars of a chunk; to_end: from a bar to the end of its chunk; chunks:
+        between the chunks of a group; fade: from the state before the group; since: from the state
+        before a chunk to each of its bars.
+        """
         m, L = self.slope, self.chunk
-        i, n = (torch.arange(n, device=m.device) for n in (L, min(GROUP, -(-T // L)) + 1))
+        i, n = (torch.arange(size, device=m.device) for size in (L, min(GROUP, -(-T // L)) + 1))
         own = decay(m, i[:, None] - i)[:, None, None]                       # [H, 1, 1, L, L]
         to_end, since = (decay(m, a)[:, None, None, :, None] for a in (L - 1 - i, i + 1))
         chunks = decay(m * L, n[:, None] - 1 - n[:-1])                      # [H, n + 1, n]
@@ -304,10 +310,10 @@ class LocalAttention(nn.Module):
 
     def forward(self, q, k, v, weights):
         """q (divided by sqrt(D)), k, v [H, B, T, D] -> o [H, B, T, D], and keys and values of the
-        last bars, 2 of [H, B, at most W, D].
+        last bars, 2 of [H, B, w, D].
 
-        In blocks of W = `window` bars: a block's queries need the keys of their own block and of
-        the one before it.
+        In blocks of w bars, `window` or T if that is less: a block's queries need the keys of their
+        own block and of the one before it.
         """
         T, w, back = q.shape[2], weights.shape[3], int(weights.shape[4] > weights.shape[3])
         last = k[:, :, -w:], v[:, :, -w:]

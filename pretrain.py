@@ -18,8 +18,8 @@ Few bars are soon learned by heart. So the size of the model and dropout follow 
 (see `budget`). The learning rate stays until val gains no more; then training goes back to the best
 weights, and the rate falls (warm-up, stable, decay; arXiv 2404.06395). Half of the windows are of
 the market quoted the other way round, which rises where the true one falls: chance directions
-cancel. They fade with the rate, so that the last updates see the market as it is, whose falls shake
-more than its rises. The weights that forecast are averaged over the last updates, and chosen by
+cancel. These windows grow rarer as the rate falls, so that the last updates see the true market,
+whose falls are wilder than its rises. The weights that forecast are averaged, and chosen by
 what users see: the CRPS of close, range and volume on val, as a share of the unigram's (the codes'
 frequencies in training).
 """
@@ -107,7 +107,7 @@ class Config:
 FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
 ORIGIN_BARS = 512     # bars of training for each origin of the reasoner: 5 % of the time
 REPORT_EVERY = 25     # updates between reports, or a tenth of a shorter run
-AVERAGE_START = 10    # updates after which half of the averaged weights is past
+AVERAGE_START = 10    # update at which the average keeps half of itself, and adds half
 
 # up to so many bars (see budget): sizes, windows of an update, bars of one, updates at most
 FEW = dict(n_layer=2, n_head=4, n_embd=64, batch_size=4, block_size=128, steps=150, patience=0,
@@ -171,7 +171,7 @@ def decay(metrics, config):
     The rate falls in the last fifth of the run: of all config.steps, or of fewer. Where val has
     gained nothing for config.patience reports, it falls for a fourth of the updates up to the best.
     """
-    best, at, since = math.inf, 0, 0
+    best, at, since = math.inf, 0, 0    # the best score, its update, reports since then
     for report in (row for row in metrics if row["stage"] == "pretrain"):
         step, gains = report["step"], report["score"] < best
         best, at, since = (report["score"], step, 0) if gains else (best, at, since + 1)

@@ -23,7 +23,7 @@ and two targets: the `true` bars, the path being context alone, or the `chosen` 
 Scale. A token is a move in units of s_t. On its own path the model works with the path's s_t, as in
 a forecast. A true target keeps the token that it has in the real series. Encoding it anew, from the
 path's last close, would teach the model to jump back to the truth: measured, paths then became 40 %
-more volatile. KL of a fine token is after the target's coarse one.
+more volatile. The KL of a fine token is taken given the target's coarse token.
 
 After the origin the context holds the model's own bars alone; the truth merely selects. Kept are
 the weights with the best path CRPS on val, if it is surely (95 %) better than the base's; else the
@@ -160,8 +160,8 @@ def best_paths(model, tokenizer, state, origins, uniform, temperature):
     """
     B, K, H, _ = uniform.shape
     every = origins.repeat(K)
-    one = uniform.flatten(0, 1)[:, None]    # one candidate: no filter          # (B K, 1, H, 2)
-    tokens, path = guided_walk(model, tokenizer, state.repeat(K), every, one, temperature)
+    single = uniform.flatten(0, 1)[:, None]     # (B K, 1, H, 2): one candidate, so no filter
+    tokens, path = guided_walk(model, tokenizer, state.repeat(K), every, single, temperature)
     error = np.abs(path - every.path).mean(1).reshape(B, K)
     best = error.argsort(1, kind="stable")[:, :max(1, K // KEPT)]               # (B, K')
     rows = (best + K * np.arange(B)[:, None]).ravel()

@@ -73,9 +73,9 @@ TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are c
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.35  # in P(up), where the past is too short to tell
 MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
 KEPT_BIAS = 0.15     # share of the model's own mean log odds that the last bars must contradict
-LAWS = 16            # bars whose fine codes are read in full in a calibration
-STANDS = 0.9         # share of unmoved bars above which nothing is said of direction
-RARELY = 0.05        # and below which the calibration's law of narrow moves does for all
+LAWS = 16            # bars of the past from which a calibration makes its law of narrow moves
+STANDS = 0.9         # share of unmoved bars above which P(up) is NaN
+RARELY = 0.05        # share of unmoved bars below which that law serves all series
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ class Calibration:
         stays.
         """
         logits = model.coarse_logits(h).float()
-        moving = logits.softmax(-1).view(len(h), -1, len(model.up_mask))        # [n, K, 2^k1]
-        moved = moving.mul_(1 - stay[:, None]).sum(-1).double()
-        up = moving.mul_(model.up_mask).sum(-1).double()
+        p = logits.softmax(-1).view(len(h), -1, len(model.up_mask))             # [n, K, 2^k1]
+        moved = p.mul_(1 - stay[:, None]).sum(-1).double()      # in place: this code, and it moves
+        up = p.mul_(model.up_mask).sum(-1).double()             # in place: and it is an up code
         p_up = (up / moved.clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).view(h.shape[:-1])
         trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
         shift = (trusted.logit() - p_up.logit()).float()
@@ -140,8 +140,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     [n, paths, horizon, 6], in the units of the bars, and P(next close up | it moves) [n], NaN where
     nearly nothing moved. times: stamps of the bars to come, int64 [horizon] or [n, horizon], in
     place of future_times. joint: path i of all symbols with the same next stamps is one future of
-    the market (see move_together); what a symbol's first bar may be depends on (seed, symbol, last
-    stamp) and its bars alone. calibration: see calibrate. UserError for what cannot be.
+    the market (see move_together); the set of a symbol's first bars depends only on its own bars
+    and (seed, symbol, last stamp). calibration: see calibrate. UserError for impossible arguments.
     """
     if horizon < 1 or paths < 1:
         raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
@@ -238,8 +238,8 @@ def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibra
 def next_move(h, unmoved, calibration, bands):
     """Bands.staying for h [n, C] and unmoved [n], and P(up | moved) [n].
 
-    A state's own law of narrow moves takes as long as a dozen paths: where bars rarely stay, that
-    of the calibration does, if there is one.
+    To compute the law of narrow moves for a state takes as long as a dozen paths. So where bars
+    rarely stand still, the calibration's law is used in its place, if there is one.
     """
     usual, parts = calibration.table, []
     for row, share in zip(h.split(1), unmoved.split(1)):
@@ -276,9 +276,9 @@ def generate(model, state, times, uniform, draw):
 #     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 #
 # each shrunk by its own error e over blocks of time, since one market rewards what the model says
-# and the next does not: for k the posterior mean from a prior k0 +- e0. Of a, what is within two
-# errors of a0 is not believed (after James and Stein 1961): few such drifts last into the next
-# months.
+# and the next does not. k is the posterior mean under the prior k0 +- e0, with k0 = PRIOR_TRUST and
+# e0 = PRIOR_ERROR. An a within two errors of a0 becomes a0 (after James and Stein 1961): few such
+# drifts last into the next months. Last, k is held between 0 and MOST_TRUST.
 
 def calibrate(model, tokenizer, histories, since=None):
     """The Calibration of P(up) from the last PAST_BARS bars, about, of histories (Bars).
@@ -328,8 +328,8 @@ def trust(logit, rose, stamp):
     inverse = np.linalg.inv(H)
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
-    prior = KEPT_BIAS * mean
-    a = prior + (a - prior) * max(0.0, 1 - 4 * var_a / max((a - prior)**2, 1e-12))
+    a0 = KEPT_BIAS * mean
+    a = a0 + (a - a0) * max(0.0, 1 - 4 * var_a / max((a - a0)**2, 1e-12))
     k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
     return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))
 
@@ -396,7 +396,7 @@ def record_of(model, tokenizer, pasts):
            if max(RECORD_PAST, past.first) <= place < len(past.bars)}
     try:
         bars = [past.bars for past in pasts if id(past.bars) in fit]
-        t = backtest.Targets(bars, start, 2**62, 1, 2**31, 0)
+        t = backtest.Targets(bars, start, 2**62, horizon=1, stride=2**31, seed=0)  # no paths
     except (UserError, ValueError):
         return None
     if t.n_blocks < 2:

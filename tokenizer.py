@@ -112,8 +112,8 @@ def joint_entropy_term(u, tau, gamma):
     """E[H(q(c|u))] - gamma H(E[q(c|u)]) of points u [N, k], exact.
 
     Least where each bar is sure of its code and all codes are used evenly. q(c|u) ~ exp(tau u . c)
-    over all corners c. The exponent is a sum over bits, so q(c|u) = q(a|u) q(b|u), where a is the
-    first half of the bits and b the rest: E[q] = A^T B / N has all 2^k codes, and is cheap.
+    over all corners c. The exponent is a sum over bits, so q is a product: of A over the first a
+    bits and B over the other b. So E[q] = A^T B / N covers all 2^k codes, and is cheap.
     """
     k = u.shape[1]
     scale = tau / math.sqrt(k)
@@ -382,7 +382,7 @@ def set_scale(tokenizer, x):
     std = ((x.double() - mean).square() * present).sum(0).div(n).sqrt()
     tokenizer.mean.copy_(mean)
     std = torch.where(std > 0, std.clamp(min=FLOOR * std[0]), 0.0)
-    # a smaller unit, so that the same error is a larger number
+    # a smaller unit of close, so that its squared error weighs config.close times as much
     std[0] /= math.sqrt(tokenizer.config.close)
     tokenizer.std.copy_(std)
 
@@ -413,10 +413,11 @@ def level_errors(z, present, coarse, mix, pattern):
 
     z, present, coarse, pattern: [B, 6]; mix: [B, 6, 6].
     """
+    # |z - D1|^2 / |z|^2 + |r - M g|^2 / |r|^2
     left = (z - coarse) * present
-    residual = left.detach()
-    fine_left = (residual - (mix @ pattern[..., None]).squeeze(-1)) * present
-    return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (residual ** 2).sum()
+    r = left.detach()   # the fine level has no say in the coarse one
+    fine_left = (r - (mix @ pattern[..., None]).squeeze(-1)) * present
+    return (left ** 2).sum() / (z ** 2).sum() + (fine_left ** 2).sum() / (r ** 2).sum()
 
 
 def check_bars(x, config):
