@@ -473,8 +473,6 @@ def tokenize(bars, tokenizer, x=None) -> np.ndarray:
     return np.concatenate(tokens)
 
 
-# -- more series to train on, from those at hand
-
 def mirrored(bars):
     """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price,
     volume stays.
