@@ -1016,6 +1016,13 @@ def parallel_study(argv):
         print_row(market, f"{len(t.path_r):,}", *cells, f"x {took[True] / took[False]:.2f}")
 
 
+def train_once(bars, ckpt, *flags):
+    """Runs pretrain.py on a file or folder, unless its checkpoint is there."""
+    if not os.path.exists(ckpt):
+        command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", bars, "--out", ckpt, *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def few_study(argv):
     """One row a file: its middle symbol's last bars, alone; from scratch with all defaults, and with weights that come along."""
     parser = argparse.ArgumentParser(prog="study.py few")
@@ -1041,9 +1048,7 @@ def few_study(argv):
         for arm, flags in arms.items():
             ckpts[arm] = [f"{stem}-{arm}-{seed}.pt" for seed in range(args.seeds)]
             for seed, ckpt in enumerate(ckpts[arm]):
-                if not os.path.exists(ckpt):
-                    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", stem, "--out", ckpt, f"--seed={seed}"]
-                    subprocess.run(command + flags, check=True, stdout=subprocess.DEVNULL)
+                train_once(stem, ckpt, f"--seed={seed}", *flags)
         series = data.load(stem)
         start = data.iso(data.split_borders(series)[1])
         result = backtest.backtest(sum(ckpts.values(), []), series, start=start, horizon=10, paths=100, stride=4)
@@ -1051,6 +1056,52 @@ def few_study(argv):
             label = f"{os.path.basename(stem)}, {len(series[0]):,}"
             rows[arm].append(print_to_opponents(label, arm, ckpts[arm], result))
     print_means(rows)
+
+
+def volume_market(seed=0, n_bars=12_000, edge=0.6):
+    """Hourly bars of a market whose close goes on where volume is high and turns where it is low, with probability `edge`."""
+    random = np.random.default_rng(seed)
+    slow = decayed_sum(random.normal(0, 0.05, n_bars), decay=0.98)
+    surprise = random.normal(0, 0.5, n_bars)
+    goes_on = (random.random(n_bars) < edge) == (surprise > 0)          # of the next bar
+    sign = np.cumprod(np.append(1, np.where(goes_on, 1, -1))[:-1])
+    move = sign * np.abs(random.standard_normal(n_bars))
+    steps = random.standard_normal((n_bars, 12)) / np.sqrt(12)
+    steps += (move - steps.sum(1))[:, None] / 12                        # they add up to the move
+    path = np.log(50) + (3e-3 * np.exp(slow)[:, None] * steps).cumsum().reshape(n_bars, 12)
+    open_ = np.append(path[0, 0], path[:-1, -1])
+    high, low = np.maximum(open_, path.max(1)), np.minimum(open_, path.min(1))
+    volume = np.exp(9 + 0.7 * slow + surprise).round()
+    price = np.exp(np.stack([open_, high, low, path[:, -1]], axis=1))
+    time = 1_600_000_000 // 3600 * 3600 + 3600 * np.arange(n_bars)
+    return data.Bars(f"VOLUME{seed}", time, np.column_stack([price, volume, volume * price[:, 1:].mean(1)]))
+
+
+def planted_study(argv):
+    """One row an arm: right calls, %, on the test bars of eight volume_markets, of models from scratch and tuned from the base.
+
+    Who knows how much of the last volume was a surprise calls 60 % right.
+    """
+    parser = argparse.ArgumentParser(prog="study.py planted")
+    parser.add_argument("--base", default=os.path.join(ROOT, "assets", "base.pt"), help="to tune")
+    parser.add_argument("--out", default="study_planted", help="folder of bars and checkpoints; what is there is not made again")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args(argv)
+    folder = os.path.join(args.out, "bars")
+    if not os.path.exists(os.path.join(folder, "symbols.json")):
+        os.makedirs(args.out, exist_ok=True)
+        write_folder(map(volume_market, range(8)), folder)
+    arms = {"from scratch": [], "tuned": ["--init_from", args.base]}
+    print_row("weights", *(f"seed {seed}" for seed in range(args.seeds)), "log loss of P(up), mean")
+    print_row(*["---"] * (args.seeds + 2))
+    for arm, flags in arms.items():
+        ckpts = [os.path.join(args.out, f"{arm.replace(' ', '-')}-{seed}.pt") for seed in range(args.seeds)]
+        for seed, ckpt in enumerate(ckpts):
+            train_once(folder, ckpt, f"--seed={seed}", *flags)
+        result = backtest.backtest(ckpts, data.load(folder), horizon=1, paths=2, stride=1000)
+        entries = result["checkpoints"]
+        cells = [backtest.show(entry["da"], 100, 1) for entry in entries]
+        print_row(arm, *cells, f"{statistics.mean(entry['logloss']['value'] for entry in entries):.4f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1147,10 +1198,7 @@ def budgets_study(argv):
         count = math.sqrt(sum(map(len, stamps)) * len(np.unique(np.concatenate(stamps))))
         ckpts = [f"{folder}-{row}.pt" for row in args.rows]
         for row, ckpt in zip(args.rows, ckpts):
-            if not os.path.exists(ckpt):
-                command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", folder, "--out", ckpt, *row_flags(row),
-                           f"--val_start={dates[1]}-01", f"--test_start={dates[2]}-01"]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            train_once(folder, ckpt, *row_flags(row), f"--val_start={dates[1]}-01", f"--test_start={dates[2]}-01")
         result = backtest.backtest(ckpts, cut, horizon=10, paths=20, stride=60)
         for arm, ckpt in zip(found, ckpts):
             found[arm].append(print_to_opponents(f"{test}, {count:,.0f}", arm, [ckpt], result))
@@ -1192,7 +1240,8 @@ def room_study(argv):
 
 SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
-            "parallel": parallel_study, "few": few_study, "unmoved": unmoved_study, "budgets": budgets_study, "clock": clock_study}
+            "parallel": parallel_study, "few": few_study, "unmoved": unmoved_study, "planted": planted_study,
+            "budgets": budgets_study, "clock": clock_study}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
