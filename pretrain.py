@@ -105,7 +105,7 @@ class Config:
 
 # flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
-ORIGIN_BARS = 512     # bars of training for each origin of the reasoner: 5 % of the time
+ORIGIN_BARS, ORIGIN_EVERY = 64, 8   # see reasoner_origins; it takes some 7 % of a run's time
 REPORT_EVERY = 25     # updates between reports, or a tenth of a shorter run
 AVERAGE_START = 10    # update at which the average keeps half of itself, and adds half
 
@@ -201,7 +201,7 @@ def draw_batch(job, step, share):
         mirrored = random.random(config.batch_size)[own] < share / 2                     # [B]
         which = which % n_symbols + n_symbols * mirrored
     coarse, fine, when, targets = data.gather(train, which, ends)
-    origins = reasoner_origins(random, config, job.model.config, step, own)
+    origins = reasoner_origins(random, config, job.model.config, step, share, own)
     when = shift_in_time(when, random, config, own)
     masks = dropout_masks(random, config, own)
     return (coarse, fine, when), targets, masks, origins
@@ -242,10 +242,11 @@ def to_device(a, device):
     return None if a is None else a.to(device, non_blocking=True)
 
 
-def reasoner_origins(random, config, sizes, step, own):
-    """Bars of each window [B, M] after which the reasoner learns, one for each ORIGIN_BARS bars of
-    training; None in steps without any. own: this process's rows of the batch."""
-    if step % max(1, ORIGIN_BARS // sizes.block_size):
+def reasoner_origins(random, config, sizes, step, share, own):
+    """Bars of each window [B, M] after which the reasoner learns, one for each ORIGIN_BARS; None in
+    updates without any. It learns in each ORIGIN_EVERY-th update, and in all while the rate falls:
+    then the hidden states that it reads hardly change any more. own: this process's rows."""
+    if share == 1 and step % ORIGIN_EVERY:
         return None
     last = max(1, sizes.block_size - sizes.latents)
     shape = config.batch_size, max(1, sizes.block_size // ORIGIN_BARS)

@@ -427,21 +427,24 @@ def model_(args):
 def training_speed(ours, plain, n_parameters, rounds, clock, device):
     bars = 8192 * (4 if device == "cuda" else 1)
     print(f"{'training':>12}{'':10}{'ours, bars/s':>16}{'plain, bars/s':>16}{'ratio':>8}"
-          f"{'of matmul rate':>16}{'plain':>8}")
+          f"{'of matmul rate':>16}{'plain':>8}{'reasoner':>10}")
+    often = 0.2 + 0.8 / pretrain.ORIGIN_EVERY   # the share of a run's updates in which the reasoner learns
     for T in (512, 2048, 8192) if device == "cuda" else (512, 2048):
         B = bars // T
         coarse, fine = torch.randint(0, 1024, (2, B, T + 1), device=device)
         stamp = (1_500_000_000 + 86400 * torch.arange(T, device=device)).expand(B, -1)
         origins = torch.randint(1, T - 15, (B, max(1, T // pretrain.ORIGIN_BARS)), device=device)
-        batch = coarse[:, :-1], fine[:, :-1], stamp, (coarse[:, 1:], fine[:, 1:]), None, origins
+        batch = coarse[:, :-1], fine[:, :-1], stamp, (coarse[:, 1:], fine[:, 1:]), None
         halves = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
         for dtype in (*halves, torch.float32):
             square = torch.randn(2048, 2048, device=device, dtype=dtype)
-            calls = trainer(ours, batch, dtype, device), trainer(plain, batch, dtype, device), lambda: square @ square
-            a, b, matmul = in_turns(calls, rounds, clock, device)
+            calls = [trainer(ours, (*batch, at), dtype, device) for at in (None, origins)]
+            calls += trainer(plain, batch, dtype, device), lambda: square @ square
+            alone, learning, b, matmul = in_turns(calls, rounds, clock, device)
+            a = alone + often * (learning - alone)      # a mean update of a run
             share = [6 * n_parameters * bars / t / (2 * 2048**3 / matmul) for t in (a, b)]
             print(f"{'T = ' + str(T):>12}{str(dtype)[6:]:>10}{bars / a:>16,.0f}{bars / b:>16,.0f}{b / a:>8.2f}"
-                  f"{share[0]:>16.1%}{share[1]:>8.1%}")
+                  f"{share[0]:>16.1%}{share[1]:>8.1%}{1 - alone / a:>10.1%}")
 
 
 def forecast_speed(ours, plain, rounds, clock, device):

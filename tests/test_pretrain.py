@@ -12,7 +12,7 @@ from backstage import prepare
 from backstage.files import load_safe
 from backstage.loop import Run
 from conftest import TINY
-from model import Layer
+from model import Layer, Model
 
 
 def trained(call, market, out, *flags):
@@ -118,6 +118,21 @@ def test_mirrored_windows_fade_with_the_rate(market, tmp_path, call, monkeypatch
         want = 0.5 * np.mean([10 - i, 9 - i]) / 10
         assert np.mean(drawn[40 + i:42 + i]) == pytest.approx(want, abs=0.14)
     assert np.mean(drawn[45:]) < 0.5 * np.mean(drawn[40:45])
+
+
+def test_the_reasoner_learns_now_and_then_and_always_while_the_rate_falls(
+        market, tmp_path, call, monkeypatch):
+    learned, loss = [], Model.reasoner_loss
+
+    def noted(self, h, time, origins, targets):
+        learned.append(origins.shape)
+        assert (1 <= origins).all() and (origins <= time.shape[1] - self.config.latents).all()
+        return loss(self, h, time, origins, targets)
+    monkeypatch.setattr(Model, "reasoner_loss", noted)
+    flags = ["--steps", 40, "--warmup", 0, "--batch_size", 4, "--block_size", 128, "--eval_every",
+             40, "--n_embd", 16, "--n_layer", 1]
+    trained(call, market, tmp_path / "a.pt", *flags)
+    assert learned == [(4, 2)] * (32 // pretrain.ORIGIN_EVERY + 8)
 
 
 def test_the_rate_rises_stays_and_falls():
