@@ -29,7 +29,7 @@ CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of
 PIECE = 512              # bars computed at a time: fits the cache, bounds memory
 S_FLOOR, D_FLOOR = 1e-5, 1e-2  # smallest scale of log price and of log volume
 MAX_MOVE = np.log(10.0)  # largest move of one decoded bar, in log price: a factor of 10
-FARTHEST = 10.0          # a bar of a forecast may move so many s_t, whatever the past was
+FARTHEST = 10.0          # in s_t: so far each bar of a forecast may move, whatever the past was
 SETTLED = 16.0           # sum of weights from which s_t is reliable: about 20 bars
 SLOT_FLOOR = 0.1         # added to a true range before its log, as a share of the mean so far
 COMING = 64              # future bars whose factors a State holds
@@ -71,7 +71,8 @@ def features(bars, slots=None) -> tuple[np.ndarray, "State"]:
 
 
 def feature_pieces(bars, state=None, log_factors=None):
-    """Yield (x float32 [n, 6], State after them), PIECE bars at a time: mapped bars need no memory.
+    """Yield (x float32 [n, 6], State after them), PIECE bars at a time: mapped bars are never all
+    in memory.
 
     state: after the bars before, none at the start of a series; log_factors [T, 2]: log F, log G
     of the bars; None: those of their own Slots.
@@ -156,7 +157,8 @@ def scales(bars, log_factors=None):
 # to the whole day, drawn to 1 by its own error. backstage/slots.py has the formulas.
 
 def slots_of(bars, levels=2):
-    """The Slots of a series' true range and volume: log_factors are log F, log G."""
+    """The Slots of a series' true range and volume: log_factors are log F, log G. levels: see
+    Slots."""
     _, h, l, c, v, _ = np.asarray(bars.ohlcva, np.float64).T
     true_range = _true_range(h, l, np.append(c[:1], c[:-1]))
     mean_range = np.maximum(np.cumsum(true_range) / np.arange(1, len(c) + 1), S_FLOOR)
@@ -179,8 +181,8 @@ class State:
     total: np.ndarray    # [..., 4]: the numerators of s / F, m - log G, g, d
     weight: np.ndarray   # [..., 4]: their denominators
     widest: np.ndarray   # [...]: the largest true range so far, in units of its bar's s
-    origin: np.ndarray   # [..., 3]: s / F and d where a forecast began, and its largest move in s;
-    #                      NaN outside of a forecast
+    origin: np.ndarray   # [..., 3]: s / F and d where a forecast began, how far it may move,
+    #                      in s; NaN outside of a forecast
     coming: np.ndarray   # [..., H, 2]: log F, log G of the next H bars; 0 beyond
 
     @classmethod
@@ -270,7 +272,7 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
 
-        # volume and amount; after bar 0 alone nothing says yet that a column is missing
+        # volume and amount; after bar 0 no mean has begun, and no column counts as missing
         seen = (weight > 0) | (weight[0] == 0)
         has_v = (y[t, 4] != 0) & seen[1]
         has_a = (y[t, 5] != 0) & seen[2] & has_v
@@ -379,7 +381,7 @@ class Streams:
 def make_streams(series, tokens, split, borders, block_size, batch_size) -> Streams:
     """Streams whose targets lie in one split; borders: a pair of stamps, or one for each series.
 
-    Windows of training hold targets only, if a series is that long.
+    Windows of training hold targets only, unless every series is shorter than a window.
     """
     pairs = np.broadcast_to(borders, (len(series), 2))
     targets = [targets_of(bars, split, pair) for bars, pair in zip(series, pairs)]
@@ -403,11 +405,11 @@ def draw_windows(streams, seed, step, rank=0, world=1):
 
 
 def balanced(series, streams):
-    """Weights [symbols], so that no market or interval rules: each by the root of its bars, within
-    it by windows.
+    """Weights [symbols] by which windows are drawn, so that no group of symbols rules: a group
+    weighs as the root of its windows, a symbol within it as its windows.
 
-    A market is what stands behind an @ in a symbol's name (EURUSD@fx), an interval the median
-    spacing of the bars.
+    A group is of one market, the part after an @ in a symbol's name (EURUSD@fx), and of one
+    interval, the median spacing of the bars.
     """
     groups = [f"{bars.symbol.partition('@')[2]} {int(np.median(np.diff(bars.time)))}"
               for bars in series]
@@ -477,7 +479,8 @@ def mirrored(bars):
     """The market quoted the other way round, as USDEUR is to EURUSD: prices become 1 / price,
     volume stays.
 
-    In training it keeps few bars from teaching a direction that is chance.
+    In training it keeps few bars from teaching a direction that is chance. The amount becomes
+    volume / vwap.
     """
     open_, high, low, close, volume, amount = bars.ohlcva.T
     amount = volume * volume / np.where(amount > 0, amount, np.nan)

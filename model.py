@@ -45,8 +45,8 @@ N_CHANNELS = len(data.CHANNELS)
 GROUP = 32          # chunks whose states are made in one product
 # what the model reads of bars, beside their candles
 HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of true range and of moves
-MAX_LOG = 4.0       # largest log of a mean range
-MAX_MOVE = 10.0     # and largest mean move
+MAX_LOG = 4.0       # largest log of a mean range that is read
+MAX_MOVE = 10.0     # largest mean move that is read
 HARMONICS = 6       # of the day, waves that tell the time of day
 CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
 GAPS = 7            # spacings before a bar; their median is its interval
@@ -140,7 +140,8 @@ class Embedding(nn.Module):
         logs of those of the true range, then those of the close's moves. Also the means after the
         last bar, float64 [B, 2, n]; before: these of the bars before the first, else 1 and 0.
 
-        With k_t = TR_t / s_t, decays a of s (here without the factor of the hours) and b of e:
+        Let s have the decay a (here without the factor of the hours), the mean e of true ranges the
+        decay b, and k_t = TR_t / s_t:
             s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
         The means e_{t+1} / s_{t+1} are known once bar t is (that of 32 bars, s itself, is 1). For
         moves alike, with close / s_t in place of k_t.
@@ -416,7 +417,7 @@ class Reasoner(nn.Module):
 
     def memory(self, h, origins):
         """Keys and values of the bars before each origin, 2 of [H, B, M, span, D], and the bias of
-        their scores: the older the less, and none that does not exist."""
+        their scores: the lower, the older the bar; -inf where there is none."""
         rows = torch.arange(len(h), device=h.device)[:, None, None]
         past = origins[..., None] - torch.arange(self.config.span, 0, -1, device=h.device)
         k, v = self.heads(self.look_kv(h[rows, past.clamp(min=0)]))         # [H, B, M, span, D]

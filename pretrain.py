@@ -77,8 +77,8 @@ class Config:
     lr: float = 0.0                   # peak rate of Muon; 0: 0.02, or 0.006 with --init_from
     adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or 0.001 with --init_from
     warmup: int = 20                  # updates in which the rate rises; it falls in the last fifth
-    patience: int = -1                # reports without a gain until it falls; 0: at the end of
-                                      # --steps; -1: 0 with --steps, else by the bars
+    patience: int = -1                # reports without a gain until the rate falls; -1: by the bars
+                                      # (0 with --steps); 0: it falls in the last fifth of --steps
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
     average: float = 0.95             # decay of the averaged weights, per update
@@ -169,7 +169,8 @@ def decay(metrics, config):
     """(update from which the rate falls, last update), as far as the reports tell.
 
     The rate falls in the last fifth of the run: of all config.steps, or of fewer. Where val has
-    gained nothing for config.patience reports, it falls for a fourth of the updates up to the best.
+    gained nothing for config.patience reports, it falls at once, for a fourth as many updates as
+    led to the best report.
     """
     best, at, since = math.inf, 0, 0    # the best score, its update, reports since then
     for report in (row for row in metrics if row["stage"] == "pretrain"):

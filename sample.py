@@ -72,7 +72,7 @@ RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, o
 TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.35  # in P(up), where the past is too short to tell
 MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
-KEPT_BIAS = 0.15     # share of the model's own mean log odds that the last bars must contradict
+KEPT_BIAS = 0.15     # share of the model's mean log odds that stays unless the last bars contradict
 LAWS = 16            # bars of the past from which a calibration makes its law of narrow moves
 STANDS = 0.9         # share of unmoved bars above which P(up) is NaN
 RARELY = 0.05        # share of unmoved bars below which that law serves all series
@@ -209,7 +209,7 @@ def origins_of(model, tokenizer, histories):
 
 def draw_tokens(model, origins, times, uniform, draw, parallel, at_once, calibration, bands):
     """Of n origins with contexts of one length: [coarse, fine], int64 [n * paths, H] each, P(up)
-    [n], and how wide a move must be, [n]. uniform [n * paths, H, 2]: what they are drawn by."""
+    [n], and the width up to which a move is none, [n]. uniform [n * paths, H, 2] draws them."""
     device, (n, horizon), paths = model.up_mask.device, times.shape, len(uniform) // len(times)
     coarse, fine = torch.stack([o.tokens for o in origins]).to(device).unbind(-1)  # (n, L)
     seen = torch.from_numpy(np.stack([o.time[-coarse.shape[1]:] for o in origins])).to(device)

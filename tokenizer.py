@@ -38,7 +38,7 @@ from data import CHANNELS
 N_CHANNELS = len(CHANNELS)
 PRICES = 4        # close, open, upper, lower are always there; volume and vwap may be missing, 0
 MARGIN = 1e-4     # least |close| of a decode with a direction bit: enough to move any price
-ROWS = 1024       # bars encoded at a time, always padded to it: tokens do not hang on the batch
+ROWS = 1024       # bars encoded at a time, padded to it: a bar's tokens hang on no other bar
 MAX_BITS = 12     # 2^bits distances are held for every bar of a batch
 FLOOR = 0.05      # least unit of a channel, in close's; else rare opening gaps use up the codes
 WARMUP = 50       # steps in which the learning rate rises
@@ -53,7 +53,7 @@ class TokenizerConfig:
     direction_bit: bool = True  # the top coarse bit is set where close rose, and decoded so
     close: float = 2.5          # weight of the squared error of close
     nearest: bool = True        # end with the nearest candle's corner; False: the published signs
-    spread: float = 0.1         # share of the updates in the first phase, where a second follows
+    spread: float = 0.1         # share of the updates in phase 1; not read if nearest is False
     entropy: float = 0.1        # weight of the entropy term; 0 switches it off
     gamma: float = 1.0          # within it, weight of an even use of all codes
     joint: bool = True          # the exact entropy of all 2^k codes; False: the sum over bits
