@@ -242,11 +242,15 @@ def next_move(h, unmoved, calibration, bands):
     rarely stand still, the calibration's law is used in its place, if there is one.
     """
     usual, parts = calibration.table, []
-    for row, share in zip(h.split(1), unmoved.split(1)):
-        law = bands.table(row) if usual is None or share >= RARELY else usual
-        stay, width = bands.staying(row, law, share)
-        parts.append((stay, width, calibration.logits(bands.model, row, stay)[1]))
-    return [torch.cat(column) for column in zip(*parts)]
+    alone = unmoved >= (-1 if usual is None else RARELY)
+    together = (~alone).nonzero().view(-1)
+    groups = [*alone.nonzero(), *together.split(max(1, len(together)))]     # rows with the same law
+    for rows in groups:
+        law = bands.table(h[rows]) if alone[rows[0]] else usual
+        stay, width = bands.staying(h[rows], law, unmoved[rows])
+        parts.append((stay, width, calibration.logits(bands.model, h[rows], stay)[1]))
+    order = torch.cat(groups).argsort()
+    return [torch.cat(column)[order] for column in zip(*parts)]
 
 
 def generate(model, state, times, uniform, draw):
