@@ -476,7 +476,7 @@ def test_codes_are_told_apart_by_range_volume_and_move():
     columns = trust.code_columns(model)
     for column, truth in ((0, size), (2, x[:, 4]), (4, x[:, 0].abs())):
         ranks = [a.argsort().argsort().numpy() for a in (columns[:, column], truth)]
-        assert np.corrcoef(*ranks)[0, 1] > 0.99 and columns[:, column].abs().max() <= trust.FARTHEST
+        assert np.corrcoef(*ranks)[0, 1] > 0.98 and columns[:, column].abs().max() <= trust.FARTHEST
     assert torch.equal(columns[:, 1], columns[:, 0]**2) and torch.equal(columns[:, 3], columns[:, 2]**2)
 
 
@@ -496,7 +496,7 @@ def test_the_past_mends_what_the_model_says_of_ranges_and_volume(loaded):
             before, after = [torch.nn.functional.cross_entropy(a, own.coarse[half:]).item() for a in pair]
             nats.append(before)
             mended.append(after)
-    assert nats[0] + 0.1 < nats[1] and max(mended) < nats[0] - 0.1 and abs(mended[0] - mended[1]) < 0.05
+    assert nats[0] + 0.1 < nats[1] and max(mended) < nats[0] - 0.1 and abs(mended[0] - mended[1]) < 0.1
 
 
 def test_the_share_of_unmoved_bars_is_a_mixture_by_likelihood_and_follows_a_market_that_changes():
