@@ -78,7 +78,7 @@ class Config:
     stride: int | None = None         # bars between origins (default: horizon, or 1,000 origins)
     parallel: bool = False            # also the reasoner's forecast of all bars at once (up to 16)
     by: str | None = None             # also by symbol, quarter or volatility (where HAR sees it go)
-    calibrate: bool = True            # trust in P(up) as the bars before the first target have it
+    calibrate: bool = True            # law and P(up) mended by the bars before the first target
     cost_bps: float = 0.0             # cost of trading, in 1/10000 of the value traded
     seed: int = 0                     # of the sampling
     json: bool = False                # print JSON in place of the table

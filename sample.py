@@ -36,7 +36,7 @@ from backstage.report import (  # summary is handed on
     summary, weights_of, write_csv)
 from backstage.scores import bootstrap, time_block_sums
 from backstage.script import UserError, cli, pick_device, run
-from backstage.trust import PRIOR_TRUST, Calibration, fit_head, trust
+from backstage.trust import PRIOR_TRUST, Calibration, fit_head, fit_trust
 from model import load_checkpoint
 
 
@@ -52,7 +52,7 @@ class Config:
     top_p: float = 1.0                 # of the paths: among the likeliest tokens of this mass
     parallel: bool = False             # all bars (at most 16) in one pass of the reasoner
     joint: bool = True                 # paths of symbols with the same stamps move together
-    calibrate: bool = True             # trust in P(up) as these bars' past has it; the record
+    calibrate: bool = True             # law and P(up) mended by these bars' past; the record
     weights: list[str] | None = None   # AAPL=0.6 MSFT=0.4, or a CSV of them; none: equal
     seed: int = 0                      # of the sampling
     strike: list[str] | None = None    # of European options: a price, or a share such as 1.05x
@@ -274,7 +274,7 @@ def calibration_of(model, tokenizer, pasts):
         law = head(law, x)
         stay, _ = bands.staying(law, table, share)
         logit.append(Calibration().trusted(law, stay, model.up_mask)[1].logit().cpu())
-    found = trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
+    found = fit_trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
     return replace(found, head=head, table=table)
 
 

@@ -143,7 +143,7 @@ def products(a):
 # --------------------------------------------------------------------------------------------------
 # Trust in P(up)
 
-def trust(logit, rose, stamp):
+def fit_trust(logit, rose, stamp):
     """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their
     stamps."""
     mean = logit.mean()

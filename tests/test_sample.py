@@ -414,9 +414,9 @@ def test_trust_is_found_and_shrunk_by_its_error():
     x, stamp = random.normal(0.2, 0.5, 8000), np.arange(8000)
     for k, a, low, high in ((1.0, 0.0, 0.85, 1.15), (0.4, 0.0, 0.25, 0.55), (0.0, 0.0, 0.0, 0.2), (0.5, -0.4, 0.35, 0.65)):
         rose = random.random(8000) < 1 / (1 + np.exp(-(a + k * (x - 0.2))))
-        found = trust.trust(x, rose, stamp)
+        found = trust.fit_trust(x, rose, stamp)
         assert low <= found.k <= high and abs(found.a - a) < 0.1, (k, a, found)
-    few = trust.trust(x[:10], rose[:10], stamp[:10])
+    few = trust.fit_trust(x[:10], rose[:10], stamp[:10])
     assert abs(few.k - trust.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
 
 
