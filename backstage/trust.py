@@ -17,13 +17,13 @@ principal axes of x. It is concave; two steps of Newton's method from 0 come nea
 **Trust in P(up).** With x = logit P - mean and y whether the close rose, logistic regression gives
 
     logit P' = a + k x
-    a <- a0 + (a - a0) (1 - (2 e_a / (a - a0))^2)+,     a0 = KEPT_BIAS mean
+    a <- a (1 - (SURE e_a / a)^2)+
     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 
 each shrunk by its own error e over blocks of time, since one market rewards what the model says
-and the next does not. k is the posterior mean under the prior k0 +- e0, with k0 = PRIOR_TRUST and
-e0 = PRIOR_ERROR. An a within two errors of a0 becomes a0 (after James and Stein 1961): few such
-drifts last into the next months. Last, k is held between 0 and MOST_TRUST.
+and the next does not. An a within SURE errors of 0 becomes 0 (after James and Stein 1961): few such
+drifts last into the next months. k is the posterior mean under the prior k0 +- e0, with k0 =
+PRIOR_TRUST and e0 = PRIOR_ERROR. Last, k is held between 0 and MOST_TRUST.
 """
 import math
 from dataclasses import dataclass, field
@@ -36,9 +36,9 @@ RIDGE, FLAT = 10000.0, 1000.0   # how much each of the others, and of b, is held
 STEPS = 2            # of Newton's method
 FARTHEST = 4.0       # bound of T, in standard deviations
 TIME_BLOCKS = 40     # of the bars of a calibration, over which the errors of trust are computed
-PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.35  # in P(up), where the past is too short to tell
+PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
 MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
-KEPT_BIAS = 0.15     # share of the model's own mean log odds that the last bars must contradict
+SURE = 3             # errors that the odds of a rise must be off by, to be mended
 
 
 @dataclass
@@ -140,6 +140,7 @@ def products(a):
     """All products of two columns: [n, J] -> [n, J^2]."""
     return (a[:, :, None] * a[:, None]).flatten(1)
 
+
 # --------------------------------------------------------------------------------------------------
 # Trust in P(up)
 
@@ -157,7 +158,6 @@ def fit_trust(logit, rose, stamp):
     inverse = np.linalg.inv(H)
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
-    a0 = KEPT_BIAS * mean
-    a = a0 + (a - a0) * max(0.0, 1 - 4 * var_a / max((a - a0)**2, 1e-12))
+    a *= max(0.0, 1 - SURE**2 * var_a / max(a**2, 1e-12))
     k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
     return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))
