@@ -242,10 +242,10 @@ def generate(model, state, times, uniform, draw):
 # forecast from the bars before it alone: see backstage/trust.py.
 
 def calibrate(model, tokenizer, histories, since=None):
-    """The Calibration of P(up) from the last PAST_BARS bars, about, of histories (Bars).
+    """The Calibration from the last PAST_BARS bars, about, of histories (Bars).
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
-    Few bars leave the prior: half the trust.
+    Few bars leave the head as it is, and the prior: half the trust.
     """
     return calibration_of(model, tokenizer, read_pasts(model, tokenizer, histories, since))
 

@@ -50,7 +50,8 @@ class Head:
 
     def __call__(self, logits, h):
         """logits [..., 2^k1] for h [..., C], corrected."""
-        return logits + torch.addmm(self.b, h.flatten(0, -2), self.A).mm(self.T.T).view_as(logits)
+        z = torch.addmm(self.b, h.flatten(0, -2).float(), self.A)               # [n, J]
+        return torch.addmm(logits.flatten(0, -2), z, self.T.T).view_as(logits)
 
 
 @dataclass
