@@ -72,6 +72,7 @@ BATCH_BYTES = 2**27  # memory for the states of the paths that are generated sid
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
 LAWS = 16            # bars of the past from which a calibration makes its law of narrow moves
 STANDS = 0.9         # share of unmoved bars above which P(up) is NaN
+MOSTLY = 0.5         # share of bars that must move for the head to be fitted: else P(up) suffers
 RARELY = 0.05        # share of unmoved bars below which that law serves all series
 
 
@@ -268,10 +269,11 @@ def calibration_of(model, tokenizer, pasts):
     if not moved.any():
         return Calibration(k=PRIOR_TRUST)
     laws, coarse = model.coarse_logits(h).float(), torch.cat([past.coarse for past in pasts])
-    head, logit = fit_head(model, h, laws, coarse), []
+    head = fit_head(model, h, laws, coarse) if moved.mean() > MOSTLY else None
+    logit = []
     unmoved = torch.from_numpy(unmoved).to(h.device)
     for x, law, share in zip(h.split(1024), laws.split(1024), unmoved.split(1024)):
-        law = head(law, x)
+        law = law if head is None else head(law, x)
         stay, _ = bands.staying(law, table, share)
         logit.append(Calibration().trusted(law, stay, model.up_mask)[1].logit().cpu())
     found = fit_trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
