@@ -539,6 +539,17 @@ def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
             assert rose[i].mean() == pytest.approx(p_up[i] * (1 - unmoved), abs=0.02)
 
 
+def test_where_most_bars_stay_the_head_stays(loaded):
+    model, tokenizer = loaded
+    [bars] = one_factor(1, 700, 0.0)
+    for share, is_fitted in ((0.3, True), (0.7, False)):
+        ohlcva = bars.ohlcva.copy()
+        for i in np.flatnonzero(np.random.default_rng(0).random(700) < share)[1:]:
+            ohlcva[i, :4] = ohlcva[i - 1, 3]
+        found = sample.calibrate(model, tokenizer, [data.Bars("S", bars.time, ohlcva)])
+        assert (found.head is not None) == is_fitted and 0 <= found.k <= trust.MOST_TRUST
+
+
 def test_paths_have_the_ranges_that_the_head_says(loaded):
     """Every path's first coarse code, against the corrected law itself."""
     model, tokenizer = loaded
