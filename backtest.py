@@ -78,7 +78,7 @@ class Config:
     stride: int | None = None         # bars between origins (default: horizon, or 1,000 origins)
     parallel: bool = False            # also the reasoner's forecast of all bars at once (up to 16)
     by: str | None = None             # also by symbol, quarter or volatility (where HAR sees it go)
-    calibrate: bool = True            # trust in P(up) as the bars before the first target have it
+    calibrate: bool = True            # law and P(up) mended by the bars before the first target
     cost_bps: float = 0.0             # cost of trading, in 1/10000 of the value traded
     seed: int = 0                     # of the sampling
     json: bool = False                # print JSON in place of the table
@@ -338,7 +338,7 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None, states=None)
     """
     past = past_states(model, tokenizer, t) if states is None else states[0]
     law, bands = BinnedLaw(model, tokenizer, past, probes), Bands(model, tokenizer)
-    table = bands.table(past)
+    table, calibration = bands.table(past), calibration or Calibration()
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
     level, width = t.flat(map(volume_scales, t.series, t.slots)).T[:, :, None]      # (N, 1) each
     half = max(1, model.config.block_size // 2)
@@ -354,8 +354,9 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None, states=None)
             range=law.values["range"] * s,
             volume=np.clip(m + law.values["volume"] * d, 0, 80))
         outcome = dict(close=t.r[now], range=t.range[now], volume=t.volume[now])
-        stay, _ = bands.staying(h, table, torch.from_numpy(unmoved[now]).to(h.device))
-        logits, p_up = (calibration or Calibration()).logits(model, h, stay)
+        coarse = calibration.law(model, h)
+        stay, _ = bands.staying(coarse, table, torch.from_numpy(unmoved[now]).to(h.device))
+        logits, p_up = calibration.trusted(coarse, stay, model.up_mask)
         p_up = p_up.double().cpu().numpy().clip(1e-6, 1 - 1e-6)         # keeps the log loss finite
         scores = dict(p_up=p_up)
         for name, p in law(h, logits).items():

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from backstage.report import (  # summary is handed on
     summary, weights_of, write_csv)
 from backstage.scores import bootstrap, time_block_sums
 from backstage.script import UserError, cli, pick_device, run
+from backstage.trust import PRIOR_TRUST, Calibration, fit_head, fit_trust
 from model import load_checkpoint
 
 
@@ -51,7 +52,7 @@ class Config:
     top_p: float = 1.0                 # of the paths: among the likeliest tokens of this mass
     parallel: bool = False             # all bars (at most 16) in one pass of the reasoner
     joint: bool = True                 # paths of symbols with the same stamps move together
-    calibrate: bool = True             # trust in P(up) as these bars' past has it; the record
+    calibrate: bool = True             # law and P(up) mended by these bars' past; the record
     weights: list[str] | None = None   # AAPL=0.6 MSFT=0.4, or a CSV of them; none: equal
     seed: int = 0                      # of the sampling
     strike: list[str] | None = None    # of European options: a price, or a share such as 1.05x
@@ -69,12 +70,9 @@ class Config:
 
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
-TIME_BLOCKS = 40     # of the bars of a calibration, over which its errors are computed
-PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.35  # in P(up), where the past is too short to tell
-MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
-KEPT_BIAS = 0.15     # share of the model's mean log odds that stays unless the last bars contradict
 LAWS = 16            # bars of the past from which a calibration makes its law of narrow moves
 STANDS = 0.9         # share of unmoved bars above which P(up) is NaN
+MOSTLY = 0.5         # share of bars that must move for the head to be fitted: else P(up) suffers
 RARELY = 0.05        # share of unmoved bars below which that law serves all series
 
 
@@ -96,33 +94,6 @@ class Origin:
     def anchored(self, times):
         """The state with the factors of bars at the stamps times int64 [H], as known here."""
         return self.state.anchored(self.slots.coming(len(self.time) - 1, times))
-
-
-@dataclass
-class Calibration:
-    """Trust in P(up), from the past of the series at hand: logit P' = a + k (logit P - mean)."""
-    a: float = 0.0       # log odds of a rise where the model says what it says on average
-    k: float = 1.0       # trust in what it says beside
-    mean: float = 0.0    # of logit P over the past bars
-    n_bars: int = 0      # of these that moved
-    table: torch.Tensor | None = field(default=None, compare=False)  # see Bands.table; of that past
-
-    def logits(self, model, h, stay):
-        """Coarse logits [n, ..., 2^k1] for h [n, C] or [n, K, C], and P(up | moved) [n] or [n, K],
-        both calibrated.
-
-        stay [n, 2^k1]: the share of each code's candles that does not move, see Bands.staying. The
-        odds of up against other tokens change; among up tokens, and among the others, the law
-        stays.
-        """
-        logits = model.coarse_logits(h).float()
-        p = logits.softmax(-1).view(len(h), -1, len(model.up_mask))             # [n, K, 2^k1]
-        moved = p.mul_(1 - stay[:, None]).sum(-1).double()      # in place: this code, and it moves
-        up = p.mul_(model.up_mask).sum(-1).double()             # in place: and it is an up code
-        p_up = (up / moved.clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).view(h.shape[:-1])
-        trusted = (self.a + self.k * (p_up.logit() - self.mean)).sigmoid()
-        shift = (trusted.logit() - p_up.logit()).float()
-        return torch.addcmul(logits, shift[..., None], model.up_mask.float()), trusted
 
 
 def forecast(model, tokenizer, bars, horizon, paths, temperature=1.0, top_p=1.0, seed=0):
@@ -162,8 +133,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
         [n, 2^k1]."""
         logits = None
         if calibration:
-            logits = calibration.logits(model, h.view(len(stay), -1, h.shape[-1]), stay)[0]
-            logits = logits.view(*h.shape[:-1], -1)
+            law = calibration.law(model, h.view(len(stay), -1, h.shape[-1]))
+            logits = calibration.trusted(law, stay, model.up_mask)[0].view(*h.shape[:-1], -1)
         return model.sample(h, temperature, top_p, u=u, order=order, logits=logits)
 
     uniform = np.stack([stratified(np.random.default_rng([
@@ -241,16 +212,14 @@ def next_move(h, unmoved, calibration, bands):
     To compute the law of narrow moves for a state takes as long as a dozen paths. So where bars
     rarely stand still, the calibration's law is used in its place, if there is one.
     """
-    usual, parts = calibration.table, []
-    alone = unmoved >= (-1 if usual is None else RARELY)
-    together = (~alone).nonzero().view(-1)
-    groups = [*alone.nonzero(), *together.split(max(1, len(together)))]     # rows with the same law
-    for rows in groups:
-        law = bands.table(h[rows]) if alone[rows[0]] else usual
-        stay, width = bands.staying(h[rows], law, unmoved[rows])
-        parts.append((stay, width, calibration.logits(bands.model, h[rows], stay)[1]))
-    order = torch.cat(groups).argsort()
-    return [torch.cat(column)[order] for column in zip(*parts)]
+    usual, law = calibration.table, calibration.law(bands.model, h)        # (n, 2^k1)
+    stay, width = torch.empty_like(law), torch.empty_like(law[:, 0])
+    own = unmoved >= (-1 if usual is None else RARELY)
+    for rows in (*own.nonzero(), (~own).nonzero().view(-1)):
+        table = bands.table(h[rows]) if own[rows].any() else usual
+        if len(rows):
+            stay[rows], width[rows] = bands.staying(law[rows], table, unmoved[rows])
+    return stay, width, calibration.trusted(law, stay, bands.model.up_mask)[1]
 
 
 def generate(model, state, times, uniform, draw):
@@ -271,24 +240,14 @@ def generate(model, state, times, uniform, draw):
 # --------------------------------------------------------------------------------------------------
 # A forecast that knows its record
 #
-# Before it speaks, the model says P(up) of the last bars that the series already have, each from
-# the bars before it alone. With x = logit P - mean and y whether the close rose, logistic
-# regression gives
-#
-#     logit P' = a + k x
-#     a <- a0 + (a - a0) (1 - (2 e_a / (a - a0))^2)+,     a0 = KEPT_BIAS mean
-#     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
-#
-# each shrunk by its own error e over blocks of time, since one market rewards what the model says
-# and the next does not. k is the posterior mean under the prior k0 +- e0, with k0 = PRIOR_TRUST and
-# e0 = PRIOR_ERROR. An a within two errors of a0 becomes a0 (after James and Stein 1961): few such
-# drifts last into the next months. Last, k is held between 0 and MOST_TRUST.
+# Before it speaks, the model is held against the last bars that the series already have, each
+# forecast from the bars before it alone: see backstage/trust.py.
 
 def calibrate(model, tokenizer, histories, since=None):
-    """The Calibration of P(up) from the last PAST_BARS bars, about, of histories (Bars).
+    """The Calibration from the last PAST_BARS bars, about, of histories (Bars).
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
-    Few bars leave the prior: half the trust.
+    Few bars leave the head as it is, and the prior: half the trust.
     """
     return calibration_of(model, tokenizer, read_pasts(model, tokenizer, histories, since))
 
@@ -307,35 +266,19 @@ def calibration_of(model, tokenizer, pasts):
 
     unmoved = flat([unmoved_share(past.bars, model.config.unmoved)[:-1] for past in pasts])
     change = flat([np.diff(past.bars.ohlcva[:, 3], prepend=0) for past in pasts])
-    stamp, logit = flat([past.bars.time for past in pasts]), []
-    for part, share in zip(h.split(1024), torch.from_numpy(unmoved).to(h.device).split(1024)):
-        stay = bands.staying(part, table, share)[0]
-        logit.append(Calibration().logits(model, part, stay)[1].logit().cpu())
-    moved = change != 0
+    moved, stamp = change != 0, flat([past.bars.time for past in pasts])
     if not moved.any():
         return Calibration(k=PRIOR_TRUST)
-    found = trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
-    return replace(found, table=table)
-
-
-def trust(logit, rose, stamp):
-    """The Calibration from logit P(up) [N] of past bars that moved, whether they rose, their
-    stamps."""
-    mean = logit.mean()
-    X, theta = np.stack([np.ones(len(logit)), logit - mean], 1), np.zeros(2)
-    block = np.searchsorted(np.unique(stamp), stamp) * TIME_BLOCKS // len(np.unique(stamp))
-    for _ in range(20):                                                     # Newton's method
-        p = 1 / (1 + np.exp(-X @ theta))
-        H = (X * (p * (1 - p))[:, None]).T @ X + 1e-6 * np.eye(2)
-        theta = np.clip(theta + np.linalg.solve(H, X.T @ (rose - p)), -5, 5)
-    sums = np.stack([np.bincount(block, (rose - p) * column, TIME_BLOCKS) for column in X.T], 1)
-    inverse = np.linalg.inv(H)
-    cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
-    (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
-    a0 = KEPT_BIAS * mean
-    a = a0 + (a - a0) * max(0.0, 1 - 4 * var_a / max((a - a0)**2, 1e-12))
-    k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
-    return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))
+    laws, coarse = model.coarse_logits(h).float(), torch.cat([past.coarse for past in pasts])
+    head = fit_head(model, h, laws, coarse) if moved.mean() > MOSTLY else None
+    logit = []
+    unmoved = torch.from_numpy(unmoved).to(h.device)
+    for x, law, share in zip(h.split(1024), laws.split(1024), unmoved.split(1024)):
+        law = law if head is None else head(law, x)
+        stay, _ = bands.staying(law, table, share)
+        logit.append(Calibration().trusted(law, stay, model.up_mask)[1].logit().cpu())
+    found = fit_trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
+    return replace(found, head=head, table=table)
 
 
 @torch.no_grad()

@@ -67,10 +67,10 @@ class Bands:
         share = total.cumsum(1).T
         return share / share[-1]
 
-    def staying(self, h, table, unmoved):
-        """For h [m, C] and shares of unmoved bars [m]: the share of each code's candles that
-        stays, [m, 2^k1], and the width w within which they lie, [m]."""
-        mass = self.model.coarse_logits(h).float().softmax(-1) @ table.T  # (m, W), P(|move| <= w)
+    def staying(self, logits, table, unmoved):
+        """For coarse logits [m, 2^k1] and shares of unmoved bars [m]: the share of each code's
+        candles that stays, [m, 2^k1], and the width w within which they lie, [m]."""
+        mass = logits.softmax(-1) @ table.T                     # (m, W), P(|move| <= w)
         unmoved = unmoved.float()
         right = torch.searchsorted(mass.contiguous(), unmoved[:, None]).clamp(1, len(table) - 1)
         low, high = mass.gather(1, right - 1), mass.gather(1, right)

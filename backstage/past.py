@@ -16,7 +16,8 @@ class Past:
     """Bars whose last ones, from number `first` on, the model has forecast one by one."""
     bars: data.Bars
     first: int
-    h: torch.Tensor | None = None   # [len(bars) - first, C]: what it forecasts them from
+    h: torch.Tensor | None = None       # [len(bars) - first, C]: what it forecasts them from
+    coarse: torch.Tensor | None = None  # int64 [len(bars) - first]: the coarse codes that came
 
 
 @torch.no_grad()
@@ -38,6 +39,7 @@ def read_pasts(model, tokenizer, histories, since=None):
     tokens = torch.stack(tokenizer.encode(np.concatenate([*x, np.empty((0, 6))])), -1)
     for past, own in zip(pasts, tokens.split([len(own) for own in x])):
         before = len(past.bars) - len(own)                                  # bars without tokens
+        past.coarse = own[past.first - before:, 0].to(model.up_mask.device)
         for at in range(past.first, len(past.bars), step):
             end = min(at + step, len(past.bars)) - 1                        # of the context
             begin = max(0, end - n)

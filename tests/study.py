@@ -890,8 +890,11 @@ def unmoved_study(argv):
         trust, rows = sample.calibrate(model, tokenizer, [bars for bars in earlier if len(bars)]), []
         for past in read_pasts(model, tokenizer, series, since=start):
             said = torch.from_numpy(sample.unmoved_share(past.bars, model.config.unmoved)[past.first:-1])
-            stay, _ = bands.staying(past.h, trust.table, said)
-            p_up = [own.logits(model, past.h, stay)[1].numpy() for own in (sample.Calibration(), trust)]
+            p_up = []
+            for own in (sample.Calibration(), trust):
+                law = own.law(model, past.h)
+                stay, _ = bands.staying(law, trust.table, said)
+                p_up.append(own.trusted(law, stay, model.up_mask)[1].numpy())
             rows.append(np.stack([said.numpy(), np.diff(past.bars.ohlcva[past.first - 1:, 3]), *p_up]))
         said, change, *p_up = np.concatenate(rows, 1)
         moved, rose = change != 0, change > 0

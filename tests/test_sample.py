@@ -15,7 +15,7 @@ from backstage.series import DAY, YEAR
 import backtest
 import data
 import sample
-from backstage import copula, grid, inputs, past, report
+from backstage import copula, grid, inputs, past, report, trust
 from conftest import ROOT, complaint, write_csv
 from data import UserError
 from model import close_table, load_checkpoint
@@ -414,10 +414,89 @@ def test_trust_is_found_and_shrunk_by_its_error():
     x, stamp = random.normal(0.2, 0.5, 8000), np.arange(8000)
     for k, a, low, high in ((1.0, 0.0, 0.85, 1.15), (0.4, 0.0, 0.25, 0.55), (0.0, 0.0, 0.0, 0.2), (0.5, -0.4, 0.35, 0.65)):
         rose = random.random(8000) < 1 / (1 + np.exp(-(a + k * (x - 0.2))))
-        found = sample.trust(x, rose, stamp)
+        found = trust.fit_trust(x, rose, stamp)
         assert low <= found.k <= high and abs(found.a - a) < 0.1, (k, a, found)
-    few = sample.trust(x[:10], rose[:10], stamp[:10])
-    assert abs(few.k - sample.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
+    few = trust.fit_trust(x[:10], rose[:10], stamp[:10])
+    assert abs(few.k - trust.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
+
+
+def codes_by_a_tilt(W, n, seed=0):
+    """logits [n, 8], codes [n] drawn from softmax(logits + T W X), T [8, 2], X [n, 3]."""
+    random = torch.Generator().manual_seed(seed)
+    logits, T = torch.randn(n, 8, generator=random), torch.randn(8, 2, generator=random, dtype=torch.float64)
+    X = torch.cat((torch.ones(n, 1), torch.randn(n, 2, generator=random)), 1).double()
+    p = (logits + X @ W.T @ T.T).softmax(-1)
+    return logits, torch.multinomial(p, 1, generator=random)[:, 0], T, X
+
+
+def penalized(W, logits, codes, T, X):
+    log_p = (logits.double() + X @ W.T @ T.T).log_softmax(-1)
+    penalty = trust.FLAT * W[:, 0].square().sum() + trust.RIDGE * W[:, 1:].square().sum()
+    return log_p.gather(1, codes[:, None]).sum() - penalty / 2
+
+
+def test_the_head_has_the_greatest_penalized_likelihood(monkeypatch):
+    """Beside a descent of the formula itself, and the tilt that the codes were drawn by."""
+    W = torch.tensor([[0.3, -0.5, 0.2], [0.0, 0.4, -0.3]], dtype=torch.float64)
+    drawn = codes_by_a_tilt(W, 20_000)
+    best = torch.zeros_like(W, requires_grad=True)
+    descent = torch.optim.LBFGS([best], lr=1, max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        descent.zero_grad()
+        value = -penalized(best, *drawn) / 20_000
+        value.backward()
+        return value
+
+    descent.step(loss)
+    reach = [(penalized(each, *drawn) - penalized(torch.zeros_like(W), *drawn)).item() for each in (trust.fit_tilt(*drawn), best)]
+    assert 0.999 * reach[1] < reach[0] <= reach[1] + 1e-3           # two steps come near enough
+    monkeypatch.setattr(trust, "STEPS", 8)
+    torch.testing.assert_close(trust.fit_tilt(*drawn), best.detach(), atol=1e-4, rtol=0)
+    monkeypatch.setattr(trust, "RIDGE", 1.0)
+    monkeypatch.setattr(trust, "FLAT", 1.0)
+    torch.testing.assert_close(trust.fit_tilt(*drawn), W, atol=0.05, rtol=0)
+
+
+def test_no_head_is_worse_than_none_on_the_bars_that_it_was_fitted_on(monkeypatch):
+    """A start from which Newton's method overshoots: codes that the law holds for all but impossible."""
+    monkeypatch.setattr(trust, "RIDGE", 1e-3)
+    monkeypatch.setattr(trust, "FLAT", 1e-3)
+    logits, codes, T, X = codes_by_a_tilt(torch.zeros(2, 3, dtype=torch.float64), 50)
+    far = (logits * 0).index_fill(1, torch.tensor([0]), 12.0), codes, T, X
+    found = trust.fit_tilt(*far)
+    assert found.isfinite().all() and penalized(found, *far) >= penalized(torch.zeros_like(found), *far)
+
+
+def test_codes_are_told_apart_by_range_volume_and_move():
+    """Beside the means of what a coarse code's pairs decode to."""
+    model, tokenizer, _ = load_checkpoint(os.path.join(ROOT, "assets", "base.pt"))
+    x = tokenizer.decode(torch.arange(1024)[:, None], torch.arange(1024)).double().sinh().mean(1)
+    size = (x[:, 0] - x[:, 1]).abs() + x[:, 2].clamp(min=0) + x[:, 3].clamp(min=0)
+    columns = trust.code_columns(model)
+    for column, truth in ((0, size), (2, x[:, 4]), (4, x[:, 0].abs())):
+        ranks = [a.argsort().argsort().numpy() for a in (columns[:, column], truth)]
+        assert np.corrcoef(*ranks)[0, 1] > 0.99 and columns[:, column].abs().max() <= trust.FARTHEST
+    assert torch.equal(columns[:, 1], columns[:, 0]**2) and torch.equal(columns[:, 3], columns[:, 2]**2)
+
+
+def test_the_past_mends_what_the_model_says_of_ranges_and_volume(loaded):
+    """A market unlike those of the training; as it comes, and with a head turned by a tilt: fitted on one half, judged on the
+    other."""
+    model, tokenizer = loaded
+    [own] = past.read_pasts(model, tokenizer, one_factor(1, 4000, 0.0))
+    half = len(own.h) // 2
+    with torch.no_grad():
+        raw = model.coarse_logits(own.h)
+        turned = raw + trust.code_columns(model).float() @ torch.tensor([-0.6, 0.0, 0.4, 0.0, 0.0])
+        nats, mended = [], []
+        for logits in (raw, turned):
+            head = trust.fit_head(model, own.h[:half], logits[:half], own.coarse[:half])
+            pair = logits[half:], head(logits, own.h)[half:]
+            before, after = [torch.nn.functional.cross_entropy(a, own.coarse[half:]).item() for a in pair]
+            nats.append(before)
+            mended.append(after)
+    assert nats[0] + 0.1 < nats[1] and max(mended) < nats[0] - 0.1 and abs(mended[0] - mended[1]) < 0.1
 
 
 def test_the_share_of_unmoved_bars_is_a_mixture_by_likelihood_and_follows_a_market_that_changes():
@@ -447,15 +526,50 @@ def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
     series = one_factor(2, 700, 0.0)
     first = sample.calibrate(model, tokenizer, [bars[:600] for bars in series])
     wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 600, b.ohlcva, b.ohlcva * 3)) for b in series]
-    assert sample.calibrate(model, tokenizer, [bars[:600] for bars in wild]) == first
+    again = sample.calibrate(model, tokenizer, [bars[:600] for bars in wild])
+    assert again == first and all(torch.equal(*pair) for pair in zip(vars(again.head).values(), vars(first.head).values()))
     assert first.n_bars > 300
-    told = sample.Calibration(a=0.8, k=0.0)     # 69 % up, whatever the model says
-    paths, p_up = sample.simulate(model, tokenizer, series, 1, 1000, calibration=told)
-    rose = paths[:, :, 0, 3] > np.array([b.ohlcva[-1, 3] for b in series])[:, None]
-    assert np.allclose(p_up, 1 / (1 + np.exp(-0.8)))
-    for i in range(2):
-        unmoved = sample.unmoved_share(series[i], model.config.unmoved)[-1]
-        assert rose[i].mean() == pytest.approx(p_up[i] * (1 - unmoved), abs=0.02)
+    for head in (None, first.head):
+        told = sample.Calibration(a=0.8, k=0.0, head=head)     # 69 % up, whatever the model says
+        paths, p_up = sample.simulate(model, tokenizer, series, 1, 1000, calibration=told)
+        rose = paths[:, :, 0, 3] > np.array([b.ohlcva[-1, 3] for b in series])[:, None]
+        assert np.allclose(p_up, 1 / (1 + np.exp(-0.8)))
+        for i in range(2):
+            unmoved = sample.unmoved_share(series[i], model.config.unmoved)[-1]
+            assert rose[i].mean() == pytest.approx(p_up[i] * (1 - unmoved), abs=0.02)
+
+
+def test_where_most_bars_stay_the_head_stays(loaded):
+    model, tokenizer = loaded
+    [bars] = one_factor(1, 700, 0.0)
+    for share, is_fitted in ((0.3, True), (0.7, False)):
+        ohlcva = bars.ohlcva.copy()
+        for i in np.flatnonzero(np.random.default_rng(0).random(700) < share)[1:]:
+            ohlcva[i, :4] = ohlcva[i - 1, 3]
+        found = sample.calibrate(model, tokenizer, [data.Bars("S", bars.time, ohlcva)])
+        assert (found.head is not None) == is_fitted and 0 <= found.k <= trust.MOST_TRUST
+
+
+def test_paths_have_the_ranges_that_the_head_says(loaded):
+    """Every path's first coarse code, against the corrected law itself."""
+    model, tokenizer = loaded
+    series = one_factor(1, 700, 0.0)
+    T, C = trust.code_columns(model).float(), model.config.n_embd
+    wide = trust.Head(torch.zeros(C, 5), torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]), T)
+    spreads = []
+    for calibration in (sample.Calibration(), sample.Calibration(head=wide)):
+        paths, _ = sample.simulate(model, tokenizer, series, 1, 4000, calibration=calibration)
+        [origin] = sample.origins_of(model, tokenizer, series)
+        with torch.no_grad():
+            h = model.prefill(*origin.tokens.T[:, None], torch.from_numpy(origin.time[None, -len(origin.tokens):])).h
+            law = calibration.law(model, h).double().softmax(-1)[0]
+        log_range = np.log(paths[0, :, 0, 1] / paths[0, :, 0, 2]).clip(1e-9)
+        spreads.append((np.log(log_range).mean(), (law @ T[:, 0].double()).item()))
+    drawn, said = spreads[1][0] - spreads[0][0], spreads[1][1] - spreads[0][1]
+    columns = (model.values(model.D1.double())[1] - model.values(model.D1.double())[2]).clamp(min=1e-2).log()
+    share = model.coarse_share.double().softmax(-1)
+    unit = (share @ (columns - share @ columns)**2).sqrt().item()
+    assert said > 0.3 and drawn == pytest.approx(said * unit, rel=0.25)
 
 
 def test_a_market_that_stands_and_a_new_listing(loaded, tmp_path, call):
