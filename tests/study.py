@@ -988,12 +988,14 @@ def markets_of(args):
 
 def base_study(argv):
     """One row a file: CRPS of checkpoints on its last bars beside HAR and FHS, which are fitted on the bars before."""
-    args = of_files("base").parse_args(argv)
+    parser = of_files("base")
+    parser.add_argument("--raw", action="store_true", help="not calibrated: the weights as they come")
+    args = parser.parse_args(argv)
     print_heads()
     rows = {ckpt: [] for ckpt in args.ckpt}
     for market, series, start, stride in markets_of(args):
         start = str(np.datetime64(start, "s"))
-        result = backtest.backtest(args.ckpt, series, start=start, horizon=10, paths=args.paths, stride=stride)
+        result = backtest.backtest(args.ckpt, series, start=start, horizon=10, paths=args.paths, stride=stride, calibrate=not args.raw)
         for ckpt in args.ckpt:
             rows[ckpt].append(print_to_opponents(market, os.path.basename(ckpt), [ckpt], result))
     print_means({os.path.basename(ckpt): values for ckpt, values in rows.items()})
