@@ -5,7 +5,6 @@
 import argparse
 import atexit
 import contextlib
-import ctypes
 import gc
 import inspect
 import os
@@ -230,20 +229,10 @@ class StopSignal:
         return 128 + (self.signum or signal.SIGTERM)  # 143 and 130, as the shell has it
 
 
-def keep_memory():
-    """Freed memory stays with the process: pages given back and asked for again at each product of
-    matrices take a sixth of a forecast."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):   # none but glibc has mallopt
-        c_library = ctypes.CDLL(None)
-        c_library.mallopt(-3, 2**25)    # M_MMAP_THRESHOLD, the most that all versions take
-        c_library.mallopt(-1, 2**30)    # M_TRIM_THRESHOLD
-
-
 def run(main):
     """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
     # or the last collection walks all objects of torch, a third of a second
     atexit.register(gc.freeze)
-    keep_memory()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what is printed goes nowhere
             setattr(sys, name, open(os.devnull, "w"))
