@@ -1096,7 +1096,7 @@ def planted_study(argv):
     if not os.path.exists(os.path.join(folder, "symbols.json")):
         os.makedirs(args.out, exist_ok=True)
         write_folder(map(volume_market, range(8)), folder)
-    arms = {"from scratch": [], "tuned": ["--init_from", args.base]}
+    arms = {"from scratch": [], "tuned": ["--init_from", args.base, "--overlap"]}
     print_row("weights", *(f"seed {seed}" for seed in range(args.seeds)), "log loss of P(up), mean")
     print_row(*["---"] * (args.seeds + 2))
     for arm, flags in arms.items():
