@@ -427,9 +427,11 @@ def budget(config, market, base, say):
     for name, value in chosen.items():
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
-    if count <= BUDGETS[0][0] and not base and os.path.exists(BASE):
-        path = os.path.relpath(BASE)
-        say(f"few bars: the weights that come along may forecast them better, as they are or tuned "
+    if config.data and not base and os.path.exists(BASE):
+        path, how = os.path.relpath(BASE), "tuned"
+        if count <= BUDGETS[0][0]:
+            how = "as they are or tuned"
+        say(f"the weights that come along may forecast these bars better, {how} "
             f"(--init_from {path} --overlap); see by backtest.py --ckpt {config.out} {path}")
 
 

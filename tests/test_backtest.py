@@ -10,6 +10,7 @@ import torch
 
 from backstage import copula, opponents, pictures
 from backstage.bins import Bins, BinnedLaw, candle_tables, pair_law
+from backstage.door import span_of
 from backstage.opponents import baselines, early_error, filtered_paths, fit_form, fit_har, give_residuals, har, historical, joint_paths, place, range_volatility, slow_scale, volatility_paths
 from backstage.portfolio import Together
 from backstage.scores import MIN_BLOCKS, NORMAL, RARE, at_step, time_block_sums, bootstrap, groups_of, score_distribution, score_draws, score_normal, score_paths, score_residuals, ordered_bins, path_sums, score_of, scored, sums_by_bin, trading_sums, within
@@ -1012,3 +1013,13 @@ def test_codes_that_never_come_have_bins_too():
     p[3], p[:, 5] = 0.0, 0.0  # as where a probability is below the least float
     bins = Bins(table)
     assert np.isfinite(bins.values).all() and torch.isfinite(bins.shares(p / p.sum())).all()
+
+
+def test_weights_of_many_markets_beside_own_ones_are_scored_on_the_test_of_these():
+    """They have no test, and may have seen these dates."""
+    own, base = dict(splits=(100, 240), data={}), dict(splits=(900, 900), data={})
+    for metas, start, want in (
+            ([own], None, ("test", 240)), ([base], None, ("test", 900)), ([own, base], None, ("test, overlap", 240)),
+            ([own, base], "1970-01-01 00:05", ("test, overlap", 300)), ([own, base], "1970-01-01 00:03", ("in-sample", 180)),
+            ([own, base], "1970-01-01 00:15", ("test", 900)), ([base], "1970-01-01 00:05", ("in-sample", 300))):
+        assert span_of(dict(enumerate(metas)), "test", start, None)[:2] == want
