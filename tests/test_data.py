@@ -21,7 +21,6 @@ from backstage.files import _beside, check_out, csv_text, fingerprint, load_safe
 from backstage.markets import KINDS, _student4, reverting_best, reverting_path
 from backstage.mapped import write_folder
 from backstage.script import StopSignal, bf16_gain, cli, peak_memory, pick_dtype, printable, run
-from backstage.series import decayed_sum
 from backstage.opponents import log_range
 from backstage.series import DAY, HOUR, WEEK, decayed_sum
 import data
