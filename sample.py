@@ -29,7 +29,7 @@ from backstage.grid import Bands, on_grid, tick_of, unmoved_share
 from backstage.inputs import (
     check, check_outputs, load_series, paths_of_each, read_times, trained_until, warn_of_intervals)
 from backstage.opponents import har
-from backstage.past import read_pasts, side_by_side
+from backstage.past import Past, read_pasts, side_by_side
 from backstage.pictures import plot_codebook, plot_forecast, plot_loss
 from backstage.report import (  # summary is handed on
     describe, give_ranks, jsonable, portfolio_of, print_portfolio, print_record, print_report,
@@ -329,7 +329,8 @@ def by_close(tokenizer):
 
 
 def record_of(model, tokenizer, pasts):
-    """What the model, as it comes, was worth on the last bars of pasts: a dict, or None.
+    """What forecasts were worth on the last bars of pasts, calibrated on the bars before these: a
+    dict, or None.
 
     bars; da {value, lo, hi}; coverage90, the share of closes in the 90 % band; close, range,
     volume: CRPS as a ratio to HAR's, None where there is none. None for too few bars.
@@ -354,8 +355,11 @@ def record_of(model, tokenizer, pasts):
     if not len(before):
         return None
     before = before[::-(-len(before) // LAWS)]
-    states = before, ahead.split(256)
-    own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES, states=states)
+    earlier = [Past(past.bars[:place], past.first, past.h[:place - past.first],
+                    past.coarse[:place - past.first])
+               for past, place in zip(pasts, places) if past.first < place]
+    own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES,
+                             calibration_of(model, tokenizer, earlier), (before, ahead.split(256)))
     own, rival = (bootstrap(time_block_sums(f, t), t) for f in (own, har(t, 2)))
     value, spread = own["da"]
     lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)

@@ -539,6 +539,19 @@ def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
             assert rose[i].mean() == pytest.approx(p_up[i] * (1 - unmoved), abs=0.02)
 
 
+def test_the_record_is_of_forecasts_calibrated_on_the_bars_before(loaded, monkeypatch):
+    model, tokenizer = loaded
+    pasts, seen, real = past.read_pasts(model, tokenizer, one_factor(2, 900, 0.0)), [], sample.calibration_of
+    monkeypatch.setattr(sample, "calibration_of", lambda model, tokenizer, pasts: seen.extend(pasts) or real(model, tokenizer, pasts))
+    scored = []
+    monkeypatch.setattr(backtest, "next_bars", lambda *a, plain=backtest.next_bars: scored.append(a) or plain(*a))
+    record = sample.record_of(model, tokenizer, pasts)
+    _, _, t, _, calibration, _ = scored[0]
+    assert len(seen) == 2 and all(one.bars.time[-1] < t.time.min() for one in seen) and record["bars"] == len(t.r)
+    assert all(len(one.h) == len(one.coarse) == len(one.bars) - one.first for one in seen)
+    assert calibration == real(model, tokenizer, seen) and calibration.head is not None
+
+
 def test_where_most_bars_stay_the_head_stays(loaded):
     model, tokenizer = loaded
     [bars] = one_factor(1, 700, 0.0)
