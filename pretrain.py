@@ -105,7 +105,7 @@ class Config:
 
 # flags that may differ on --resume; every other must be as the run began
 FREE = {"out", "release", "resume", "overwrite", "device", "compile", "eval_every", "save_every"}
-ORIGIN_BARS, ORIGIN_EVERY = 64, 8   # see reasoner_origins; it takes some 7 % of a run's time
+ORIGIN_BARS, ORIGIN_EVERY = 64, 8   # see reasoner_origins; it takes 5 to 7 % of a run
 REPORT_EVERY = 25     # updates between reports, or a tenth of a shorter run
 AVERAGE_START = 10    # update at which the average keeps half of itself, and adds half
 

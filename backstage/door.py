@@ -22,9 +22,8 @@ def span_of(metas, split, start, end):
         if math.isnan(time):
             raise UserError(f"--{name} {date}: not a date; write it as 2018-01-01")
     borders = {name: tuple(meta.get("splits") or ()) for name, meta in metas.items()}
-    # weights of many markets have no test of their own: beside others, the others' counts
-    borders = {name: pair for name, pair in borders.items()
-               if len(set(pair)) != 1} or borders
+    # beside weights that have a test of their own, this one counts
+    borders = {name: pair for name, pair in borders.items() if not no_test(pair)} or borders
     if start is not None:
         tests = [pair[1] for pair in borders.values() if pair]
         seen = len(tests) < len(borders) or lo < max(tests, default=math.inf)
@@ -58,10 +57,14 @@ def common_borders(borders):
 def seen_until(meta):
     """Up to when the weights, or those that they were tuned from, may have seen the bars: by
     --overlap, or as weights of many markets, which have no test."""
-    overlap, pair = (meta.get("data") or {}).get("overlap"), set(meta.get("splits") or ())
-    if len(pair) == 1:
-        return pair.pop()
-    return math.inf if overlap is True else overlap or -math.inf
+    overlap, pair = (meta.get("data") or {}).get("overlap"), meta.get("splits") or ()
+    seen = math.inf if overlap is True else overlap or -math.inf
+    return max(seen, pair[0]) if no_test(pair) else seen
+
+
+def no_test(pair):
+    """Whether the dates (val, test) are those of weights of many markets, each with its own val."""
+    return len(set(pair)) == 1
 
 
 def heading(t, meta):

@@ -1021,5 +1021,6 @@ def test_weights_of_many_markets_beside_own_ones_are_scored_on_the_test_of_these
     for metas, start, want in (
             ([own], None, ("test", 240)), ([base], None, ("test", 900)), ([own, base], None, ("test, overlap", 240)),
             ([own, base], "1970-01-01 00:05", ("test, overlap", 300)), ([own, base], "1970-01-01 00:03", ("in-sample", 180)),
-            ([own, base], "1970-01-01 00:15", ("test", 900)), ([base], "1970-01-01 00:05", ("in-sample", 300))):
+            ([own, base], "1970-01-01 00:15", ("test", 900)), ([base], "1970-01-01 00:05", ("in-sample", 300)),
+            ([dict(base, data=dict(overlap=True))], None, ("test, overlap", 900))):
         assert span_of(dict(enumerate(metas)), "test", start, None)[:2] == want
