@@ -1082,10 +1082,22 @@ def volume_market(seed=0, n_bars=12_000, edge=0.6):
     return data.Bars(f"VOLUME{seed}", time, np.column_stack([price, volume, volume * price[:, 1:].mean(1)]))
 
 
+def rule_by_features(series):
+    """Share of right calls on the test bars of volume_markets by the rule that made them: on where the feature volume is
+    above 0, else back."""
+    test_start, right = data.split_borders(series)[1], []
+    for bars in series:
+        close, volume = data.features(bars)[0][:-1, [0, 4]].T               # of the bar before each target
+        rose = np.diff(bars.ohlcva[:, 3]) > 0
+        right.append(((close * volume > 0) == rose)[bars.time[1:] >= test_start])
+    return np.concatenate(right).mean()
+
+
 def planted_study(argv):
     """One row an arm: right calls, %, on the test bars of eight volume_markets, of models from scratch and tuned from the base.
 
-    Who knows how much of the last volume was a surprise calls 60 % right.
+    Who knows how much of the last volume was a surprise calls 60 % right; the first row is of who knows the rule, but reads
+    the surprise off the features, as a model must.
     """
     parser = argparse.ArgumentParser(prog="study.py planted")
     parser.add_argument("--base", default=os.path.join(ROOT, "assets", "base.pt"), help="to tune")
@@ -1096,14 +1108,15 @@ def planted_study(argv):
     if not os.path.exists(os.path.join(folder, "symbols.json")):
         os.makedirs(args.out, exist_ok=True)
         write_folder(map(volume_market, range(8)), folder)
-    arms = {"from scratch": [], "tuned": ["--init_from", args.base, "--overlap"]}
+    arms, series = {"from scratch": [], "tuned": ["--init_from", args.base, "--overlap"]}, data.load(folder)
     print_row("weights", *(f"seed {seed}" for seed in range(args.seeds)), "log loss of P(up), mean")
     print_row(*["---"] * (args.seeds + 2))
+    print_row("the rule, by features", *[f"{rule_by_features(series):.1%}"] * args.seeds, ".")
     for arm, flags in arms.items():
         ckpts = [os.path.join(args.out, f"{arm.replace(' ', '-')}-{seed}.pt") for seed in range(args.seeds)]
         for seed, ckpt in enumerate(ckpts):
             train_once(folder, ckpt, f"--seed={seed}", *flags)
-        result = backtest.backtest(ckpts, data.load(folder), horizon=1, paths=2, stride=1000)
+        result = backtest.backtest(ckpts, series, horizon=1, paths=2, stride=1000)
         entries = result["checkpoints"]
         cells = [backtest.show(entry["da"], 100, 1) for entry in entries]
         print_row(arm, *cells, f"{statistics.mean(entry['logloss']['value'] for entry in entries):.4f}")
