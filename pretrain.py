@@ -76,9 +76,10 @@ class Config:
     # the optimizer
     lr: float = 0.0                   # peak rate of Muon; 0: 0.02, or 0.006 with --init_from
     adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or 0.001 with --init_from
-    warmup: int = 20                  # updates in which the rate rises; it falls in the last fifth
-    patience: int = -1                # reports without a gain until the rate falls; -1: by the bars
-                                      # (0 with --steps); 0: it falls in the last fifth of --steps
+    warmup: int = 20                  # updates in which the rate rises
+    cooldown: float = 0.2             # share of --steps, the last, in which the rate falls
+    patience: int = -1                # reports without a gain until the rate falls before that;
+                                      # -1: by the bars (0 with --steps); 0: it does not
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
     average: float = 0.95             # decay of the averaged weights, per update
@@ -168,9 +169,9 @@ def training(given):
 def decay(metrics, config):
     """(update from which the rate falls, last update), as far as the reports tell.
 
-    The rate falls in the last fifth of the run: of all config.steps, or of fewer. Where val has
-    gained nothing for config.patience reports, it falls at once, for a fourth as many updates as
-    led to the best report.
+    The rate falls in the last config.cooldown of config.steps. Where val has gained nothing for
+    config.patience reports, it falls at once, for a fourth as many updates as led to the best
+    report.
     """
     best, at, since = math.inf, 0, 0    # the best score, its update, reports since then
     for report in (row for row in metrics if row["stage"] == "pretrain"):
@@ -178,7 +179,7 @@ def decay(metrics, config):
         best, at, since = (report["score"], step, 0) if gains else (best, at, since + 1)
         if since == config.patience > 0 and step + at // 4 < config.steps:
             return step, step + max(1, at // 4)
-    return config.steps - config.steps // 5, config.steps
+    return config.steps - int(config.cooldown * config.steps), config.steps
 
 
 def rate(step, start, end, warmup):

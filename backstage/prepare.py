@@ -20,7 +20,7 @@ TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thi
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 POSITIVE = "tok_steps", "clip", "eval_windows", "save_every"
 NOT_NEGATIVE = ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
-                "weight_decay", "average", "shift_weeks", "n_layer", "n_head", "n_embd",
+                "weight_decay", "cooldown", "average", "shift_weeks", "n_layer", "n_head", "n_embd",
                 "eval_every", "seed")
 
 
@@ -33,6 +33,8 @@ def check(config):
                         "drop one of the two")
     if not (config.dropout == -1 or 0 <= config.dropout < 1):
         raise UserError(f"--dropout {config.dropout}: a share from 0 to below 1, or -1")
+    if config.cooldown > 1:
+        raise UserError(f"--cooldown {config.cooldown}: a share from 0 to 1")
     if config.average >= 1:
         raise UserError(f"--average {config.average}: a decay below 1")
     if config.patience < -1:

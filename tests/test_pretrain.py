@@ -120,8 +120,9 @@ def test_mirrored_windows_fade_with_the_rate(market, tmp_path, call, monkeypatch
     assert np.mean(drawn[45:]) < 0.5 * np.mean(drawn[40:45])
 
 
+@pytest.mark.parametrize("flags, stands", [([], 32), (["--cooldown", 0.5], 20)])
 def test_the_reasoner_learns_now_and_then_and_always_while_the_rate_falls(
-        market, tmp_path, call, monkeypatch):
+        market, tmp_path, call, monkeypatch, flags, stands):
     learned, loss = [], Model.reasoner_loss
 
     def noted(self, h, time, origins, targets):
@@ -129,10 +130,10 @@ def test_the_reasoner_learns_now_and_then_and_always_while_the_rate_falls(
         assert (1 <= origins).all() and (origins <= time.shape[1] - self.config.latents).all()
         return loss(self, h, time, origins, targets)
     monkeypatch.setattr(Model, "reasoner_loss", noted)
-    flags = ["--steps", 40, "--warmup", 0, "--batch_size", 4, "--block_size", 128, "--eval_every",
+    sizes = ["--steps", 40, "--warmup", 0, "--batch_size", 4, "--block_size", 128, "--eval_every",
              40, "--n_embd", 16, "--n_layer", 1]
-    trained(call, market, tmp_path / "a.pt", *flags)
-    assert learned == [(4, 2)] * (32 // pretrain.ORIGIN_EVERY + 8)
+    trained(call, market, tmp_path / "a.pt", *sizes, *flags)
+    assert learned == [(4, 2)] * (stands // pretrain.ORIGIN_EVERY + 1 + 39 - stands)
 
 
 def test_the_rate_rises_stays_and_falls():
