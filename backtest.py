@@ -59,6 +59,7 @@ from backstage.script import UserError, cli, pick_device, progress, run
 from backstage.series import DAY, HALF_LIFE, Bars
 from backstage.results import (  # all but print_backtest are handed on
     RIVALRY, best_rival, print_backtest, print_versus, show)
+from backstage.trust import in_turn
 from model import load_checkpoint
 from sample import Calibration, Origin, median_path, simulate, unmoved_share
 from sample import calibrate as calibration_of
@@ -78,7 +79,7 @@ class Config:
     stride: int | None = None         # bars between origins (default: horizon, or 1,000 origins)
     parallel: bool = False            # also the reasoner's forecast of all bars at once (up to 16)
     by: str | None = None             # also by symbol, quarter or volatility (where HAR sees it go)
-    calibrate: bool = True            # law and P(up) mended by the bars before the first target
+    calibrate: bool = True            # law and P(up) mended by earlier bars, as sample.py does
     cost_bps: float = 0.0             # cost of trading, in 1/10000 of the value traded
     seed: int = 0                     # of the sampling
     json: bool = False                # print JSON in place of the table
@@ -118,7 +119,7 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
     for name, (*_, meta) in loaded.items():
         warn_of_intervals(t.series, meta, "the weights" if len(loaded) == 1 else f"those of {name}")
 
-    trust = {name: past_calibration(*triple, t) if calibrate else None
+    trust = {name: calibrations(*triple, t) if calibrate else None
              for name, triple in loaded.items()}
     forecasts = forecasts_of(loaded, trust, t, paths, parallel)
     rivals = baselines(t, paths)
@@ -315,16 +316,29 @@ class Targets:
 
 PROBES = 32  # coarse tokens of each bar whose fine tokens are read
 PAST = 32    # contexts before the first target, of which BinnedLaw has the others
+RENEW, RENEWALS = 100, 8  # stamps after which a calibration is made anew; how often, at most
 
 
-def past_calibration(model, tokenizer, meta, t):
-    """The Calibration that a forecast would have at the first target: from earlier bars alone, and
-    where the checkpoint's dates lie before it, from those that its weights were not trained on."""
-    first = t.time.min()
-    past = [bars[:np.searchsorted(bars.time, first)] for bars in t.series]
+def calibrations(model, tokenizer, meta, t):
+    """What forecasts would have as time goes on, see in_turn: [(stamp, Calibration from the bars
+    before it)], from the first target on."""
+    stamps = np.unique(t.time)
+    renewed = stamps[::max(RENEW, -(-len(stamps) // RENEWALS))]
+    found = []
+    for i, stamp in enumerate(renewed, 1):
+        found.append((stamp, past_calibration(model, tokenizer, meta, t, stamp)))
+        progress(f"calibrations: {i} of {len(renewed)}")
+    progress("")
+    return found
+
+
+def past_calibration(model, tokenizer, meta, t, until):
+    """The Calibration from bars before a stamp alone, and where the checkpoint's dates lie before
+    it, from those that its weights were not trained on; None where there are too few."""
+    past = [bars[:np.searchsorted(bars.time, until)] for bars in t.series]
     past = [bars for bars in past if len(bars) > 2 * data.CONTEXT]
     val = meta["splits"][0] if meta.get("splits") else None
-    since = val if val is not None and val < first else None
+    since = val if val is not None and val < until else None
     return calibration_of(model, tokenizer, past, since) if past else None
 
 
@@ -333,12 +347,12 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None, states=None)
     """Forecast every target from the bars before it, teacher-forced: a forecaster.
 
     A context is half a window at least, where there are so many bars. P(up) is exact; close, range
-    and volume are counted in bins (see BinnedLaw), in units of s_t and d_t. states: past_states and
-    hidden_states of all targets, where at hand.
+    and volume are counted in bins (see BinnedLaw), in units of s_t and d_t. calibration: see
+    in_turn. states: past_states and hidden_states of all targets, where at hand.
     """
     past = past_states(model, tokenizer, t) if states is None else states[0]
     law, bands = BinnedLaw(model, tokenizer, past, probes), Bands(model, tokenizer)
-    table, calibration = bands.table(past), calibration or Calibration()
+    table = bands.table(past)
     unmoved = t.flat([unmoved_share(bars, model.config.unmoved)[:-1] for bars in t.series])
     level, width = t.flat(map(volume_scales, t.series, t.slots)).T[:, :, None]      # (N, 1) each
     half = max(1, model.config.block_size // 2)
@@ -354,11 +368,15 @@ def next_bars(model, tokenizer, t, probes=PROBES, calibration=None, states=None)
             range=law.values["range"] * s,
             volume=np.clip(m + law.values["volume"] * d, 0, 80))
         outcome = dict(close=t.r[now], range=t.range[now], volume=t.volume[now])
-        coarse = calibration.law(model, h)
-        stay, _ = bands.staying(coarse, table, torch.from_numpy(unmoved[now]).to(h.device))
-        logits, p_up = calibration.trusted(coarse, stay, model.up_mask)
-        p_up = p_up.double().cpu().numpy().clip(1e-6, 1 - 1e-6)         # keeps the log loss finite
-        scores = dict(p_up=p_up)
+        still = torch.from_numpy(unmoved[now]).to(h.device)
+        logits, p_up = h.new_empty(len(h), len(model.up_mask)), np.empty(len(h))
+        for own, rows in in_turn(calibration, t.time[now]):
+            own = own or Calibration()
+            coarse = own.law(model, h[rows])
+            stay, _ = bands.staying(coarse, table, still[rows])
+            logits[rows], p = own.trusted(coarse, stay, model.up_mask)
+            p_up[rows] = p.cpu().numpy()
+        scores = dict(p_up=p_up.clip(1e-6, 1 - 1e-6))                   # keeps the log loss finite
         for name, p in law(h, logits).items():
             one = score_distribution(value[name], p, outcome[name])
             scores |= one if name == "close" else named(name, one)
@@ -397,17 +415,20 @@ def hidden_states(model, tokenizer, t, windows):
 
 
 def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
-    """Forecast the log returns over the horizon from every origin: a forecaster."""
-    origins, parts = origins_of(model, tokenizer, t), []
-    for i in range(0, len(origins), 256):
-        part = origins[i:i + 256]
-        ohlcva, _ = simulate(
-            model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel, joint=False,
-            calibration=calibration)                                            # (n, K, H, 6)
-        parts.append(score_paths(log_returns(ohlcva, part), t, slice(i, i + len(part))))
-        progress(f"paths: {i + len(part):,} of {len(origins):,} origins")
+    """Forecast the log returns over the horizon from every origin: a forecaster. calibration: see
+    in_turn."""
+    origins, parts, done = origins_of(model, tokenizer, t), [], []
+    for own, places in in_turn(calibration, [origin.time[-1] for origin in origins]):
+        for rows in np.split(places, range(256, len(places), 256)):
+            part = [origins[i] for i in rows]
+            ohlcva, _ = simulate(
+                model, tokenizer, part, t.horizon, paths, seed=t.seed, parallel=parallel,
+                joint=False, calibration=own)                                   # (n, K, H, 6)
+            parts.append(score_paths(log_returns(ohlcva, part), t, rows))
+            done += list(rows)
+            progress(f"paths: {len(done):,} of {len(origins):,} origins")
     progress("")
-    return joined(parts) if parts else {}
+    return {name: value[np.argsort(done)] for name, value in joined(parts).items()} if parts else {}
 
 
 def median_paths(model, tokenizer, t):
@@ -457,8 +478,9 @@ def paths_together(loaded, trust, t, together, paths):
         origins, parts = joint_origins(t, together, model, tokenizer), []
         for d in range(together.n_dates):
             part = list(origins[together.date == d])
-            ohlcva, _ = simulate(model, tokenizer, part, t.horizon, paths, seed=t.seed,
-                                 calibration=trust[name])
+            [(own, _)] = in_turn(trust[name], [part[0].time[-1]])
+            ohlcva, _ = simulate(
+                model, tokenizer, part, t.horizon, paths, seed=t.seed, calibration=own)
             parts.append(log_returns(ohlcva, part))
             progress(f"symbols together: {d + 1} of {together.n_dates} dates")
         moves[name] = np.concatenate(parts)

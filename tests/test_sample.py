@@ -615,9 +615,35 @@ def test_g1_a_backtest_is_calibrated_on_bars_before_its_first_target(loaded):
     wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 500, b.ohlcva, b.ohlcva[::-1])) for b in series]
     start, val = series[0].time[[500, 300]]
     for splits, n_bars in ((None, 2 * (500 - data.CONTEXT)), ((val, start), 2 * 200)):
-        found = [backtest.past_calibration(model, tokenizer, dict(splits=splits), backtest.Targets(each, start, 2**62, 1, 50, 0))
+        found = [backtest.past_calibration(model, tokenizer, dict(splits=splits), backtest.Targets(each, start, 2**62, 1, 50, 0), start)
                  for each in (series, wild)]
         assert found[0] == found[1] and torch.equal(found[0].table, found[1].table) and found[0].n_bars == n_bars
+
+
+def test_g1_a_backtest_is_calibrated_anew_as_time_goes_on(loaded, monkeypatch):
+    """Each target and each path by the last calibration before it, from bars before that alone."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(backtest, "RENEW", 50)
+    series = one_factor(2, 700, 0.0)
+    series[1] = series[1][:650]
+    time = series[0].time
+    wild = [data.Bars(b.symbol, b.time, np.where(b.time[:, None] < time[600], b.ohlcva, b.ohlcva[::-1])) for b in series]
+    t, other = (backtest.Targets(each, time[500], 2**62, 2, 7, 0) for each in (series, wild))
+    found, blind = (backtest.calibrations(model, tokenizer, dict(splits=None), each) for each in (t, other))
+    assert [stamp for stamp, _ in found] == time[500:700:50].tolist()
+    for i, ((stamp, one), (_, same)) in enumerate(zip(found, blind)):
+        assert one == backtest.past_calibration(model, tokenizer, dict(splits=None), t, stamp) and (one == same) == (i < 3)
+    assert len({one.k for _, one in found}) == 4
+    last_known = np.array([o.time[-1] for o in backtest.origins_of(model, tokenizer, t)])
+    for forecaster, extra, stamps in ((backtest.next_bars, [4], t.time), (backtest.simulated, [20], last_known)):
+        whole = forecaster(model, tokenizer, t, *extra, calibration=found)
+        turn = np.searchsorted(time[550:700:50], stamps, side="right")
+        for i, (_, one) in enumerate(found):
+            alone = forecaster(model, tokenizer, t, *extra, calibration=one)
+            for name, value in alone.items():
+                assert np.allclose(whole[name][turn == i], value[turn == i], rtol=1e-5, atol=1e-7), name
+        name = "p_up" if "p_up" in whole else "path_crps"
+        assert not np.allclose(whole[name], alone[name], rtol=1e-4)
 
 
 def test_strange_histories_get_a_forecast_and_a_true_line(checkpoint, tmp_path, call):
