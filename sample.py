@@ -337,11 +337,18 @@ def record_of(model, tokenizer, pasts):
     """
     import backtest  # which imports this file
     each = [min(max(64, RECORD // len(pasts)), len(past.bars) // 3) for past in pasts]
-    starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n]
-    start = int(np.median(starts)) if starts else 0
+    starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n] or [0]
+
+    def scored(start):
+        """{id of a series: h of its past} of those with bars enough before `start`, and one after."""
+        places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
+        return {id(past.bars): past.h for past, place in zip(pasts, places)
+                if max(RECORD_PAST, past.first) <= place < len(past.bars)}
+
+    # the middle one, unless symbols end at times of their own
+    start = int(max((np.median(starts), *set(starts)), key=lambda start: len(scored(start))))
     places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
-    fit = {id(past.bars): past.h for past, place in zip(pasts, places)
-           if max(RECORD_PAST, past.first) <= place < len(past.bars)}
+    fit = scored(start)
     try:
         bars = [past.bars for past in pasts if id(past.bars) in fit]
         t = backtest.Targets(bars, start, 2**62, horizon=1, stride=2**31, seed=0)  # no paths
