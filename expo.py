@@ -37,12 +37,13 @@ import torch
 
 import backtest
 import data
+from backstage.bins import close_table
 from backstage.files import sole_writer
+from backstage.generate import draw
 from backstage.scores import against
 from backstage.script import UserError, cli, run
 from backstage.stage import (
-    FREE, Settings, StageValidation, check_settings, later_weeks, set_up)
-from model import close_table, draw, kl
+    FREE, Settings, StageValidation, check_settings, kl, later_weeks, set_up)
 
 
 @dataclass

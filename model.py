@@ -20,8 +20,7 @@ Shapes: H heads, B rows of the batch, T bars, D channels of a head, C = H D; tok
 bits. In attention heads come first, so that each kind takes its share of them in one piece.
 """
 import math
-import typing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -30,16 +29,13 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from backstage import generate
-from backstage.checkpoint import (
-    FORMAT_VERSION, Checkpoint, check_sizes, check_weights, damaged, read_checkpoint, read_sizes)
-from backstage.clock import calendar
-from backstage.files import save_atomic
-from backstage.generate import draw  # for callers
-from backstage.kernels import Cache, decayed_means, kept, norm, rotate, rotation
+from backstage.checkpoint import check_sizes, restored, save_checkpoint  # the last is handed on
+from backstage.clock import GAPS, HARMONICS, NO_BAR, calendar, gap_bucket, waves
+from backstage.kernels import (
+    Cache, decayed_means, heads_first, heads_last, kept, norm, rotate, rotation, with_block_before)
 from backstage.lean import tilted
 from backstage.script import UserError
-from backstage.series import DAY, DECAY
-from tokenizer import Tokenizer
+from backstage.series import DECAY
 
 N_CHANNELS = len(data.CHANNELS)
 GROUP = 32          # chunks whose states are made in one product
@@ -47,10 +43,7 @@ GROUP = 32          # chunks whose states are made in one product
 HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of true range and of moves
 MAX_LOG = 4.0       # largest log of a mean range that is read
 MAX_MOVE = 10.0     # largest mean move that is read
-HARMONICS = 6       # of the day, waves that tell the time of day
 CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
-GAPS = 7            # spacings before a bar; their median is its interval
-NO_BAR = -2**62     # time stamp of the bars before the first
 
 
 @dataclass
@@ -159,21 +152,6 @@ class Embedding(nn.Module):
         return torch.cat((ranges, moves), dim=1).mT.float(), after
 
 
-def gap_bucket(gaps):
-    """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, 1 to 31, or 0:
-    [..., 1]."""
-    exist = (gaps > 0) & (gaps < -NO_BAR // 2)
-    median = gaps.double().masked_fill(~exist, math.nan).nanmedian(-1, keepdim=True).values
-    return (median.log2().floor().clamp(max=30) + 1).nan_to_num(0).long()
-
-
-def waves(time):
-    """Sines and cosines of the time of day, [..., 2 HARMONICS]."""
-    turn = 2 * math.pi / DAY * (time % DAY)[..., None]
-    angle = turn * torch.arange(1, HARMONICS + 1, device=time.device)
-    return torch.cat((angle.sin(), angle.cos()), -1)
-
-
 def true_range(high, low):
     """Of a bar whose high and low are relative to the close before; bounded, for candles that no
     market shows."""
@@ -181,16 +159,6 @@ def true_range(high, low):
 
 
 # --- Attention ------------------------------------------------------------------------------------
-
-def heads_first(x, n, H):
-    """[B, ..., n * C] -> [n, H, B, ..., D]."""
-    return x.unflatten(-1, (n, H, -1)).movedim((-3, -2), (0, 1)).contiguous()
-
-
-def heads_last(x):
-    """[H, B, ..., D] -> [B, ..., C]."""
-    return x.movedim(0, -2).flatten(-2)
-
 
 def slopes(n, most, on):
     """The slopes of n heads, from 2^most down to 2^(most - 6), or 0 if not on: [n]."""
@@ -211,14 +179,6 @@ def softmax_attention(q, k, v, bias=None):
     if bias is not None:
         score = score.add_(bias)
     return score.softmax(-1) @ v
-
-
-def with_block_before(a, w, back):
-    """Cuts a [H, B, N * w, D] into N blocks, each with the `back` blocks before it, zeros before
-    the first: [H, B, N, (back + 1) * w, D]."""
-    N = a.shape[2] // w
-    a = F.pad(a, (0, 0, back * w, 0)).unflatten(2, (N + back, w))
-    return torch.cat([a[:, :, n:n + N] for n in range(back + 1)], dim=3)
 
 
 class LinearAttention(nn.Module):
@@ -599,17 +559,6 @@ class Model(nn.Module):
         p = self.coarse_logits(h).float().softmax(-1) @ self.up_mask.float()
         return (p / (1 - unmoved)).clamp(max=1)
 
-    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None,
-               logits=None):
-        """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
-
-        logits [..., 2^k1]: of the coarse token, in place of coarse_logits(h).
-        temperature, top_p: see draw. u [..., 2]: uniform numbers to draw by, else from `generator`;
-        u [..., K, 2]: K draws from each h, [..., K]. order int64 [2^k1]: the coarse tokens as u
-        runs through them; by rising close, models that hardly differ draw bars that hardly do.
-        """
-        return generate.sample(self, h, temperature, top_p, generator, u, order, logits)
-
     # ---- the next 16 bars at once
 
     def reasoner_loss(self, h, time, origins, targets):
@@ -645,23 +594,9 @@ class Model(nn.Module):
         wave, rows = self.embedding.clock(time)
         return torch.cat((rows, wave), -1)
 
-    # ---- bar by bar
+    # ---- bar by bar: see backstage/generate.py
 
-    @torch.no_grad()
-    def prefill(self, coarse, fine, time):
-        """The State after coarse, fine, time int64 [B, T], from which step goes on."""
-        return generate.prefill(self, coarse, fine, time)
-
-    @torch.no_grad()
-    def step(self, coarse, fine, time, state):
-        """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in
-        place; no gradients.
-
-        time may also be [B, n], with the stamps of bars to come: what hangs on these alone is made
-        for many at once. Matmuls run in the type of the prefill, the states are float32; call step
-        itself outside of autocast.
-        """
-        return generate.step(self, coarse, fine, time, state)
+    sample, prefill, step = generate.sample, generate.prefill, generate.step
 
 
 def centred(a):
@@ -679,34 +614,6 @@ def mean_nats(logits, target):
     return total / (target >= 0).sum().clamp(min=1)
 
 
-def kl(log_p, log_q):
-    """KL(p || q), nats [...], of log-probabilities [..., V]."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-@torch.no_grad()
-def close_table(tokenizer):
-    """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
-    sizes = tokenizer.config
-    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
-    return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
-
-
-def save_checkpoint(path, model, tokenizer, **meta):
-    """Writes one self-contained file. model may be None while the tokenizer is in training, and
-    tokenizer a plain dict.
-
-    meta: of the fields of Checkpoint what there is, and what else a stage needs. UserError when the
-    disk refuses.
-    """
-    entry = dict.fromkeys(typing.get_type_hints(Checkpoint)) | dict(metrics=[]) | meta
-    if model is not None:
-        entry |= dict(config=asdict(model.config), model=model.state_dict())
-    entry["tokenizer"] = tokenizer.dump() if isinstance(tokenizer, Tokenizer) else tokenizer
-    entry["format_version"] = FORMAT_VERSION
-    save_atomic(entry, path)
-
-
 def load_checkpoint(path, device="cpu", weights="best"):
     """-> model (in eval mode), tokenizer, meta (all else in the file). UserError for a file that is
     none.
@@ -714,22 +621,4 @@ def load_checkpoint(path, device="cpu", weights="best"):
     weights: "best" on val, "last", or "average" of the last updates; the last where there are no
     such ones.
     """
-    entry = read_checkpoint(path)
-    if entry["model"] is None:
-        raise UserError(f"{path}: its training has not reached the model yet; go on with "
-                        f"pretrain.py --resume")
-    states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
-    chosen = entry["model"] if states[weights] is None else states[weights]
-    try:
-        tokenizer, model = Tokenizer.load(entry["tokenizer"]), Model(read_sizes(entry, ModelConfig))
-        model.read_codes(tokenizer)
-        for state in states.values():
-            if state is not None:
-                check_weights(state, model.state_dict())
-        model.load_state_dict(chosen)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, UserError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise damaged(path, reason) from None
-    rest = entry.keys() - {"model", "best", "average", "tokenizer"}
-    meta = {key: value for key, value in entry.items() if key in rest}
-    return model.to(device).eval(), tokenizer, meta
+    return restored(path, device, weights, Model, ModelConfig)

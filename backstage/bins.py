@@ -14,6 +14,14 @@ import torch
 BINS = 512    # of each quantity, at most
 
 
+@torch.no_grad()
+def close_table(tokenizer):
+    """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
+    sizes = tokenizer.config
+    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
+    return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
+
+
 def candle_tables(tokenizer):
     """The values of all pairs of tokens, {name: float64 [2^k1, 2^k2]}.
 

@@ -1,12 +1,14 @@
 """What a checkpoint holds, and the checks at the door: a file may come from anyone."""
 import types
 import typing
+from dataclasses import asdict
 
 import torch
 
 import data
-from backstage.files import load_safe
+from backstage.files import load_safe, save_atomic
 from backstage.script import UserError, holds_controls
+from tokenizer import Tokenizer
 
 SEEN_DATES = "the weights that were tuned may have seen these dates, so that scores flatter them"
 
@@ -195,3 +197,42 @@ def check_weights(state, own):
     for name in ("D1", "M", "g", "mean", "std", "up_mask"):
         if not torch.allclose(state[name].float(), own[name].float(), rtol=0, atol=1e-3):
             raise ValueError(f"{name!r} of the model are not the candles of its tokenizer")
+
+
+def save_checkpoint(path, model, tokenizer, **meta):
+    """Writes one self-contained file. model may be None while the tokenizer is in training, and
+    tokenizer a plain dict.
+
+    meta: of the fields of Checkpoint what there is, and what else a stage needs. UserError when the
+    disk refuses.
+    """
+    entry = dict.fromkeys(typing.get_type_hints(Checkpoint)) | dict(metrics=[]) | meta
+    if model is not None:
+        entry |= dict(config=asdict(model.config), model=model.state_dict())
+    entry["tokenizer"] = tokenizer.dump() if isinstance(tokenizer, Tokenizer) else tokenizer
+    entry["format_version"] = FORMAT_VERSION
+    save_atomic(entry, path)
+
+
+def restored(path, device, weights, model_class, config_class):
+    """See model.load_checkpoint, whose classes these are."""
+    entry = read_checkpoint(path)
+    if entry["model"] is None:
+        raise UserError(f"{path}: its training has not reached the model yet; go on with "
+                        f"pretrain.py --resume")
+    states = {"last": entry["model"], "best": entry["best"], "average": entry["average"]}
+    chosen = entry["model"] if states[weights] is None else states[weights]
+    try:
+        tokenizer = Tokenizer.load(entry["tokenizer"])
+        model = model_class(read_sizes(entry, config_class))
+        model.read_codes(tokenizer)
+        for state in states.values():
+            if state is not None:
+                check_weights(state, model.state_dict())
+        model.load_state_dict(chosen)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, UserError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise damaged(path, reason) from None
+    rest = entry.keys() - {"model", "best", "average", "tokenizer"}
+    meta = {key: value for key, value in entry.items() if key in rest}
+    return model.to(device).eval(), tokenizer, meta

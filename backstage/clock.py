@@ -2,6 +2,7 @@
 import datetime
 import functools
 import hashlib
+import math
 import zoneinfo
 
 import numpy as np
@@ -10,6 +11,11 @@ import torch
 from backstage.dates import iso
 from backstage.script import UserError
 from backstage.series import DAY, HOUR, WEEK, YEAR
+
+# what the model reads of stamps
+HARMONICS = 6       # of the day, waves that tell the time of day
+GAPS = 7            # spacings before a bar; their median is its interval
+NO_BAR = -2**62     # time stamp of the bars before the first
 
 
 def calendar(time):
@@ -29,6 +35,21 @@ def calendar(time):
     day = doy - (153 * month + 2) // 5
     hour, minute = second // 3600, second // 60 % 60
     return torch.stack((hour, minute, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+
+
+def gap_bucket(gaps):
+    """floor(log2) of the (lower) median of the spacings [..., GAPS] that exist, 1 to 31, or 0:
+    [..., 1]."""
+    exist = (gaps > 0) & (gaps < -NO_BAR // 2)
+    median = gaps.double().masked_fill(~exist, math.nan).nanmedian(-1, keepdim=True).values
+    return (median.log2().floor().clamp(max=30) + 1).nan_to_num(0).long()
+
+
+def waves(time):
+    """Sines and cosines of the time of day, [..., 2 HARMONICS]."""
+    turn = 2 * math.pi / DAY * (time % DAY)[..., None]
+    angle = turn * torch.arange(1, HARMONICS + 1, device=time.device)
+    return torch.cat((angle.sin(), angle.cos()), -1)
 
 
 # Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the

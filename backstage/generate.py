@@ -1,8 +1,9 @@
-"""Generation: the function of model.py bar by bar, as a recurrence, and the drawing of tokens.
+"""Generation: the function of model.py bar by bar, as a recurrence, and the drawing of tokens. The
+methods of Model:
 
-    state = prefill(model, coarse, fine, time)             # once for the context
-    coarse, fine = sample(model, state.h)                  # then one step a bar, at constant cost
-    h, state = step(model, coarse, fine, time, state)
+    state = model.prefill(coarse, fine, time)              # once for the context
+    coarse, fine = model.sample(state.h)                   # then one step a bar, at constant cost
+    h, state = model.step(coarse, fine, time, state)
 
 Linear attention carries S = sum_j exp(-m (i - j)) k_j^T v_j, local attention a ring of its last
 keys and values; what hangs on place and stamp alone is made for many bars at once, and weights lie
@@ -41,9 +42,13 @@ class State:
         return replace(self, ahead=[], **own)
 
 
+@torch.no_grad()
 def prefill(model, coarse, fine, time):
-    """The State after coarse, fine, time int64 [B, T]: Model.hidden, but that the states of all
-    parts are kept; of the last layer only the last bar is asked for, which is a step."""
+    """The State after coarse, fine, time int64 [B, T], from which step goes on.
+
+    It is Model.hidden, but that the states of all parts are kept; of the last layer only the last
+    bar is asked for, which is a step.
+    """
     x, means = model.embedding(*model.candles(coarse, fine), time)
     (B, T, _), places, layers = x.shape, model.places(x), []
     for layer in model.layers[:-1]:
@@ -82,8 +87,14 @@ def end_of(kind, k, v, T):
         return (v.float().mT @ k).flatten(0, 1)
 
 
+@torch.no_grad()
 def step(model, coarse, fine, time, state):
-    """One bar more: see Model.step."""
+    """One bar more: coarse, fine, time int64 [B] -> h [B, C], state. Updates the state in place.
+
+    time may also be [B, n], with the stamps of bars to come: what hangs on these alone is made for
+    many at once. Matmuls run in the type of the prefill, the states are float32; call step itself
+    outside of autocast.
+    """
     if not state.ahead:
         look_ahead(model, time.view(len(time), -1)[:, :AHEAD], state)
     place, clock, state.stamps = state.ahead.pop(0)
@@ -191,8 +202,14 @@ def ring(a, W, T):
 
 # --- Tokens ---------------------------------------------------------------------------------------
 
-def sample(model, h, temperature, top_p, generator, u, order, logits):
-    """The next bar's coarse and fine token: see Model.sample."""
+def sample(model, h, temperature=1.0, top_p=1.0, generator=None, u=None, order=None, logits=None):
+    """Draws the next bar's coarse and fine token, int64 [...], for h [..., C].
+
+    logits [..., 2^k1]: of the coarse token, in place of coarse_logits(h). temperature, top_p: see
+    draw. u [..., 2]: uniform numbers to draw by, else from `generator`; u [..., K, 2]: K draws from
+    each h, [..., K]. order int64 [2^k1]: the coarse tokens as u runs through them; by rising close,
+    models that hardly differ draw bars that hardly do.
+    """
     if u is None:
         u = torch.rand(*h.shape[:-1], 2, device=h.device, generator=generator)
     one = u.dim() == h.dim()

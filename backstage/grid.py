@@ -3,8 +3,8 @@ paths on it."""
 import numpy as np
 import torch
 
+from backstage.bins import close_table
 from backstage.series import decayed_sum
-from model import close_table
 
 HALF_LIVES = (30, 100, 300, 1000, 1e9)   # bars, of the share of those that stay
 PRIOR_BARS = 16      # that the share in training counts for, beside a symbol's own

@@ -1,5 +1,6 @@
 """Fast forms of what model.py says in a line: the norm, decayed means, rotation, and what is made
-from weights, kept until one of them changes. The plain forms are in tests/test_model.py."""
+from weights, kept until one of them changes. The plain forms are in tests/test_model.py. Below,
+the order of attention's axes."""
 import torch
 import torch.nn.functional as F
 
@@ -125,3 +126,21 @@ class Cache:
 
     def __deepcopy__(self, memo):
         return Cache()
+
+
+def heads_first(x, n, H):
+    """[B, ..., n * C] -> [n, H, B, ..., D]."""
+    return x.unflatten(-1, (n, H, -1)).movedim((-3, -2), (0, 1)).contiguous()
+
+
+def heads_last(x):
+    """[H, B, ..., D] -> [B, ..., C]."""
+    return x.movedim(0, -2).flatten(-2)
+
+
+def with_block_before(a, w, back):
+    """Cuts a [H, B, N * w, D] into N blocks, each with the `back` blocks before it, zeros before
+    the first: [H, B, N, (back + 1) * w, D]."""
+    N = a.shape[2] // w
+    a = F.pad(a, (0, 0, back * w, 0)).unflatten(2, (N + back, w))
+    return torch.cat([a[:, :, n:n + N] for n in range(back + 1)], dim=3)

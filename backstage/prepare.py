@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 import data
+from backstage.checkpoint import save_checkpoint
 from backstage.dates import iso
 from backstage.files import check_out, fingerprint
 from backstage.loop import Clock, load_tokenizer
 from backstage.script import UserError, check_numbers, pick_device, processes, progress
-from model import save_checkpoint
 from tokenizer import Tokenizer, TokenizerConfig, report, train_tokenizer
 
 TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thinned

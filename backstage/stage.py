@@ -306,6 +306,11 @@ def later_weeks(random, batch_size, most):
     return torch.from_numpy(weeks * 7 * DAY)
 
 
+def kl(log_p, log_q):
+    """KL(p || q), nats [...], of log-probabilities [..., V]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def means(parts):
     """The mean of each entry of the dicts `parts`, over those that are finite."""
     found = {k: [part[k] for part in parts if math.isfinite(part[k])] for k in parts[0]}

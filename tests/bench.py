@@ -28,7 +28,8 @@ from backstage.mapped import write_folder
 from backstage.scores import time_block_sums, bootstrap
 import data
 import pretrain
-from model import Model, draw
+from backstage.generate import draw
+from model import Model
 from tokenizer import TokenizerConfig, joint_entropy_term, mlp, on_sphere, quantize, token_of, train_tokenizer
 
 SECTIONS = {}

@@ -20,7 +20,8 @@ import backtest
 import sample
 import study
 from data import UserError
-from model import Model, ModelConfig, close_table, save_checkpoint
+from backstage.bins import close_table
+from model import Model, ModelConfig, save_checkpoint
 from tokenizer import TokenizerConfig, train_tokenizer
 
 BITS = dict(coarse_bits=5, fine_bits=4)

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backstage.bins import close_table
+from backstage.checkpoint import Checkpoint
 from backstage.clock import calendar
 from backstage import generate, kernels, validation
 from backstage.files import load_safe
@@ -797,7 +799,7 @@ def test_candle_values_are_close_range_and_volume():
 def test_close_table_is_what_the_tokenizer_decodes():
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(**BITS))
-    table = M.close_table(tokenizer)
+    table = close_table(tokenizer)
     assert table.shape == (64, 32)
     for c, f in ((0, 0), (5, 31), (63, 2)):
         torch.testing.assert_close(table[c, f], tokenizer.decode(torch.tensor([c]), torch.tensor([f]))[0, 0])
@@ -828,7 +830,7 @@ def test_checkpoint_gives_back_what_it_took(saved):
     save_checkpoint(path, model, tokenizer, stage="pretrain")
     none, _, meta = load_checkpoint(path, weights="best")       # without a best the last weights serve
     assert torch.equal(none.embedding.candle_linear.weight, model.embedding.candle_linear.weight)
-    assert M.Checkpoint.__annotations__.keys() | {"format_version"} == load_safe(path).keys()
+    assert Checkpoint.__annotations__.keys() | {"format_version"} == load_safe(path).keys()
 
 
 def damage(path, change):

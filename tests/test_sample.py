@@ -18,7 +18,8 @@ import sample
 from backstage import copula, grid, inputs, past, report, trust
 from conftest import ROOT, complaint, write_csv
 from data import UserError
-from model import close_table, load_checkpoint
+from backstage.bins import close_table
+from model import load_checkpoint
 
 
 @pytest.fixture(scope="module")

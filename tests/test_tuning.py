@@ -19,7 +19,8 @@ import expo
 import rollout
 import sample
 from conftest import ROOT, complaint
-from model import Model, close_table, load_checkpoint
+from backstage.bins import close_table
+from model import Model, load_checkpoint
 
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
 
