@@ -61,8 +61,7 @@ from backstage.results import (  # all but print_backtest are handed on
     RIVALRY, best_rival, print_backtest, print_versus, show)
 from backstage.trust import in_turn
 from model import load_checkpoint
-from sample import Calibration, Origin, median_path, simulate, unmoved_share
-from sample import calibrate as calibration_of
+from sample import Calibration, Origin, calibrate, simulate, unmoved_share
 from tokenizer import code_use
 
 
@@ -315,6 +314,7 @@ class Targets:
 # The model's forecasts
 
 PROBES = 32  # coarse tokens of each bar whose fine tokens are read
+VAL_PROBES = 8    # in their place, for the record and in the course of a training
 PAST = 32    # contexts before the first target, of which BinnedLaw has the others
 RENEW, RENEWALS = 100, 8  # stamps after which a calibration is made anew; how often, at most
 
@@ -339,7 +339,7 @@ def past_calibration(model, tokenizer, meta, t, until):
     past = [bars for bars in past if len(bars) > 2 * data.CONTEXT]
     val = meta["splits"][0] if meta.get("splits") else None
     since = val if val is not None and val < until else None
-    return calibration_of(model, tokenizer, past, since) if past else None
+    return calibrate(model, tokenizer, past, since) if past else None
 
 
 @torch.no_grad()
@@ -417,7 +417,7 @@ def hidden_states(model, tokenizer, t, windows):
 def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
     """Forecast the log returns over the horizon from every origin: a forecaster. calibration: see
     in_turn."""
-    origins, parts, done = origins_of(model, tokenizer, t), [], []
+    origins, parts, done = origins_at(model, tokenizer, t), [], []
     for own, places in in_turn(calibration, [origin.time[-1] for origin in origins]):
         for rows in np.split(places, range(256, len(places), 256)):
             part = [origins[i] for i in rows]
@@ -431,15 +431,7 @@ def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
     return {name: value[np.argsort(done)] for name, value in joined(parts).items()} if parts else {}
 
 
-def median_paths(model, tokenizer, t):
-    """The median-token path from every origin (see sample.median_path): a forecaster of a point."""
-    origins = origins_of(model, tokenizer, t)
-    close = median_path(model, tokenizer, origins, t.horizon)[..., 3]           # (n, H)
-    point = np.log(close) - np.log([o.state.close for o in origins])[:, None]
-    return dict(path_point=point, path_crps=np.abs(t.path_r - point))
-
-
-def origins_of(model, tokenizer, t):
+def origins_at(model, tokenizer, t):
     """An Origin for each of the n paths, with the model's context."""
     return [origin for i, (at, states) in enumerate(zip(t.origins, t.states))
             for origin in origins_after(model, tokenizer, t, i, at, states)]
@@ -539,46 +531,6 @@ def main(argv=None):
         return
     hidden = {"scores", "replicates", "targets"} | (set() if config.by else {"by"})
     print(json.dumps(jsonable({k: value for k, value in result.items() if k not in hidden})))
-
-
-# --------------------------------------------------------------------------------------------------
-# What the later stages ask: is it better than what they began with, at no cost?
-
-NO_WORSE = 1.005  # a ratio to the reference whose interval ends below this
-VAL_PROBES = 8    # in place of PROBES, for scores on val in the course of a training
-
-
-def some_targets(series, split, borders, horizon=1, origins=1, seed=0, most=None):
-    """Targets in a split, with about so many origins.
-
-    most: about so many bars, of some symbols, the earliest dates.
-    """
-    low, end = borders if split == "val" else (borders[1], 2**62)
-    spans = [(bars, *data.targets_of(bars, split, borders)) for bars in series]
-    spans = [span for span in spans if span[2] > span[1]]
-    if not spans:
-        raise UserError(f"no symbol has a bar in {split} (val from {iso(borders[0])}, test from "
-                        f"{iso(borders[1])}); give --data that reach there")
-    n = max(8, (most or 2**62) // max(last - first for _, first, last in spans))
-    if n < len(spans):
-        spans = [spans[i] for i in np.linspace(0, len(spans) - 1, n).round().astype(int)]
-    stamps = np.sort(np.concatenate([bars.time[first:last] for bars, first, last in spans]))
-    if most and len(stamps) > most:
-        stamps, end = stamps[:most], int(stamps[most])
-    stride = max(1, len(stamps) // origins)
-    return Targets([bars for bars, *_ in spans], low, end, horizon, stride, seed)
-
-
-def model_scores(model, tokenizer, t, paths=0, probes=PROBES):
-    """{score: (value, replicates)}: of the next bar if probes > 0, of paths if paths > 0."""
-    one = next_bars(model, tokenizer, t, probes) if probes else {}
-    many = simulated(model, tokenizer, t, paths) if paths else {}
-    return bootstrap(time_block_sums(one | many, t), t)
-
-
-def upper(score):
-    """The upper end of an interval; the value itself where there is none."""
-    return score["value"] if score["hi"] is None else score["hi"]
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from backstage.scores import against
 from backstage.script import UserError, cli, run
 from backstage.stage import (
     FREE, Settings, StageValidation, check_settings, kl, later_weeks, set_up)
+from backstage.stage_scores import NO_WORSE, upper
 
 
 @dataclass
@@ -240,7 +241,7 @@ def guard(scores, reference, t):
             continue  # paths not drawn, bars without volume, or too few of them for a path
         costs[metric] = cost = against(scores, reference, metric, t, None)
         holds = (abs(cost["value"]) <= BAND_WITHIN if metric == BAND
-                 else backtest.upper(cost) <= backtest.NO_WORSE)
+                 else upper(cost) <= NO_WORSE)
         failed += [metric] * (not holds)
     return gain, costs, failed
 

@@ -39,7 +39,7 @@ from backstage.loop import (
     Clock, Optimizer, Run, average_gradients, load_optimizer, precision, resumed, stop_here)
 from backstage.prepare import (
     Market, check, check_outputs, code_shares, compile_layers, fit_market, join_processes,
-    make_windows, read_market, release, say_sizes, tokenize_market, tuning_margin, unmoved_share)
+    make_windows, read_market, release, say_sizes, tokenize_market, tuning_margin, unmoved_in_train)
 from backstage.script import StopSignal, UserError, cli, progress, run
 from backstage.series import DAY
 from backstage.validation import evaluate, print_result, say_heading, say_report
@@ -456,7 +456,7 @@ def new_model(config, tokenizer, series, train):
     sizes = {f.name: getattr(config, f.name) for f in fields(ModelConfig)
              if hasattr(config, f.name)}
     sizes |= dict(coarse_bits=tokenizer.config.coarse_bits, fine_bits=tokenizer.config.fine_bits,
-                  block_size=train.block_size, unmoved=unmoved_share(series, train))
+                  block_size=train.block_size, unmoved=unmoved_in_train(series, train))
     torch.manual_seed(config.seed)  # here: other ranks have drawn other amounts before
     try:
         model = Model(ModelConfig(**sizes))

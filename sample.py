@@ -249,11 +249,11 @@ def calibrate(model, tokenizer, histories, since=None):
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
     Few bars leave the head as it is, and the prior: half the trust.
     """
-    return calibration_of(model, tokenizer, read_pasts(model, tokenizer, histories, since))
+    return calibrate_on(model, tokenizer, read_pasts(model, tokenizer, histories, since))
 
 
 @torch.no_grad()
-def calibration_of(model, tokenizer, pasts):
+def calibrate_on(model, tokenizer, pasts):
     """See calibrate."""
     if not pasts:
         return Calibration(k=PRIOR_TRUST)
@@ -279,34 +279,6 @@ def calibration_of(model, tokenizer, pasts):
         logit.append(Calibration().trusted(law, stay, model.up_mask)[1].logit().cpu())
     found = fit_trust(torch.cat(logit).numpy()[moved], change[moved] > 0, stamp[moved])
     return replace(found, head=head, table=table)
-
-
-@torch.no_grad()
-def median_path(model, tokenizer, origins, horizon):
-    """The point path of each Origin: ohlcva float64 [n, horizon, 6].
-
-    Each bar is the median token: the coarse one at the median of the close, its likeliest fine one.
-    The likeliest coarse token would be a bad point: among codes that look alike it is chance.
-    """
-    order = by_close(tokenizer).to(model.up_mask.device)
-
-    def median_token(h, _):
-        cumulative = model.coarse_logits(h).float().softmax(-1)[..., order].cumsum(-1)
-        coarse = order[(cumulative < 0.5).sum(-1).clamp(max=len(order) - 1)]
-        return coarse, model.fine_logits(h, coarse).argmax(-1)
-
-    ohlcva, when = np.empty((len(origins), horizon, 6)), times_ahead(origins, horizon, None)
-    for rows in side_by_side([len(o.tokens) for o in origins], len(origins)):
-        part, times = [origins[i] for i in rows], torch.from_numpy(when[rows]).to(order.device)
-        coarse, fine = torch.stack([o.tokens for o in part]).to(order.device).unbind(-1)
-        seen = [o.time[-coarse.shape[1]:] for o in part]
-        seen = torch.from_numpy(np.stack(seen)).to(order.device)
-        state = model.prefill(coarse, fine, seen)
-        tokens = generate(model, state, times, torch.zeros(len(part), horizon), median_token)
-        x = tokenizer.decode(*tokens).cpu().numpy()[:, None]                # (n, 1, horizon, 6)
-        start = data.State.stack([o.anchored(row) for o, row in zip(part, when[rows])])
-        ohlcva[rows] = data.inverse(x, start)[0][:, 0]
-    return ohlcva
 
 
 def rows_at_once(model):
@@ -366,7 +338,7 @@ def record_of(model, tokenizer, pasts):
                     past.coarse[:place - past.first])
                for past, place in zip(pasts, places) if past.first < place]
     own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES,
-                             calibration_of(model, tokenizer, earlier), (before, ahead.split(256)))
+                             calibrate_on(model, tokenizer, earlier), (before, ahead.split(256)))
     own, rival = (bootstrap(time_block_sums(f, t), t) for f in (own, har(t, 2)))
     value, spread = own["da"]
     lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)
@@ -406,7 +378,7 @@ def main(argv=None):
     calibration = record = None
     if config.calibrate:
         pasts = read_pasts(model, tokenizer, histories, trained_until(config.data, meta))
-        calibration = calibration_of(model, tokenizer, pasts)
+        calibration = calibrate_on(model, tokenizer, pasts)
         record = record_of(model, tokenizer, pasts)
     paths = config.paths or paths_of_each(len(histories))
     ohlcva, p_up = simulate(

@@ -109,7 +109,7 @@ class Optimizer:
             part.load_state_dict(dict(state=state["state"], param_groups=groups))
 
 
-def rate(step, steps, warmup):
+def cosine_rate(step, steps, warmup):
     """The learning rate as a share of its peak: warm-up, then a cosine to a fiftieth."""
     if step < warmup:
         return (step + 1) / warmup

@@ -283,7 +283,7 @@ def code_shares(streams, tokenizer):
     return shares
 
 
-def unmoved_share(series, train):
+def unmoved_in_train(series, train):
     """The share of the targets, bars of `series`, whose close is that of the bar before."""
     moves = [np.diff(bars.ohlcva[first - 1:last, 3])
              for bars, (first, last) in zip(series, train.targets) if first < last]

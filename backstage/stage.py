@@ -15,10 +15,11 @@ from backstage.dates import iso
 from backstage.files import check_out, fingerprint, weights_hash
 from backstage.inputs import load_series
 from backstage.loop import (
-    Clock, Optimizer, Run, load_optimizer, precision, rate, resumed, stop_here)
+    Clock, Optimizer, Run, cosine_rate, load_optimizer, precision, resumed, stop_here)
 from backstage.scores import bootstrap, time_block_sums
 from backstage.script import StopSignal, UserError, check_numbers, pick_device, progress
 from backstage.series import DAY
+from backstage.stage_scores import median_paths, model_scores, some_targets
 from model import load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer
 
@@ -119,7 +120,7 @@ class Stage:
     def update(self, loss, parts):
         """Backward, clip, update; at its turn a report of `parts` {name: float}."""
         config, run, val = self.config, self.run, self.val
-        self.optimizer.set_rate(rate(run.step, config.steps, config.warmup))
+        self.optimizer.set_rate(cosine_rate(run.step, config.steps, config.warmup))
         self.scaler.scale(loss).backward()
         grad_norm = run.update(self.model, self.optimizer, self.scaler, loss.item(), config.clip)
         run.losses.append(parts)
@@ -158,8 +159,8 @@ class Stage:
             print(f"{config.out}: weights of {score} {self.run.best_val:.4f} on val; "
                   f"forecast with: python sample.py --ckpt {config.out}")
         if config.backtest:
-            t = backtest.some_targets(self.series, "test", self.meta["splits"], config.horizon,
-                                      ORIGINS, config.seed)
+            t = some_targets(
+                self.series, "test", self.meta["splits"], config.horizon, ORIGINS, config.seed)
             print(f"\n{backtest.heading(t, self.meta)}")
             print_test({rival: self.base, name: model}, self.tokenizer, t, config.paths)
         print(f"{time.time() - self.began:.0f} s")
@@ -181,14 +182,14 @@ class StageValidation:
     def __init__(self, stage, horizon):
         config = stage.config
         self.stage, self.every = stage, config.eval_every or max(1, config.steps // 6)
-        self.t = backtest.some_targets(stage.series, "val", stage.meta["splits"], horizon,
-                                       VAL_ORIGINS, config.seed, most=VAL_BARS)
+        self.t = some_targets(stage.series, "val", stage.meta["splits"], horizon, VAL_ORIGINS,
+                              config.seed, most=VAL_BARS)
 
     def next_bars(self, model):
-        return backtest.model_scores(model, self.stage.tokenizer, self.t, 0, backtest.VAL_PROBES)
+        return model_scores(model, self.stage.tokenizer, self.t, 0, backtest.VAL_PROBES)
 
     def paths(self, model):
-        return backtest.model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, 0)
+        return model_scores(model, self.stage.tokenizer, self.t, VAL_PATHS, 0)
 
     @functools.cached_property
     def base_next_bars(self):
@@ -214,12 +215,11 @@ class StageValidation:
 
 def print_test(models, tokenizer, t, paths):
     """Two models {name: model} and standing still, side by side; then the median-token paths."""
-    columns = {name: backtest.model_scores(model, tokenizer, t, paths)
-               for name, model in models.items()}
+    columns = {name: model_scores(model, tokenizer, t, paths) for name, model in models.items()}
     still = dict(path_point=np.zeros(t.path_r.shape), path_crps=np.abs(t.path_r))
     columns["still"] = bootstrap(time_block_sums(still, t), t)
     backtest.print_versus(columns, t, [*NEXT_BAR, *path_rows(t.horizon)], versus=(1, 0))
-    points = {name: bootstrap(time_block_sums(backtest.median_paths(model, tokenizer, t), t), t)
+    points = {name: bootstrap(time_block_sums(median_paths(model, tokenizer, t), t), t)
               for name, model in models.items()}
     print("one path of median tokens:")
     backtest.print_versus(points, t, [(("path_mape", None), "path MAPE %, mean", 1, 4)])

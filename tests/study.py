@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from backstage import stage, stage_scores
 from backstage.checkpoint import read_checkpoint
 from backstage.files import load_safe, save_atomic, weights_hash
 from backstage.grid import Bands
@@ -560,7 +561,7 @@ def stages_study(argv):
         if not os.path.exists(os.path.join(args.data[0], "symbols.json")):
             keep = np.linspace(0, len(series) - 1, min(len(series), args.symbols)).round().astype(int)
             write_folder([series[k] for k in keep], args.data[0])
-    backtest.model_scores = remembering(backtest.model_scores)
+    stage.model_scores = remembering(stage.model_scores)
     scores, test, kept = {}, None, {}
     for seed in range(args.seeds):
         for arm in ("base", *args.arms):
@@ -605,7 +606,7 @@ def stage_arm(args, arm, seed):
 
 
 def remembering(model_scores):
-    """backtest.model_scores that scores the same weights on the same targets once: each arm is checked beside one base."""
+    """stage.model_scores that scores the same weights on the same targets once: each arm is checked beside one base."""
     known = {}
 
     def scores(model, tokenizer, t, *how):
@@ -628,8 +629,8 @@ class StageTest:
     def __init__(self, args, meta):
         self.args = args
         series = data.load(args.data)
-        self.t = backtest.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.test_bars)
-        self.val = backtest.some_targets(series, "val", meta["splits"], most=args.test_bars)
+        self.t = stage_scores.some_targets(series, "test", meta["splits"], HORIZON, args.origins, 0, args.test_bars)
+        self.val = stage_scores.some_targets(series, "val", meta["splits"], most=args.test_bars)
         if args.market == "reverting":
             true = [reverting_path(bars, HORIZON, args.half_life)[o] for bars, o in zip(self.t.series, self.t.origins)]
             self.true = np.concatenate(true)
@@ -654,7 +655,7 @@ class StageTest:
                 backtest.score_paths = judge
             sums, volatility = time_block_sums(one | many, self.t), many["path_volatility"]
             sums["path_volatility"] = sums_of(volatility, self.t.path_time_block, self.t.n_path_blocks)
-            median = time_block_sums(backtest.median_paths(model, tokenizer, self.t), self.t)
+            median = time_block_sums(stage_scores.median_paths(model, tokenizer, self.t), self.t)
             sums["path_median_mape"] = median["path_mape"]
             drawn = bootstrap(sums, self.t)
             save_atomic({k: (torch.as_tensor(v), torch.as_tensor(r)) for k, (v, r) in drawn.items()}, kept)
@@ -1238,7 +1239,7 @@ def room_study(argv):
     args = parser.parse_args(argv)
     series = data.load(args.data)
     borders = data.split_borders(series, args.val_start, args.test_start)
-    t = backtest.some_targets(series, args.split, borders, HORIZON, args.origins)
+    t = stage_scores.some_targets(series, args.split, borders, HORIZON, args.origins)
     random = np.random.default_rng(0)
     moves = [volatility_paths(har, at, random.integers(RESIDUALS, size=(len(at), args.paths, HORIZON)))
              for har, at in zip(t.volatility, t.origins)]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from backstage import copula, opponents, pictures
-from backstage.bins import Bins, BinnedLaw, candle_tables, pair_law
+from backstage import copula, opponents, pictures, stage_scores
+from backstage.bins import Bins, BinnedLaw, candle_tables, close_table, pair_law
 from backstage.door import span_of
 from backstage.opponents import baselines, early_error, filtered_paths, fit_form, fit_har, give_residuals, har, historical, joint_paths, place, range_volatility, slow_scale, volatility_paths
 from backstage.portfolio import Together
@@ -20,7 +20,6 @@ import backtest
 import sample
 import study
 from data import UserError
-from backstage.bins import close_table
 from model import Model, ModelConfig, save_checkpoint
 from tokenizer import TokenizerConfig, train_tokenizer
 
@@ -424,7 +423,7 @@ def test_on_null_markets_the_interval_covers_one_half(tokenizer):
     for seed in range(20):
         series = data.synthetic(seed=seed, signal=0, n_symbols=4, n_bars=1500)[0]
         t = targets(series, 500, horizon=2, stride=500)
-        da = scored(*backtest.model_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
+        da = scored(*stage_scores.model_scores(make(seed), tokenizer, t, probes=1)["da"], t.n_blocks)
         assert t.n_blocks >= 20 and da["hi"] - da["lo"] < 0.1
         missed += not da["lo"] <= 0.5 <= da["hi"]
     assert missed <= 4

@@ -542,8 +542,8 @@ def test_no_later_bar_moves_a_calibration_and_paths_agree_with_p_up(loaded):
 
 def test_the_record_is_of_forecasts_calibrated_on_the_bars_before(loaded, monkeypatch):
     model, tokenizer = loaded
-    pasts, seen, real = past.read_pasts(model, tokenizer, one_factor(2, 900, 0.0)), [], sample.calibration_of
-    monkeypatch.setattr(sample, "calibration_of", lambda model, tokenizer, pasts: seen.extend(pasts) or real(model, tokenizer, pasts))
+    pasts, seen, real = past.read_pasts(model, tokenizer, one_factor(2, 900, 0.0)), [], sample.calibrate_on
+    monkeypatch.setattr(sample, "calibrate_on", lambda model, tokenizer, pasts: seen.extend(pasts) or real(model, tokenizer, pasts))
     scored = []
     monkeypatch.setattr(backtest, "next_bars", lambda *a, plain=backtest.next_bars: scored.append(a) or plain(*a))
     record = sample.record_of(model, tokenizer, pasts)
@@ -635,7 +635,7 @@ def test_g1_a_backtest_is_calibrated_anew_as_time_goes_on(loaded, monkeypatch):
     for i, ((stamp, one), (_, same)) in enumerate(zip(found, blind)):
         assert one == backtest.past_calibration(model, tokenizer, dict(splits=None), t, stamp) and (one == same) == (i < 3)
     assert len({one.k for _, one in found}) == 4
-    last_known = np.array([o.time[-1] for o in backtest.origins_of(model, tokenizer, t)])
+    last_known = np.array([o.time[-1] for o in backtest.origins_at(model, tokenizer, t)])
     for forecaster, extra, stamps in ((backtest.next_bars, [4], t.time), (backtest.simulated, [20], last_known)):
         whole = forecaster(model, tokenizer, t, *extra, calibration=found)
         turn = np.searchsorted(time[550:700:50], stamps, side="right")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from backstage import stage_scores
+from backstage.bins import close_table
 from backstage.checkpoint import read_checkpoint
 from backstage.stage import Stage
 import data
@@ -19,7 +21,6 @@ import expo
 import rollout
 import sample
 from conftest import ROOT, complaint
-from backstage.bins import close_table
 from model import Model, load_checkpoint
 
 FAST = "--steps 4 --batch_size 4 --eval_every 2 --no-backtest".split()
@@ -323,7 +324,7 @@ def test_the_median_path_is_the_naive_one(loaded, market):
     model, tokenizer, _ = loaded
     histories = [bars[:n] for bars, n in zip(data.load([str(market)]), (200, 40, 300))]
     origins = sample.origins_of(model, tokenizer, histories)
-    got = sample.median_path(model, tokenizer, origins, 3)
+    got = stage_scores.median_path(model, tokenizer, origins, 3)
     rising = tokenizer.decode(torch.arange(2**tokenizer.config.coarse_bits))[:, 0].argsort()
     for bars, origin, path in zip(histories, origins, got):
         (coarse, fine), state = origin.tokens.T, origin.state.anchored()
