@@ -4,11 +4,11 @@
     python backtest.py --ckpt a.pt b.pt --data other.csv --json       # several checkpoints, paired
     python backtest.py --ckpt out.pt --start 2018-07-01 --by volatility --cost_bps 5
 
-From bars to intervals, as `backtest` goes: the bars to forecast (`Targets`); forecasters, the model
-(`next_bars`, `simulated`) and its opponents (`baselines`); sums of each score over stretches of
-time (`time_block_sums`); scores of such time blocks drawn anew (`bootstrap`, G7: all symbols of a
-time together); intervals (`scored`). Five symbols and more also together, as a portfolio of equal
-weights and as spreads of pairs (`portfolios`).
+As `backtest` goes: targets (`Targets`); forecasts of the model (`next_bars`, `simulated`) and of
+its opponents (`baselines`); each score summed over blocks of time (`time_block_sums`); a bootstrap
+of these blocks, all symbols of a block together (`bootstrap`); intervals (`scored`). Five symbols
+and more are also scored together, as a portfolio of equal weights and as spreads of pairs
+(`portfolios`).
 
     CRPS = E|X - y| - E|X - X'| / 2         of a law X for the outcome y, in the units of y
     log loss = -log P(what came: up, down)  of bars that moved; a coin's is log 2 = .6931
@@ -208,9 +208,10 @@ class Targets:
     distinct times), symbol, time_block. Of the n origins of paths of H bars: path_r [n, H] (log
     returns since the origin), path_rv, usual (long-run volatility), path_time_block.
 
-    A time block holds all symbols. For the next bar it has n^(1/3) of a symbol's n targets: whole
-    dates of daily bars, within the day 32 bars where there are enough; for paths the horizon at
-    least. weights, path_weights [REPLICATES, blocks]: how often a replicate draws each block.
+    A time block holds all symbols. For the next bar it is n^(1/3) bars long, of a symbol's n
+    targets: whole dates of daily bars; within the day at least 32 bars, where that leaves blocks
+    enough; for paths at least the horizon. weights, path_weights [REPLICATES, blocks]: how often a
+    replicate draws each block.
     """
 
     def __init__(self, series, lo, hi, horizon, stride, seed):
@@ -315,7 +316,7 @@ class Targets:
 
 PROBES = 32  # coarse tokens of each bar whose fine tokens are read
 VAL_PROBES = 8    # in their place, for the record and in the course of a training
-PAST = 32    # contexts before the first target, of which BinnedLaw has the others
+PAST = 32    # contexts before the first target, whose mean BinnedLaw takes for the other tokens
 RENEW, RENEWALS = 100, 8  # stamps after which a calibration is made anew; how often, at most
 
 

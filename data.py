@@ -203,8 +203,8 @@ class State:
     def anchored(self, log_factors=None):
         """The state as the start of a forecast: from here on s / F and d move at most 8-fold.
 
-        And no bar moves further than twice the widest so far. Otherwise a rare wild code (a chance
-        of 1 in 10,000) would now and then multiply the price of a calm stock by ten. log_factors
+        And a bar moves at most twice the widest so far, or FARTHEST s if that is more. Otherwise a
+        rare code (1 in 10,000) would multiply the price of a calm stock by ten. log_factors
         [..., H, 2]: of the bars to come, in place of the state's own.
         """
         s, d = np.moveaxis(_mean(self.total, self.weight)[..., ::3], -1, 0)
@@ -272,7 +272,7 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
         c, o = np.minimum(np.maximum(close * factor[:2], 1e-100), 1e100)
         h, l = np.maximum(o, c) * factor[2], np.minimum(o, c) * factor[3]
 
-        # volume and amount; after bar 0 no mean has begun, and no column counts as missing
+        # volume and amount; until a mean has begun, no column counts as missing
         seen = (weight > 0) | (weight[0] == 0)
         has_v = (y[t, 4] != 0) & seen[1]
         has_a = (y[t, 5] != 0) & seen[2] & has_v
@@ -300,6 +300,7 @@ def states_at(bars, origins, slots=None, horizon=COMING):
     """
     slots = slots_of(bars) if slots is None else slots
     state, found = START, []
+    # once through all bars, in pieces; each origin from the start of its own
     for i in range(0, max(origins, default=-1) + 1, PIECE):
         for o in origins:
             if i <= o < i + PIECE:
@@ -405,8 +406,8 @@ def draw_windows(streams, seed, step, rank=0, world=1):
 
 
 def balanced(series, streams):
-    """Weights [symbols] by which windows are drawn, so that no group of symbols rules: a group
-    weighs as the root of its windows, a symbol within it as its windows.
+    """Weights [symbols] by which windows are drawn: of groups by the root of their windows, so that
+    none rules, of symbols within a group by their windows.
 
     A group is of one market, the part after an @ in a symbol's name (EURUSD@fx), and of one
     interval, the median spacing of the bars.

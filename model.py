@@ -133,11 +133,11 @@ class Embedding(nn.Module):
         logs of those of the true range, then those of the close's moves. Also the means after the
         last bar, float64 [B, 2, n]; before: these of the bars before the first, else 1 and 0.
 
-        Let s have the decay a (here without the factor of the hours), the mean e of true ranges the
-        decay b, and k_t = TR_t / s_t:
+        s_t is the mean of true ranges with decay a (here without the factor of the hours), e_t one
+        with decay b, and k_t = TR_t / s_t:
             s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
-        The means e_{t+1} / s_{t+1} are known once bar t is (that of 32 bars, s itself, is 1). For
-        moves alike, with close / s_t in place of k_t.
+        So e / s follows from k alone, without prices. For moves, close / s_t takes the place of k_t
+        in e.
         """
         close, high, low, _ = values                                        # [B, T]
         k, b = true_range(high, low), self.decay                            # [B, T] and [n]
@@ -153,8 +153,8 @@ class Embedding(nn.Module):
 
 
 def true_range(high, low):
-    """Of a bar whose high and low are relative to the close before; bounded, for candles that no
-    market shows."""
+    """Of bars whose high and low are log prices from the close before, in s_t; bounded, for codes
+    whose candles no market shows."""
     return (high.clamp(min=0) - low.clamp(max=0)).clamp(1e-3, 1e3)
 
 
@@ -260,7 +260,8 @@ class LocalAttention(nn.Module):
         self.register_buffer("slope", slope, persistent=False)
 
     def weights(self, T, dtype):
-        """What is added to the scores, of T bars: [H, 1, N, w, 2 w]."""
+        """What is added to the scores, of T bars: [H, 1, N, w, 2 w]; [H, 1, 1, T, T] where the
+        window holds them all."""
         w, back = min(self.window, T), int(T > self.window)
         i = torch.arange(w, device=self.slope.device)
         d = i[:, None] - torch.arange(-w * back, w, device=i.device)        # [w, 2 w]
@@ -313,7 +314,8 @@ class Layer(nn.Module):
         return self.add(x, o, drop), states
 
     def attend(self, x, places):
-        """Each kind of attention by its share of the heads: o [B, T, C], and their states."""
+        """Each kind of attention by its share of the heads: o [B, T, C], and their states, S
+        [H B, D, D] or keys and values, 2 of [H, B, w, D]."""
         rot, weights = places
         qk, v = heads_first(self.qkv(norm(x)), 3, self.H).split((2, 1))     # [2 or 1, H, B, T, D]
         q, k = rotate(qk, rot)
@@ -323,7 +325,7 @@ class Layer(nn.Module):
         return heads_last(torch.cat(outs)), states
 
     def add(self, x, o, drop=None):
-        """What attention found, o, and then the MLP added to the stream x."""
+        """x [B, T, C] with what attention found, o [B, T, C], and then the MLP added to it."""
         x = x + dropped(self.out(o), drop, 0)
         return x + dropped(self.down(F.silu(self.up(norm(x)))), drop, 1)
 
@@ -489,8 +491,8 @@ class Model(nn.Module):
         return norm(x)
 
     def places(self, x):
-        """What attention needs that hangs on places alone, the same in all layers: of x [B, T, C]
-        the rotation of bars 0 to T - 1, and the weights of each kind."""
+        """What depends on position alone, the same in all layers: of x [B, T, C] the rotation of
+        bars 0 to T - 1, and the weights of each kind of attention."""
         T, kinds = x.shape[1], self.layers[0].kinds
         rot = self.rotation(torch.arange(T, device=x.device))
         return [a.to(x.dtype) for a in rot], [kind.weights(T, x.dtype) for kind in kinds]

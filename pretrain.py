@@ -300,9 +300,9 @@ def report_scores(job, grad_norm=None):
     run.keep_if_best(job.average, scores["score"])
     _, end = decay(run.metrics, config)
     clock.steps = end
-    say_report(run, scores, grad_norm, clock, job.say)
+    say_report(run, scores, grad_norm, clock, job.say)      # it is added to run.metrics
     _, clock.steps = decay(run.metrics, config)
-    if clock.steps != end:
+    if clock.steps != end:                                  # no gain: an earlier one
         job.average.load_state_dict(run.best)
         job.model.load_state_dict(run.best)
         job.model.lean.fill_(1.0)   # it is fitted on the average

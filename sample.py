@@ -70,7 +70,7 @@ class Config:
 
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
-LAWS = 16            # bars of the past from which a calibration makes its law of narrow moves
+LAWS = 16            # bars of the past whose mean is a calibration's law of narrow moves
 STANDS = 0.9         # share of unmoved bars above which P(up) is NaN
 MOSTLY = 0.5         # share of bars that must move for the head to be fitted: else P(up) suffers
 RARELY = 0.05        # share of unmoved bars below which that law serves all series
@@ -129,8 +129,8 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     order = by_close(tokenizer).to(model.up_mask.device)
 
     def draw(h, u, stay):
-        """Coarse and fine tokens for h [n * K, C], by uniform numbers u [n * K, ..., 2]; stay
-        [n, 2^k1]."""
+        """Coarse and fine tokens [N] for h [N, C], N = n K, by uniform numbers u [N, 2]; at once
+        [n, H, K] for h [n, H, C], u [n, H, K, 2]. stay [n, 2^k1]: see Bands.staying."""
         logits = None
         if calibration:
             law = calibration.law(model, h.view(len(stay), -1, h.shape[-1]))
@@ -312,7 +312,7 @@ def record_of(model, tokenizer, pasts):
     starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n] or [0]
 
     def scored(start):
-        """{id of a series: h of its past} of those with bars enough before `start`, and one after."""
+        """{id of a series: h of its past} of those with enough bars before `start` and one after."""
         places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
         return {id(past.bars): past.h for past, place in zip(pasts, places)
                 if max(RECORD_PAST, past.first) <= place < len(past.bars)}

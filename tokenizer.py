@@ -162,7 +162,7 @@ def has_data(x):
 
 
 def rows_of(table, tokens):
-    """Tokens as a tensor beside their table; ValueError for one that is no row of it."""
+    """Tokens as a tensor on the device of their table; ValueError for one that is no row of it."""
     tokens = torch.as_tensor(tokens, device=table.device)
     if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < len(table):
         raise ValueError(f"a token is not in 0..{len(table) - 1}")
@@ -328,7 +328,8 @@ class Tokenizer(nn.Module):
 # Training
 
 def look_up(table, tokens):
-    """table[tokens], with a gradient that is summed in one order, whatever the threads do."""
+    """table [V, ...] at tokens int64 [N]: [N, ...], with a gradient that is summed in one order,
+    whatever the threads do."""
     return F.embedding(tokens, table.flatten(1)).view(*tokens.shape, *table.shape[1:])
 
 

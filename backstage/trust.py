@@ -20,8 +20,8 @@ principal axes of x. It is concave; two steps of Newton's method from 0 come nea
     a <- a (1 - (SURE e_a / a)^2)+
     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 
-each shrunk by its own error e over blocks of time, since one market rewards what the model says
-and the next does not. An a within SURE errors of 0 becomes 0 (after James and Stein 1961): few such
+each shrunk by its own error e over blocks of time (that of independent bars, where larger), since
+one market rewards what the model says and the next does not. An a within SURE errors of 0 becomes 0 (after James and Stein 1961): few such
 drifts last into the next months. k is the posterior mean under the prior k0 +- e0, with k0 =
 PRIOR_TRUST and e0 = PRIOR_ERROR. Last, k is held between 0 and MOST_TRUST.
 """
@@ -70,12 +70,10 @@ class Calibration:
         return logits if self.head is None else self.head(logits, h)
 
     def trusted(self, law, stay, up_mask):
-        """Coarse logits [n, ..., 2^k1], of [n, 2^k1] or [n, K, 2^k1] as `law` gives them, and
-        P(up | moved) [n] or [n, K], as far as it is to be trusted.
+        """Coarse logits like `law`, [n, 2^k1] or [n, K, 2^k1], whose up codes are all shifted by
+        one number, and P(up | moved) float64 [n] or [n, K], as far as it is to be trusted.
 
-        stay [n, 2^k1]: the share of each code's candles that does not move, see Bands.staying. The
-        odds of up against other tokens change; among up tokens, and among the others, the law
-        stays.
+        stay [n, 2^k1]: the share of each code's candles that does not move, see Bands.staying.
         """
         p = law.softmax(-1).view(len(law), -1, len(up_mask))                    # [n, K, 2^k1]
         moved = p.mul_(1 - stay[:, None]).sum(-1).double()      # in place: this code, and it moves
@@ -135,7 +133,7 @@ def fit_tilt(logits, codes, T, X):
     penalty[:, 0] = FLAT
     XX, best = products(X), -math.inf                                       # [N, D^2]
     W = step = torch.zeros_like(penalty)
-    for _ in range(STEPS + 1):
+    for _ in range(STEPS + 1):              # pass k checks step k - 1; the last one only checks
         mean, value = [], -(penalty * W**2).sum() / 2
         for some, x, came in zip(*(a.split(1024) for a in (logits, X, codes))):
             log_p = torch.addmm(some, (x @ W.T).float(), T.float().T).log_softmax(-1)
