@@ -312,7 +312,7 @@ def record_of(model, tokenizer, pasts):
     starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n] or [0]
 
     def scored(start):
-        """{id of a series: h of its past} of those with enough bars before `start` and one after."""
+        """{id of series: h of its past} of those with enough bars before `start` and one after."""
         places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
         return {id(past.bars): past.h for past, place in zip(pasts, places)
                 if max(RECORD_PAST, past.first) <= place < len(past.bars)}
