@@ -361,8 +361,6 @@ def main(argv=None):
     if config.plot_loss:
         plot_loss(config.plot_loss, meta["metrics"])
     series = load_series(config.data, meta, config.symbols)
-    if config.plot_codebook:
-        plot_codebook(config.plot_codebook, tokenizer, series)
     histories = [bars for bars in series if len(bars) > data.CONTEXT]
     if not histories:
         raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; "
@@ -375,6 +373,8 @@ def main(argv=None):
     times = read_times(config.times, histories, config.horizon) if config.times else None
     times = times_ahead(histories, config.horizon, times)  # (n, H)
     weights = weights_of(config.weights, histories)
+    if config.plot_codebook:
+        plot_codebook(config.plot_codebook, tokenizer, series)
     calibration = record = None
     if config.calibrate:
         pasts = read_pasts(model, tokenizer, histories, trained_until(config.data, meta))
