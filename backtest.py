@@ -78,7 +78,7 @@ class Config:
     stride: int | None = None         # bars between origins (default: horizon, or 1,000 origins)
     parallel: bool = False            # also the reasoner's forecast of all bars at once (up to 16)
     by: str | None = None             # also by symbol, quarter or volatility (where HAR sees it go)
-    calibrate: bool = True            # law and P(up) mended by earlier bars, as sample.py does
+    calibrate: bool = True            # law and P(up) mended by earlier bars, anew as time goes on
     cost_bps: float = 0.0             # cost of trading, in 1/10000 of the value traded
     seed: int = 0                     # of the sampling
     json: bool = False                # print JSON in place of the table
@@ -317,12 +317,12 @@ class Targets:
 PROBES = 32  # coarse tokens of each bar whose fine tokens are read
 VAL_PROBES = 8    # in their place, for the record and in the course of a training
 PAST = 32    # contexts before the first target, whose mean BinnedLaw takes for the other tokens
-RENEW, RENEWALS = 100, 8  # stamps after which a calibration is made anew; how often, at most
+RENEW, RENEWALS = 100, 8  # stamps after which a calibration is made anew; calibrations, at most
 
 
 def calibrations(model, tokenizer, meta, t):
     """What forecasts would have as time goes on, see in_turn: [(stamp, Calibration from the bars
-    before it)], from the first target on."""
+    before it)], from the first target on. How many stamps are to come decides how often."""
     stamps = np.unique(t.time)
     renewed = stamps[::max(RENEW, -(-len(stamps) // RENEWALS))]
     found = []
@@ -335,12 +335,12 @@ def calibrations(model, tokenizer, meta, t):
 
 def past_calibration(model, tokenizer, meta, t, until):
     """The Calibration from bars before a stamp alone, and where the checkpoint's dates lie before
-    it, from those that its weights were not trained on; None where there are too few."""
+    it, from those that its weights were not trained on."""
     past = [bars[:np.searchsorted(bars.time, until)] for bars in t.series]
-    past = [bars for bars in past if len(bars) > 2 * data.CONTEXT]
+    past = [bars for bars in past if len(bars)]
     val = meta["splits"][0] if meta.get("splits") else None
     since = val if val is not None and val < until else None
-    return calibrate(model, tokenizer, past, since) if past else None
+    return calibrate(model, tokenizer, past, since)
 
 
 @torch.no_grad()
@@ -419,7 +419,7 @@ def simulated(model, tokenizer, t, paths, parallel=False, calibration=None):
     """Forecast the log returns over the horizon from every origin: a forecaster. calibration: see
     in_turn."""
     origins, parts, done = origins_at(model, tokenizer, t), [], []
-    for own, places in in_turn(calibration, [origin.time[-1] for origin in origins]):
+    for own, places in in_turn(calibration, t.begins):
         for rows in np.split(places, range(256, len(places), 256)):
             part = [origins[i] for i in rows]
             ohlcva, _ = simulate(
@@ -471,7 +471,8 @@ def paths_together(loaded, trust, t, together, paths):
         origins, parts = joint_origins(t, together, model, tokenizer), []
         for d in range(together.n_dates):
             part = list(origins[together.date == d])
-            [(own, _)] = in_turn(trust[name], [part[0].time[-1]])
+            i, o = (a[together.start[d]] for a in (together.symbol, together.bar))
+            [(own, _)] = in_turn(trust[name], t.series[i].time[o + 1:o + 2])
             ohlcva, _ = simulate(
                 model, tokenizer, part, t.horizon, paths, seed=t.seed, calibration=own)
             parts.append(log_returns(ohlcva, part))

@@ -78,8 +78,8 @@ class Config:
     adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or 0.001 with --init_from
     warmup: int = 20                  # updates in which the rate rises
     cooldown: float = 0.2             # share of --steps, the last, in which the rate falls
-    patience: int = -1                # reports without a gain until the rate falls before that;
-                                      # -1: by the bars (0 with --steps); 0: it does not
+    patience: int = -1                # reports without a gain after which it falls at once; 0:
+                                      # never; -1: by the bars (0 with --steps)
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
     average: float = 0.95             # decay of the averaged weights, per update

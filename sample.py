@@ -372,7 +372,7 @@ def main(argv=None):
 
     times = read_times(config.times, histories, config.horizon) if config.times else None
     times = times_ahead(histories, config.horizon, times)  # (n, H)
-    weights = weights_of(config.weights, histories)
+    weights = weights_of(config.weights, histories, config.horizon)
     if config.plot_codebook:
         plot_codebook(config.plot_codebook, tokenizer, series)
     calibration = record = None

@@ -57,15 +57,15 @@ def figures(move):
                 es95=-move[move <= q05].mean())
 
 
-def weights_of(given, histories):
+def weights_of(given, histories, horizon):
     """Shares of the portfolio [n], from texts such as AAPL=0.6 or a CSV of symbol,weight; None:
-    equal.
+    equal, of the symbols that did not end long before the others.
 
     UserError for an unknown symbol or a weight that is no number. A symbol without one has 0.
     """
-    n = len(histories)
     if given is None:
-        return np.full(n, 1 / n)
+        live = live_of(histories, horizon)
+        return live / live.sum()
     texts = [text for item in given for text in item.split(",")]
     if len(given) == 1 and "=" not in given[0]:
         try:
@@ -77,7 +77,8 @@ def weights_of(given, histories):
         texts = [line.replace(",", "=") for line in lines if line.strip()]
         if texts and texts[0].lower().startswith("symbol"):
             texts = texts[1:]
-    place, weights = {bars.symbol: i for i, bars in enumerate(histories)}, np.zeros(n)
+    place = {bars.symbol: i for i, bars in enumerate(histories)}
+    weights = np.zeros(len(histories))
     for text in texts:
         symbol, _, weight = (part.strip() for part in text.partition("="))
         try:
@@ -110,16 +111,18 @@ def option(close, spot, strike, years, rate):
                 put=discount * np.maximum(-gain, 0).mean())
 
 
+def live_of(histories, horizon):
+    """Which symbols did not end long before the others, bool [n]."""
+    newest = max(bars.time[-1] for bars in histories)
+    return np.array([newest - DAY <= bars.time[-1]
+                     or newest - DAY <= future_times(bars.time, STALE * horizon)[-1] for bars in histories])
+
+
 def give_ranks(rows, histories, horizon):
     """Rank by P(up) the rows of the symbols that did not end long before the others; return their
     P(up)s."""
-    newest = max(bars.time[-1] for bars in histories)
-    live = []
-    for row, bars in zip(rows, histories):
-        if math.isnan(row["p_up"]):
-            continue
-        if newest - DAY <= bars.time[-1] or newest - DAY <= future_times(bars.time, STALE * horizon)[-1]:
-            live.append(row)
+    live = [row for row, lives in zip(rows, live_of(histories, horizon))
+            if lives and not math.isnan(row["p_up"])]
     for rank, row in enumerate(sorted(live, key=lambda row: row["p_up"], reverse=True), 1):
         row["rank"] = rank
     return np.array([row["p_up"] for row in live])
@@ -146,7 +149,7 @@ def print_report(rows, horizon, breadth, mean_p_up):
         print(f"breadth: {breadth:.1%} of {n_ranked} symbols lean up, mean P(up) {mean_p_up:.1%}")
     if n_ranked < len(rows):
         print(f"{len(rows) - n_ranked} symbols ended long before the others, or nearly never move: "
-              f"without a rank, and not in the breadth")
+              f"without a rank, and not in the breadth; those that ended only in a portfolio of --weights")
     if any(r["p_extreme"] > WARN for r in rows):
         print(f"! more than {WARN:.0%} chance of a move beyond {EXTREME} sigma of the last {USUAL_BARS} bars")
     if rows[0]["options"]:

@@ -88,12 +88,12 @@ def in_turn(calibration, times):
     """Yield (Calibration or None, places of the bars that it is for), of all at stamps times [n].
 
     calibration: a Calibration or None, for all; or a list of (stamp, one of these), each for bars
-    from its stamp on, the first for those before too.
+    from its stamp on.
     """
     if not isinstance(calibration, list):
-        calibration = [(0, calibration)]
+        calibration = [(-math.inf, calibration)]
     since, each = zip(*calibration)
-    which = (np.searchsorted(since, times, side="right") - 1).clip(0)
+    which = np.searchsorted(since, times, side="right") - 1
     for k in np.unique(which):
         yield each[k], np.flatnonzero(which == k)
 

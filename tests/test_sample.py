@@ -635,8 +635,7 @@ def test_g1_a_backtest_is_calibrated_anew_as_time_goes_on(loaded, monkeypatch):
     for i, ((stamp, one), (_, same)) in enumerate(zip(found, blind)):
         assert one == backtest.past_calibration(model, tokenizer, dict(splits=None), t, stamp) and (one == same) == (i < 3)
     assert len({one.k for _, one in found}) == 4
-    last_known = np.array([o.time[-1] for o in backtest.origins_at(model, tokenizer, t)])
-    for forecaster, extra, stamps in ((backtest.next_bars, [4], t.time), (backtest.simulated, [20], last_known)):
+    for forecaster, extra, stamps in ((backtest.next_bars, [4], t.time), (backtest.simulated, [20], t.begins)):
         whole = forecaster(model, tokenizer, t, *extra, calibration=found)
         turn = np.searchsorted(time[550:700:50], stamps, side="right")
         for i, (_, one) in enumerate(found):
@@ -676,11 +675,14 @@ def test_strange_histories_get_a_forecast_and_a_true_line(checkpoint, tmp_path, 
 def test_a_portfolio_has_the_weights_that_are_given():
     series = one_factor(3, 50, 0.0)
     ohlcva = np.random.default_rng(0).normal(50, 5, (3, 200, 2, 6))
-    assert np.allclose(report.weights_of(None, series), 1 / 3)
-    assert report.weights_of(["S0=0.5,S2=0.25"], series).tolist() == [0.5, 0, 0.25]
+    assert np.allclose(report.weights_of(None, series, 5), 1 / 3)
+    assert report.weights_of(["S0=0.5,S2=0.25"], series, 5).tolist() == [0.5, 0, 0.25]
     for wrong in ("XX=1", "S0=a", "S0", "S0=nan", "S0=0"):
         with pytest.raises(UserError, match="weights"):
-            report.weights_of([wrong], series)
+            report.weights_of([wrong], series, 5)
+    early = data.Bars("EARLY", series[0].time - 400 * DAY, series[0].ohlcva)
+    assert report.weights_of(None, [early, *series[1:]], 5).tolist() == [0, 0.5, 0.5]      # it ended long before
+    assert report.weights_of(["EARLY=1"], [early, *series[1:]], 5).tolist() == [1, 0, 0]
     weights = np.array([0.5, 0.3, 0.2])
     found, beside = report.portfolio_of(series, ohlcva, weights, 0)
     moves = ohlcva[:, :, -1, 3] / np.array([b.ohlcva[-1, 3] for b in series])[:, None] - 1
