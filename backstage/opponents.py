@@ -1,5 +1,5 @@
-"""The opponents of a forecast, each fitted on the bars before the first target, or on those before
-each origin."""
+"""The opponents of a forecast, each fitted on the bars before the first target (HAR anew every 500
+bars), or on those before each origin."""
 import math
 import zlib
 
