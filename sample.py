@@ -247,7 +247,7 @@ def calibrate(model, tokenizer, histories, since=None):
     """The Calibration from the last PAST_BARS bars, about, of histories (Bars).
 
     since: stamp of the first bar to learn from, where the weights were trained on those before it.
-    Few bars leave the head as it is, and the prior: half the trust.
+    Few bars leave the head as it is, and of P(up) the prior: little trust.
     """
     return calibrate_on(model, tokenizer, read_pasts(model, tokenizer, histories, since))
 

@@ -36,7 +36,7 @@ RIDGE, FLAT = 10000.0, 1000.0   # how much each of the others, and of b, is held
 STEPS = 2            # of Newton's method
 FARTHEST = 4.0       # bound of T, in standard deviations
 TIME_BLOCKS = 40     # of the bars of a calibration, over which the errors of trust are computed
-PRIOR_TRUST, PRIOR_ERROR = 0.5, 0.25  # in P(up), where the past is too short to tell
+PRIOR_TRUST, PRIOR_ERROR = 0.3, 0.3   # in P(up), where the past is too short to tell
 MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
 SURE = 3             # errors that the odds of a rise must be off by, to be mended
 
