@@ -318,7 +318,8 @@ def record_of(model, tokenizer, pasts):
                 if max(RECORD_PAST, past.first) <= place < len(past.bars)}
 
     # the middle one, unless symbols end at times of their own
-    start = int(max((np.median(starts), *set(starts)), key=lambda start: len(scored(start))))
+    candidates = np.median(starts), *sorted(set(starts), reverse=True)
+    start = int(max(candidates, key=lambda start: len(scored(start))))
     places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
     fit = scored(start)
     try:
