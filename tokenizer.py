@@ -298,10 +298,25 @@ class Tokenizer(nn.Module):
         if fine is not None:
             z = z + (mix[coarse] * g[rows_of(g, fine)].unsqueeze(-2)).sum(-1)
         x = self.mean + self.std * z
-        if self.config.direction_bit:
-            up = coarse >> (self.config.coarse_bits - 1) == 1
-            x[..., 0] = torch.where(up, x[..., 0].clamp(min=MARGIN), x[..., 0].clamp(max=-MARGIN))
+        x[..., 0] = self.directed(x[..., 0], coarse)
         return x
+
+    @torch.no_grad()
+    def decode_pairs(self, n_channels=N_CHANNELS):
+        """The first channels of all pairs of tokens, float32 [n_channels, 2^k1, 2^k2]."""
+        d1, mix, g = self.frozen_tables()
+        with full_precision(g):
+            z = d1.T[:n_channels, :, None] + mix.transpose(0, 1)[:n_channels] @ g.T
+        x = self.mean[:n_channels, None, None] + self.std[:n_channels, None, None] * z
+        x[0] = self.directed(x[0], torch.arange(len(d1), device=x.device)[:, None])
+        return x
+
+    def directed(self, close, coarse):
+        """close, with the direction bit at least MARGIN from 0, on the side of its coarse token."""
+        if not self.config.direction_bit:
+            return close
+        up = coarse >> (self.config.coarse_bits - 1) == 1
+        return torch.where(up, close.clamp(min=MARGIN), close.clamp(max=-MARGIN))
 
     def dump(self):
         """A plain dict, for a checkpoint."""

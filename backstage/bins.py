@@ -14,12 +14,9 @@ import torch
 BINS = 512    # of each quantity, at most
 
 
-@torch.no_grad()
 def close_table(tokenizer):
     """The decoded close (a feature, see data.features) of every token pair, [2^k1, 2^k2]."""
-    sizes = tokenizer.config
-    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
-    return torch.cat([tokenizer.decode(some[:, None], fine)[..., 0] for some in coarse.split(64)])
+    return tokenizer.decode_pairs(1)[0]
 
 
 def candle_tables(tokenizer):
@@ -27,12 +24,9 @@ def candle_tables(tokenizer):
 
     close and range in units of s_t, volume in units of d_t above m_t.
     """
-    sizes = tokenizer.config
-    coarse, fine = torch.arange(2**sizes.coarse_bits), torch.arange(2**sizes.fine_bits)
-    x = torch.cat([tokenizer.decode(some[:, None], fine) for some in coarse.split(64)])
-    close, open_, upper, lower, volume, _ = x.double().sinh().unbind(-1)
+    close, open_, upper, lower, volume = tokenizer.decode_pairs(5).double().sinh()
     size = (close - open_).abs() + upper.clamp(min=0) + lower.clamp(min=0)
-    return dict(close=close.contiguous(), range=size, volume=volume.contiguous())
+    return dict(close=close, range=size, volume=volume)
 
 
 class Bins:
@@ -98,10 +92,10 @@ class BinnedLaw:
         probe = self.order[place.clamp(max=len(self.order) - 1)]                # (m, probes)
         fine = self.model.fine_logits(h[:, None], probe).float().softmax(-1)
         fine = (fine / len(self.place)).flatten(1)                              # (m, probes 2^k2)
+        p = p.scatter_add(1, probe, p.new_full(probe.shape, -1 / len(self.place)))
         out = {}
         for name, bins in self.bins.items():
-            share = self.shares[name]
-            law = p @ share - share[probe].mean(1)                              # (m, bins)
+            law = p @ self.shares[name]                                         # (m, bins)
             law.scatter_add_(1, bins.bin_of[probe].flatten(1), fine)
             out[name] = law.double().cpu().numpy()
         return out

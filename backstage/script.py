@@ -231,7 +231,9 @@ class StopSignal:
 
 def run(main):
     """Call a script's main; a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
-    # or the last collection walks all objects of torch, a third of a second
+    # or each collection of garbage walks all objects of torch, a sixth of a second, and the last
+    # one all there are
+    gc.freeze()
     atexit.register(gc.freeze)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what is printed goes nowhere
