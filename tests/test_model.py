@@ -798,11 +798,12 @@ def test_candle_values_are_close_range_and_volume():
 
 def test_close_table_is_what_the_tokenizer_decodes():
     torch.manual_seed(0)
-    tokenizer = Tokenizer(TokenizerConfig(**BITS))
-    table = close_table(tokenizer)
-    assert table.shape == (64, 32)
-    for c, f in ((0, 0), (5, 31), (63, 2)):
-        torch.testing.assert_close(table[c, f], tokenizer.decode(torch.tensor([c]), torch.tensor([f]))[0, 0])
+    for direction_bit in (True, False):
+        tokenizer = Tokenizer(TokenizerConfig(**BITS, direction_bit=direction_bit))
+        every = tokenizer.decode(torch.arange(64)[:, None], torch.arange(32))           # [64, 32, 6]
+        assert every.shape == (64, 32, 6) and ((every[32:, :, 0] > 0).all() == direction_bit)
+        torch.testing.assert_close(tokenizer.decode_pairs().movedim(0, -1), every)
+        torch.testing.assert_close(close_table(tokenizer), every[..., 0])
 
 
 # --- The checkpoint --------------------------------------------------------------------------------------------------
