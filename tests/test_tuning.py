@@ -524,7 +524,7 @@ def test_paths_grow_and_are_drawn_anew_each_round(checkpoint, tmp_path, call, mo
     ("expo", "--pairs drawn --candidates 8", signal.SIGKILL), ("rollout", "--horizon 4", signal.SIGKILL),
     ("expo", "--pairs set", signal.SIGTERM), ("rollout", "--horizon 4 --target chosen --select path", signal.SIGTERM)])
 def test_g6_ended_by_a_signal_and_resumed_a_stage_ends_with_the_same_weights(checkpoint, tmp_path, call, name, flags, signum):
-    args = ["--ckpt", checkpoint, *flags.split(), *"--steps 24 --batch_size 2 --eval_every 24 --save_every 1 --no-backtest".split()]
+    args = ["--ckpt", checkpoint, *flags.split(), *"--dtype fp32 --steps 24 --batch_size 2 --eval_every 24 --save_every 1 --no-backtest".split()]
     assert call(name, *args, "--out", tmp_path / "whole.pt")[0] == 0
     command = [sys.executable, os.path.join(ROOT, name + ".py"), *args, "--out", str(tmp_path / "broken.pt")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
