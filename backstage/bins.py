@@ -44,7 +44,9 @@ class Bins:
         common = ordered[(inner * (len(ordered) - 1)).round().long()]
         even = x.min() + inner * (x.max() - x.min())
         edges = torch.cat((common, even)).unique()
-        _, self.bin_of = torch.searchsorted(edges, x).unique(return_inverse=True)
+        place = torch.searchsorted(edges, x)
+        used = place.flatten().bincount() > 0
+        self.bin_of = (used.cumsum(0) - 1)[place]
         flat = self.bin_of.flatten()
         total = torch.zeros(int(flat.max()) + 1, dtype=x.dtype, device=x.device)
         total.index_add_(0, flat, table.flatten())

@@ -183,8 +183,10 @@ def print_record(record, calibration, meta, histories):
         right, ratios = record["da"], (
             f"{name} {record[name]:.3f}" for name in ("close", "range", "volume")
             if record[name] is not None)
-        print(f"record, the last {record['bars']:,} bars of these: {right['value']:.1%} right calls "
-              f"[{right['lo']:.1%}, {right['hi']:.1%}], the 90 % band held "
+        calls = f"{right['value']:.1%} right calls [{right['lo']:.1%}, {right['hi']:.1%}]"
+        if right["lo"] == right["hi"]:
+            calls = "no direction called"
+        print(f"record, the last {record['bars']:,} bars of these: {calls}, the 90 % band held "
               f"{record['coverage90']:.1%};\nCRPS to HAR, refitted: {', '.join(ratios)}")
         if right["lo"] <= 0.5:
             print(f"no better than a coin on these bars: P(up) is trusted by {calibration.k:.0%}")
