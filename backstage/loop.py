@@ -37,16 +37,16 @@ def resumed(given, config_class, free, stages):
         raise UserError(f"{path}: no run can go on from it, it has no {missing[0]!r}; "
                         f"fine-tune its weights: --init_from {path}")
     for name, value in given.items():
-        saved = entry["run"].get(name)
+        saved = entry["run"].get(name, getattr(config_class, name))
         if name not in free and value != saved:
             raise UserError(f"--{name} {value}: the run in {path} has {saved}; "
                             f"drop the flag to go on, or choose another --out")
     kinds = typing.get_type_hints(config_class)
-    wrong = [name for name, kind in kinds.items() if not fits(entry["run"].get(name), kind)]
-    wrong += entry["run"].keys() - kinds.keys()
+    # a flag that is younger than the run has its default
+    wrong = [name for name, value in entry["run"].items()
+             if name not in kinds or not fits(value, kinds[name])]
     if wrong:
-        raise damaged(path, f"setting {wrong[0]!r} of its run is missing, unknown or of a wrong "
-                            f"kind")
+        raise damaged(path, f"setting {wrong[0]!r} of its run is unknown or of a wrong kind")
     # no file names what is written
     own = {name: value for name, value in entry["run"].items() if name not in OUTPUTS}
     return config_class(**own | dict(overwrite=False, out=path) | given), entry

@@ -218,6 +218,20 @@ def test_resume_is_refused_where_something_differs_and_leaves_a_finished_run_alo
     assert open(path, "rb").read() == before
 
 
+def test_a_flag_younger_than_the_run_has_its_default(checkpoint, tmp_path, call):
+    entry = torch.load(checkpoint, weights_only=True)
+    entry["run"]["steps"] += 1      # as if stopped before its end
+    del entry["run"]["cooldown"]
+    torch.save(entry, tmp_path / "a.pt")
+    assert "the run in" in complaint(call("pretrain", "--out", tmp_path / "a.pt", "--resume", "--cooldown", 0.5))
+    status, _, err = call("pretrain", "--out", tmp_path / "a.pt", "--resume")
+    assert status == 0, err
+    assert load_safe(tmp_path / "a.pt")["run"]["cooldown"] == pretrain.Config.cooldown
+    entry["run"]["haste"] = 1
+    torch.save(entry, tmp_path / "a.pt")
+    assert "'haste'" in complaint(call("pretrain", "--out", tmp_path / "a.pt", "--resume"))
+
+
 def test_a_resumed_fine_tune_keeps_its_tokenizer(market, tmp_path, checkpoint, call):
     """Even where the checkpoint that it began from was trained anew meanwhile, or is gone."""
     base, out = tmp_path / "base.pt", tmp_path / "out.pt"
