@@ -228,6 +228,12 @@ def _bounds(origin):
     return np.fmax(scales / 8, (S_FLOOR, D_FLOOR)), np.fmin(scales * 8, np.inf)
 
 
+def _factors(coming, n):
+    """log F, log G of the next n bars, [2, n, ...], from coming [..., H, 2]; 0 beyond its H."""
+    known = np.moveaxis(coming[..., :n, :], (-1, -2), (0, 1))         # (2, n or fewer, ...)
+    return np.concatenate([known, np.zeros((2, n - known.shape[1], *known.shape[2:]))], axis=1)
+
+
 def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     """Bars from features, to float32's rounding; the state must have seen a bar.
 
@@ -246,9 +252,7 @@ def inverse(x, state, log_factors=None) -> tuple[np.ndarray, State]:
     origin = np.broadcast_to(state.origin, (*batch, 3))
     coming = state.coming if log_factors is None else np.asarray(log_factors, np.float64)
     coming = np.broadcast_to(coming, (*batch, *coming.shape[-2:]))
-    log_F, log_G = np.zeros((2, n) + batch)
-    known = np.moveaxis(coming[..., :n, :], (-1, -2), (0, 1))         # (2, T or fewer, ...)
-    log_F[:known.shape[1]], log_G[:known.shape[1]] = known
+    log_F, log_G = _factors(coming, n)
     F = np.exp(log_F)
     total = np.moveaxis(np.broadcast_to(state.total, (*batch, 4)), -1, 0)           # (4, ...)
     weight = np.moveaxis(np.broadcast_to(state.weight, (*batch, 4)), -1, 0)

@@ -40,8 +40,7 @@ from backstage.clock import future_times
 from backstage.files import sole_writer
 from backstage.scores import against, at_step
 from backstage.script import cli, run
-from backstage.stage import (
-    Settings, StageValidation, check_settings, kl, later_weeks, set_up)
+from backstage.stage import Settings, StageValidation, check_settings, kl, later_weeks, set_up
 from model import mean_nats
 
 

@@ -311,16 +311,17 @@ def record_of(model, tokenizer, pasts):
     each = [min(max(64, RECORD // len(pasts)), len(past.bars) // 3) for past in pasts]
     starts = [past.bars.time[-n] for past, n in zip(pasts, each) if n] or [0]
 
+    def place_of(past, start):
+        return int(np.searchsorted(past.bars.time, start))
+
     def scored(start):
         """{id of series: h of its past} of those with enough bars before `start` and one after."""
-        places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
-        return {id(past.bars): past.h for past, place in zip(pasts, places)
-                if max(RECORD_PAST, past.first) <= place < len(past.bars)}
+        return {id(past.bars): past.h for past in pasts
+                if max(RECORD_PAST, past.first) <= place_of(past, start) < len(past.bars)}
 
     # the middle one, unless symbols end at times of their own
     candidates = np.median(starts), *sorted(set(starts), reverse=True)
     start = int(max(candidates, key=lambda start: len(scored(start))))
-    places = [int(np.searchsorted(past.bars.time, start)) for past in pasts]
     fit = scored(start)
     try:
         bars = [past.bars for past in pasts if id(past.bars) in fit]
@@ -337,7 +338,7 @@ def record_of(model, tokenizer, pasts):
     before = before[::-(-len(before) // LAWS)]
     earlier = [Past(past.bars[:place], past.first, past.h[:place - past.first],
                     past.coarse[:place - past.first])
-               for past, place in zip(pasts, places) if past.first < place]
+               for past in pasts if past.first < (place := place_of(past, start))]
     own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES,
                              calibrate_on(model, tokenizer, earlier), (before, ahead.split(256)))
     own, rival = (bootstrap(time_block_sums(f, t), t) for f in (own, har(t, 2)))

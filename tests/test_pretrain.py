@@ -133,6 +133,7 @@ def test_the_reasoner_learns_now_and_then_and_always_while_the_rate_falls(
     sizes = ["--steps", 40, "--warmup", 0, "--batch_size", 4, "--block_size", 128, "--eval_every",
              40, "--n_embd", 16, "--n_layer", 1]
     trained(call, market, tmp_path / "a.pt", *sizes, *flags)
+    # at the update `stands` the rate is still whole
     assert learned == [(4, 2)] * (stands // pretrain.ORIGIN_EVERY + 1 + 39 - stands)
 
 

@@ -553,6 +553,25 @@ def test_the_record_is_of_forecasts_calibrated_on_the_bars_before(loaded, monkey
     assert calibration == real(model, tokenizer, seen) and calibration.head is not None
 
 
+def test_symbols_that_end_years_apart_have_a_record_of_the_newest(loaded):
+    model, tokenizer = loaded
+    one, two = one_factor(2, 900, 0.0)
+    apart = [one, data.Bars(two.symbol, two.time - 9 * 365 * DAY, two.ohlcva)]
+    record = sample.record_of(model, tokenizer, past.read_pasts(model, tokenizer, apart))
+    alone = sample.record_of(model, tokenizer, past.read_pasts(model, tokenizer, apart[:1]))
+    assert record["bars"] == alone["bars"] == 300 and record["close"] == pytest.approx(alone["close"], abs=0.05)
+
+
+def test_a_record_without_a_call_says_so(capsys):
+    [bars] = one_factor(1, 50, 0.0)
+    record = dict(bars=300, da=dict(value=0.5, lo=0.5, hi=0.5), coverage90=0.9, close=1.0, range=None, volume=None)
+    for hi, words in ((0.5, "no direction called"), (0.55, "50.0% right calls [50.0%, 55.0%]")):
+        record["da"]["hi"] = hi
+        report.print_record(record, sample.Calibration(k=0.0), {}, [bars])
+        said = capsys.readouterr().out
+        assert words in said and ("right calls" in said) == (hi > 0.5) and "no better than a coin" in said
+
+
 def test_where_most_bars_stay_the_head_stays(loaded):
     model, tokenizer = loaded
     [bars] = one_factor(1, 700, 0.0)
