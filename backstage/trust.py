@@ -21,9 +21,10 @@ principal axes of x. It is concave; two steps of Newton's method from 0 come nea
     k <- (k / e_k^2 + k0 / e0^2) / (1 / e_k^2 + 1 / e0^2)
 
 each shrunk by its own error e over blocks of time (that of independent bars, where larger), since
-one market rewards what the model says and the next does not. An a within SURE errors of 0 becomes 0 (after James and Stein 1961): few such
-drifts last into the next months. k is the posterior mean under the prior k0 +- e0, with k0 =
-PRIOR_TRUST and e0 = PRIOR_ERROR. Last, k is held between 0 and MOST_TRUST.
+one market rewards what the model says and the next does not. An a within SURE errors of 0 becomes 0
+(after James and Stein 1961): few such drifts last into the next months. k is the posterior mean
+under the prior k0 +- e0, with k0 = PRIOR_TRUST. How loud a model is tells how far k may be from k0:
+e0 = PRIOR_ERROR / sd(x), in log odds the same for all. Last, k is held between 0 and MOST_TRUST.
 """
 import math
 from dataclasses import dataclass, field
@@ -36,8 +37,9 @@ RIDGE, FLAT = 10000.0, 1000.0   # how much each of the others, and of b, is held
 STEPS = 2            # of Newton's method
 FARTHEST = 4.0       # bound of T, in standard deviations
 TIME_BLOCKS = 40     # of the bars of a calibration, over which the errors of trust are computed
-PRIOR_TRUST, PRIOR_ERROR = 0.3, 0.3   # in P(up), where the past is too short to tell
-MOST_TRUST = 1.5     # what pretraining shrinks for all markets may be too little for one
+PRIOR_TRUST = 0.3    # in P(up), where the past is too short to tell
+PRIOR_ERROR = 0.05   # of what k x says, in log odds
+MOST_TRUST = 2.5     # what pretraining shrinks for all markets may be too little for one
 SURE = 3             # errors that the odds of a rise must be off by, to be mended
 
 
@@ -172,5 +174,6 @@ def fit_trust(logit, rose, stamp):
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
     a *= max(0.0, 1 - SURE**2 * var_a / max(a**2, 1e-12))
-    k = (k / var_k + PRIOR_TRUST / PRIOR_ERROR**2) / (1 / var_k + 1 / PRIOR_ERROR**2)
+    var_0 = PRIOR_ERROR**2 / max(logit.var(), 1e-12)
+    k = (k / var_k + PRIOR_TRUST / var_0) / (1 / var_k + 1 / var_0)
     return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))

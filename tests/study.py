@@ -138,6 +138,7 @@ VARIANTS = {
     "no averaged weights": (Model, {}, ["--average=0"]),
     "no dropout": (Model, {}, ["--dropout=0"]),
     "other market too": (Model, {}, ["--mirror=1"]),
+    "no weeks moved": (Model, {}, ["--shift_weeks=0"]),
     "AdamW alone, 0.003": (Model, {}, ["--lr=0.003"]),
     "AdamW alone, 0.01": (Model, {}, ["--lr=0.01"]),
 }
@@ -158,12 +159,13 @@ def model_study(argv):
     args = parser.parse_args(argv)
     os.makedirs(args.out, exist_ok=True)
     market_folder(args)
-    found = {}
+    found, first = {}, os.path.join(args.out, "default-0.pt")
     for seed in range(args.seeds):
         for name in args.variants:
-            path = os.path.join(args.out, f"{name.replace(' ', '-')}-{seed}.pt")
-            if not os.path.exists(path):
-                train_variant(args, name, seed, path)
+            path = variant_file(args, name, seed)
+            if not os.path.exists(path):    # all take the tokenizer of the first run
+                tokenizer = ["--tokenizer", first] if os.path.exists(first) else []
+                train_variant(name, path, ["--data", *args.data, f"--seed={seed}", *tokenizer, *args.flags])
             rows = [row for row in read_checkpoint(path)["metrics"] if row["stage"] == "pretrain"]
             best = min(rows, key=lambda row: row["score"])
             found[name, seed] = best | dict(right=100 * best["da"])
@@ -186,6 +188,10 @@ def model_study(argv):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def variant_file(args, name, seed):
+    return os.path.join(args.out, f"{name.replace(' ', '-')}-{seed}.pt")
+
+
 def market_folder(args):
     """Makes the synthetic market of --market once, and names it as --data."""
     if args.market:
@@ -198,18 +204,15 @@ def market_folder(args):
         raise data.UserError("give --data or --market")
 
 
-def train_variant(args, name, seed, path):
-    """By pretrain.py, with another model in place of its own. All take the tokenizer of the first run."""
-    kind, settings, flags = VARIANTS[name]
-    first = os.path.join(args.out, "default-0.pt")
-    if os.path.exists(first):
-        flags = [*flags, "--tokenizer", first]
+def train_variant(name, path, flags):
+    """By pretrain.py, with another model in place of its own."""
+    kind, settings, own = VARIANTS[name]
     optimizer = pretrain.Optimizer
     pretrain.Model = lambda config: kind(dataclasses.replace(config, **settings))
     pretrain.Optimizer = AdamWAlone if name.startswith("AdamW") else optimizer
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            pretrain.main(["--data", *args.data, "--out", path, f"--seed={seed}", *flags, *args.flags])
+            pretrain.main(["--out", path, *own, *flags])
     finally:
         pretrain.Model, pretrain.Optimizer = Model, optimizer
 
@@ -1153,12 +1156,28 @@ def lunch_market(seed=0, n_days=250, bars_a_day=48):
     return data.Bars(f"LUNCH{seed}", time, np.column_stack([price, volume, volume * price[:, 1:].mean(1)]))
 
 
+CLOCK_ARMS = {"hours in the scale": (2, "default"), "without": (0, "default")}      # levels of slots, one of VARIANTS
+
+
+def trained_variant(args, arm, seed):
+    """(model, tokenizer, meta) of an arm, trained on args.train unless that was done."""
+    path, (_, name) = variant_file(args, arm, seed), CLOCK_ARMS.get(arm, (2, arm))
+    if not os.path.exists(path):
+        train_variant(name, path, ["--data", *args.train, f"--seed={seed}", *args.flags])
+    model, tokenizer, meta = load_checkpoint(path)
+    variant = VARIANTS[name][0](model.config).eval()
+    variant.load_state_dict(model.state_dict())
+    return variant, tokenizer, meta
+
+
 def clock_study(argv):
-    """One row a file and arm: CRPS beside HAR of models trained on --train with and without hours in the scale.
+    """One row a file and arm: CRPS beside HAR of models trained on --train with and without hours in the scale, or of
+    VARIANTS with them.
 
     In place of a file, `lunch` is a market of its own making.
     """
     parser = of_files("clock")
+    parser.add_argument("--arms", nargs="+", default=list(CLOCK_ARMS), choices=[*CLOCK_ARMS, *VARIANTS])
     parser.add_argument("--train", nargs="+", required=True, help="CSV files to train on")
     parser.add_argument("--out", default="study_clock", help="folder of bars and checkpoints; what is there is not made again")
     parser.add_argument("--seeds", type=int, default=3)
@@ -1169,20 +1188,18 @@ def clock_study(argv):
     if "lunch" in args.data and not os.path.exists(os.path.join(lunch, "symbols.json")):
         write_folder(map(lunch_market, range(4)), lunch)
     args.data = [lunch if path == "lunch" else path for path in args.data]
-    arms = {"hours in the scale": 2, "without": 0}
-    ckpts = {arm: [os.path.join(args.out, f"{levels}-{seed}.pt") for seed in range(args.seeds)] for arm, levels in arms.items()}
-    for arm, levels in arms.items():
-        for seed, path in enumerate(ckpts[arm]):
-            if not os.path.exists(path):
-                with levels_of_the_clock(levels), contextlib.redirect_stdout(io.StringIO()):
-                    pretrain.main(["--data", *args.train, "--out", path, f"--seed={seed}", *args.flags])
+    levels, ckpts = {arm: CLOCK_ARMS.get(arm, (2, arm))[0] for arm in args.arms}, {}
+    for arm in args.arms:
+        with levels_of_the_clock(levels[arm]):
+            ckpts[arm] = [trained_variant(args, arm, seed) for seed in range(args.seeds)]
+    names = [f"checkpoint {i + 1}" for i in range(args.seeds)]
     print_heads()
-    rows = {arm: [] for arm in arms}
+    rows = {arm: [] for arm in args.arms}
     for market, series, start, stride in markets_of(args):
-        for arm, levels in arms.items():
-            with levels_of_the_clock(levels):
+        for arm in args.arms:
+            with levels_of_the_clock(levels[arm]):
                 result = backtest.backtest(ckpts[arm], series, start=data.iso(start), paths=args.paths, stride=stride)
-            rows[arm].append(print_to_opponents(market, arm, ckpts[arm], result))
+            rows[arm].append(print_to_opponents(market, arm, names, result))
     print_means(rows)
 
 

@@ -410,13 +410,16 @@ def test_the_correlation_is_that_of_the_last_bars_and_positive_definite():
 
 
 def test_trust_is_found_and_shrunk_by_its_error():
-    """Beside the planted law; noise earns none, little data leaves the prior, a bias is found."""
+    """Beside the planted law; noise earns none, little data leaves the prior, a bias is found; a quiet model may be
+    believed twice over."""
     random = np.random.default_rng(0)
     x, stamp = random.normal(0.2, 0.5, 8000), np.arange(8000)
     for k, a, low, high in ((1.0, 0.0, 0.85, 1.15), (0.4, 0.0, 0.25, 0.55), (0.0, 0.0, 0.0, 0.2), (0.5, -0.4, 0.35, 0.65)):
         rose = random.random(8000) < 1 / (1 + np.exp(-(a + k * (x - 0.2))))
         found = trust.fit_trust(x, rose, stamp)
         assert low <= found.k <= high and abs(found.a - a) < 0.1, (k, a, found)
+    rose = random.random(8000) < 1 / (1 + np.exp(-2 * (x - 0.2) / 5))
+    assert 1.5 < trust.fit_trust(0.2 + (x - 0.2) / 5, rose, stamp).k < 2.2      # the planted 2, drawn to the prior
     few = trust.fit_trust(x[:10], rose[:10], stamp[:10])
     assert abs(few.k - trust.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
 
