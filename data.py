@@ -493,6 +493,29 @@ def mirrored(bars):
     return Bars(bars.symbol, bars.time, ohlcva)
 
 
+def merged(bars, k):
+    """Every k bars in a row as one, at the time of the first; bars shorter than a day only within a
+    day of UTC.
+
+    Bars of hours differ from those of minutes as one market does from another, so that a model
+    which learns from both learns what holds for more.
+    """
+    if len(bars) < 2:
+        return bars
+    place = np.arange(len(bars))
+    if np.median(np.diff(bars.time)) < DAY:
+        place -= np.searchsorted(bars.time // DAY, bars.time // DAY)    # within the day
+    first = np.flatnonzero(place % k == 0)
+    last = np.append(first[1:], len(bars)) - 1
+    open_, high, low, close, *amounts = bars.ohlcva.T
+    known = [np.logical_or.reduceat(~np.isnan(x), first) for x in amounts]
+    sums = [np.add.reduceat(np.nan_to_num(x), first) for x in amounts]
+    sums = [np.where(is_known, x, np.nan) for is_known, x in zip(known, sums)]
+    high, low = np.maximum.reduceat(high, first), np.minimum.reduceat(low, first)
+    ohlcva = np.stack([open_[first], high, low, close[last], *sums], axis=1)
+    return Bars(bars.symbol, bars.time[first], ohlcva)
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 

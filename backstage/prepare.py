@@ -41,6 +41,8 @@ def check(config):
         raise UserError(f"--patience {config.patience}: a number of reports, 0 for never, or -1")
     if config.mirror not in (-1, 0, 1):
         raise UserError(f"--mirror {config.mirror}: choose 1, 0 or -1")
+    if config.merge != (0,) and min(config.merge) < 1:
+        raise UserError(f"--merge {','.join(map(str, config.merge))}: numbers of bars, from 1 on")
 
 
 def check_outputs(config, resumed):
@@ -186,13 +188,16 @@ def fit_window(config, market, say):
 
 
 def fit_market(config, market, world, say):
-    """Settles the bars in a window, and drops the series that are too short for one."""
+    """Settles the bars in a window, drops the series that are too short for one, and adds those
+    whose training bars are merged."""
     if config.batch_size < world:
         raise UserError(f"--batch_size {config.batch_size}: fewer windows than the {world} "
                         f"processes; give at least one for each")
     market.block_size, chosen = fit_window(config, market, say)
     market.series = [market.series[i] for i in chosen]
     market.borders = [market.borders[i] for i in chosen]
+    n_symbols, n_bars = len(chosen), sum(map(len, market.series))
+    n_merged = add_merged(market, config.merge)
     pairs = list(zip(market.series, market.borders))
     market.spans = {name: [data.targets_of(bars, name, pair) for bars, pair in pairs]
                     for name in ("train", "val")}
@@ -200,8 +205,21 @@ def fit_market(config, market, world, say):
     if not market.n_val:
         raise UserError(f"no symbol has a val bar between {val} and {test}; "
                         f"move --val_start, --test_start")
-    say(f"{len(market.series)} symbols, {sum(map(len, market.series)):,} bars, {market.n_bars:,} "
-        f"to train on; val from {val}, test from {test}")
+    merges = f", and {n_merged:,} merged ones" if n_merged else ""
+    say(f"{n_symbols} symbols, {n_bars:,} bars, {market.n_bars:,} to train on{merges}; "
+        f"val from {val}, test from {test}")
+
+
+def add_merged(market, merge):
+    """Adds to the series those of their training bars that are merged, k at a time for each k of
+    `merge`, where they are long enough for a window. -> how many bars these are."""
+    pairs = list(zip(market.series, market.borders))
+    train = [(bars[:np.searchsorted(bars.time, pair[0])], pair) for bars, pair in pairs]
+    found = [(data.merged(bars, k), pair) for k in merge if k > 1 for bars, pair in train]
+    found = [(bars, pair) for bars, pair in found if len(bars) > market.block_size]
+    market.series = market.series + [bars for bars, _ in found]
+    market.borders = market.borders + [pair for _, pair in found]
+    return sum(len(bars) for bars, _ in found)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def until(out, holds):
 def whole(market, tmp_path_factory):
     """Flags of a run with all that takes chance or has a memory (dropout, mirror, averages, patience), and what it ends with unbroken."""
     out = tmp_path_factory.mktemp("whole") / "whole.pt"
-    flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
+    flags = ["--data", str(market), *TINY, "--steps", "30", "--eval_every", "7", "--save_every", "1", "--dropout", "0.2", "--mirror", "1", "--merge", "2,3"]
     pretrain.main([*flags, "--out", str(out)])
     return flags, load_safe(out)
 
@@ -318,7 +318,7 @@ def two_processes(*argv):
 
 def test_stopped_and_resumed_two_processes_end_with_the_weights_of_two_that_never_stopped(market, tmp_path):
     """The signal reaches one of them, and not the one that saves; all that takes chance or has a memory is on."""
-    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1"]
+    flags = ["--data", str(market), *TINY, "--steps", "12", "--eval_every", "5", "--save_every", "1", "--dropout", "0.2", "--mirror", "1", "--merge", "2,3"]
     for run in two_processes("--out", str(tmp_path / "whole.pt"), *flags):
         assert run.communicate(timeout=120)[1] == "" and run.returncode == 0
     out = tmp_path / "a.pt"
@@ -493,7 +493,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(market, tmp_path, checkpoin
     ("--val_start", "soon", "--val_start soon"), ("--block_size", -1, "--block_size"),
     ("--block_size", 1, "--block_size 1"), ("--seed", -1, "--seed -1"), ("--seed", 10**20, "--seed"), ("--device", "meta", "--device"),
     ("--clip", "inf", "finite"), ("--out", "", "not the name of a file"), ("--dropout", 1, "--dropout 1"), ("--dropout", -0.5, "--dropout -0.5"),
-    ("--average", 1, "--average 1"), ("--cooldown", 1.5, "--cooldown 1.5"), ("--mirror", 2, "--mirror 2"), ("--shift_weeks", -1, "--shift_weeks"), ("--adam_lr", -1, "--adam_lr"),
+    ("--average", 1, "--average 1"), ("--cooldown", 1.5, "--cooldown 1.5"), ("--mirror", 2, "--mirror 2"), ("--merge", "2,0", "--merge 2,0"), ("--shift_weeks", -1, "--shift_weeks"), ("--adam_lr", -1, "--adam_lr"),
     ("--val_start", "1990-01-01", "--val_start"), ("--coarse_bits", 1, "--coarse_bits 1"),
 ])
 def test_bad_flags_get_one_line(market, tmp_path, call, monkeypatch, flag, value, why):

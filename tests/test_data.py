@@ -1029,3 +1029,29 @@ def test_volume_tells_whether_the_planted_market_goes_on_or_turns():
         coin.append(np.mean(move[1:] == move[:-1]))
         assert (bars.ohlcva[:, 1] >= bars.ohlcva[:, [0, 3]].max(1)).all() and (bars.ohlcva[:, 2] <= bars.ohlcva[:, [0, 3]].min(1)).all()
     assert np.mean(calls) == pytest.approx(0.6, abs=0.006) and np.mean(coin) == pytest.approx(0.5, abs=0.006)
+
+
+def by_hand(bars, k):
+    """merged, bar by bar."""
+    out = []
+    for t, row in zip(bars.time, bars.ohlcva):
+        new_day = not out or t // DAY != out[-1][0] // DAY
+        if not out or len(out[-1][1]) == k or new_day and np.diff(bars.time).min() < DAY:
+            out.append((t, []))
+        out[-1][1].append(row)
+    rows = np.array([[x[0][0], max(r[1] for r in x), min(r[2] for r in x), x[-1][3],
+                      *(np.nansum([r[c] for r in x]) if any(r[c] == r[c] for r in x) else np.nan for c in (4, 5))] for _, x in out])
+    return np.array([t for t, _ in out]), rows
+
+
+@pytest.mark.parametrize("step, k", [(60, 7), (HOUR, 5), (DAY, 3), (HOUR, 1), (DAY, 500)])
+def test_merged_bars_are_candles_of_the_bars_within_them(step, k):
+    """Beside a loop over bars; bars of hours end with the day; a volume is missing where all are."""
+    bars = random_bars(400, seed=k)
+    bars.time, bars.ohlcva[30:60, 4] = 1_600_000_000 // DAY * DAY + HOUR + step * np.arange(400), np.nan
+    bars = bars[np.random.default_rng(k).random(400) < 0.9]
+    time, want = by_hand(bars, k)
+    found = data.merged(bars, k)
+    assert np.array_equal(found.time, time) and found.symbol == bars.symbol
+    np.testing.assert_allclose(found.ohlcva, want, rtol=1e-12)
+    assert len(data.merged(bars[:0], k)) == 0

@@ -101,6 +101,25 @@ def test_val_is_each_series_own_last_share_and_nothing_is_test():
     assert (test[:, 0] >= test[:, 1]).all()
 
 
+def test_merged_bars_are_learned_beside_the_others_and_never_scored(
+        market, tmp_path, call, monkeypatch):
+    """Those of the training dates alone: none reaches into val."""
+    (drawn, ends_at), gather = [{True: [], False: []} for _ in range(2)], data.gather
+
+    def noted(streams, which, ends):
+        drawn[torch.is_grad_enabled()] += [np.diff(streams.time[i]).min() for i in which]
+        ends_at[torch.is_grad_enabled()] += [streams.time[i][e] for i, e in zip(which, ends)]
+        return gather(streams, which, ends)
+    monkeypatch.setattr(data, "gather", noted)
+    bar = int(np.diff(data.load(str(market))[0].time).min())
+    flags = ["--steps", 20, "--batch_size", 16, "--block_size", 32, "--eval_every", 10, "--merge", "2,5"]
+    entry = trained(call, market, tmp_path / "a.pt", *flags)
+    assert set(drawn[True]) == {bar, 2 * bar, 5 * bar} and set(drawn[False]) == {bar}
+    share = np.mean(np.array(drawn[True]) > bar)        # series of 400, 200 and 80 training bars
+    assert share == pytest.approx((200 - 32 + 80 - 32) / (400 + 200 + 80 - 3 * 32), abs=0.12)
+    assert max(ends_at[True]) < entry["splits"][0] <= min(ends_at[False])
+
+
 def test_mirrored_windows_fade_with_the_rate(market, tmp_path, call, monkeypatch):
     """Half of the windows while the rate stands, then fewer in a straight line."""
     drawn, gather = [], data.gather
