@@ -87,8 +87,8 @@ class Config:
     dropout: float = -1.0             # share of a layer's outputs dropped; -1: by the bars
     mirror: int = -1                  # 1: also windows of the market quoted the other way round,
                                       # until the rate falls; 0: none; -1: by the bars
-    merge: tuple[int, ...] = (0,)     # also windows of bars merged so many at a time, for each
-                                      # number; 1: none; 0: by the bars
+    merge: tuple[int, ...] = (1,)     # also windows of bars merged so many at a time, for each
+                                      # number; 1: as they are
     shift_weeks: int = 104            # weeks by which a training window moves in time, at most
     # for weights of many markets, drawn by the root of their bars
     val_share: float = 0.0            # val is the last share of each series, no test; 0: by date

@@ -41,7 +41,7 @@ def check(config):
         raise UserError(f"--patience {config.patience}: a number of reports, 0 for never, or -1")
     if config.mirror not in (-1, 0, 1):
         raise UserError(f"--mirror {config.mirror}: choose 1, 0 or -1")
-    if config.merge != (0,) and min(config.merge) < 1:
+    if min(config.merge) < 1:
         raise UserError(f"--merge {','.join(map(str, config.merge))}: numbers of bars, from 1 on")
 
 
