@@ -4,7 +4,6 @@
     python tests/study.py tokenizer --data bars.csv.gz  # 8 to 12 bits a level, through the whole pipeline
     python tests/study.py closes                        # what rounding to tokens costs whoever calls a reverting market
     python tests/study.py codes --data bars.csv.gz      # codes in use over the updates, for VQ and for BSQ: assets/codes.svg
-    python tests/study.py sees                          # what a bar sees of the bars before it: assets/attention.svg
     python tests/study.py null                          # how often an interval of right calls misses one half
     python tests/study.py room --data bars.csv.gz       # what knowing the volatility to come would win ten bars ahead
     python tests/study.py leak                          # scaling over a whole window shows skill on a random walk
@@ -447,60 +446,6 @@ def plot_codes(path, curves, steps):
             text = "BSQ: corners of the sphere" if name == "BSQ" else "VQ: learned codes"
             parts.append(label(x0 + w + 8, at(*curve[-1])[1] + 4, text))
     write_svg(path, x0 + w + 170, y0 + h + 46, parts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a bar sees, of the weights that come along: read off gradients, not off the design
-
-def sees_study(argv):
-    """Draws how far each kind of attention lets bar 200 depend on the bars before it: gradients, by size."""
-    parser = argparse.ArgumentParser(prog="study.py sees")
-    parser.add_argument("--plot", default=os.path.join(ROOT, "assets", "attention.svg"))
-    args = parser.parse_args(argv)
-    model, tokenizer, _ = load_checkpoint(os.path.join(ROOT, "assets", "base.pt"))
-    series = data.synthetic(n_symbols=8, n_bars=500)[0]
-    tokens = torch.from_numpy(np.stack([data.tokenize(bars, tokenizer)[-201:] for bars in series]).astype(np.int64))
-    time = torch.from_numpy(np.stack([bars.time[-201:] for bars in series]))
-    t = 200
-    with torch.no_grad():
-        x = model.embedding(*model.candles(*tokens.unbind(-1)), time)[0]     # [B, 201, C]
-    x.requires_grad_(True)
-    seen = []
-    for kind in model.layers[0].kinds:
-        kind.register_forward_hook(lambda kind, given, out: seen.append(out[0][:, :, t]))  # [H, B, D]
-    model.layers[0](x, model.rotation(torch.arange(201), x.dtype))
-    origins = torch.full((len(time), 1), t + 1)
-    seen.append(model.reasoner(x, origins, model.stamps(time)[:, None, -1:])[:, 0, 0])                 # the next bar's latent
-    names = ["all the past, linear", *(f"the last {window} bars" for window in model.config.windows), "the reasoner"]
-    rows = []
-    for name, y in zip(names, seen):
-        grad = torch.zeros(t + 1)
-        for seed in range(16):      # in chance directions
-            v = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
-            grad += torch.autograd.grad(y, x, v, retain_graph=True)[0].norm(dim=-1).mean(0)
-        size = grad / grad.max()
-        reached = [k for k in range(t + 1) if size[k] > 1e-6]
-        print(f"{name:30}bars {t - reached[-1]} to {t - reached[0]} back")
-        rows.append(size)
-    plot_sees(args.plot, names, rows)
-
-
-def plot_sees(path, names, rows, left=190, width=2.9):
-    """A strip a kind of attention: the older a bar the further left, the more it counts the darker."""
-    n = len(rows[0])
-    parts = [label(left, 20, "how much the newest bar takes from each bar before it", css="t")]
-    for row, (name, size) in enumerate(zip(names, rows)):
-        y = 36 + 34 * row
-        parts.append(label(left - 10, y + 16, name, "end"))
-        for k, share in enumerate(size.tolist()):
-            if share > 1e-6:
-                shade = max(0.08, 1 + math.log10(share) / 3)
-                parts.append(f'<rect class="up" x="{left + width * k:.1f}" y="{y}" width="{width:.1f}" height="24" '
-                             f'fill-opacity="{shade:.2f}" stroke="none"/>')
-    for back in (200, 150, 100, 50, 0):
-        parts.append(label(left + width * (n - 1 - back + 0.5), 36 + 34 * len(rows) + 8, f"{back}", "middle"))
-    parts.append(label(left + width * n / 2, 36 + 34 * len(rows) + 26, "bars back", "middle"))
-    write_svg(path, left + width * n + 20, 36 + 34 * len(rows) + 36, parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1274,7 +1219,7 @@ def room_study(argv):
         print(f"{name:42}{len(np.unique(group)):>4}   x {best / as_it_is:.4f}")
 
 
-SECTIONS = {"null": null_study, "room": room_study, "sees": sees_study, "model": model_study, "tokenizer": tokenizer_study,
+SECTIONS = {"null": null_study, "room": room_study, "model": model_study, "tokenizer": tokenizer_study,
             "closes": closes_study, "codes": codes_study, "stages": stages_study, "leak": leak_study, "base": base_study,
             "parallel": parallel_study, "few": few_study, "unmoved": unmoved_study, "planted": planted_study,
             "budgets": budgets_study, "clock": clock_study}
