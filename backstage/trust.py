@@ -23,8 +23,8 @@ principal axes of x. It is concave; two steps of Newton's method from 0 come nea
 each shrunk by its own error e over blocks of time (that of independent bars, where larger), since
 one market rewards what the model says and the next does not. An a within SURE errors of 0 becomes 0
 (after James and Stein 1961): few such drifts last into the next months. k is the posterior mean
-under the prior k0 +- e0, with k0 = PRIOR_TRUST. How loud a model is tells how far k may be from k0:
-e0 = PRIOR_ERROR / sd(x), in log odds the same for all. Last, k is held between 0 and MOST_TRUST.
+under the prior k0 +- e0, with k0 = PRIOR_TRUST, e0 = PRIOR_ERROR, or QUIET / sd(x) where that is
+more: of a quiet model too much trust costs little. Last, k is held between 0 and MOST_TRUST.
 """
 import math
 from dataclasses import dataclass, field
@@ -37,8 +37,8 @@ RIDGE, FLAT = 10000.0, 1000.0   # how much each of the others, and of b, is held
 STEPS = 2            # of Newton's method
 FARTHEST = 4.0       # bound of T, in standard deviations
 TIME_BLOCKS = 40     # of the bars of a calibration, over which the errors of trust are computed
-PRIOR_TRUST = 0.3    # in P(up), where the past is too short to tell
-PRIOR_ERROR = 0.05   # of what k x says, in log odds
+PRIOR_TRUST, PRIOR_ERROR = 0.3, 0.3   # in P(up), where the past is too short to tell
+QUIET = 0.05         # log odds: how far off k0 x may be of a model that says little
 MOST_TRUST = 2.5     # what pretraining shrinks for all markets may be too little for one
 SURE = 3             # errors that the odds of a rise must be off by, to be mended
 
@@ -174,6 +174,6 @@ def fit_trust(logit, rose, stamp):
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
     a *= max(0.0, 1 - SURE**2 * var_a / max(a**2, 1e-12))
-    var_0 = PRIOR_ERROR**2 / max(logit.var(), 1e-12)
+    var_0 = max(PRIOR_ERROR, QUIET / max(logit.std(), 1e-6))**2
     k = (k / var_k + PRIOR_TRUST / var_0) / (1 / var_k + 1 / var_0)
     return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))
