@@ -495,11 +495,7 @@ def mirrored(bars):
 
 def merged(bars, k):
     """Every k bars in a row as one, at the time of the first; bars shorter than a day only within a
-    day of UTC.
-
-    Bars of hours differ from those of minutes as one market does from another, so that a model
-    which learns from both learns what holds for more.
-    """
+    day of UTC."""
     if len(bars) < 2:
         return bars
     place = np.arange(len(bars))

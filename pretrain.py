@@ -19,10 +19,9 @@ Few bars are soon learned by heart. So the size of the model and dropout follow 
 weights, and the rate falls (warm-up, stable, decay; arXiv 2404.06395). Half of the windows are of
 the market quoted the other way round, which rises where the true one falls: chance directions
 cancel. These windows grow rarer as the rate falls, so that the last updates see the true market,
-whose falls are wilder than its rises. By --merge 2,5 windows are also of bars merged, two and five
-at a time: as good as other markets to learn from. The weights that forecast are averaged, and
-chosen by what users see: the CRPS of close, range and volume on val, as a share of the unigram's
-(the codes' frequencies in training).
+whose falls are wilder than its rises. By --merge 2,5 some windows are of bars merged, two and five
+at a time. The weights that forecast are averaged, and chosen by what users see: the CRPS of close,
+range and volume on val, as a share of the unigram's (the codes' frequencies in training).
 """
 import math
 import os

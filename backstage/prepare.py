@@ -205,7 +205,7 @@ def fit_market(config, market, world, say):
     if not market.n_val:
         raise UserError(f"no symbol has a val bar between {val} and {test}; "
                         f"move --val_start, --test_start")
-    merges = f", and {n_merged:,} merged ones" if n_merged else ""
+    merges = f", and {n_merged:,} merged ones" if max(config.merge) > 1 else ""
     say(f"{n_symbols} symbols, {n_bars:,} bars, {market.n_bars:,} to train on{merges}; "
         f"val from {val}, test from {test}")
 
