@@ -971,10 +971,9 @@ def parallel_study(argv):
 
 
 def train_once(bars, ckpt, *flags):
-    """Runs pretrain.py on a file or folder, unless its checkpoint is there."""
-    if not os.path.exists(ckpt):
-        command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", bars, "--out", ckpt, *flags]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    """Runs pretrain.py on a file or folder, or goes on with a run that was broken off."""
+    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", bars, "--out", ckpt, *flags]
+    subprocess.run(command + ["--resume"] * os.path.exists(ckpt), check=True, stdout=subprocess.DEVNULL)
 
 
 def few_study(argv):
@@ -1105,10 +1104,10 @@ CLOCK_ARMS = {"hours in the scale": (2, "default"), "without": (0, "default")}  
 
 
 def trained_variant(args, arm, seed):
-    """(model, tokenizer, meta) of an arm, trained on args.train unless that was done."""
+    """(model, tokenizer, meta) of an arm, trained on args.train as far as that was not done."""
     path, (_, name) = variant_file(args, arm, seed), CLOCK_ARMS.get(arm, (2, arm))
-    if not os.path.exists(path):
-        train_variant(name, path, ["--data", *args.train, f"--seed={seed}", *args.flags])
+    go_on = ["--resume"] * os.path.exists(path)
+    train_variant(name, path, ["--data", *args.train, f"--seed={seed}", *args.flags, *go_on])
     model, tokenizer, meta = load_checkpoint(path)
     variant = VARIANTS[name][0](model.config).eval()
     variant.load_state_dict(model.state_dict())
