@@ -38,7 +38,7 @@ STEPS = 2            # of Newton's method
 FARTHEST = 4.0       # bound of T, in standard deviations
 TIME_BLOCKS = 40     # of the bars of a calibration, over which the errors of trust are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.3, 0.3   # in P(up), where the past is too short to tell
-QUIET = 0.05         # log odds: how far off k0 x may be of a model that says little
+QUIET = 0.05         # log odds by which k x of a model that says little may differ from k0 x
 MOST_TRUST = 2.5     # what pretraining shrinks for all markets may be too little for one
 SURE = 3             # errors that the odds of a rise must be off by, to be mended
 

@@ -162,9 +162,8 @@ def model_study(argv):
     for seed in range(args.seeds):
         for name in args.variants:
             path = variant_file(args, name, seed)
-            if not os.path.exists(path):    # all take the tokenizer of the first run
-                tokenizer = ["--tokenizer", first] if os.path.exists(first) else []
-                train_variant(name, path, ["--data", *args.data, f"--seed={seed}", *tokenizer, *args.flags])
+            tokenizer = ["--tokenizer", first] if path != first and os.path.exists(first) else []     # all take the first run's
+            train_variant(name, path, ["--data", *args.data, f"--seed={seed}", *tokenizer, *args.flags])
             rows = [row for row in read_checkpoint(path)["metrics"] if row["stage"] == "pretrain"]
             best = min(rows, key=lambda row: row["score"])
             found[name, seed] = best | dict(right=100 * best["da"])
@@ -204,14 +203,15 @@ def market_folder(args):
 
 
 def train_variant(name, path, flags):
-    """By pretrain.py, with another model in place of its own."""
+    """By pretrain.py, with another model in place of its own; a run that was broken off goes on."""
     kind, settings, own = VARIANTS[name]
+    go_on = ["--resume"] * os.path.exists(path)
     optimizer = pretrain.Optimizer
     pretrain.Model = lambda config: kind(dataclasses.replace(config, **settings))
     pretrain.Optimizer = AdamWAlone if name.startswith("AdamW") else optimizer
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            pretrain.main(["--out", path, *own, *flags])
+            pretrain.main(["--out", path, *own, *flags, *go_on])
     finally:
         pretrain.Model, pretrain.Optimizer = Model, optimizer
 
@@ -1106,8 +1106,7 @@ CLOCK_ARMS = {"hours in the scale": (2, "default"), "without": (0, "default")}  
 def trained_variant(args, arm, seed):
     """(model, tokenizer, meta) of an arm, trained on args.train as far as that was not done."""
     path, (_, name) = variant_file(args, arm, seed), CLOCK_ARMS.get(arm, (2, arm))
-    go_on = ["--resume"] * os.path.exists(path)
-    train_variant(name, path, ["--data", *args.train, f"--seed={seed}", *args.flags, *go_on])
+    train_variant(name, path, ["--data", *args.train, f"--seed={seed}", *args.flags])
     model, tokenizer, meta = load_checkpoint(path)
     variant = VARIANTS[name][0](model.config).eval()
     variant.load_state_dict(model.state_dict())
