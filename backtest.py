@@ -43,7 +43,7 @@ import data
 from backstage.bins import BinnedLaw
 from backstage.copula import COMMON, move_together, stratified
 from backstage.dates import iso
-from backstage.door import check, heading, span_of, warn  # heading is handed on
+from backstage.door import check, heading, no_test, span_of, warn  # heading is handed on
 from backstage.files import weights_hash
 from backstage.grid import Bands, tick_of
 from backstage.inputs import base_weights, load_series, warn_of_intervals
@@ -61,7 +61,7 @@ from backstage.results import (  # all but print_backtest are handed on
     RIVALRY, best_rival, print_backtest, print_versus, show)
 from backstage.trust import in_turn
 from model import load_checkpoint
-from sample import Calibration, Origin, calibrate, simulate, unmoved_share
+from sample import Calibration, Origin, calibrate, check_sampling, simulate, unmoved_share
 from tokenizer import code_use
 
 
@@ -112,6 +112,8 @@ def backtest(checkpoints, bars, split="test", start=None, end=None, horizon=10, 
     """
     check(horizon, stride, paths, by)
     loaded = loaded_by_name(checkpoints, device)
+    for model, *_ in loaded.values():
+        check_sampling(model, horizon, paths, parallel=parallel)
     split, lo, hi = span_of({name: meta for name, (*_, meta) in loaded.items()}, split, start, end)
     t = Targets([bars] if isinstance(bars, Bars) else bars, lo, hi, horizon, stride, seed)
     warn(t)
@@ -334,12 +336,13 @@ def calibrations(model, tokenizer, meta, t):
 
 
 def past_calibration(model, tokenizer, meta, t, until):
-    """The Calibration from bars before a stamp alone, and where the checkpoint's dates lie before
-    it, from those that its weights were not trained on."""
+    """The Calibration from bars before a stamp alone, and where the checkpoint's val begins before
+    it, from then on: its weights were trained on those before. For weights of many markets these
+    bars are most likely of another one, so that all serve."""
     past = [bars[:np.searchsorted(bars.time, until)] for bars in t.series]
     past = [bars for bars in past if len(bars)]
-    val = meta["splits"][0] if meta.get("splits") else None
-    since = val if val is not None and val < until else None
+    splits = meta.get("splits")
+    since = splits[0] if splits and not no_test(splits) and splits[0] < until else None
     return calibrate(model, tokenizer, past, since)
 
 

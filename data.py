@@ -22,7 +22,7 @@ from backstage.markets import best_accuracy, reverting_best, synthetic, syntheti
 from backstage.mapped import write_folder
 from backstage.reader import load, read_files
 from backstage.script import UserError, cli, progress, run
-from backstage.series import COLUMNS, CONTEXT, DAY, DECAY, HALF_LIFE, HOUR, Bars, decayed_sum
+from backstage.series import CONTEXT, DAY, DECAY, HALF_LIFE, Bars, decayed_sum
 from backstage.slots import SLOT_HALF_LIFE, Slots
 
 CHANNELS = ("close", "open", "upper", "lower", "volume", "vwap")  # last axis of the features
@@ -494,8 +494,8 @@ def mirrored(bars):
 
 
 def merged(bars, k):
-    """Every k bars in a row as one, at the time of the first; bars shorter than a day only within a
-    day of UTC."""
+    """Every k bars in a row as one, at the time of the first; those shorter than a day are not
+    merged across a midnight of UTC."""
     if len(bars) < 2:
         return bars
     place = np.arange(len(bars))

@@ -432,8 +432,8 @@ class Model(nn.Module):
         self.register_buffer("fine_share", torch.zeros(V2))
 
     def initialize(self):
-        """Small weights where the network ends in the stream or a head; all others as torch has
-        them."""
+        """Small weights within the layers, smaller ones where they end in the stream; of the other
+        MLPs the first layers and all biases are as torch has them."""
         inner = "q.weight", "kv.weight", "up.weight", "calendar.weight", "fine_mix.weight"
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):    # smaller, the more layers

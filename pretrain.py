@@ -9,19 +9,20 @@
         pretrain.py --data bars.csv                                          # two machines
 
 Bars become features, features tokens (the tokenizer is trained first if none is given), and the
-model learns the next token: loss = CE(coarse) + CE(fine | coarse) + the reasoner's own, in nats per
-bar. The batch of a step, the masks of dropout, the reasoner's origins and all other chance come
-from (seed, step) alone, so that a resumed run, or one on another number of processes, sees the
+model learns the next token: loss = CE(coarse) + CE(fine | coarse) + a tenth of the reasoner's, in
+nats per bar. The batch of a step, the masks of dropout, the reasoner's origins and all other chance
+come from (seed, step) alone, so that a resumed run, or one on another number of processes, sees the
 same. It writes one checkpoint.
 
-Few bars are soon learned by heart. So the size of the model and dropout follow the number of bars
-(see `budget`). The learning rate stays until val gains no more; then training goes back to the best
-weights, and the rate falls (warm-up, stable, decay; arXiv 2404.06395). Half of the windows are of
-the market quoted the other way round, which rises where the true one falls: chance directions
-cancel. These windows grow rarer as the rate falls, so that the last updates see the true market,
-whose falls are wilder than its rises. By --merge 2,5 some windows are of bars merged, two and five
-at a time. The weights that forecast are averaged, and chosen by what users see: the CRPS of close,
-range and volume on val, as a share of the unigram's (the codes' frequencies in training).
+Few bars are soon learned by heart. So the size of the model, dropout and all that follows depend on
+the number of bars (see `budget`). Above 10,000 the learning rate stays until val gains no more;
+then training goes back to the best weights, and the rate falls (warm-up, stable, decay; arXiv
+2404.06395). Up to 50,000 half of the windows are of the market quoted the other way round, which
+rises where the true one falls: chance directions cancel. These windows grow rarer as the rate
+falls, so that the last updates see the true market, whose falls are wilder than its rises. By
+--merge 2,5 some windows are of bars merged, two and five at a time. The weights that forecast are
+averaged, and chosen by what users see: the CRPS of close, range and volume on val, as a share of
+the unigram's (the codes' frequencies in training).
 """
 import math
 import os
@@ -61,7 +62,7 @@ class Config:
     val_start: str | None = None      # first date of val, after train (default: after 80 % of time)
     test_start: str | None = None     # first date of test, after val (default: after 90 %)
     # how much, and how large: 0 is by the number of bars
-    steps: int = 0                    # updates of the model; 0: as long as val gains
+    steps: int = 0                    # updates of the model; 0: by the bars, see budget
     tok_steps: int = 1200             # updates of the tokenizer
     batch_size: int = 0               # windows per update, over all processes
     block_size: int = 0               # bars in a window
@@ -78,7 +79,7 @@ class Config:
     adam_lr: float = 0.0              # peak rate of AdamW; 0: 0.003, or 0.001 with --init_from
     warmup: int = 20                  # updates in which the rate rises
     cooldown: float = 0.2             # share of --steps, the last, in which the rate falls
-    patience: int = -1                # reports without a gain after which it falls at once; 0:
+    patience: int = -1                # reports without a gain after which it falls early; 0:
                                       # never; -1: by the bars (0 with --steps)
     weight_decay: float = 0.1         # on matrices
     clip: float = 1.0                 # largest gradient norm
@@ -120,6 +121,7 @@ SOME = dict(n_layer=4, n_head=8, n_embd=128, batch_size=16, block_size=256, step
 MANY = SOME | dict(dropout=0.0, mirror=0)
 BUDGETS = (10_000, FEW), (50_000, SOME), (math.inf, MANY)
 RATES = dict(lr=0.02, adam_lr=3e-3)
+BY_BARS = {*SOME, *RATES, "dtype"}  # flags with a default that stands for a choice
 TUNING = dict(lr=0.006, adam_lr=1e-3, dropout=0.1, mirror=1)    # in their place with --init_from
 SYNTHETIC = dict(steps=160, patience=0)                         # soon learned, and no more to find
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "base.pt")
@@ -248,8 +250,8 @@ def to_device(a, device):
 
 def reasoner_origins(random, config, sizes, step, share, own):
     """Bars of each window [B, M] after which the reasoner learns, one for each ORIGIN_BARS; None in
-    updates without any. It learns in each ORIGIN_EVERY-th update, and in all while the rate falls:
-    then the hidden states that it reads hardly change any more. own: this process's rows."""
+    updates without any. It learns in each ORIGIN_EVERY-th update, and in all while the rate rises
+    or falls: at the end the hidden states that it reads hardly change. own: this process's rows."""
     if share == 1 and step % ORIGIN_EVERY:
         return None
     last = max(1, sizes.block_size - sizes.latents)
@@ -366,14 +368,19 @@ class Job:
 def set_up(given):
     """The Job of these flags {name: value}, begun or gone on with; None if it is finished."""
     config, entry = Config(**given), None
-    if config.resume:
+    if config.resume:   # what is by the bars may be typed so
+        given = {name: value for name, value in given.items()
+                 if name not in BY_BARS or value != getattr(Config, name)}
         config, entry = resumed(given, Config, FREE, ("pretrain",))
     check(config)
     rank, world, device = join_processes(config)
     say = print if rank == 0 else lambda *a, **k: None
     run = Run.of(entry) if entry else Run()
     if entry and (run.step >= config.steps or entry["ended"]):
-        return say(f"{config.out}: finished at step {run.step}; nothing to do")
+        if config.release and rank == 0:
+            check_outputs(config, True)
+            release(config.release, run, *load_checkpoint(config.out)[:2], entry)
+        return say(f"{config.out}: finished at step {run.step}; nothing to train")
     if rank == 0:
         check_outputs(config, entry is not None)
     stop, began = StopSignal(), time.time()
@@ -424,9 +431,13 @@ def budget(config, market, base, say):
     if config.steps:
         chosen |= dict(patience=0)
     if base:
-        sizes = {name: getattr(base[0].config, name) for name in ("n_layer", "n_head", "n_embd")}
-        chosen |= TUNING | sizes
-        vars(config).update(sizes)
+        chosen |= TUNING
+        for name in ("n_layer", "n_head", "n_embd"):
+            own, given = getattr(base[0].config, name), getattr(config, name)
+            if given not in (0, own):
+                raise UserError(f"--{name} {given}: the weights of {config.init_from} have {own}; "
+                                f"drop the flag")
+            chosen[name] = own
     for name, value in chosen.items():
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)

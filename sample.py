@@ -3,8 +3,9 @@
     python sample.py --data bars.csv             # with the weights that come along, assets/base.pt
     python sample.py --ckpt out.pt               # a table: one row a symbol, ten bars ahead
     python sample.py --data other.csv --symbols AAPL MSFT --horizon 20 --out forecast.csv
-    python sample.py --strike 1.05x --strike 100 --rate 0.04          # European options
-    python sample.py --plot forecast.svg --plot_codebook codebook.svg --plot_loss loss.svg
+    python sample.py --ckpt out.pt --strike 1.05x --strike 100 --rate 0.04       # European options
+    python sample.py --ckpt out.pt --plot forecast.svg --plot_codebook codebook.svg \
+        --plot_loss loss.svg
 
 A forecast is a set of sampled futures, called paths. A symbol's context is read once
 (`Model.prefill`) for all of them; each then costs one recurrent step a bar. Token pairs decode to
@@ -43,7 +44,7 @@ from model import load_checkpoint
 @dataclass
 class Config:
     ckpt: str | None = None            # checkpoint; none: the weights that come along
-    data: list[str] | None = None      # bars; none: those that the checkpoint was trained on
+    data: list[str] | None = None      # bars; none: those that --ckpt was trained on
     symbols: list[str] | None = None   # only these
     horizon: int = 10                  # bars ahead
     paths: int | None = None           # sampled futures of each symbol; none: 200, fewer of many
@@ -114,14 +115,7 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     the market (see move_together); the set of a symbol's first bars depends only on its own bars
     and (seed, symbol, last stamp). calibration: see calibrate. UserError for impossible arguments.
     """
-    if horizon < 1 or paths < 1:
-        raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
-    if not (0 < temperature < math.inf and 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, "
-                        f"top_p at most 1")
-    if parallel and model.config.reasoner and horizon > model.config.latents:
-        raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
-                        f"lower --horizon or forecast step by step")
+    check_sampling(model, horizon, paths, temperature, top_p, parallel)
     check_histories(histories)
     is_made = isinstance(histories[0], Origin)
     origins = histories if is_made else origins_of(model, tokenizer, histories)
@@ -158,6 +152,18 @@ def simulate(model, tokenizer, histories, horizon, paths, temperature=1.0, top_p
     return ohlcva, p_up
 
 
+def check_sampling(model, horizon, paths, temperature=1.0, top_p=1.0, parallel=False):
+    """UserError for what no forecast of the model can be made with."""
+    if horizon < 1 or paths < 1:
+        raise UserError(f"horizon {horizon}, paths {paths}: each must be at least 1")
+    if not (0 < temperature < math.inf and 0 < top_p <= 1):
+        raise UserError(f"temperature {temperature}, top_p {top_p}: they must be above 0, "
+                        f"top_p at most 1")
+    if parallel and model.reasoner and horizon > model.config.latents:
+        raise UserError(f"--parallel reaches {model.config.latents} bars, not {horizon}; "
+                        f"lower --horizon or forecast step by step")
+
+
 def origins_of(model, tokenizer, histories):
     """The Origins after all bars of each of histories."""
     found, features = [], []
@@ -171,10 +177,9 @@ def origins_of(model, tokenizer, histories):
         unmoved = unmoved_share(bars, model.config.unmoved)[-1]
         found.append(Origin(bars.symbol, None, bars.time, state, slots, unmoved,
                             tick_of(bars.ohlcva[-COMMON:, 3]), x[-COMMON:, 0]))
-    if found:
-        tokens = torch.stack(tokenizer.encode(np.concatenate(features)), -1)
-        for origin, own in zip(found, tokens.split([len(x) for x in features])):
-            origin.tokens = own
+    tokens = torch.stack(tokenizer.encode(np.concatenate(features)), -1)
+    for origin, own in zip(found, tokens.split([len(x) for x in features])):
+        origin.tokens = own
     return found
 
 
@@ -359,6 +364,8 @@ def main(argv=None):
     config = Config(**cli(Config, __doc__, argv))
     check(config)
     model, tokenizer, meta = load_checkpoint(config.ckpt, pick_device(config.device))
+    check_sampling(model, config.horizon, config.paths or 1, config.temperature, config.top_p,
+                   config.parallel)
     check_outputs(config, meta)
     if config.plot_loss:
         plot_loss(config.plot_loss, meta["metrics"])

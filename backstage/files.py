@@ -271,7 +271,7 @@ def check_out(path, overwrite=False, reads=()):
             open(target, "r+b").close()     # too long a name fails here
     except OSError:
         raise UserError(f"{path}: cannot be written; choose another --out")
-    if _identity(target) in map(_identity, _files_in(reads)):
+    if _identity(target) in map(_identity, files_in(reads)):
         raise UserError(f"{path}: this run reads it, or writes something else to it; choose "
                         f"another --out")
     folders = [source for source in reads if source and os.path.isdir(source)]
@@ -291,7 +291,7 @@ def _identity(path):
         return os.path.realpath(path)
 
 
-def _files_in(sources):
+def files_in(sources):
     """Yield every file of files, folders and globs of bars."""
     for source in filter(None, sources):
         for path in [source] if os.path.lexists(source) else glob.glob(source) or [source]:

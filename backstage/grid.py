@@ -23,8 +23,8 @@ def unmoved_share(bars, prior):
     Ticks differ, and liquidity comes and goes. So u is a mean of forecasts with different memories,
     each by the likelihood of what it said before (a Bayesian mixture that forgets):
 
-        u_k = (prior n_0 + sum_{i<t} b_k^(t-i) still_i) / (n_0 + sum_{i<t} b_k^(t-i))
-        log w_k = sum_{i<t} c^(t-i) log P(what bar i did | u_k then)
+        u_k = (prior n_0 + sum_{i<t} b_k^(t-1-i) still_i) / (n_0 + sum_{i<t} b_k^(t-1-i))
+        log w_k = sum_{i<t} c^(t-1-i) log P(what bar i did | u_k then)
         u_t = sum_k w_k u_k / sum_k w_k
     """
     still = (np.diff(bars.ohlcva[:, 3]) == 0).astype(float)                     # [T - 1]

@@ -9,7 +9,7 @@ import numpy as np
 
 import data
 from backstage.dates import iso, read_dates
-from backstage.files import check_out, fingerprint, open_regular
+from backstage.files import check_out, files_in, fingerprint, open_regular
 from backstage.script import UserError, remark
 from backstage.series import DAY, HOUR
 
@@ -40,9 +40,10 @@ def load_series(sources, meta, symbols=None):
 
 def trained_until(named, meta):
     """The stamp from which bars are new to the weights; None where they are of other markets."""
-    own = (meta["data"] or {}).get("sources", ())
-    is_own = not named or {os.path.basename(name) for name in named} & {
-        os.path.basename(name) for name in own}
+    def names_of(sources):  # of the files, also those of folders and globs; arrays go by the folder
+        files = (f for f in files_in(sources) if not f.endswith((".ohlcva", ".time", ".json")))
+        return {os.path.basename(os.path.normpath(name)) for name in (*sources, *files)}
+    is_own = not named or names_of(named) & names_of((meta["data"] or {}).get("sources", ()))
     return meta["splits"][0] if is_own and meta["splits"] else None
 
 

@@ -64,7 +64,7 @@ class Optimizer:
         matrices, tables, vectors = [], [], []
         for name, p in model.named_parameters():
             inner = name.startswith(("layers", "reasoner"))
-            inner = inner and not name.endswith(("latent", "offset"))
+            inner = inner and not name.endswith("latent")
             (vectors if p.dim() < 2 else matrices if inner else tables).append(p)
         groups = [dict(params=tables, weight_decay=weight_decay),
                   dict(params=vectors, weight_decay=0.0)]
@@ -144,7 +144,7 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             for part in optimizer.parts:
                 scaler.step(part)
-            # which fused optimizers forget: see Model.kept
+            # which fused optimizers forget: see kernels.kept
             torch.autograd.graph.increment_version(model.parameters())
             self.bad_steps = 0
         else:

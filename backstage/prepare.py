@@ -121,7 +121,7 @@ def split(config, series, base):
     theirs = tuple(base[2]["splits"])
     if config.val_start is None and config.test_start is None:
         starts, ends = min(bars.time[0] for bars in series), max(bars.time[-1] for bars in series)
-        if starts < theirs[0] and ends >= theirs[1]:
+        if starts < theirs[0] < theirs[1] <= ends:  # else they have no test, or these no bars of it
             return theirs
     borders = data.split_borders(series, config.val_start, config.test_start)
     uses = "trained on", "chosen by"

@@ -13,6 +13,7 @@ from backstage.script import UserError, printable
 from backstage.series import COLUMNS, DAY, FORECAST, YEAR
 
 STALE = 5  # horizons, and a holiday, after which a symbol without new bars is left out of ranks
+MOST_LEVERAGE = 10  # that the sizes of a portfolio's shares add up to; more are percent
 
 
 def describe(bars, paths, p_up, strikes=(), rate=0.0, times=None):
@@ -95,6 +96,9 @@ def weights_of(given, histories, horizon):
         weights[place[symbol]] = value
     if not weights.any():
         raise UserError("--weights: all are 0; give at least one symbol a share")
+    if abs(weights).sum() > MOST_LEVERAGE:
+        raise UserError(f"--weights: {abs(weights).sum():g} times the value in all; they are "
+                        f"shares of it: write {symbol}=0.6 for 60 %")
     return weights
 
 

@@ -37,7 +37,7 @@ METRICS = ("da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic",
            "range_crps", "range_coverage90", "volume_crps", "volume_coverage90",
            "path_mape", "path_crps", "path_coverage50", "path_coverage80", "path_coverage90",
            "path_rv_crps", "var95_hits", "es95_ratio",
-           "extreme_flagged", "extreme_said", "extreme_came")
+           "extreme_flagged", "extreme_said", "extreme_came", "long_short", "turnover")
 # compared as ratios, all others as differences
 RATIOS = ("mae", "crps", "range_crps", "volume_crps", "path_mape", "path_crps", "path_rv_crps")
 BY = ("da", "auc", "mae", "crps", "coverage90")  # scores by groups

@@ -1,10 +1,10 @@
 """What the past of the series at hand corrects in what a model says: its coarse head, and how far
 its P(up) is to be trusted.
 
-**The head.** No other market teaches how the ranges and volumes of this one hang on what came
-before as well as its own bars do. So the coarse head is fitted anew, in few directions. With T_ij
-of coarse code i the log range, the volume, the squares of both, and the size of the move, all
-standardized, and x_t the model's hidden state before bar t, less its mean,
+**The head.** How ranges and volumes of this market depend on the past is best learned from its own
+bars. So the coarse head is fitted anew, in few directions. With T_ij of coarse code i the log
+range, the volume, the squares of both, and the size of the move, all standardized, and x_t the
+model's hidden state before bar t, less its mean,
 
     logit'_ti = logit_ti + sum_j T_ij (b_j + B_j . x_t)
 
@@ -24,7 +24,8 @@ each shrunk by its own error e over blocks of time (that of independent bars, wh
 one market rewards what the model says and the next does not. An a within SURE errors of 0 becomes 0
 (after James and Stein 1961): few such drifts last into the next months. k is the posterior mean
 under the prior k0 +- e0, with k0 = PRIOR_TRUST, e0 = PRIOR_ERROR, or QUIET / sd(x) where that is
-more: of a quiet model too much trust costs little. Last, k is held between 0 and MOST_TRUST.
+more, but at most MOST_TRUST: of a quiet model too much trust costs little. Last, k is held between
+0 and MOST_TRUST.
 """
 import math
 from dataclasses import dataclass, field
@@ -33,13 +34,13 @@ import numpy as np
 import torch
 
 DIRECTIONS = 16      # of the hidden state, along which the head is fitted
-RIDGE, FLAT = 10000.0, 1000.0   # how much each of the others, and of b, is held back
+RIDGE, FLAT = 10000.0, 1000.0   # penalties of B, and of b
 STEPS = 2            # of Newton's method
 FARTHEST = 4.0       # bound of T, in standard deviations
 TIME_BLOCKS = 40     # of the bars of a calibration, over which the errors of trust are computed
 PRIOR_TRUST, PRIOR_ERROR = 0.3, 0.3   # in P(up), where the past is too short to tell
-QUIET = 0.05         # log odds by which k x of a model that says little may differ from k0 x
-MOST_TRUST = 2.5     # what pretraining shrinks for all markets may be too little for one
+QUIET = 0.05         # log odds, of one sd of x, that the prior's error is at least
+MOST_TRUST = 2.5     # above 1, since pretraining may shrink P(up) too much for one market
 SURE = 3             # errors that the odds of a rise must be off by, to be mended
 
 
@@ -61,8 +62,8 @@ class Calibration:
     """What the past of the series at hand corrects: the head; logit P' = a + k (logit P - mean)."""
     a: float = 0.0       # log odds of a rise where the model says what it says on average
     k: float = 1.0       # trust in what it says beside
-    mean: float = 0.0    # of logit P over the past bars
-    n_bars: int = 0      # of these that moved
+    mean: float = 0.0    # of logit P over the past bars that moved
+    n_bars: int = 0      # of these bars
     head: Head | None = field(default=None, compare=False)
     table: torch.Tensor | None = field(default=None, compare=False)  # see Bands.table; of that past
 
@@ -127,8 +128,8 @@ def code_columns(model):
 
 
 def fit_tilt(logits, codes, T, X):
-    """W float64 [J, 1 + D], the maximum of sum_n log softmax(logits_n + T W X_n)[codes_n] less the
-    penalty, for logits [N, V], codes int64 [N], T [V, J], X [N, 1 + D]."""
+    """W float64 [J, D], the maximum of sum_n log softmax(logits_n + T W X_n)[codes_n] less the
+    penalty, for logits [N, V], codes int64 [N], T [V, J], X [N, D], the first column 1."""
     J, D = T.shape[1], X.shape[1]
     pairs = torch.cat((T, products(T)), 1).float()                          # [V, J + J^2]
     penalty = torch.full((J, D), RIDGE, dtype=torch.float64, device=X.device)
@@ -174,6 +175,6 @@ def fit_trust(logit, rose, stamp):
     cov = inverse @ (sums.T @ sums) @ inverse                               # (2, 2), sandwich
     (a, k), (var_a, var_k) = theta, np.maximum(np.diag(cov), np.diag(inverse))
     a *= max(0.0, 1 - SURE**2 * var_a / max(a**2, 1e-12))
-    var_0 = max(PRIOR_ERROR, QUIET / max(logit.std(), 1e-6))**2
+    var_0 = max(PRIOR_ERROR, QUIET / max(logit.std(), QUIET / MOST_TRUST))**2
     k = (k / var_k + PRIOR_TRUST / var_0) / (1 / var_k + 1 / var_0)
     return Calibration(float(a), float(min(MOST_TRUST, max(0.0, k))), float(mean), len(logit))

@@ -28,7 +28,7 @@ KEYS = ["split", "start", "end", "blocks", "checkpoints", "baselines", "paired"]
 SCORES = ["da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps", "coverage50", "coverage80",
           "coverage90", "range_crps", "range_coverage90", "volume_crps", "volume_coverage90", "path_mape", "path_crps",
           "path_coverage50", "path_coverage80", "path_coverage90", "path_rv_crps", "var95_hits",
-          "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came"]  # of the interface; EXTRA: what post-training looks at besides
+          "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came", "long_short", "turnover"]  # of the interface; EXTRA: what post-training looks at besides
 EXTRA = ["up_share"]
 
 

@@ -349,6 +349,29 @@ def test_fine_tuning_brings_weights_tokenizer_and_borders(market, tmp_path, chec
     assert not meta["data"].get("overlap")
 
 
+def test_weights_of_many_markets_are_tuned_on_bars_that_go_on_after_them(tmp_path, call):
+    """They have no test to share. Their sizes are not to be had otherwise."""
+    bars = data.synthetic(n_symbols=1, n_bars=600)[0][0]
+    old, new = write_csv(tmp_path / "old.csv", bars[:500]), write_csv(tmp_path / "new.csv", bars)
+    status, _, err = call("pretrain", "--data", old, "--out", tmp_path / "a.pt", "--release", tmp_path / "base.pt", "--val_share", 0.2, *TINY)
+    assert status == 0, err
+    args = ["--data", new, "--init_from", tmp_path / "base.pt", "--overlap", "--out", tmp_path / "b.pt", "--steps", 1, "--batch_size", 2]
+    assert "have 32; drop the flag" in complaint(call("pretrain", *args, "--n_embd", 64))
+    status, _, err = call("pretrain", *args)
+    assert status == 0, err
+    assert tuple(load_safe(tmp_path / "b.pt")["splits"]) == tuple(bars.time[[480, 540]])
+
+
+def test_a_finished_run_may_still_be_released_and_be_typed_as_it_began(market, tmp_path, call):
+    args = ["--data", market, "--out", tmp_path / "a.pt", *TINY[:-2], "--dtype", "auto", "--dropout", -1]
+    assert call("pretrain", *args)[0] == 0
+    status, _, err = call("pretrain", *args, "--resume", "--release", tmp_path / "r.pt")
+    assert status == 0, err
+    got, want = (load_checkpoint(str(tmp_path / name))[0].state_dict() for name in ("r.pt", "a.pt"))
+    assert all(torch.allclose(got[k].float(), want[k].float(), atol=2e-3, rtol=2e-3) for k in want)
+    assert "SYN0.csv" in complaint(call("pretrain", *args, "--resume", "--release", market / "SYN0.csv"))
+
+
 def test_weights_that_come_along_are_kept_where_no_update_makes_them_better(market, tmp_path, checkpoint, call):
     """Two updates at absurd rates; and the picture of losses, the first of which has none of training."""
     base, _, _ = load_checkpoint(checkpoint)
@@ -525,7 +548,7 @@ def test_no_output_takes_the_place_of_an_input(market, checkpoint, tmp_path, cal
 
 @pytest.mark.parametrize("flag, value, why", [
     ("--strike", "1e300", "--strike 1e300"), ("--strike", "1e-300x", "--strike 1e-300x"), ("--weights", "SYN0=1e308", "not a share"),
-    ("--weights", "SYN0=1,SYN0=2", "SYN0 is named twice"), ("--ckpt", "", "--ckpt '': empty"), ("--data", "", "--data '': empty")])
+    ("--weights", "SYN0=1,SYN0=2", "SYN0 is named twice"), ("--weights", "SYN0=60,SYN1=40", "SYN1=0.6 for 60 %"), ("--ckpt", "", "--ckpt '': empty"), ("--data", "", "--data '': empty")])
 def test_values_that_cannot_be_meant_get_one_line(market, checkpoint, call, flag, value, why):
     argv = ["--ckpt", checkpoint, "--data", market, "--paths", 2, "--horizon", 2]
     assert why in complaint(call("sample", *argv, flag, value))

@@ -338,6 +338,16 @@ def test_bad_forecast_flags_get_one_line(checkpoint, tmp_path, call, monkeypatch
     assert why in line and "--resume" not in line       # which sample.py does not have
 
 
+@pytest.mark.parametrize("script, argv, why", [
+    ("sample", ("--temperature", 0), "temperature"), ("sample", ("--parallel", "--horizon", 17), "--parallel"),
+    ("backtest", ("--parallel", "--horizon", 17), "--parallel")])
+def test_what_no_forecast_can_be_made_with_is_refused_before_any(checkpoint, call, monkeypatch, script, argv, why):
+    def work(*args):
+        raise AssertionError("too late")
+    monkeypatch.setattr(sample, "read_pasts", work)
+    assert why in complaint(call(script, "--ckpt", checkpoint, "--paths", 3, *argv))
+
+
 # ---- the record, trust, joint futures
 
 def one_factor(n, n_bars, rho, seed=0):
@@ -420,8 +430,9 @@ def test_trust_is_found_and_shrunk_by_its_error():
         assert low <= found.k <= high and abs(found.a - a) < 0.1, (k, a, found)
     rose = random.random(8000) < 1 / (1 + np.exp(-2 * (x - 0.2) / 5))
     assert 1.5 < trust.fit_trust(0.2 + (x - 0.2) / 5, rose, stamp).k < 2.2      # the planted 2, drawn to the prior
-    few = trust.fit_trust(x[:10], rose[:10], stamp[:10])
-    assert abs(few.k - trust.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
+    for n in (1, 10):
+        few = trust.fit_trust(x[:n], rose[:n], stamp[:n])
+        assert abs(few.k - trust.PRIOR_TRUST) < 0.15 and abs(few.a) < 1
 
 
 def codes_by_a_tilt(W, n, seed=0):
@@ -632,12 +643,28 @@ def test_g1_the_past_is_forecast_from_earlier_bars_alone(loaded):
         torch.testing.assert_close(one.h[-1], model.hidden(*tokens.T[:, None], time[None])[0, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("source, named, own", [
+    ("a", "a/x.csv", True), ("a/x.csv", "a", True), ("a/*.csv", "a/x.csv", True), ("a/x.csv", "b/x.csv", True), ("a/x.csv", None, True),
+    ("a", "b/y.csv", False), ("a/*.csv", "b", False), ("c", "d", False), ("c", "c", True)])
+def test_own_bars_are_known_by_their_files(tmp_path, monkeypatch, source, named, own):
+    """Also those of folders, of globs, and of arrays, whose names are all alike."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.csv", "b/x.csv", "b/y.csv", "c/symbols.json", "c/bars.time", "d/symbols.json", "d/bars.time"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if source == "a/*.csv" and named == "b":
+        (tmp_path / "b/x.csv").unlink()
+    meta = dict(data=dict(sources=[source]), splits=(7, 9))
+    assert inputs.trained_until(named and [named], meta) == (7 if own else None)
+
+
 def test_g1_a_backtest_is_calibrated_on_bars_before_its_first_target(loaded):
     model, tokenizer = loaded
     series = one_factor(2, 700, 0.0)
     wild = [data.Bars(b.symbol, b.time, np.where(np.arange(700)[:, None] < 500, b.ohlcva, b.ohlcva[::-1])) for b in series]
     start, val = series[0].time[[500, 300]]
-    for splits, n_bars in ((None, 2 * (500 - data.CONTEXT)), ((val, start), 2 * 200)):
+    # (val, val): weights of many markets
+    for splits, n_bars in ((None, 2 * (500 - data.CONTEXT)), ((val, start), 2 * 200), ((val, val), 2 * (500 - data.CONTEXT))):
         found = [backtest.past_calibration(model, tokenizer, dict(splits=splits), backtest.Targets(each, start, 2**62, 1, 50, 0), start)
                  for each in (series, wild)]
         assert found[0] == found[1] and torch.equal(found[0].table, found[1].table) and found[0].n_bars == n_bars
