@@ -136,20 +136,22 @@ def fit_tilt(logits, codes, T, X):
     penalty[:, 0] = FLAT
     XX, best = products(X), -math.inf                                       # [N, D^2]
     W = step = torch.zeros_like(penalty)
-    for _ in range(STEPS + 1):              # pass k checks step k - 1; the last one only checks
+    for k in range(STEPS + 1):              # pass k checks step k - 1; the last one only checks
         mean, value = [], -(penalty * W**2).sum() / 2
         for some, x, came in zip(*(a.split(1024) for a in (logits, X, codes))):
             log_p = torch.addmm(some, (x @ W.T).float(), T.float().T).log_softmax(-1)
             value += log_p.gather(1, came[:, None]).double().sum()
-            mean.append(log_p.exp_() @ pairs)
+            if k < STEPS:
+                mean.append(log_p.exp_() @ pairs)
         if not value >= best:               # the step went too far
             return W - step
+        if k == STEPS:
+            return W
         E, square = torch.cat(mean).double().split([J, J * J], 1)
         gradient = (T[codes] - E).T @ X - penalty * W                       # [J, D]
         H = ((square - products(E)).T @ XX).view(J, J, D, D).transpose(1, 2).reshape(J * D, J * D)
         step = torch.linalg.solve(H + penalty.flatten().diag(), gradient.flatten()).view(J, D)
         best, W = value, W + step
-    return W - step
 
 
 def products(a):
