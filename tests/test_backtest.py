@@ -28,8 +28,9 @@ KEYS = ["split", "start", "end", "blocks", "checkpoints", "baselines", "paired"]
 SCORES = ["da", "balanced_accuracy", "auc", "logloss", "ece", "ic", "rank_ic", "mae", "rmse", "mape", "crps", "coverage50", "coverage80",
           "coverage90", "range_crps", "range_coverage90", "volume_crps", "volume_coverage90", "path_mape", "path_crps",
           "path_coverage50", "path_coverage80", "path_coverage90", "path_rv_crps", "var95_hits",
-          "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came", "long_short", "turnover"]  # of the interface; EXTRA: what post-training looks at besides
+          "es95_ratio", "extreme_flagged", "extreme_said", "extreme_came"]  # of the interface; EXTRA: what post-training looks at besides
 EXTRA = ["up_share"]
+TRADING = ["long_short", "turnover"]     # of the interface, too, but not of time_block_sums
 
 
 def daily(n_bars, n_symbols, seed=0, common=0.0):
@@ -791,7 +792,7 @@ def test_the_result_has_the_keys_of_the_interface(triple, tmp_path, call):
     assert result["start"] == data.iso(series[0].time[200]) and result["end"] == data.iso(series[0].time[299])
     assert list(result["baselines"]) == ["persistence", "always_up", "ar1", "logistic", "gaussian20", "fhs", "har"]
     for entry in result["checkpoints"]:
-        assert list(entry) == ["ckpt", *SCORES, "tokens", "portfolio"]
+        assert list(entry) == ["ckpt", *SCORES, *TRADING, "tokens", "portfolio"]
         assert sorted(entry["tokens"]) == ["coarse_perplexity", "coarse_used", "fine_perplexity", "fine_used", "pairs"]
     for entry in result["checkpoints"] + list(result["baselines"].values()):
         for name in SCORES:
