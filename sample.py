@@ -71,6 +71,7 @@ class Config:
 
 BATCH_BYTES = 2**27  # memory for the states of the paths that are generated side by side
 RECORD, RECORD_PAST = 4000, 200  # bars of the record, in all; bars before it, of each symbol
+RECORDED = "da", "coverage90", "crps", "range_crps", "volume_crps"   # what it says
 LAWS = 16            # bars of the past whose mean is a calibration's law of narrow moves
 STANDS = 0.9         # share of unmoved bars above which P(up) is NaN
 MOSTLY = 0.5         # share of bars that must move for the head to be fitted: else P(up) suffers
@@ -346,7 +347,9 @@ def record_of(model, tokenizer, pasts):
                for past in pasts if past.first < (place := place_of(past, start))]
     own = backtest.next_bars(model, tokenizer, t, backtest.VAL_PROBES,
                              calibrate_on(model, tokenizer, earlier), (before, ahead.split(256)))
-    own, rival = (bootstrap(time_block_sums(f, t), t) for f in (own, har(t, 2)))
+    sums = [time_block_sums(f, t) for f in (own, har(t, 2))]
+    own, rival = (bootstrap({name: each[name] for name in RECORDED if name in each}, t)
+                  for each in sums)
     value, spread = own["da"]
     lo, hi = np.quantile(spread, (0.025, 0.975)) if len(spread) else (0.0, 1.0)
     found = dict(bars=len(t.r), da=dict(value=float(value), lo=float(lo), hi=float(hi)),
