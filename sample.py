@@ -14,7 +14,6 @@ P(up) is exact, without sampling. What forecasts are worth: `backtest.py`.
 """
 import json
 import math
-import sys
 import zlib
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,8 @@ from backstage.files import write_atomic
 from backstage.frame import check_histories
 from backstage.grid import Bands, on_grid, tick_of, unmoved_share
 from backstage.inputs import (
-    check, check_outputs, load_series, paths_of_each, read_times, trained_until, warn_of_intervals)
+    check, check_outputs, load_series, long_enough, paths_of_each, read_times, trained_until,
+    warn_of_intervals)
 from backstage.opponents import har
 from backstage.past import Past, read_pasts, side_by_side
 from backstage.pictures import plot_codebook, plot_forecast, plot_loss
@@ -373,13 +373,7 @@ def main(argv=None):
     if config.plot_loss:
         plot_loss(config.plot_loss, meta["metrics"])
     series = load_series(config.data, meta, config.symbols)
-    histories = [bars for bars in series if len(bars) > data.CONTEXT]
-    if not histories:
-        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; "
-                        f"give more bars")
-    if len(histories) < len(series):
-        print(f"{len(series) - len(histories)} of {len(series)} symbols have at most "
-              f"{data.CONTEXT} bars and are skipped", file=sys.stderr)
+    histories = long_enough(series)
     warn_of_intervals(histories, meta)
 
     times = read_times(config.times, histories, config.horizon) if config.times else None

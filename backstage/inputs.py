@@ -38,6 +38,18 @@ def load_series(sources, meta, symbols=None):
     return [known[symbol] for symbol in dict.fromkeys(symbols)]
 
 
+def long_enough(series):
+    """Those with more bars than CONTEXT, and a word on the others. UserError without any."""
+    histories = [bars for bars in series if len(bars) > data.CONTEXT]
+    if not histories:
+        raise UserError(f"no symbol has more than {data.CONTEXT} bars, the least to forecast from; "
+                        f"give more bars")
+    if len(histories) < len(series):
+        remark(f"{len(series) - len(histories)} of {len(series)} symbols have at most "
+               f"{data.CONTEXT} bars and are skipped")
+    return histories
+
+
 def trained_until(named, meta):
     """The stamp from which bars are new to the weights; None where they are of other markets."""
     def names_of(sources):  # of the files, also those of folders and globs; arrays go by the folder
