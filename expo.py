@@ -43,7 +43,7 @@ from backstage.generate import draw
 from backstage.scores import against
 from backstage.script import UserError, cli, run
 from backstage.stage import (
-    FREE, Settings, StageValidation, check_settings, kl, later_weeks, set_up)
+    FREE, Settings, StageValidation, check_settings, kl, set_up)
 from backstage.stage_scores import NO_WORSE, upper
 
 
@@ -215,7 +215,6 @@ def training(given):
         step = stage.run.step
         random = np.random.default_rng([config.seed, step, 1])
         coarse, fine, when, target = data.get_batch(stage.streams, config.seed, step)
-        when = when + later_weeks(random, config.batch_size, config.shift_weeks)
         batch = [a.to(stage.device) for a in (coarse, fine, when, *target)]
         with stage.autocast():
             loss, parts = loss_of(model, stage.base, table, batch, random, config)

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from backstage import generate
 from backstage.checkpoint import check_sizes, restored, save_checkpoint  # the last is handed on
-from backstage.clock import GAPS, HARMONICS, NO_BAR, calendar, gap_bucket, waves
+from backstage.clock import GAPS, NO_BAR, calendar, gap_bucket
 from backstage.kernels import (
     Cache, decayed_means, heads_first, heads_last, kept, norm, rotate, rotation, with_block_before)
 from backstage.lean import tilted
@@ -40,10 +40,9 @@ from backstage.series import DECAY
 N_CHANNELS = len(data.CHANNELS)
 GROUP = 32          # chunks whose states are made in one product
 # what the model reads of bars, beside their candles
-HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of true range and of moves
-MAX_LOG = 4.0       # largest log of a mean range that is read
+HALF_LIVES = (1.0, 4.0, 12.0, 32.0, 96.0)   # bars; of the means of past moves
 MAX_MOVE = 10.0     # largest mean move that is read
-CALENDAR = (24, 60, 7, 31, 12, 32)  # rows: hour, minute, weekday, day, month, log2 of the spacing
+CALENDAR = (24, 60, 7, 32)  # rows: hour, minute, weekday, log2 of the spacing in seconds
 
 
 @dataclass
@@ -83,15 +82,14 @@ def mlp(n_in, n, n_out):
 # --- The embedding --------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
-    """Bars -> the stream. With r the candle, past means and waves of the time of day, each of which
-    is a function below,
+    """Bars -> the stream. With r the candle and means of past moves,
 
         x = norm( MLP(r) + W r + sum of the calendar's rows )
     """
 
     def __init__(self, C):
         super().__init__()
-        n_read = N_CHANNELS + 2 * len(HALF_LIVES) + 2 * HARMONICS
+        n_read = N_CHANNELS + len(HALF_LIVES)
         self.candle = mlp(n_read, C, C)
         self.candle_linear = linear(n_read, C)      # sums over past moves stay linear
         self.calendar = nn.Embedding(sum(CALENDAR), C)
@@ -104,52 +102,45 @@ class Embedding(nn.Module):
 
     def forward(self, z, values, time):
         """z [B, T, 6]: candles; values: see Model.values; time int64 [B, T] -> x [B, T, C], and
-        the past means after the last bar, with which generation goes on."""
-        means, after = self.past_means(values)                          # [B, T, 2 n]
-        return self.read(z, means, *self.clock(time)), after
+        the means after the last bar, with which generation goes on."""
+        moves, after = self.past_moves(values)                          # [B, T, n]
+        return self.read(z, moves, self.clock(time)), after
 
-    def read(self, z, means, waves, stamp):
-        """The stream x [B, T, C] from all that is read; waves, stamp: see clock."""
-        r = torch.cat((z, means, waves), -1)                            # [B, T, n_read]
+    def read(self, z, moves, stamp):
+        """The stream x [B, T, C] from all that is read; stamp: see clock."""
+        r = torch.cat((z, moves), -1)                                   # [B, T, n_read]
         x = self.candle(r) + self.candle_linear(r)
         return norm(x + stamp.to(x.dtype))                              # [B, T, C]
 
     def clock(self, time, n=None):
-        """What the last n stamps tell (None: all): waves of the time of day, [B, n, 2 HARMONICS],
-        and the sum of the calendar's rows, [B, n, C]."""
+        """What the last n stamps tell (None: all): the sum of the calendar's rows, [B, n, C]."""
         n = n or time.shape[1]
         gaps = F.pad(time, (GAPS, 0), value=NO_BAR).diff()[:, -n - GAPS + 1:].unfold(1, GAPS, 1)
         time = time[:, -n:]
-        rows = torch.cat((calendar(time), gap_bucket(gaps)), -1) + self.offsets     # [B, n, 6]
+        rows = torch.cat((calendar(time), gap_bucket(gaps)), -1) + self.offsets     # [B, n, 4]
         rows = F.embedding_bag(rows.flatten(0, -2), self.calendar.weight, mode="sum")
-        return waves(time), rows.view(len(time), n, -1)
+        return rows.view(len(time), n, -1)
 
     def recent(self, time):
         """The last GAPS stamps, which `clock` needs for the bars to come: int64 [B, GAPS]."""
         return F.pad(time, (GAPS, 0), value=NO_BAR)[:, -GAPS:].clone()
 
-    def past_means(self, values, before=None):
-        """Decayed means of bars over the n half-lives HALF_LIVES, relative to s_t: [B, T, 2 n],
-        logs of those of the true range, then those of the close's moves. Also the means after the
-        last bar, float64 [B, 2, n]; before: these of the bars before the first, else 1 and 0.
+    def past_moves(self, values, before=None):
+        """Decayed means of the close's moves over the n half-lives HALF_LIVES, relative to s_t:
+        [B, T, n], and those after the last bar, float64 [B, n]; before: these of the bars before
+        the first, else 0.
 
         s_t is the mean of true ranges with decay a (here without the factor of the hours), e_t one
-        with decay b, and k_t = TR_t / s_t:
-            s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) k_t s_t
-        So e / s follows from k alone, without prices. For moves, close / s_t takes the place of k_t
-        in e.
+        of moves with decay b; k_t = TR_t / s_t and m_t are the bar's true range and move in s_t:
+            s_{t+1} = s_t (a + (1 - a) k_t),    e_{t+1} = b e_t + (1 - b) m_t s_t
+        So e / s follows from candles alone, without prices.
         """
         close, high, low, _ = values                                        # [B, T]
-        k, b = true_range(high, low), self.decay                            # [B, T] and [n]
-        if before is None:
-            before = torch.stack((torch.ones_like(b), torch.zeros_like(b)))     # [2, n]
-        terms = torch.stack((k, close.clamp(-1e3, 1e3)), dim=1)             # [B, 2, T]
+        before = torch.zeros_like(self.decay) if before is None else before     # [n] or [B, n]
         # e_{t+1} / s_{t+1}; the second argument is s_{t+1} / s_t
-        means, after = decayed_means(terms, DECAY + (1 - DECAY) * k, b, before)
-        ranges, moves = means.unbind(1)                                     # [B, n, T]
-        ranges = ranges.log().clamp(-MAX_LOG, MAX_LOG)
-        moves = (moves * self.unit).clamp(-MAX_MOVE, MAX_MOVE)
-        return torch.cat((ranges, moves), dim=1).mT.float(), after
+        means, after = decayed_means(
+            close.clamp(-1e3, 1e3), DECAY + (1 - DECAY) * true_range(high, low), self.decay, before)
+        return (means * self.unit).clamp(-MAX_MOVE, MAX_MOVE).mT.float(), after
 
 
 def true_range(high, low):
@@ -346,7 +337,7 @@ class Reasoner(nn.Module):
         super().__init__()
         C, self.config, self.H = config.n_embd, config, config.n_head
         self.latent = nn.Parameter(torch.randn(config.latents, C))
-        self.stamp = linear(C + 2 * HARMONICS, C)
+        self.stamp = linear(C, C)
         self.look_q, self.look_kv, self.look_out = linear(C, C), linear(C, 2 * C), linear(C, C)
         self.self_qkv, self.self_out = linear(C, 3 * C), linear(C, C)
         self.up, self.down = linear(C, 2 * C), linear(2 * C, C)
@@ -361,7 +352,7 @@ class Reasoner(nn.Module):
 
     def forward(self, h, origins, stamps):
         """h [B, T, C]: hidden states of bars; origins int64 [B, M]: numbers of bars, at most T;
-        stamps [B, M, n, C + 2 HARMONICS]: see Model.stamps, of the n bars that come next
+        stamps [B, M, n, C]: see Embedding.clock, of the n bars that come next
         -> latents of these, [B, M, n, C]. They see the last `span` bars before their origin."""
         k, v, bias = self.memory(h, origins)
         n = stamps.shape[2]
@@ -571,7 +562,8 @@ class Model(nn.Module):
         ahead = origins[..., None] + torch.arange(self.config.latents, device=time.device)
         at = ahead.clamp(max=T - 1)                                         # [B, M, 16]
         coarse, fine = (a[rows, at - 1].masked_fill(ahead >= T, -1) for a in targets)
-        h = self.reasoner(h.detach(), origins, self.stamps(time)[rows, at])     # [B, M, 16, C]
+        stamps = self.embedding.clock(time).detach()[rows, at]              # [B, M, 16, C]
+        h = self.reasoner(h.detach(), origins, stamps)                      # [B, M, 16, C]
         fine_logits = self.fine_logits(h, coarse.clamp(min=0))
         return mean_nats(self.coarse_logits(h), coarse) + mean_nats(fine_logits, fine)
 
@@ -586,15 +578,9 @@ class Model(nn.Module):
             raise UserError("the model has no latent reasoner: parallel forecasts need one; "
                             "train it with the reasoner, or forecast step by step")
         h, (B, T) = self.hidden(coarse, fine, time), time.shape
-        stamps = self.stamps(torch.cat((time, future_times), 1))[:, None, T:]   # [B, 1, n, C']
-        ahead = self.reasoner(h, torch.full((B, 1), T, device=h.device), stamps)[:, 0, 1:]
+        stamps = self.embedding.clock(torch.cat((time, future_times), 1), future_times.shape[1])
+        ahead = self.reasoner(h, torch.full((B, 1), T, device=h.device), stamps[:, None])[:, 0, 1:]
         return h[:, -1], torch.cat((h[:, -1:], ahead.to(h.dtype)), 1)
-
-    @torch.no_grad()
-    def stamps(self, time):
-        """What the reasoner knows of stamps int64 [B, T]: [B, T, C + 2 HARMONICS]."""
-        wave, rows = self.embedding.clock(time)
-        return torch.cat((rows, wave), -1)
 
     # ---- bar by bar: see backstage/generate.py
 

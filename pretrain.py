@@ -90,7 +90,6 @@ class Config:
                                       # until the rate falls; 0: none; -1: by the bars
     merge: tuple[int, ...] = (1,)     # also windows of bars merged so many at a time, for each
                                       # number; 1: as they are
-    shift_weeks: int = 104            # weeks by which a training window moves in time, at most
     # for weights of many markets, drawn by the root of their bars
     val_share: float = 0.0            # val is the last share of each series, no test; 0: by date
     release: str | None = None        # also write the best weights alone, in half precision
@@ -208,7 +207,7 @@ def draw_batch(job, step, share):
         which = which % n_symbols + n_symbols * mirrored
     coarse, fine, when, targets = data.gather(train, which, ends)
     origins = reasoner_origins(random, config, job.model.config, step, share, own)
-    when = shift_in_time(when, random, config, own)
+    when = shift_hours(when, random, config, own)
     masks = dropout_masks(random, config, own)
     return (coarse, fine, when), targets, masks, origins
 
@@ -259,17 +258,12 @@ def reasoner_origins(random, config, sizes, step, share, own):
     return torch.from_numpy(random.integers(1, last + 1, shape)[own])
 
 
-def shift_in_time(when, random, config, own):
-    """Stamps of windows [B, T], each window moved by some weeks; for weights of many markets half
-    of those within the day by quarters of an hour too.
-
-    Symbols of one day move together: a model that can tell the date learns the days by heart.
-    """
-    shape, most = (config.batch_size, 1), config.shift_weeks
-    weeks = random.integers(-most, most + 1, shape)[own]                                 # [B, 1]
-    when = when + torch.from_numpy(7 * DAY * weeks)                                      # [B, T]
+def shift_hours(when, random, config, own):
+    """Stamps of windows [B, T]. For weights of many markets half of those within the day are moved
+    by quarters of an hour, since each exchange has hours of its own."""
     if not config.val_share:
         return when
+    shape = config.batch_size, 1
     quarters = random.integers(-DAY // 1800, DAY // 1800 + 1, shape)[own]                # [B, 1]
     half = random.random(shape)[own] < 0.5                                               # [B, 1]
     within_day = when.diff().median(1, keepdim=True).values < DAY                        # [B, 1]

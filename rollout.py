@@ -40,7 +40,7 @@ from backstage.clock import future_times
 from backstage.files import sole_writer
 from backstage.scores import against, at_step
 from backstage.script import cli, run
-from backstage.stage import Settings, StageValidation, check_settings, kl, later_weeks, set_up
+from backstage.stage import Settings, StageValidation, check_settings, kl, set_up
 from model import mean_nats
 
 
@@ -80,13 +80,12 @@ class Origins:
     state: data.State      # of shape [B, 1]: what decodes the next bar
     path: np.ndarray       # float64 [B, H]: log return of the true close since the origin
 
-    def moved(self, later, device):
-        """The same on the device with all stamps later by so many seconds, int64 [B, 1]."""
-        coarse, fine, time, target = self.context
-        target = [a.to(device) for a in target]
-        context = coarse.to(device), fine.to(device), (time + later).to(device), target
-        times = (self.times + later).to(device)
-        return replace(self, context=context, times=times, tokens=self.tokens.to(device))
+    def to(self, device):
+        """The same on the device, but for what decodes bars."""
+        *inputs, target = self.context
+        context = *(a.to(device) for a in inputs), [a.to(device) for a in target]
+        return replace(self, context=context, times=self.times.to(device),
+                       tokens=self.tokens.to(device))
 
     def repeat(self, n):
         """Each origin n times: [n B]."""
@@ -233,11 +232,10 @@ def draw_paths(stage, slots, step):
     """(Origins [B], their paths int64 [B, H, 2]) of an update, of the model as it now is."""
     config, model, device = stage.config, stage.model, stage.device
     chance = np.random.default_rng([config.seed, step, 1])
-    later = later_weeks(chance, config.batch_size, config.shift_weeks)
     windows = data.draw_windows(stage.streams, config.seed, step)
     horizon = horizon_at(step, config)
     origins = origins_of(stage.streams, stage.series, slots, *windows, horizon, config.horizon)
-    origins = origins.moved(later, device)
+    origins = origins.to(device)
     uniform = chance.random((config.batch_size, config.candidates, horizon, 2), np.float32)
     uniform = torch.from_numpy(uniform).to(device)
     with torch.no_grad(), stage.autocast():

@@ -65,7 +65,7 @@ class Checkpoint(typing.TypedDict):
     metrics: list[Report]
 
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 RANGES = dict.fromkeys(("step", "bad_steps", "since_best", "seed"), (0, 2**63 - 1))
 # a report has all or no score
 SCORES = "step", "val", "coarse", "fine", "da", "close", "range", "volume", "score"

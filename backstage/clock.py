@@ -13,28 +13,17 @@ from backstage.script import UserError
 from backstage.series import DAY, HOUR, WEEK, YEAR
 
 # what the model reads of stamps
-HARMONICS = 6       # of the day, waves that tell the time of day
 GAPS = 7            # spacings before a bar; their median is its interval
 NO_BAR = -2**62     # time stamp of the bars before the first
 
 
 def calendar(time):
-    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), day, month (both from 0),
-    int64 [..., 5].
+    """UTC seconds int64 [...] -> hour, minute, weekday (0 is Monday), int64 [..., 3].
 
-    In whole numbers (Hinnant, "chrono-compatible low-level date algorithms"): years begin in March,
-    so that a leap day comes last; doe is the day of an era of 400 years, doy the day of such a
-    year.
+    No date: symbols of one day move together, so a model that can tell the date learns the days by
+    heart.
     """
-    days = time // 86400
-    second = time - days * 86400
-    doe = (days + 719468) % 146097                      # days since 0000-03-01, 400 years each era
-    year = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
-    doy = doe - (365 * year + year // 4 - year // 100)
-    month = (5 * doy + 2) // 153                        # 0 is March
-    day = doy - (153 * month + 2) // 5
-    hour, minute = second // 3600, second // 60 % 60
-    return torch.stack((hour, minute, (days + 3) % 7, day, (month + 2) % 12), dim=-1)
+    return torch.stack((time // 3600 % 24, time // 60 % 60, (time // DAY + 3) % 7), dim=-1)
 
 
 def gap_bucket(gaps):
@@ -43,13 +32,6 @@ def gap_bucket(gaps):
     exist = (gaps > 0) & (gaps < -NO_BAR // 2)
     median = gaps.double().masked_fill(~exist, math.nan).nanmedian(-1, keepdim=True).values
     return (median.log2().floor().clamp(max=30) + 1).nan_to_num(0).long()
-
-
-def waves(time):
-    """Sines and cosines of the time of day, [..., 2 HARMONICS]."""
-    turn = 2 * math.pi / DAY * (time % DAY)[..., None]
-    angle = turn * torch.arange(1, HARMONICS + 1, device=time.device)
-    return torch.cat((angle.sin(), angle.cos()), -1)
 
 
 # Next week is as the last weeks were: that is the whole rule, on the clocks of the zone that the

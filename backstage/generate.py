@@ -28,7 +28,7 @@ class State:
     pos: int                # bars seen, the same of all rows
     h: torch.Tensor         # [B, C]: hidden state of the last bar, from which the heads read on
     stamps: torch.Tensor    # int64 [B, GAPS]: of the last bars
-    means: torch.Tensor     # float64 [B, 2, n]: see Embedding.past_means
+    moves: torch.Tensor     # float64 [B, n]: see Embedding.past_moves
     layers: list            # per layer and kind of attention its state, [H B, ...]
     steps: list             # of LayerStep
     ahead: list             # of each bar to come what hangs on its place and stamp alone
@@ -38,7 +38,7 @@ class State:
         def rows(a):
             return a.repeat_interleave(n, 0) if torch.is_tensor(a) else [rows(part) for part in a]
 
-        own = {name: rows(getattr(self, name)) for name in ("h", "stamps", "means", "layers")}
+        own = {name: rows(getattr(self, name)) for name in ("h", "stamps", "moves", "layers")}
         return replace(self, ahead=[], **own)
 
 
@@ -49,7 +49,7 @@ def prefill(model, coarse, fine, time):
     It is Model.hidden, but that the states of all parts are kept; of the last layer only the last
     bar is asked for, which is a step.
     """
-    x, means = model.embedding(*model.candles(coarse, fine), time)
+    x, moves = model.embedding(*model.candles(coarse, fine), time)
     (B, T, _), places, layers = x.shape, model.places(x), []
     for layer in model.layers[:-1]:
         x, states = layer(x, places)
@@ -64,7 +64,7 @@ def prefill(model, coarse, fine, time):
         weights = [step_weights(kind, pos, B)[0] for kind in last.kinds]
         place = [a[:, 0, :, -1:].float() for a in rot], weights
         h = unit(steps[-1](x[:, -1], place, layers[-1]).float())
-    return State(T, h, model.embedding.recent(time), means, layers, steps, ahead=[])
+    return State(T, h, model.embedding.recent(time), moves, layers, steps, ahead=[])
 
 
 def states_after(layer, x, rot):
@@ -99,8 +99,8 @@ def step(model, coarse, fine, time, state):
         look_ahead(model, time.view(len(time), -1)[:, :AHEAD], state)
     place, clock, state.stamps = state.ahead.pop(0)
     z, values = model.candles(coarse[:, None], fine[:, None])
-    means, state.means = model.embedding.past_means(values, state.means)
-    x = model.embedding.read(z, means, *clock)[:, 0]
+    moves, state.moves = model.embedding.past_moves(values, state.moves)
+    x = model.embedding.read(z, moves, clock)[:, 0]
     x = x.to(state.steps[0].up.dtype)                                       # [B, C]
     for layer, states in zip(state.steps, state.layers):
         x = layer(x, place, states)
@@ -112,7 +112,7 @@ def look_ahead(model, time, state):
     """Makes all that the next bars need besides their tokens, time [B, n]."""
     (B, n), stamps = time.shape, torch.cat((state.stamps, time), dim=1)
     pos = torch.arange(state.pos, state.pos + n, device=time.device)
-    clock = zip(*(a.split(1, 1) for a in model.embedding.clock(stamps, n)))
+    clock = model.embedding.clock(stamps, n).split(1, 1)
     recent = stamps.unfold(1, state.stamps.shape[1], 1)[:, 1:].unbind(1)    # n of [B, GAPS]
     state.ahead = list(zip(places_of(model, pos, B), clock, recent))
 

@@ -62,22 +62,21 @@ def decayed_means(terms, growth, decay, before):
     """e_t / g_t of e_t = b e_{t-1} + (1 - b) x_t g_{t-1} with g_t = growth_0 ... growth_t, for each
     of n decays b, and e_t / g_t of the last bar.
 
-    terms x [B, 2, T], growth [B, T], decay b [n], before e_{-1} [..., 2, n] -> [B, 2, n, T] and
-    [B, 2, n].
+    terms x [B, T], growth [B, T], decay b [n], before e_{-1} [..., n] -> [B, n, T] and [B, n].
     """
     b, T = decay[:, None], growth.shape[1]
     if T == 1:
-        e = torch.lerp(terms[:, :, None], before[..., None], b) / growth[:, None, None]
+        e = torch.lerp(terms[:, None], before[..., None], b) / growth[:, None]
         return e, e[..., 0]
     growth = growth.log().cumsum(-1).exp()                                  # [B, T], g
-    terms = terms * F.pad(growth[:, None, :-1], (1, 0), value=1.0)
-    e = (1 - b) * terms[:, :, None]                                         # [B, 2, n, T]
+    terms = terms * F.pad(growth[:, :-1], (1, 0), value=1.0)
+    e = (1 - b) * terms[:, None]                                            # [B, n, T]
     shift = 1
     while shift < T:            # after each pass a term is the sum of twice as many bars
         e = e + b ** shift * F.pad(e[..., :-shift], (shift, 0))
         shift *= 2
     e = e + before[..., None] * b ** torch.arange(1, T + 1, device=b.device)
-    e = e / growth[:, None, None]
+    e = e / growth[:, None]
     return e, e[..., -1]
 
 

@@ -20,8 +20,8 @@ TOK_BARS = 2_000_000  # the tokenizer trains on at most so many bars, evenly thi
 MIN_BLOCK = 64       # a short series shrinks the window, to this at the least
 POSITIVE = "tok_steps", "clip", "eval_windows", "save_every"
 NOT_NEGATIVE = ("steps", "batch_size", "block_size", "micro_batch", "lr", "adam_lr", "warmup",
-                "weight_decay", "cooldown", "average", "shift_weeks", "n_layer", "n_head", "n_embd",
-                "eval_every", "seed")
+                "weight_decay", "cooldown", "average", "n_layer", "n_head", "n_embd", "eval_every",
+                "seed")
 
 
 def check(config):

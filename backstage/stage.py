@@ -18,7 +18,6 @@ from backstage.loop import (
     Clock, Optimizer, Run, cosine_rate, load_optimizer, precision, resumed, stop_here)
 from backstage.scores import bootstrap, time_block_sums
 from backstage.script import StopSignal, UserError, check_numbers, pick_device, progress
-from backstage.series import DAY
 from backstage.stage_scores import median_paths, model_scores, some_targets
 from model import load_checkpoint, save_checkpoint
 from tokenizer import Tokenizer
@@ -49,7 +48,6 @@ class Settings:
     warmup: int = 10                  # updates of warm-up
     weight_decay: float = 0.0         # on matrices
     clip: float = 1.0                 # largest gradient norm
-    shift_weeks: int = 104            # move each window by a chance number of weeks, at most this
     backtest: bool = True             # at the end, base beside result on the test bars
     horizon: int = 10                 # bars ahead, in that backtest
     paths: int = 200                  # sampled futures of each origin, in that backtest
@@ -66,8 +64,7 @@ def check_settings(config, positive, others, **choices):
     0 or more; choices: {flag: its values}."""
     check_numbers(config, ("horizon", "candidates", "steps", "batch_size", "lr", "adam_lr", "clip",
                            "paths", "save_every", *positive),
-                  ("block_size", "warmup", "weight_decay", "shift_weeks", "eval_every", "seed",
-                   *others))
+                  ("block_size", "warmup", "weight_decay", "eval_every", "seed", *others))
     if config.ckpt is None:
         raise UserError("--ckpt is missing: name the checkpoint that python pretrain.py wrote")
     if config.paths < 2:
@@ -295,15 +292,6 @@ def bars_of(config, base, tokenizer, meta, room):
     tokens = [data.tokenize(bars, tokenizer) for bars in series]
     streams = data.make_streams(series, tokens, "train", borders, window, config.batch_size)
     return series, streams, source
-
-
-def later_weeks(random, batch_size, most):
-    """By how much the stamps of each window move, int64 [B, 1] seconds: at most so many weeks.
-
-    So the hours and weekdays stay and the dates are no key to what came then.
-    """
-    weeks = random.integers(-most, most + 1, (batch_size, 1))
-    return torch.from_numpy(weeks * 7 * DAY)
 
 
 def kl(log_p, log_q):

@@ -88,24 +88,21 @@ class Tables(Model):
         self.tokens = coarse, fine
         return super().candles(coarse, fine)
 
-    def read(self, z, means, waves, stamp):
+    def read(self, z, moves, stamp):
         coarse, fine = self.tokens
         x = self.rows(coarse) + self.rows(fine + len(self.D1)) + stamp
         return norm(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x)
 
 
 class Blind(Model):
-    """Does not see the columns `blind_to` of what a bar shows: means of ranges, of moves, waves of the day."""
+    """Does not see what `blind_to` names of what a bar shows beside its candle: means of moves, the clock."""
 
     def __init__(self, config):
         super().__init__(config)
         self.read_all, self.embedding.read = self.embedding.read, self.read
 
-    def read(self, z, means, waves, stamp):
-        ranges, moves = means.chunk(2, dim=-1)
-        seen = dict(ranges=ranges, moves=moves, waves=waves)
-        ranges, moves, waves = (a * (name not in self.blind_to) for name, a in seen.items())
-        return self.read_all(z, torch.cat((ranges, moves), dim=-1), waves, stamp)
+    def read(self, z, moves, stamp):
+        return self.read_all(z, moves * ("moves" not in self.blind_to), stamp * ("clock" not in self.blind_to))
 
 
 def blind(*columns):
@@ -125,10 +122,9 @@ class AdamWAlone(Optimizer):
 VARIANTS = {
     "default": (Model, {}, []),
     "tables for codes": (Tables, {}, []),
-    "no means of ranges": (blind("ranges"), {}, []),
     "no means of moves": (blind("moves"), {}, []),
-    "neither": (blind("ranges", "moves"), {}, []),
-    "no waves of the day": (blind("waves"), {}, []),
+    "no clock": (blind("clock"), {}, []),
+    "neither": (blind("moves", "clock"), {}, []),
     "rope": (Model, dict(pos="rope"), []),
     "alibi": (Model, dict(pos="alibi"), []),
     "no reasoner": (Model, dict(reasoner=False), []),
@@ -137,7 +133,6 @@ VARIANTS = {
     "no averaged weights": (Model, {}, ["--average=0"]),
     "no dropout": (Model, {}, ["--dropout=0"]),
     "other market too": (Model, {}, ["--mirror=1"]),
-    "no weeks moved": (Model, {}, ["--shift_weeks=0"]),
     "AdamW alone, 0.003": (Model, {}, ["--lr=0.003"]),
     "AdamW alone, 0.01": (Model, {}, ["--lr=0.01"]),
 }

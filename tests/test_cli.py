@@ -516,7 +516,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(market, tmp_path, checkpoin
     ("--val_start", "soon", "--val_start soon"), ("--block_size", -1, "--block_size"),
     ("--block_size", 1, "--block_size 1"), ("--seed", -1, "--seed -1"), ("--seed", 10**20, "--seed"), ("--device", "meta", "--device"),
     ("--clip", "inf", "finite"), ("--out", "", "not the name of a file"), ("--dropout", 1, "--dropout 1"), ("--dropout", -0.5, "--dropout -0.5"),
-    ("--average", 1, "--average 1"), ("--cooldown", 1.5, "--cooldown 1.5"), ("--mirror", 2, "--mirror 2"), ("--merge", "2,0", "--merge 2,0"), ("--shift_weeks", -1, "--shift_weeks"), ("--adam_lr", -1, "--adam_lr"),
+    ("--average", 1, "--average 1"), ("--cooldown", 1.5, "--cooldown 1.5"), ("--mirror", 2, "--mirror 2"), ("--merge", "2,0", "--merge 2,0"), ("--adam_lr", -1, "--adam_lr"),
     ("--val_start", "1990-01-01", "--val_start"), ("--coarse_bits", 1, "--coarse_bits 1"),
 ])
 def test_bad_flags_get_one_line(market, tmp_path, call, monkeypatch, flag, value, why):

@@ -156,6 +156,19 @@ def test_the_reasoner_learns_now_and_then_and_always_while_the_rate_falls(
     assert learned == [(4, 2)] * (stands // pretrain.ORIGIN_EVERY + 1 + 39 - stands)
 
 
+def test_windows_of_many_markets_move_by_quarters_of_an_hour():
+    """Half of them, by half a day at most, daily ones not; those of one market not at all."""
+    when = torch.arange(30) * torch.tensor([3600] * 400 + [86400] * 400)[:, None]
+    config = pretrain.Config(batch_size=800, val_share=0.05)
+    moved = pretrain.shift_hours(when, np.random.default_rng(0), config, slice(None)) - when
+    assert (moved == moved[:, :1]).all() and not moved[400:].any()
+    hours = moved[:400, 0]
+    assert (hours % 900 == 0).all() and 20_000 < hours.max() <= 43_200 and -43_200 <= hours.min() < -20_000
+    assert 160 < (hours != 0).sum() < 240 and len(hours.unique()) > 60
+    config.val_share = 0.0
+    assert pretrain.shift_hours(when, np.random.default_rng(0), config, slice(None)) is when
+
+
 def test_the_rate_rises_stays_and_falls():
     shares = [pretrain.rate(step, 80, 100, 20) for step in range(100)]
     want = np.interp(np.arange(100), [-1, 19, 80, 100], [0, 1, 1, 0])

@@ -488,8 +488,8 @@ def test_what_is_not_kept_is_scored_on_test_as_the_last_weights(checkpoint, tmp_
 
 @pytest.mark.parametrize("name, flags", [
     ("rollout", ["--select path", "--target chosen", "--temperature 0.7", "--candidates 3", "--walk 0.5", "--kl 1",
-                 "--shift_weeks 0", "--horizon 4", "--seed 1"]),
-    ("expo", ["--pairs drawn --candidates 8", "--lam 0.5", "--beta 1", "--noise 0.5", "--shift_weeks 0", "--seed 1"])])
+                 "--horizon 4", "--seed 1"]),
+    ("expo", ["--pairs drawn --candidates 8", "--lam 0.5", "--beta 1", "--noise 0.5", "--seed 1"])])
 def test_each_flag_of_a_stage_changes_its_weights(checkpoint, tmp_path, call, monkeypatch, name, flags):
     monkeypatch.setattr(f"{name}.Validation", lambda stage: types.SimpleNamespace(every=9, report=lambda *a: None))
     found = []
