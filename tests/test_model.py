@@ -566,7 +566,8 @@ def test_what_all_codes_share_costs_bf16_no_digits():
         for head in (model.coarse_head, model.fine_head):
             head[2].bias.add_(100)
     for a, b in zip(in_bf16(), before):
-        torch.testing.assert_close(a, b, atol=0.02, rtol=2**-7)     # its last digit
+        torch.testing.assert_close(a, b, atol=0.02, rtol=2**-7)     # at most a last digit,
+        assert (a - b).abs().mean() < 5e-4                          # and hardly one
 
 
 def test_codes_of_one_candle_are_one_to_the_model():
